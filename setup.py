@@ -1,0 +1,44 @@
+"""Package metadata comes from settings.ini; edit there, not here."""
+
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+
+def requirements(key: str) -> list[str]:
+    """The requirements listed under `key`, separated by spaces."""
+    return shlex.split(cfg.get(key, ""))
+
+
+extras = {name: requirements(f"{name}_requirements") for name in ("avatars", "lab")}
+extras["dev"] = requirements("dev_requirements") + extras["avatars"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    url=cfg["git_url"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
+    package_data={cfg["lib_path"]: ["assets/**/*"]},
+    install_requires=requirements("requirements"),
+    extras_require=extras,
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split("\n"),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    zip_safe=False,
+)
