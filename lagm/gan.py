@@ -6,7 +6,7 @@
 __all__ = ['EqualisedConv', 'DiscriminatorBlock', 'minibatch_std', 'Discriminator', 'discriminator_loss', 'generator_loss',
            'r1_penalty', 'GANRecipe', 'GANTrainer', 'sample_grid', 'train_gan']
 
-# %% ../nbs/components/24_gan.ipynb #b909fff3
+# %% ../nbs/components/24_gan.ipynb #77a3fadb
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,21 +18,22 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from .core import InputError, load_tensors, provenance, save_tensors
-from .stylegan2 import FullyConnected, StyleGAN2, leaky_relu
+from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
 
-# %% ../nbs/components/24_gan.ipynb #f6fd8e09
+# %% ../nbs/components/24_gan.ipynb #9562ae9f
 class EqualisedConv(nn.Module):
-    "A convolution with equalised learning rate: `weight / sqrt(fan_in)`."
+    "A convolution with equalised learning rate, `weight / sqrt(fan_in)`, and leaky ReLU times sqrt(2); or linear, without bias."
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = True):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, linear: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.bias = None if linear else nn.Parameter(torch.zeros(out_channels))
         self.gain, self.padding = 1 / math.sqrt(in_channels * kernel_size**2), kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, (self.weight * self.gain).to(x.dtype), bias, padding=self.padding)
+        weight = self.weight * (self.gain if self.bias is None else self.gain * SQRT2)  # the gain passes through the leaky ReLU
+        x = F.conv2d(x, weight.to(x.dtype), None if self.bias is None else (self.bias * SQRT2).to(x.dtype), padding=self.padding)
+        return x if self.bias is None else F.leaky_relu(x, 0.2)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -42,10 +43,10 @@ class DiscriminatorBlock(nn.Module):
         super().__init__()
         self.conv0 = EqualisedConv(in_channels, in_channels)
         self.conv1 = EqualisedConv(in_channels, out_channels)
-        self.skip = EqualisedConv(in_channels, out_channels, kernel_size=1, bias=False)
+        self.skip = EqualisedConv(in_channels, out_channels, kernel_size=1, linear=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = leaky_relu(self.conv1(F.avg_pool2d(leaky_relu(self.conv0(x)), 2)))
+        residual = self.conv1(F.avg_pool2d(self.conv0(x), 2))
         return (residual + self.skip(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
 
 
@@ -81,8 +82,8 @@ class Discriminator(nn.Module):
 
     def forward(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         x = F.pixel_unshuffle(image, 2).to(dtype).contiguous(memory_format=torch.channels_last)
-        x = self.blocks(leaky_relu(self.stem(x)))
-        x = leaky_relu(self.conv(minibatch_std(x))).float().flatten(1)
+        x = self.blocks(self.stem(x))
+        x = self.conv(minibatch_std(x)).float().flatten(1)
         return self.out(leaky_relu(self.fc(x))).squeeze(1)
 
 # %% ../nbs/components/24_gan.ipynb #ba37ce8c
@@ -105,12 +106,12 @@ def r1_penalty(
     (gradient,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
-# %% ../nbs/components/24_gan.ipynb #503cf799
+# %% ../nbs/components/24_gan.ipynb #08c1addc
 @dataclass(frozen=True)
 class GANRecipe:
     "Everything that decides what a training run gives, apart from the pictures."
 
-    images: int = 260_000  # how many real pictures the discriminator sees, with repetition
+    images: int = 250_000  # how many real pictures the discriminator sees, with repetition
     batch: int = 8
     learning_rate: float = 2.5e-3  # of Adam, betas (0, 0.99), for both networks
     cooldown: float = 0.2  # share of the run, at its end, over which the rate falls linearly to a tenth
@@ -138,7 +139,7 @@ class GANRecipe:
         return StyleGAN2(self.resolution, z_dim=self.z_dim, w_dim=self.w_dim, mapping_layers=self.mapping_layers,
                          channel_base=self.channel_base, channel_max=self.channel_max)
 
-# %% ../nbs/components/24_gan.ipynb #2416171f
+# %% ../nbs/components/24_gan.ipynb #cfe72cbb
 class GANTrainer:
     "A training run that can be stopped and continued: `step()` until `finished`; `save` and `load`."
 
@@ -157,10 +158,10 @@ class GANTrainer:
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
         self.average.load_state_dict(self.generator.state_dict())
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, fused=True)
                            for name, network in (("generator", self.generator), ("discriminator", self.discriminator))}
         self.history: list[dict[str, float]] = []
-        self.origin = provenance()  # of the run's start: versions, commit, hardware
+        self.origins = [provenance()]  # versions, commit and hardware, of the start and of each continuation that differs
 
     @property
     def finished(self) -> bool:
@@ -230,7 +231,7 @@ class GANTrainer:
 
     def save(self, path: str | Path) -> None:
         "Write the whole state, atomically."
-        save_tensors(path, self.state(), dict(kind="gan-training", recipe=asdict(self.recipe), seen=self.seen, history=self.history, origin=self.origin))
+        save_tensors(path, self.state(), dict(kind="gan-training", recipe=asdict(self.recipe), seen=self.seen, history=self.history, origins=self.origins))
 
     def load(self, path: str | Path) -> None:
         "Continue from `path`. Raises `InputError` if it belongs to another recipe."
@@ -246,7 +247,9 @@ class GANTrainer:
                 if key.startswith(f"adam.{name}."): slots.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = value
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         self.rng.set_state(tensors["rng"])
-        self.seen, self.history, self.origin = header["seen"], header["history"], header["origin"]
+        self.seen, self.history, now = header["seen"], header["history"], self.origins[0]
+        same = all(now[key] == header["origins"][-1][key] for key in ("commit", "modified", "versions", "hardware"))
+        self.origins = header["origins"] + ([] if same else [{**now, "from_image": self.seen}])
 
 # %% ../nbs/components/24_gan.ipynb #3a885e62
 @torch.no_grad()

@@ -50,14 +50,13 @@ def upsample2x(
     spread[:, :, :, 0, :, 0] = x
     return blur(spread.reshape(batch, channels, 2 * height, 2 * width), kernel, padding=(2, 1), gain=4)
 
-# %% ../nbs/components/22_stylegan2.ipynb #26bc6a0a
+# %% ../nbs/components/22_stylegan2.ipynb #ecf7f3f9
 SQRT2 = math.sqrt(2)
 
 
-def leaky_relu(x: Tensor, gain: float = SQRT2, clamp: float | None = None) -> Tensor:
-    "Leaky ReLU of slope 0.2 times `gain`, which keeps the variance; then, in some checkpoints, a clamp to ±`clamp`."
-    x = F.leaky_relu(x, 0.2) * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
+def leaky_relu(x: Tensor) -> Tensor:
+    "Leaky ReLU of slope 0.2 times sqrt(2), which keeps the variance."
+    return F.leaky_relu(x, 0.2) * SQRT2
 
 
 class FullyConnected(nn.Module):
@@ -109,7 +108,7 @@ class Mapping(nn.Module):
         cutoff = ws.shape[1] if cutoff is None else cutoff
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
 
-# %% ../nbs/components/22_stylegan2.ipynb #953e54b5
+# %% ../nbs/components/22_stylegan2.ipynb #e09782f7
 def demodulation(
     weight: Tensor,  # (O, I, k, k)
     styles: Tensor,  # (B, I)
@@ -122,9 +121,9 @@ def modulated_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, k, k)
     styles: Tensor,  # (B, I)
-    demodulate: bool = True,
     upsampling: Tensor | None = None,  # low-pass filter; None keeps the size
-    gain: float = 1.0,  # multiplied in where it costs nothing
+    gain: float = 1.0,  # of the convolution's output
+    bias: Tensor | None = None,  # (O,), added last
 ) -> Tensor:  # (B, O, H, W), or (B, O, 2H, 2W)
     "StyleGAN2's modulated convolution with the styles on the activations instead of on the weights."
     x = x * styles[:, :, None, None].to(x.dtype)
@@ -134,10 +133,10 @@ def modulated_conv2d(
     else:
         x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)
         x = blur(x, upsampling, padding=(1, 1), gain=4)
-    if demodulate: return x * (demodulation(weight, styles) * gain)[:, :, None, None].to(x.dtype)
-    return x if gain == 1 else x * gain
+    scale = (demodulation(weight, styles) * gain)[:, :, None, None].to(x.dtype)
+    return x * scale if bias is None else torch.addcmul(bias[:, None, None].to(x.dtype), x, scale)
 
-# %% ../nbs/components/22_stylegan2.ipynb #10713e0b
+# %% ../nbs/components/22_stylegan2.ipynb #d2ffaffa
 NOISE_MODES = ("random", "const", "none")
 
 
@@ -178,15 +177,19 @@ class SynthesisLayer(nn.Module):
         gain: float = 1.0,  # sqrt(1/2) on the residual branch of the 'resnet' architecture
         rng: torch.Generator | None = None,
     ) -> Tensor:
-        x = modulated_conv2d(x, self.weight, self.affine(w), upsampling=self.resample_filter if self.up else None)
+        total = SQRT2 * gain
+        x = modulated_conv2d(x, self.weight, self.affine(w), self.resample_filter if self.up else None, total, self.bias * total)
         noise = self.noise(x.shape[0], noise_mode, rng)
-        if noise is not None: x = x + (noise * self.noise_strength).to(x.dtype)
-        x = x + self.bias[:, None, None].to(x.dtype)
-        return leaky_relu(x, SQRT2 * gain, None if self.conv_clamp is None else self.conv_clamp * gain)
+        if noise is not None: x = x + (noise * (self.noise_strength * total)).to(x.dtype)
+        x = F.leaky_relu(x, 0.2, inplace=True)
+        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)
 
 
 class ToRGB(nn.Module):
-    "1 × 1 modulated convolution to the image channels, without demodulation and activation."
+    """1 × 1 modulated convolution to the image channels, without demodulation and activation.
+
+    Three output channels only: here one small matrix per picture is cheaper than scaling the wide input.
+    """
 
     def __init__(self, in_channels: int, image_channels: int, w_dim: int, conv_clamp: float | None = None):
         super().__init__()
@@ -197,8 +200,8 @@ class ToRGB(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        x = modulated_conv2d(x, self.weight, self.affine(w) * self.weight_gain, demodulate=False)
-        x = x.float() + self.bias[:, None, None]
+        matrices = self.weight.flatten(1) * (self.affine(w) * self.weight_gain)[:, None, :]  # (B, 3, C)
+        x = torch.bmm(matrices.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:]).float() + self.bias[:, None, None]
         return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
 
 
