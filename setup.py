@@ -10,15 +10,16 @@ ROOT = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+SUFFIX = "_requirements"
 
 
 def requirements(key: str) -> list[str]:
     """The requirements listed under `key`, separated by spaces."""
-    return shlex.split(cfg.get(key, ""))
+    return shlex.split(cfg[key])
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("avatars", "lab")}
-extras["dev"] = requirements("dev_requirements") + extras["avatars"]
+extras = {key.removesuffix(SUFFIX): requirements(key) for key in cfg if key.endswith(SUFFIX)}
+extras["dev"] += extras["avatars"]  # the notebook that draws the pictures is run by the tests
 
 setup(
     name=cfg["lib_name"],
@@ -29,8 +30,16 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE*"],
     keywords=cfg["keywords"],
     url=cfg["git_url"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["assets/**/*"]},

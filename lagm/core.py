@@ -219,11 +219,11 @@ def _hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": memory, "gpus": gpus}
 
-# %% ../nbs/components/00_core.ipynb #b3966a07
+# %% ../nbs/components/00_core.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
     """What a result was made with: commit, versions of Python and the packages, hardware, date (UTC)."""
-    versions = {}
-    for name in ("lagm", "torch", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
+    versions = {"torch": torch.__version__}  # with the build, which the package's metadata lack
+    for name in ("lagm", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): versions[name] = importlib.metadata.version(name)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {

@@ -1,0 +1,76 @@
+# make demo     run the quickstart into outputs/quickstart
+# make test     check that everything is in step, run every notebook, run the tests
+# make readme   write README.md from nbs/index.ipynb
+# make clean    remove what was built (neither outputs/ nor .venv/)
+#
+# The first use installs the package into the active virtual or conda environment, or makes .venv if
+# there is none. Another Python: make demo PYTHON=python3.12
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test sync notebooks unit readme clean install install-dev
+
+CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
+RUN := PATH="$(ENV)/bin:$$PATH"
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+
+demo: install
+	@$(RUN) lagm run quickstart
+
+test: sync notebooks unit
+
+# Cleaning, exporting and the README must change nothing.
+sync: install-dev
+	@$(RUN) python tests/sync.py
+
+# One thread per worker: two notebooks that each use both cores take longer than one after the other.
+notebooks: install-dev
+	@$(RUN) $(ONE_THREAD) nbdev_test --path nbs --n_workers 2 --do_print --timing
+
+unit: install-dev
+	@$(RUN) python -m pytest -q tests
+
+readme: install-dev
+	@$(RUN) python -m lagm.readme
+
+clean:
+	rm -rf build dist _proc _docs .pytest_cache .hypothesis
+	find lagm nbs tests -name __pycache__ -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
+	find nbs -name .last_checked -delete
+
+# ---- installing
+# A stamp in the environment remembers which checkout is installed and with which extras; it is out of
+# date when settings.ini or setup.py are newer. $(1): the extras, $(2): stamps that will do as well
+define ensure
+	@set -eu; \
+	if [ ! -x "$(ENV)/bin/python" ]; then \
+		found=; \
+		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+			if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "make: found no Python 3.11 to 3.13 that can make environments; install one (Debian, Ubuntu: with python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+		fi; \
+		echo "making an environment in $(ENV) with $$($$found --version)"; \
+		"$$found" -m venv "$(ENV)"; \
+	fi; \
+	for stamp in $(2); do \
+		file="$(ENV)/.lagm-$$stamp"; \
+		if [ "$$(cat "$$file" 2>/dev/null)" = "$(CURDIR)" ] && [ ! settings.ini -nt "$$file" ] && [ ! setup.py -nt "$$file" ]; then exit 0; fi; \
+	done; \
+	echo "installing into $(ENV) (the first time torch has to be fetched, which is large)"; \
+	rm -f "$(ENV)"/.lagm-*; \
+	$(RUN) PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install -q -e ".$(1)"; \
+	echo "$(CURDIR)" > "$(ENV)/.lagm-$(word 1,$(2))"
+endef
+
+install:
+	$(call ensure,,demo dev)
+
+install-dev:
+	$(call ensure,[dev],dev)
