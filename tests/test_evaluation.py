@@ -1,0 +1,174 @@
+"""Scores against the authors' numbers, an independent count, and the treatment of odd cases."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lagm.core import InputError
+from lagm.evaluation import ConfusionMatrix, Metrics, eval_mode, evaluate, metrics_from_counts, predict
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "evaluation.npz") as arrays:
+        return json.loads((GOLDEN / "evaluation.json").read_text()), dict(arrays)
+
+
+def matrix_of(predictions, labels, n_classes):
+    matrix = ConfusionMatrix(n_classes)
+    matrix.update(predictions, labels)
+    return matrix
+
+
+def test_agrees_with_the_authors(golden):
+    facts, arrays = golden
+    metrics = matrix_of(arrays["pred"], arrays["gt"], facts["n_classes"]).compute()
+    assert metrics.pixel_accuracy == pytest.approx(facts["metrics"]["pACC"], abs=1e-9)
+    assert metrics.miou == pytest.approx(facts["metrics"]["mIoU"], abs=1e-9)
+    assert metrics.fg_miou == pytest.approx(facts["metrics"]["fg_mIoU"], abs=1e-9)
+
+
+def test_golden_has_an_absent_class_and_ignored_pixels(golden):
+    facts, arrays = golden
+    assert (arrays["gt"] == 255).any()
+    matrix = matrix_of(arrays["pred"], arrays["gt"], facts["n_classes"])
+    absent = (matrix.counts.sum(0) + matrix.counts.sum(1)) == 0
+    metrics = matrix.compute()
+    assert absent.sum() == 1 and metrics.iou[absent.nonzero().item()] == 0
+    assert metrics.fg_miou_present == pytest.approx(metrics.fg_miou * 5 / 4)
+
+
+def test_each_count_by_sets(golden):
+    facts, arrays = golden
+    metrics = matrix_of(arrays["pred"], arrays["gt"], facts["n_classes"]).compute()
+    known = arrays["gt"] < facts["n_classes"]
+    for c, iou in enumerate(metrics.iou):
+        a, b = (arrays["gt"] == c) & known, (arrays["pred"] == c) & known
+        assert iou == pytest.approx((a & b).sum() / max((a | b).sum(), 1))
+
+
+def test_batches_do_not_matter(golden):
+    facts, arrays = golden
+    matrix = ConfusionMatrix(facts["n_classes"])
+    for pred, gt in zip(arrays["pred"], arrays["gt"], strict=True):
+        matrix.update(torch.as_tensor(pred), gt)
+    assert matrix.counts.equal(matrix_of(arrays["pred"], arrays["gt"], facts["n_classes"]).counts)
+
+
+def test_present_classes_are_those_of_the_truth():
+    # class 2 is predicted but never true, class 3 is neither
+    metrics = matrix_of(np.array([0, 1, 2, 0]), np.array([0, 1, 1, 0]), 4).compute()
+    assert metrics.iou == [1, 0.5, 0, 0]
+    assert metrics.fg_miou == pytest.approx(1 / 6) and metrics.fg_miou_present == 0.5
+
+
+def test_false_positives_on_background_count():
+    metrics = matrix_of(np.array([1, 1, 1, 1]), np.array([0, 0, 1, 1]), 2).compute()
+    assert metrics.fg_miou == 0.5
+
+
+def test_only_the_truth_is_ignored():
+    matrix = matrix_of(np.array([0, 255, 9, 1]), np.array([0, 255, 7, 1]), 2)
+    assert matrix.counts.tolist() == [[1, 0], [0, 1]]
+    signed = matrix_of(np.array([0, 1]), np.array([-1, 1], dtype=np.int8), 2)
+    assert signed.counts.tolist() == [[0, 0], [0, 1]]
+
+
+def test_one_class_has_no_foreground():
+    metrics = matrix_of(np.zeros(3, int), np.zeros(3, int), 1).compute()
+    assert (metrics.miou, metrics.fg_miou, metrics.fg_miou_present) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "predictions, labels, told",
+    [
+        (np.zeros((2, 3)), np.zeros((2, 3), int), "argmax"),
+        (np.zeros((2, 3), int), np.zeros((3, 2), int), "shape"),
+        (np.array([0, 4]), np.array([0, 1]), "0..3"),
+        (np.array([0, -1]), np.array([0, 1]), "0..3"),
+    ],
+)
+def test_mistakes_are_told_and_not_counted(predictions, labels, told):
+    matrix = ConfusionMatrix(4)
+    with pytest.raises(InputError, match=told):
+        matrix.update(predictions, labels)
+    assert matrix.counts.sum() == 0
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(InputError, match="no labelled pixels"):
+        matrix_of(np.zeros(3, int), np.full(3, 255), 4).compute()
+    with pytest.raises(InputError):
+        ConfusionMatrix(0)
+
+
+def test_metrics_are_plain_numbers():
+    metrics = metrics_from_counts(torch.tensor([[3, 1], [0, 4]]))
+    json.dumps(vars(metrics))
+    assert isinstance(metrics, Metrics) and "FG-mIoU 80.00%" in str(metrics)
+
+
+class Student(nn.Module):
+    """Reads the class off the red channel; sums of its modes are checked."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.bn = nn.BatchNorm2d(3)
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append((self.training, self.bn.training, torch.is_grad_enabled(), len(x)))
+        classes = torch.arange(4.0).view(1, 4, 1, 1)
+        return -(self.bn(x)[:, :1] - classes / 2 + 1).square() * self.scale
+
+
+@pytest.fixture
+def labelled():
+    masks = torch.randint(0, 4, (10, 6, 5), generator=torch.Generator().manual_seed(0))
+    return (masks / 2 - 1)[:, None].expand(-1, 3, -1, -1), masks
+
+
+def test_evaluate_a_network(labelled):
+    images, masks = labelled
+    student = Student()
+    wrong = masks.clone()
+    wrong[0] = 255
+    wrong[1] = (wrong[1] + 1) % 4
+    metrics = evaluate(student, images, wrong, 4, batch_size=4)
+    assert metrics.pixel_accuracy == pytest.approx(8 / 9)
+    assert [m[3] for m in student.modes] == [4, 4, 2]
+    assert all(m[:3] == (False, False, False) for m in student.modes)
+    assert metrics == evaluate(student, images, wrong, 4, batch_size=64)
+
+
+def test_modes_are_restored_even_after_an_error(labelled):
+    images, masks = labelled
+    student = Student().train()
+    student.bn.eval()
+    evaluate(student, images, masks, 4)
+    assert student.training and not student.bn.training
+    with pytest.raises(RuntimeError), eval_mode(student):
+        raise RuntimeError
+    assert student.training and not student.bn.training
+    assert student.bn.num_batches_tracked == 0
+
+
+def test_predict_gives_classes(labelled):
+    images, masks = labelled
+    predictions = predict(Student(), images, batch_size=3)
+    assert predictions.equal(masks) and predictions.dtype == torch.int64
+
+
+def test_evaluate_needs_as_many_masks_as_pictures(labelled):
+    images, masks = labelled
+    with pytest.raises(InputError, match="10 pictures and 9 masks"):
+        evaluate(Student(), images, masks[:9], 4)
+    with pytest.raises(InputError):
+        evaluate(Student(), images[:0], masks[:0], 4)
