@@ -1,0 +1,167 @@
+"""The command line, as real processes: exit codes, one-line errors, killed and interrupted runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from notebooks import printed, write_experiment
+
+from lagm import cli
+
+LAGM = [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())"]
+STAGES = """\
+from pathlib import Path
+import os, time
+out = Path(out_dir)
+(out / "kernel.pid").write_text(str(os.getpid()))
+if not (out / "stage1.txt").exists(): (out / "stage1.txt").write_text(f"by {os.getpid()}")
+print("stage 1", (out / "stage1.txt").read_text())"""
+WAIT = """\
+print("stage 2 starts")
+(out / "waiting").touch()
+while (out / "hold").exists(): time.sleep(0.05)
+(out / "metrics.json").write_text('{"summary": ["all is well", "really"]}')"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A little checkout with one experiment of two stages, as the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment(tmp_path / "nbs" / "experiments" / "10_toy.ipynb", STAGES, WAIT, "print('end of k', k)")
+    return tmp_path
+
+
+def start_and_wait(out: Path) -> tuple[subprocess.Popen, int]:
+    """Start the experiment and wait until its second stage runs; the process and its kernel's number."""
+    out.mkdir(parents=True)
+    (out / "hold").touch()
+    process = subprocess.Popen([*LAGM, "run", "toy", "-p", "k", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    return process, int((out / "kernel.pid").read_text())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try: return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except OSError: return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_killed_run_can_be_read_and_goes_on(checkout, capsys):
+    out = checkout / "outputs" / "toy"
+    process, kernel = start_and_wait(out)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    notebook = nbformat.read(out / "toy.ipynb", 4)
+    assert printed(out / "toy.ipynb").startswith(f"stage 1 by {kernel}\n"), "the finished cell must be on disk"
+    assert not notebook.metadata.get("lagm", {}).get("finished") and not (out / "metrics.json").exists()
+    deadline = time.monotonic() + 20
+    while alive(kernel):
+        assert time.monotonic() < deadline, "the notebook's process outlived the run"
+        time.sleep(0.1)
+
+    (out / "hold").unlink()
+    assert cli.main(["run", "toy", "-p", "k", "3"]) == 0
+    said = capsys.readouterr().out
+    assert printed(out / "toy.ipynb") == f"stage 1 by {kernel}\nstage 2 starts\nend of k 3\n", "stage 1 must not be repeated"
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [], "leftovers of the killed run must go"
+    assert [word in said for word in ("toy.ipynb", "metrics.json", "all is well\nreally", "end of k 3")] == [True] * 4
+    before = (out / "toy.ipynb").read_bytes()
+    assert cli.main(["run", "toy", "-p", "k", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "kept" in said and "all is well" in said
+    assert (out / "toy.ipynb").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_an_interrupted_run_is_not_finished(checkout):
+    out = checkout / "outputs" / "toy"
+    process, _ = start_and_wait(out)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "lagm: interrupted" in errors and "Traceback" not in errors
+    assert not nbformat.read(out / "toy.ipynb", 4).metadata.lagm.finished
+    assert printed(out / "toy.ipynb").startswith("stage 1 by")
+
+
+def test_two_runs_at_once_in_one_folder(checkout):
+    runs = [subprocess.Popen([*LAGM, "run", "toy", "-p", "k", str(k), "-o", f"results/{k}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for k in (4, 5)]
+    for k, run in zip((4, 5), runs):
+        said, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+        assert printed(checkout / "results" / str(k) / "toy.ipynb").endswith(f"end of k {k}\n")
+    assert sorted(os.listdir(checkout)) == ["nbs", "results"], "nothing may be left in the current folder"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["run", "toy", "-p", "kk", "3"], "there is no parameter 'kk', did you mean 'k'?"),
+    (["run", "toy", "-p", "k", "three"], "k = 'three' is not int"),
+    (["run", "tony"], "there is no experiment 'tony', did you mean 'toy'?"),
+    (["run", "missing.ipynb"], "no such notebook: missing.ipynb"),
+    (["run", "toy", "-f", "missing.yaml"], "cannot read the parameter file missing.yaml"),
+    (["run", "toy", "-o", "file/below"], "cannot write to the output folder file"),
+])
+def test_wrong_calls_are_one_line_and_code_2(checkout, capsys, words, message):
+    (checkout / "file").write_text("")
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("lagm: error: ") and message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert sorted(os.listdir(checkout)) == ["file", "nbs"]
+
+
+def test_wrong_words_are_code_2(checkout, capsys):
+    for words in ([], ["walk"], ["run"], ["run", "toy", "-p", "k"], ["run", "toy", "--parameter=k"]):
+        with pytest.raises(SystemExit) as caught: cli.main(words)
+        assert caught.value.code == 2 and "lagm" in capsys.readouterr().err
+
+
+def test_a_failing_cell_is_one_line_and_code_1(checkout, capsys):
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "raise RuntimeError('first line\\nsecond line')")
+    assert cli.main(["run", "toy"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lagm: error: cell [4] of outputs/toy/toy.ipynb failed: RuntimeError: first line; ".replace("/", os.sep)) and error.count("\n") == 1
+
+
+def test_values_of_the_command_line_win_over_files(checkout, capsys):
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "import json\nprint(json.dumps([k, rate, recipe, widths]))")
+    (checkout / "a.yaml").write_text("k: 5\nrate: 1e-2\nwidths: [1]\n")
+    (checkout / "b.yaml").write_text("recipe: paper\nwidths: [2]\n")
+    assert cli.main(["run", "toy", "-f", "a.yaml", "-f", "b.yaml", "-p", "k", "6", "-p", "k", "7"]) == 0
+    assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [7, 0.01, "paper", [2]]
+    assert f"figures   {Path('outputs/toy')}" not in capsys.readouterr().out
+    (checkout / "outputs" / "toy" / "b.png").touch()
+    (checkout / "outputs" / "toy" / "a.png").touch()
+    described = cli.describe_results(Path("outputs/toy/toy.ipynb")).splitlines()
+    assert [line.split()[-1].split(os.sep)[-1] for line in described] == ["toy.ipynb", "a.png", "b.png"]
+
+
+def test_list_and_help_and_version(checkout, capsys):
+    assert cli.main(["list"]) == 0
+    assert capsys.readouterr().out == "toy  Does little.\n"
+    for words in (["--help"], ["run", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught: cli.main(words)
+        assert caught.value.code == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("lagm ")
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, lagm.cli\ntry: lagm.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("False"), done.stderr
+
+
+def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):
+    from lagm import experiments
+    monkeypatch.setattr(experiments.importlib.resources, "files", lambda name: tmp_path / "lagm")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["list"]) == 2
+    assert "no experiments found" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""The README is the front notebook: prose with working links, code with what it printed."""
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from lagm import readme
+from lagm.core import InputError
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A function that writes nbs/index.ipynb from cells into a folder with a few files, and returns the folder."""
+    for name in ("LICENSE", "nbs/images/faces.png", "nbs/components/00_core.ipynb", "tests/test_core.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def write(*cells):
+        nbformat.write(v4.new_notebook(cells=list(cells)), tmp_path / "nbs" / "index.ipynb")
+        return tmp_path
+    return write
+
+
+def convert(folder) -> str:
+    return readme.to_markdown(folder / "nbs" / "index.ipynb", folder)
+
+
+@pytest.mark.parametrize(("link", "moved"), [
+    ("[a](components/00_core.ipynb)", "[a](nbs/components/00_core.ipynb)"),
+    ("[a](components/00_core.ipynb#files)", "[a](nbs/components/00_core.ipynb#files)"),
+    ("[a](./images/faces.png)", "[a](nbs/images/faces.png)"),
+    ("[![b](images/faces.png)](../LICENSE)", "[![b](nbs/images/faces.png)](LICENSE)"),
+    ('<img src="images/faces.png" width="500">', '<img src="nbs/images/faces.png" width="500">'),
+    ("[a](..) and [b](../tests)", "[a](.) and [b](tests)"),
+    ("[a](https://example.org/x.png) [b](#top) [c](mailto:a@example.org)", None),
+    ("`[a](none.png)` and\n```\n[a](none.png)\n```", None),
+])
+def test_links_lead_to_the_same_place_from_one_folder_up(project, link, moved):
+    assert convert(project(v4.new_markdown_cell(link))) == (moved or link) + "\n"
+
+
+@pytest.mark.parametrize("link", ["[a](none.ipynb)", "![a](images/none.png)", '<img src="none.png">', "[a](../README.txt#x)"])
+def test_links_to_nothing_are_refused(project, link):
+    with pytest.raises(InputError, match="leads to no file"): convert(project(v4.new_markdown_cell(link)))
+
+
+def test_code_is_fenced_with_what_it_printed_and_hidden_cells_are_left_out(project):
+    text = convert(project(
+        v4.new_raw_cell("raw"), v4.new_markdown_cell("# title\n"), v4.new_code_cell("#| hide\nsecret()"),
+        v4.new_code_cell("#| eval: false\n#| echo: true\nx = 1 | 2\nprint(x)", outputs=[
+            v4.new_output("stream", text="3\n"), v4.new_output("execute_result", {"text/plain": "'done'"})]),
+        v4.new_code_cell("#| default_exp nothing"), v4.new_code_cell("pass")))
+    assert text == "# title\n\n```python\nx = 1 | 2\nprint(x)\n```\n\n```\n3\n'done'\n```\n\n```python\npass\n```\n"
+
+
+def test_pictures_drawn_by_cells_are_refused(project):
+    cell = v4.new_code_cell("plot()", outputs=[v4.new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})])
+    with pytest.raises(InputError, match="draws a picture"): convert(project(cell))
+
+
+def test_check_tells_what_to_do_and_writes_nothing(project, capsys):
+    folder = project(v4.new_markdown_cell("one"))
+    assert readme.main(["--root", str(folder), "--check"]) == 1 and not (folder / "README.md").exists()
+    assert readme.main(["--root", str(folder)]) == 0 and (folder / "README.md").read_text() == "one\n"
+    assert readme.main(["--root", str(folder), "--check"]) == 0
+    (folder / "README.md").write_text("two\n")
+    capsys.readouterr()
+    assert readme.main(["--root", str(folder), "--check"]) == 1
+    said = capsys.readouterr()
+    assert "-two" in said.out and "+one" in said.out and "make readme" in said.err
+    assert (folder / "README.md").read_text() == "two\n"
+
+
+def test_problems_of_the_notebook_are_told(project, tmp_path, capsys):
+    assert readme.main(["--root", str(tmp_path)]) == 1 and "there is no" in capsys.readouterr().err
+    folder = project(v4.new_markdown_cell("[a](none)"))
+    assert readme.main(["--root", str(folder)]) == 1 and "leads to no file: none" in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
