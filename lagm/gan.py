@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EqualisedConv', 'DiscriminatorBlock', 'minibatch_std', 'Discriminator', 'discriminator_loss', 'generator_loss',
-           'r1_penalty', 'GANRecipe', 'GANTrainer', 'sample_grid', 'train_gan']
+           'r1_penalty', 'GANRecipe', 'real_batch', 'fake_batch', 'GANTrainer', 'networks_of', 'training_state',
+           'save_training', 'load_training', 'sample_grid', 'train_gan']
 
 # %% ../nbs/components/24_gan.ipynb #77a3fadb
 import math
@@ -139,9 +140,39 @@ class GANRecipe:
         return StyleGAN2(self.resolution, z_dim=self.z_dim, w_dim=self.w_dim, mapping_layers=self.mapping_layers,
                          channel_base=self.channel_base, channel_max=self.channel_max)
 
-# %% ../nbs/components/24_gan.ipynb #cfe72cbb
+# %% ../nbs/components/24_gan.ipynb #76053ebc
+def real_batch(
+    images: Tensor,  # (N, 3, R, R) uint8
+    batch: int,
+    rng: torch.Generator,
+) -> Tensor:  # (batch, 3, R, R) in [-1, 1]
+    "Real pictures, half of them mirrored."
+    chosen = torch.randint(len(images), (batch,), generator=rng)
+    mirror = torch.rand(batch, 1, 1, 1, generator=rng) < 0.5
+    real = images[chosen].float() / 127.5 - 1
+    return torch.where(mirror, real.flip(3), real)
+
+
+def fake_batch(
+    generator: StyleGAN2,  # its running mean of the styles is updated
+    batch: int,
+    mixing: float,  # probability of a second latent for the later layers
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # (batch, 3, R, R), with gradients
+    "Generated pictures."
+    z = torch.randn(2, batch, generator.z_dim, generator=rng)
+    mix = torch.rand((), generator=rng) < mixing
+    crossover = int(torch.randint(1, generator.num_ws, (), generator=rng)) if mix else generator.num_ws
+    w = generator.mapping(z[0])
+    generator.mapping.w_avg.lerp_(w.detach().mean(dim=0), 0.005)
+    ws = w[:, None].repeat(1, generator.num_ws, 1)
+    if mix: ws = torch.cat([ws[:, :crossover], generator.mapping(z[1])[:, None].repeat(1, generator.num_ws - crossover, 1)], dim=1)
+    return generator.synthesis(ws, dtype=dtype, noise_mode="random", rng=rng).image
+
+# %% ../nbs/components/24_gan.ipynb #abadc288
 class GANTrainer:
-    "A training run that can be stopped and continued: `step()` until `finished`; `save` and `load`."
+    "A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."
 
     def __init__(
         self,
@@ -173,28 +204,11 @@ class GANTrainer:
         left = (self.recipe.images - self.seen) / max(self.recipe.cooldown * self.recipe.images, 1)
         return self.recipe.learning_rate * (0.1 + 0.9 * min(1.0, max(0.0, left)))
 
-    def real_batch(self) -> Tensor:
-        "A batch of real pictures in [-1, 1], mirrored at random."
-        chosen = torch.randint(len(self.images), (self.recipe.batch,), generator=self.rng)
-        mirror = torch.rand(self.recipe.batch, 1, 1, 1, generator=self.rng) < 0.5
-        real = self.images[chosen].float() / 127.5 - 1
-        return torch.where(mirror, real.flip(3), real)
-
-    def fake_batch(self) -> Tensor:
-        "A batch of generated pictures, with gradients; sometimes the later layers follow a second latent."
-        z = torch.randn(2, self.recipe.batch, self.recipe.z_dim, generator=self.rng)
-        mix = torch.rand((), generator=self.rng) < self.recipe.style_mixing
-        crossover = int(torch.randint(1, self.generator.num_ws, (), generator=self.rng)) if mix else self.generator.num_ws
-        w = self.generator.mapping(z[0])
-        self.generator.mapping.w_avg.lerp_(w.detach().mean(dim=0), 0.005)
-        ws = w[:, None].repeat(1, self.generator.num_ws, 1)
-        if mix: ws = torch.cat([ws[:, :crossover], self.generator.mapping(z[1])[:, None].repeat(1, self.generator.num_ws - crossover, 1)], dim=1)
-        return self.generator.synthesis(ws, dtype=self.dtype, noise_mode="random", rng=self.rng).image
-
     def step(self) -> dict[str, float]:
         "One update of both networks; returns the losses."
         for optimizer in self.optimizers.values(): optimizer.param_groups[0]["lr"] = self.learning_rate()
-        real, fake = self.real_batch(), self.fake_batch()
+        real = real_batch(self.images, self.recipe.batch, self.rng)
+        fake = fake_batch(self.generator, self.recipe.batch, self.recipe.style_mixing, self.rng, self.dtype)
         scores = self.discriminator(torch.cat([real, fake.detach()]), self.dtype)
         losses = dict(discriminator=discriminator_loss(*scores.chunk(2)))
         total = losses["discriminator"]
@@ -220,38 +234,46 @@ class GANTrainer:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), weight)
         self.average.mapping.w_avg.copy_(self.generator.mapping.w_avg)
 
-    def state(self) -> dict[str, Tensor]:
-        "Every tensor of the run: networks, average, both optimisers, random numbers."
-        networks = dict(generator=self.generator, discriminator=self.discriminator, average=self.average)
-        tensors = {f"{name}.{key}": value for name, network in networks.items() for key, value in network.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"adam.{name}.{index}.{slot}": value for slot, value in slots.items()}
-        return tensors | {"rng": self.rng.get_state()}
+# %% ../nbs/components/24_gan.ipynb #238009d9
+def networks_of(trainer: GANTrainer) -> dict[str, nn.Module]:
+    "The networks of a run, by the names used in its file."
+    return dict(generator=trainer.generator, discriminator=trainer.discriminator, average=trainer.average)
 
-    def save(self, path: str | Path) -> None:
-        "Write the whole state, atomically."
-        save_tensors(path, self.state(), dict(kind="gan-training", recipe=asdict(self.recipe), seen=self.seen, history=self.history, origins=self.origins))
 
-    def load(self, path: str | Path) -> None:
-        "Continue from `path`. Raises `InputError` if it belongs to another recipe."
-        tensors, header = load_tensors(path)
-        mine = {**asdict(self.recipe), "discriminator_channels": list(self.recipe.discriminator_channels)}
-        if different := [name for name in mine if header.get("recipe", {}).get(name) != mine[name]]:
-            raise InputError(f"{path} is of a run with other {', '.join(different)}: give that recipe, or another output folder")
-        for name, network in dict(generator=self.generator, discriminator=self.discriminator, average=self.average).items():
-            network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        for name, optimizer in self.optimizers.items():
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"adam.{name}."): slots.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-        self.rng.set_state(tensors["rng"])
-        self.seen, self.history, now = header["seen"], header["history"], self.origins[0]
-        same = all(now[key] == header["origins"][-1][key] for key in ("commit", "modified", "versions", "hardware"))
-        self.origins = header["origins"] + ([] if same else [{**now, "from_image": self.seen}])
+def training_state(trainer: GANTrainer) -> dict[str, Tensor]:
+    "Every tensor of the run: networks, average, both optimisers, random numbers."
+    tensors = {f"{name}.{key}": value for name, network in networks_of(trainer).items() for key, value in network.state_dict().items()}
+    for name, optimizer in trainer.optimizers.items():
+        for index, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{name}.{index}.{slot}": value for slot, value in slots.items()}
+    return tensors | {"rng": trainer.rng.get_state()}
 
-# %% ../nbs/components/24_gan.ipynb #3a885e62
+
+def save_training(trainer: GANTrainer, path: str | Path) -> None:
+    "Write the whole state, atomically."
+    header = dict(kind="gan-training", recipe=asdict(trainer.recipe), seen=trainer.seen, history=trainer.history, origins=trainer.origins)
+    save_tensors(path, training_state(trainer), header)
+
+# %% ../nbs/components/24_gan.ipynb #29dabcdd
+def load_training(trainer: GANTrainer, path: str | Path) -> None:
+    "Continue from `path`. Raises `InputError` if it belongs to another recipe."
+    tensors, header = load_tensors(path)
+    mine = {**asdict(trainer.recipe), "discriminator_channels": list(trainer.recipe.discriminator_channels)}
+    if different := [name for name in mine if header.get("recipe", {}).get(name) != mine[name]]:
+        raise InputError(f"{path} is of a run with other {', '.join(different)}: give that recipe, or another output folder")
+    for name, network in networks_of(trainer).items():
+        network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+    for name, optimizer in trainer.optimizers.items():
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"adam.{name}."): slots.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    trainer.rng.set_state(tensors["rng"])
+    trainer.seen, trainer.history, now = header["seen"], header["history"], trainer.origins[0]
+    same = trainer.finished or all(now[key] == header["origins"][-1][key] for key in ("commit", "modified", "versions", "hardware"))
+    trainer.origins = header["origins"] + ([] if same else [{**now, "from_image": trainer.seen}])
+
+# %% ../nbs/components/24_gan.ipynb #50fb6f50
 @torch.no_grad()
 def sample_grid(
     network: StyleGAN2,
@@ -277,7 +299,7 @@ def train_gan(
     "Train to the end of the recipe. Stopping at any moment loses at most `save_every` images."
     folder, trainer = Path(folder), GANTrainer(images, recipe)
     state = folder / "state.safetensors"
-    if state.exists(): trainer.load(state)
+    if state.exists(): load_training(trainer, state)
     running: dict[str, float] = {}
     bar = tqdm(total=recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
     while not trainer.finished:
@@ -291,6 +313,6 @@ def train_gan(
             save_image(sample_grid(trainer.average), folder / "grids" / f"{trainer.seen:08d}.png")
         if trainer.seen // save_every > before // save_every or trainer.finished:
             trainer.history.append(dict(seen=trainer.seen, **running))
-            trainer.save(state)
+            save_training(trainer, state)
     bar.close()
     return trainer

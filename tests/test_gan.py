@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lagm.core import InputError
-from lagm.gan import Discriminator, GANRecipe, GANTrainer, minibatch_std, r1_penalty, train_gan
+from lagm.gan import Discriminator, GANRecipe, GANTrainer, load_training, minibatch_std, r1_penalty, train_gan, training_state
 
 TINY = GANRecipe(images=96, batch=8, resolution=16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8,
                  discriminator_channels=(8, 8), r1_interval=4, bfloat16=False)
@@ -54,10 +54,10 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     process.wait()
     subprocess.run([sys.executable, script, tmp_path / "cut"], check=True)
     whole, cut = GANTrainer(pictures(), TINY), GANTrainer(pictures(), TINY)
-    whole.load(tmp_path / "whole" / "state.safetensors")
-    cut.load(tmp_path / "cut" / "state.safetensors")
+    load_training(whole, tmp_path / "whole" / "state.safetensors")
+    load_training(cut, tmp_path / "cut" / "state.safetensors")
     assert whole.finished and cut.finished
-    assert all(torch.equal(tensor, cut.state()[name]) for name, tensor in whole.state().items())
+    assert all(torch.equal(tensor, training_state(cut)[name]) for name, tensor in training_state(whole).items())
     assert not list((tmp_path / "cut").glob(".*"))
 
 
