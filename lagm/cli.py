@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['list_command', 'describe_results', 'run_command', 'build_parser', 'main']
 
-# %% ../nbs/components/92_cli.ipynb #399e4d98
+# %% ../nbs/components/92_cli.ipynb #ea64cf09
 import argparse
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def describe_results(
     summary = content.get("summary", []) if isinstance(content, dict) else []
     return "\n".join(lines + [str(line) for line in ([summary] if isinstance(summary, str) else summary)])
 
-# %% ../nbs/components/92_cli.ipynb #8792728f
+# %% ../nbs/components/92_cli.ipynb #82f51cfc
 def run_command(arguments: argparse.Namespace) -> None:
     """`lagm run`: run one experiment, showing what its cells print, then say where the results are."""
     from lagm.experiments import default_output, find_experiment, read_parameter_file, run_notebook
@@ -45,8 +46,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     notebook = find_experiment(arguments.name)
     output = default_output(notebook)
     if arguments.output: output = Path(arguments.output) / output.name
-    parameters = {}
-    for path in arguments.files: parameters |= read_parameter_file(path)
+    beside, parameters = notebook.with_suffix(".yaml"), {}
+    full_size = [beside] if beside.is_file() and not arguments.small else []
+    for path in full_size + arguments.files: parameters |= read_parameter_file(path)
     parameters |= {name: value for name, value in arguments.parameters}
     run_notebook(notebook, output, parameters, force=arguments.force, echo=True)
     print(describe_results(output))
@@ -59,7 +61,7 @@ class _Version(argparse.Action):
         print(f"lagm {importlib.metadata.version('lagm')}")
         parser.exit()
 
-# %% ../nbs/components/92_cli.ipynb #f945c089
+# %% ../nbs/components/92_cli.ipynb #f6dbbbd6
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; every command stores its function as `command`."""
     parser = argparse.ArgumentParser(
@@ -73,16 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run", help="run an experiment", description="Run an experiment notebook with other parameters; a finished run is kept.",
-        epilog="Parameters given later win: those of -p over those of -f. What an experiment takes stands in its notebook's parameters cell; a wrong name lists them.")
+        epilog="Parameters come from the notebook, then NAME.yaml beside it, then -f, then -p; later ones win. What an experiment takes stands in its notebook's parameters cell; a wrong name lists them.")
     run.add_argument("name", metavar="NAME", help="a name of `lagm list`, or the path of a notebook")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], dest="parameters", metavar=("KEY", "VALUE"), help="set one parameter (repeat for more)")
     run.add_argument("-f", "--file", action="append", default=[], dest="files", metavar="FILE", help="take parameters from a YAML file")
     run.add_argument("-o", "--output", metavar="FOLDER", help="where the executed notebook and its results go (default: outputs/NAME)")
+    run.add_argument("--small", action="store_true", help="leave out NAME.yaml: the notebook's own small size, to see that it works")
     run.add_argument("--force", action="store_true", help="run again even if a finished run with these parameters is there")
     run.set_defaults(command=run_command)
     return parser
 
-# %% ../nbs/components/92_cli.ipynb #66dd1d00
+# %% ../nbs/components/92_cli.ipynb #bae8b642
 def main(
     argv: Sequence[str] | None = None,  # the words after `lagm`; none: those this process was called with
 ) -> int:  # the exit code
@@ -95,6 +98,7 @@ def main(
         arguments.command(arguments)
         return 0
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that was given up
         print("lagm: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
     except (InputError, RunError, OSError) as error:

@@ -42,7 +42,7 @@ def start_and_wait(out: Path) -> tuple[subprocess.Popen, int]:
     out.mkdir(parents=True)
     (out / "hold").touch()
     process = subprocess.Popen([*LAGM, "run", "toy", "-p", "k", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (out / "waiting").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
@@ -87,7 +87,7 @@ def test_an_interrupted_run_is_not_finished(checkout):
     out = checkout / "outputs" / "toy"
     process, _ = start_and_wait(out)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "lagm: interrupted" in errors and "Traceback" not in errors
     assert not nbformat.read(out / "toy.ipynb", 4).metadata.lagm.finished
     assert printed(out / "toy.ipynb").startswith("stage 1 by")
@@ -142,6 +142,15 @@ def test_values_of_the_command_line_win_over_files(checkout, capsys):
     (checkout / "outputs" / "toy" / "a.png").touch()
     described = cli.describe_results(Path("outputs/toy/toy.ipynb")).splitlines()
     assert [line.split()[-1].split(os.sep)[-1] for line in described] == ["toy.ipynb", "a.png", "b.png"]
+
+
+def test_the_file_beside_an_experiment_gives_its_size(checkout, capsys):
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "import json\nprint(json.dumps([k, rate, recipe]))")
+    (checkout / "nbs" / "experiments" / "10_toy.yaml").write_text("k: 5\nrate: 0.5\n")
+    assert cli.main(["run", "toy", "-p", "k", "6"]) == 0
+    assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [6, 0.5, "fast"]
+    assert cli.main(["run", "toy", "--small", "-p", "k", "6"]) == 0
+    assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [6, 1e-3, "fast"]
 
 
 def test_list_and_help_and_version(checkout, capsys):

@@ -12,7 +12,7 @@ import papermill
 import pytest
 from sync import ROOT, differences, modules, notebooks
 
-from lagm.experiments import check_parameters, read_parameters
+from lagm.experiments import check_parameters, find_experiment, read_parameter_file, read_parameters
 
 NOTEBOOKS = notebooks()
 COMPONENTS = [path for path in NOTEBOOKS if path.parent.name == "components"]
@@ -146,6 +146,12 @@ def test_an_experiment_explains_its_parameters(path):
 def test_an_experiment_is_a_template(path):
     assert not any(cell.outputs for cell in code_cells(path)), "an experiment is stored without outputs"
     assert not any("default_exp" in directives(cell) for cell in code_cells(path)), "an experiment exports nothing"
+
+
+@pytest.mark.parametrize("path", named(sorted((ROOT / "nbs" / "experiments").glob("*.yaml"))))
+def test_parameter_files_fit_their_experiment(path):
+    """A file NAME.yaml, or NAME_more.yaml, holds parameters of the experiment NAME."""
+    assert check_parameters(find_experiment(path.stem.split("_")[0], ROOT), read_parameter_file(path))
 
 
 # ---- the check that is not a test
