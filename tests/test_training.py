@@ -1,0 +1,355 @@
+"""The loop: the authors' traces, resuming to the bit, and mistakes that become sentences."""
+
+import copy
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filling import fill
+from safetensors import safe_open
+from torch import nn
+
+import lagm.training as training
+from lagm.annotator import FPNAnnotator
+from lagm.augment import Augment
+from lagm.core import InputError, load_tensors
+from lagm.segmenters import UNet, matched_parameter_names
+from lagm.training import Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm, train_supervised
+
+GOLDEN = Path(__file__).parent / "golden"
+CLASSES, SIZE = 4, 16
+
+
+# --- the authors' traces ---------------------------------------------------------------------------------------------
+
+TRACE_NAMES = {"loss_gm": "GM/loss_gm", "loss_label": "GM/loss_label", "loss_syn": "GM/loss_syn", "loss_s": "S/loss_syn"}
+
+
+def read_trace(name):
+    with safe_open(GOLDEN / f"training_trace_{name}.safetensors", "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+
+
+def trace_data(seed):
+    """Synthetic images and features, labelled images and labels, in the order in which they were drawn."""
+    r = np.random.RandomState(seed)
+    images = r.uniform(-1, 1, (10, 2, 3, 32, 32))
+    features = [r.standard_normal((10, 2) + shape) for shape in ((6, 8, 8), (6, 16, 16), (4, 32, 32))]
+    labelled = r.uniform(-1, 1, (5, 2, 3, 32, 32))
+    labels = torch.from_numpy(r.randint(0, 4, (5, 2, 32, 32)).astype(np.int64))
+    images, labelled, *features = (torch.from_numpy(a.astype(np.float32)) for a in (images, labelled, *features))
+    return [SyntheticBatch(images[i], [f[i] for f in features], lambda q: q) for i in range(10)], list(zip(labelled, labels))
+
+
+@functools.cache
+def filled_networks(annotator_seed, segmenter_seed):
+    return fill(FPNAnnotator([6, 6, 4], 4, channels=8), annotator_seed), fill(UNet(4), segmenter_seed)
+
+
+def run_trace(meta, gradients):
+    annotator, segmenter = copy.deepcopy(filled_networks(int(meta["A_seed"]), int(meta["S_seed"])))
+    recipe = get_recipe("paper", metric=meta["metric"], reduction=meta["reduction"], gradients=gradients)
+    players = Players(segmenter, annotator, recipe, torch.device("cpu"))
+    players.begin({"segmenter": 0.01, "annotator": 0.05}, averaged=False)
+    names, first_gradient, losses = matched_parameter_names(segmenter, meta["matched"]), {}, []
+
+    def keep_first(*_):
+        if not first_gradient: first_gradient.update({name: p.grad.clone() for name, p in annotator.named_parameters()})
+
+    players.optimizers["annotator"].register_step_pre_hook(keep_first)
+    synthetic, labelled = trace_data(int(meta["data_seed"]))
+    for step in range(5):
+        losses.append(matching_step(players, names, labelled[step], synthetic[2 * step], synthetic[2 * step + 1]))
+    return annotator, segmenter, first_gradient, {name: torch.stack([record[name] for record in losses]) for name in TRACE_NAMES}
+
+
+@pytest.mark.parametrize("gradients", ["forward", "double"])
+@pytest.mark.parametrize("name, gradient_tolerance, cross_entropy_tolerance, gm_tolerance", [
+    ("outc_cosine_mean", 1e-5, 1e-3, 5e-3), ("all_cosine_mean", 1e-2, 1e-3, 5e-3), ("all_l2_sum", 1e-2, 1e-2, 2e-2)])
+def test_authors_trace(name, gradient_tolerance, cross_entropy_tolerance, gm_tolerance, gradients):
+    meta, golden = read_trace(name)
+    annotator, segmenter, gradient, losses = run_trace(meta, gradients)
+
+    for loss, theirs in TRACE_NAMES.items():
+        expected = golden[f"trace.Loss/{theirs}"]
+        if loss != "loss_s": assert losses[loss][0].item() == pytest.approx(expected[0].item(), rel=5e-5), loss
+        worst = ((losses[loss] - expected) / expected).abs().max().item()
+        assert worst < (gm_tolerance if loss == "loss_gm" else cross_entropy_tolerance), loss
+
+    difference = sum((gradient[key] - golden[f"gradA.{key}"]).square().sum() for key in gradient).sqrt()
+    assert difference / sum(golden[f"gradA.{key}"].square().sum() for key in gradient).sqrt() < gradient_tolerance
+
+    for key, value in segmenter.state_dict().items():  # running statistics and their counts included
+        assert value.float().norm().item() == pytest.approx(golden[f"finalS_norm.{key}"].item(), rel=1e-3), key
+    if "cosine" in name:
+        for key, value in annotator.state_dict().items():
+            torch.testing.assert_close(value.float(), golden[f"finalA.{key}"], rtol=0.02, atol=2e-3, msg=lambda m: f"{key}: {m}")
+
+
+# --- a small run -----------------------------------------------------------------------------------------------------
+
+class ToyGenerator:
+    """Pictures of noise, and features that are the pictures, pooled and copied."""
+    z_dim, resolution, feature_channels, feature_sizes = 4, SIZE, [3, 6], [SIZE // 2, SIZE]
+
+    def sample_z(self, n, rng=None): return torch.randn(n, self.z_dim, generator=rng)
+
+    def __call__(self, z, rng=None):
+        image = torch.tanh(torch.randn(len(z), 3, SIZE, SIZE, generator=rng) + z[:, :3, None, None])
+        return image, [nn.functional.avg_pool2d(image, 2), torch.cat([image, image.square()], dim=1)]
+
+
+def labelled(n=2):
+    rng = torch.Generator().manual_seed(1)
+    return torch.rand(n, 3, SIZE, SIZE, generator=rng) * 2 - 1, torch.randint(0, CLASSES, (n, SIZE, SIZE), generator=rng)
+
+
+def networks(seed=0):
+    torch.manual_seed(seed)
+    return FPNAnnotator(ToyGenerator.feature_channels, CLASSES, channels=4), UNet(CLASSES, width=4, levels=2)
+
+
+FAST = get_recipe("fast", steps=5, warm_segmenter=4, warm_annotator=3)
+PAPER = get_recipe("paper", steps=6)
+
+
+def run(recipe, match=True, nets=None, **options):
+    annotator, segmenter = nets or networks()
+    return train_lagm(ToyGenerator(), annotator, segmenter, *labelled(), recipe, match=match, progress=False, **options)
+
+
+def same(first, second):
+    """Whether two results hold the same bits."""
+    pairs = [(first.segmenter, second.segmenter), (first.annotator, second.annotator)]
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+RECIPES = {
+    "fast": FAST,
+    "paper": PAPER,
+    "paper, augmented and resized": dataclasses.replace(PAPER, augment=Augment(), wide_crop=True),
+    "double backward, shared": dataclasses.replace(FAST, gradients="double"),
+    "stale labels": dataclasses.replace(FAST, fresh_labels=False),
+    "bfloat16": dataclasses.replace(FAST, precision="bfloat16"),
+    "labelled loss, fresh pictures, head only": dataclasses.replace(FAST, shared_batch=False, matched="outc"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_learns_the_same_twice(name):
+    first, second = run(RECIPES[name]), run(RECIPES[name])
+    assert same(first, second)
+    annotator, segmenter = networks()
+    assert not torch.equal(first.segmenter.outc.weight, segmenter.outc.weight)
+    assert not torch.equal(first.annotator.to_logit[0].weight, annotator.to_logit[0].weight)
+    assert first.step == RECIPES[name].total_steps and not first.segmenter.training
+
+
+def test_forward_mode_and_double_backward_train_alike():
+    """Same weights after a few steps, but for rounding."""
+    results = [run(dataclasses.replace(PAPER, gradients=gradients, lr_annotator=0.05)) for gradients in ("forward", "double")]
+    for a, b in zip(results[0].annotator.state_dict().values(), results[1].annotator.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_without_matching_the_annotator_stands_still():
+    warm = run(dataclasses.replace(FAST, steps=0))
+    frozen = run(FAST, match=False)
+    for (name, a), b in zip(warm.annotator.state_dict().items(), frozen.annotator.state_dict().values()): assert torch.equal(a, b), name
+    assert not torch.equal(warm.segmenter.outc.weight, frozen.segmenter.outc.weight)
+    assert {record["stage"] for record in run(FAST, record_every=1).history["losses"]} == {"warm segmenter", "warm annotator", "match"}
+
+
+def test_a_warm_start_can_be_shared():
+    """Warm start once, match from copies of it: the same bits as in one go."""
+    warm = run(dataclasses.replace(FAST, steps=0))
+    assert same(run(dataclasses.replace(FAST, warm_segmenter=0, warm_annotator=0), nets=(warm.annotator, warm.segmenter)), run(FAST))
+
+
+def test_average_is_what_is_returned():
+    nets = networks()
+    result = run(FAST, nets=nets)
+    assert result.segmenter is not nets[1] and not torch.equal(result.segmenter.outc.weight, nets[1].outc.weight)
+    plain = networks()
+    assert run(PAPER, nets=plain).segmenter is plain[1]
+
+
+def test_supervised_ignores_the_generator_and_learns():
+    images, masks = labelled()
+    segmenter = networks()[1]
+    result = train_supervised(segmenter, images, masks, get_recipe("fast", augment=None, average=0.0, lr_segmenter=1e-2), 60, validation=(images, masks), record_every=1, progress=False)
+    losses = [record["loss_label"] for record in result.history["losses"]]
+    assert losses[-1] < 0.8 * losses[0] and result.history["validation"][-1]["step"] == 60
+
+
+def test_labelled_batches_go_round():
+    batches = LabelledBatches(*labelled(3), batch=2, seed=5)
+    drawn = sum((batches.indices(step) for step in range(6)), [])
+    assert [sorted(drawn[i:i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4
+    assert drawn != sum((LabelledBatches(*labelled(3), batch=2, seed=6).indices(step) for step in range(6)), [])
+    assert len(LabelledBatches(*labelled(1), batch=4, seed=5)(0)[0]) == 4
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+class Stop(Exception): pass
+
+
+def stop_after(monkeypatch, steps):
+    """Make the loop raise after so many steps, as a crash would."""
+    count, advance = [0], training.Loop.advance
+
+    def counted(self, bar):
+        if count[0] == steps: raise Stop
+        count[0] += 1
+        advance(self, bar)
+
+    monkeypatch.setattr(training.Loop, "advance", counted)
+
+
+@pytest.mark.parametrize("name, steps", [("fast", 1), ("fast", 4), ("fast", 5), ("fast", 7), ("fast", 9), ("paper", 1), ("paper", 5), ("stale labels", 9)])
+def test_resumed_run_ends_in_the_same_bits(name, steps, tmp_path, monkeypatch):
+    options = dict(checkpoint_every=1, record_every=1, validation=labelled(), validate_every=2)
+    recipe = RECIPES[name]
+    whole = run(recipe, **options)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, steps)
+        run(recipe, checkpoint=tmp_path / "run.safetensors", **options)
+    torch.rand(3)  # the global generator has moved on
+    resumed = run(recipe, nets=networks(seed=99), checkpoint=tmp_path / "run.safetensors", **options)
+    assert same(whole, resumed) and whole.history == resumed.history
+    again = run(recipe, nets=networks(seed=98), checkpoint=tmp_path / "run.safetensors", **options)  # a finished run is only read
+    assert same(whole, again) and whole.history == again.history
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run(FAST, checkpoint=path)
+    for arguments, says in [(dict(recipe=dataclasses.replace(FAST, label_weight=2.0)), "recipe.label_weight .1.0 there, 2.0 here"),
+                            (dict(recipe=FAST, seed=1), "seed .0 there, 1 here"), (dict(recipe=FAST, match=False), "arm .matching there, no matching here")]:
+        with pytest.raises(InputError, match=says): run(**arguments, checkpoint=path)
+    images, masks = labelled()
+    with pytest.raises(InputError, match="data"):
+        train_lagm(ToyGenerator(), *networks(), images.flip(0), masks.flip(0), FAST, checkpoint=path, progress=False)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="safetensors"): run(FAST, checkpoint=path)
+
+
+RUN_IN_A_PROCESS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    from test_training import *
+    if {slow}: training.matching_step = (lambda step: lambda *args: (time.sleep(0.05), step(*args))[1])(matching_step)
+    recipe = get_recipe("fast", steps=24, warm_segmenter=4, warm_annotator=4)
+    print("begins", flush=True)
+    run(recipe, nets=networks({seed}), checkpoint={path!r}, checkpoint_every=1)
+    print("ends", flush=True)
+"""
+
+
+def start_process(path, seed=0, slow=False):
+    code = textwrap.dedent(RUN_IN_A_PROCESS).format(tests=str(Path(__file__).parent), path=str(path), seed=seed, slow=slow)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begins\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_killed_and_interrupted_processes_go_on(tmp_path):
+    """SIGKILL at an arbitrary moment, then Ctrl-C, then to the end: the bits of a run that was left alone."""
+    def step(): return load_tensors(path)[1]["step"] if path.exists() else 0
+
+    def wait_for(number):
+        end = time.monotonic() + 60
+        while step() < number and time.monotonic() < end: time.sleep(0.005)
+
+    path = tmp_path / "run.safetensors"
+    killed = start_process(path, slow=True)
+    wait_for(7)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and 7 <= step() < 32
+    assert killed.stdout.read() == ""
+
+    interrupted = start_process(path, seed=5, slow=True)
+    wait_for(step() + 4)
+    interrupted.send_signal(signal.SIGINT)
+    output, errors = interrupted.communicate(timeout=60)
+    assert output == "" and "to go on" in errors and str(path) in errors and 11 <= step() < 32
+
+    final = start_process(path, seed=6)
+    assert final.communicate(timeout=60)[0] == "ends\n" and final.returncode == 0
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: whole = run(get_recipe("fast", steps=24, warm_segmenter=4, warm_annotator=4))
+    finally: torch.set_num_threads(threads)
+    tensors, header = load_tensors(path)
+    assert header["step"] == 32
+    assert all(torch.equal(tensors[f"average.{key}"], value) for key, value in whole.segmenter.state_dict().items())
+    assert all(torch.equal(tensors[f"annotator.{key}"], value) for key, value in whole.annotator.state_dict().items())
+
+
+def test_a_loss_that_is_not_a_number_stops(tmp_path):
+    recipe = dataclasses.replace(PAPER, lr_segmenter=1e30)
+    with pytest.raises(Diverged, match=r"step \d of stage 'match': loss_\w+ is (nan|inf).*run.safetensors"):
+        run(recipe, checkpoint=tmp_path / "run.safetensors", checkpoint_every=1)
+    _, header = load_tensors(tmp_path / "run.safetensors")
+    assert 1 <= header["step"] < 6
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(optimizer="adamw"), "sgd, adam"), (dict(steps=-1), "steps"), (dict(steps=1.5), "whole number"), (dict(batch_labelled=0), "batch_labelled"),
+    (dict(lr_segmenter=float("nan")), "lr_segmenter"), (dict(average=1.0), "average"), (dict(precision="float16"), "precision"),
+    (dict(fresh_labels=False, shared_batch=False), "shared_batch"), (dict(stepps=3), "no field stepps")])
+def test_wrong_recipes(changes, says):
+    with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
+
+
+def test_unknown_recipe():
+    with pytest.raises(InputError, match="paper, fast"): get_recipe("quick")
+
+
+def test_paper_recipe_is_the_papers():
+    assert get_recipe("paper") == Recipe()
+    assert (Recipe().steps, Recipe().batch_labelled, Recipe().optimizer, Recipe().lr_annotator, Recipe().momentum) == (150_000, 2, "sgd", 1e-3, 0.9)
+
+
+def test_wrong_inputs():
+    images, masks = labelled()
+    generator, (annotator, segmenter) = ToyGenerator(), networks()
+
+    def train(images=images, masks=masks, recipe=FAST, **changes):
+        nets = dict(annotator=annotator, segmenter=segmenter) | changes
+        return train_lagm(generator, nets["annotator"], nets["segmenter"], images, masks, recipe, progress=False)
+
+    for arguments, says in [(dict(images=images[:, :1]), "3, H, W"), (dict(images=images[:0]), "n of 1"), (dict(masks=masks[:, :8]), "masks have shape"),
+                            (dict(masks=masks.int()), "int64"), (dict(masks=masks + 4), "classes 4 to 7"), (dict(masks=masks * 0 + 255), "no class"),
+                            (dict(annotator=FPNAnnotator([3, 6], 7, channels=4)), "7 classes"),
+                            (dict(recipe=dataclasses.replace(FAST, matched="nothing")), "nothing"),
+                            (dict(recipe=dataclasses.replace(FAST, matched="outc", fresh_labels=False)), "matched='all'")]:
+        with pytest.raises(InputError, match=says): train(**arguments)
+
+
+def test_recipe_survives_json():
+    plain = training.Identity(FAST, 0, "matching", "x").header()["recipe"]
+    assert Recipe(**plain) == FAST
+
+
+def test_nothing_of_the_inputs_changes():
+    images, masks = labelled()
+    before = copy.deepcopy((images, masks))
+    train_lagm(ToyGenerator(), *networks(), images, masks, FAST, progress=False)
+    assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
