@@ -1,0 +1,95 @@
+"""The main job as a user runs it: real processes, real files, tiny sizes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, width=4, threads=1)
+
+
+def command(folder, *extra, **parameters):
+    words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
+    return [sys.executable, "-m", "lagm.cli", "run", "quickstart", "-o", str(folder), *words, *extra]
+
+
+def call(folder, *extra, **parameters):
+    return subprocess.run(command(folder, *extra, **parameters), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = call(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def results(folder):
+    report = json.loads((folder / "metrics.json").read_text())
+    return report["metrics"], report["validation"]
+
+
+def test_it_leaves_notebook_figures_and_metrics_and_says_where(finished):
+    folder, printed = finished
+    for name in ("quickstart.ipynb", "metrics.json", "test.png", "curves.png"):
+        assert (folder / name).is_file() and str(folder / name) in printed
+    report = json.loads((folder / "metrics.json").read_text())
+    assert set(report["metrics"]) == {"supervised only", "A never matched", "gradient matching"}
+    assert report["parameters"]["k"] == len(report["labelled"]) == 2
+    assert report["provenance"]["versions"]["torch"] and report["generator"]["trained_with"]
+    for line in report["summary"]:
+        assert line in printed
+
+
+def test_a_second_call_keeps_the_result(finished):
+    folder, _ = finished
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    again = call(folder)
+    assert again.returncode == 0 and "kept" in again.stdout
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (folder / "warm.safetensors").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "metrics.json").exists()
+    cells = [cell for cell in nbformat.read(folder / "quickstart.ipynb", 4).cells if cell.cell_type == "code"]
+    assert any(output.get("data", {}).get("image/png") for cell in cells for output in cell.outputs)
+    again = call(folder)
+    assert again.returncode == 0, again.stderr
+    assert results(folder) == results(finished[0])
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"), (dict(k=0), "k must be a whole number 1..40"),
+    (dict(recipe="slow"), "slow"), (dict(style="manga"), "manga"), (dict(generator="no/such.safetensors"), "no/such.safetensors"),
+    (dict(iterations=0), "iterations is 0")])
+def test_a_mistake_gives_one_line_and_no_results(tmp_path, change, words):
+    done = call(tmp_path / "run", **change)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0], done.stderr
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = call(tmp_path / "file" / "run")
+    assert done.returncode == 2 and str(tmp_path / "file") in done.stderr
+
+
+def test_the_authors_recipe_runs_too(tmp_path):
+    done = call(tmp_path / "paper", recipe="paper")
+    assert done.returncode == 0, done.stderr
+    assert set(results(tmp_path / "paper")[0]) == {"supervised only", "gradient matching"}
