@@ -136,7 +136,7 @@ def modulated_conv2d(
     scale = (demodulation(weight, styles) * gain)[:, :, None, None].to(x.dtype)
     return x * scale if bias is None else torch.addcmul(bias[:, None, None].to(x.dtype), x, scale)
 
-# %% ../nbs/components/22_stylegan2.ipynb #d2ffaffa
+# %% ../nbs/components/22_stylegan2.ipynb #91b3de9f
 NOISE_MODES = ("random", "const", "none")
 
 
@@ -184,7 +184,7 @@ class SynthesisLayer(nn.Module):
         x = F.leaky_relu(x, 0.2, inplace=True)
         return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)
 
-
+# %% ../nbs/components/22_stylegan2.ipynb #f11fbfce
 class ToRGB(nn.Module):
     """1 × 1 modulated convolution to the image channels, without demodulation and activation.
 
