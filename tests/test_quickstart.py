@@ -15,7 +15,7 @@ SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, widt
 
 def command(folder, *extra, **parameters):
     words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return [sys.executable, "-m", "lagm.cli", "run", "quickstart", "-o", str(folder), *words, *extra]
+    return [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "quickstart", "-o", str(folder), *words, *extra]
 
 
 def call(folder, *extra, **parameters):
