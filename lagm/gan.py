@@ -170,7 +170,7 @@ def fake_batch(
     if mix: ws = torch.cat([ws[:, :crossover], generator.mapping(z[1])[:, None].repeat(1, generator.num_ws - crossover, 1)], dim=1)
     return generator.synthesis(ws, dtype=dtype, noise_mode="random", rng=rng).image
 
-# %% ../nbs/components/24_gan.ipynb #abadc288
+# %% ../nbs/components/24_gan.ipynb #7cd25e40
 class GANTrainer:
     "A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."
 
@@ -189,7 +189,7 @@ class GANTrainer:
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
         self.average.load_state_dict(self.generator.state_dict())
-        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, fused=True)
+        self.optimizers = {name: torch.optim.Adam(network.parameters(), lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
                            for name, network in (("generator", self.generator), ("discriminator", self.discriminator))}
         self.history: list[dict[str, float]] = []
         self.origins = [provenance()]  # versions, commit and hardware, of the start and of each continuation that differs

@@ -38,6 +38,22 @@ def test_minibatch_std_looks_at_one_group_only():
     assert torch.equal(before[4:], after[4:]) and not torch.allclose(before[:4, -1], after[:4, -1])
 
 
+@pytest.mark.parametrize("name", ["discriminator", "generator"])
+def test_the_first_step_goes_against_the_gradient(name):
+    """A fused optimiser may take gradients in another memory layout for those of other weights."""
+    trainer = GANTrainer(pictures(), replace(TINY, bfloat16=True))
+    fake = trainer.generator(torch.randn(8, 8), dtype=torch.bfloat16).image
+    network = {"discriminator": trainer.discriminator, "generator": trainer.generator}[name]
+    parameters = [p for p in network.parameters()]
+    loss = trainer.discriminator(fake, torch.bfloat16).square().sum()
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    before = [p.detach().clone() for p in parameters]
+    trainer._update(name, loss, parameters)
+    for parameter, old, gradient in zip(parameters, before, gradients):
+        moved = gradient.abs() > 1e-4 * gradient.abs().max()
+        assert torch.equal((parameter.detach() - old).sign()[moved], -gradient.sign()[moved])
+
+
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
