@@ -6,10 +6,10 @@
 __all__ = ['SEED_RANGES', 'SKINS', 'HAIRS', 'IRISES', 'MOUTHS', 'CLOTHES', 'BIG_EARS', 'TOON_HEAD', 'MICAH', 'RECIPES', 'FLAT',
            'PICTURE_SCALE', 'MASK_SCALE', 'VOTE_WEIGHTS', 'SPLITS', 'split_seeds', 'load_definition', 'to_rgb',
            'to_hex', 'mix', 'colour_distance', 'face_colours', 'clothed_colours', 'Piece', 'Recipe', 'draw_choices',
-           'avatar_svg', 'rasterise', 'decode_flat', 'reduce_labels', 'render_avatar', 'render_set', 'array_hash',
-           'renderer', 'style_metadata', 'write_assets']
+           'avatar_svg', 'rasterise', 'decode_flat', 'reduce_labels', 'convex_hull', 'fill_nose', 'render_avatar',
+           'render_set', 'array_hash', 'renderer', 'style_metadata', 'write_assets']
 
-# %% ../nbs/components/12_avatars.ipynb #3d59827d
+# %% ../nbs/components/12_avatars.ipynb #4f40ef2a
 import colorsys
 import io
 import json
@@ -25,7 +25,7 @@ from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .core import InputError, atomic_path, write_json
@@ -448,9 +448,9 @@ def avatar_svg(
     attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "fill": "none", "shape-rendering": "crispEdges" if flat else "auto"}
     return _tag("svg", attributes, _tag("rect", ground) + face)
 
-# %% ../nbs/components/12_avatars.ipynb #6c22a45d
+# %% ../nbs/components/12_avatars.ipynb #d2ea3e59
 PICTURE_SCALE, MASK_SCALE = 2, 4  # how much larger than the result the two drawings are
-VOTE_WEIGHTS = (1.0, 1.0, 1.15, 1.3, 1.0, 1.0, 1.15, 1.2)  # the votes of one sub-pixel, by class
+VOTE_WEIGHTS = (1.0, 1.0, 1.15, 1.8, 1.0, 1.0, 1.15, 1.2)  # the votes of one sub-pixel, by class
 
 
 def rasterise(
@@ -483,7 +483,35 @@ def reduce_labels(
     votes = np.stack([(blocks == c).sum((1, 3)) * weight for c, weight in enumerate(weights)])
     return votes.argmax(0).astype(np.uint8)
 
-# %% ../nbs/components/12_avatars.ipynb #ea46054c
+# %% ../nbs/components/12_avatars.ipynb #287ac7ec
+def convex_hull(
+    points: np.ndarray,  # (n, 2), sorted by the first column, then by the second
+) -> list[tuple[int, int]]:  # the corners in order
+    """The smallest convex polygon around some points (Andrew, 1979)."""
+    def chain(points):
+        kept = []
+        for p in points:
+            while len(kept) > 1:
+                (a, b), (c, d) = kept[-2:]
+                if (c - a) * (p[1] - b) - (d - b) * (p[0] - a) > 0: break
+                kept.pop()
+            kept.append((int(p[0]), int(p[1])))
+        return kept[:-1]
+    return chain(points) + chain(points[::-1])
+
+
+def fill_nose(
+    labels: np.ndarray,  # (H, W) uint8 class indices
+) -> np.ndarray:  # the same, changed from skin to nose inside the hull
+    """The nose as an area: the convex hull of what is drawn of it, where skin lies beneath."""
+    nose, skin = CELEBA8.index("nose"), CELEBA8.index("skin")
+    rows = [(y, x) for y, row in enumerate(labels == nose) if row.any() for x in sorted({int(row.argmax()), len(row) - 1 - int(row[::-1].argmax())})]
+    if len(rows) < 3: return labels
+    inside = Image.new("L", labels.shape[::-1])
+    ImageDraw.Draw(inside).polygon([(x, y) for y, x in convex_hull(np.array(rows))], fill=1)
+    return np.where((np.asarray(inside) == 1) & (labels == skin), np.uint8(nose), labels)
+
+# %% ../nbs/components/12_avatars.ipynb #30bbb6fc
 def render_avatar(
     style: str,  # "big-ears", "toon-head" or "micah"
     seed: int,  # 0 .. 2**32 - 1
@@ -497,7 +525,7 @@ def render_avatar(
     if not with_mask:
         return image, None
     flat = np.asarray(rasterise(avatar_svg(style, seed, flat=True), MASK_SCALE * size))
-    return image, reduce_labels(decode_flat(flat), MASK_SCALE)
+    return image, reduce_labels(fill_nose(decode_flat(flat)), MASK_SCALE)
 
 # %% ../nbs/components/12_avatars.ipynb #dcdd881c
 def _render_job(job: tuple) -> tuple[np.ndarray, np.ndarray | None]:
