@@ -1,4 +1,5 @@
 # make demo     run the quickstart into outputs/quickstart
+# make bench    run the benchmarks into outputs/benchmarks
 # make test     check that everything is in step, run every notebook, run the tests
 # make readme   write README.md from nbs/index.ipynb
 # make clean    remove what was built (neither outputs/ nor .venv/)
@@ -8,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test sync notebooks unit readme clean install install-dev
+.PHONY: help demo bench test sync notebooks unit readme clean install install-dev
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -16,10 +17,14 @@ RUN := PATH="$(ENV)/bin:$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: install
 	@$(RUN) lagm run quickstart
+
+bench: install
+	@set -e; for notebook in nbs/benchmarks/*.ipynb; do name=$$(basename "$$notebook" .ipynb); \
+		$(RUN) lagm run "$$notebook" -o "outputs/benchmarks/$$name" --force; done
 
 test: sync notebooks unit
 
