@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'REDUCTIONS', 'COSINE_EPS', 'distance', 'distance_and_derivative', 'log_probabilities',
-           'soft_cross_entropy', 'named_parameters', 'labelled_gradient', 'Match', 'match_double_backward',
-           'SyntheticPass', 'directional_derivative', 'match_forward_mode', 'clean_gradients']
+           'soft_cross_entropy', 'named_parameters', 'graph_of', 'labelled_gradient', 'Match', 'match_double_backward',
+           'SyntheticPass', 'directional_derivative', 'match_forward_mode', 'layer_cosines', 'clean_gradients']
 
-# %% ../nbs/components/50_matching.ipynb #be926a21
+# %% ../nbs/components/50_matching.ipynb #8b51b64b
+import contextlib
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch.func import functional_call
 
 from .core import InputError
 from .labels import IGNORE
+from .tangents import NoTangent, record
 
 # %% ../nbs/components/50_matching.ipynb #65043450
 METRICS = ("cosine", "l2", "dotprod")
@@ -127,7 +129,7 @@ def soft_cross_entropy(
                          "resize the labels, or the pictures, first")
     return -(labels * log_probs).sum() / (labels.numel() // labels.shape[1])
 
-# %% ../nbs/components/50_matching.ipynb #0fdf916e
+# %% ../nbs/components/50_matching.ipynb #a815dbe5
 def named_parameters(
     segmenter: nn.Module,
     names: Sequence[str],  # of matched parameters, e.g. from `lagm.segmenters.matched_parameter_names`
@@ -140,6 +142,20 @@ def named_parameters(
     return [own[name] for name in names]
 
 
+@contextlib.contextmanager
+def graph_of(
+    segmenter: nn.Module,
+    names: Sequence[str] | None,  # parameters whose gradients will be asked for; None: of all
+) -> Iterator[None]:
+    """While in this context, passes of the segmenter build a graph from these parameters upwards, and none below."""
+    wanted = None if names is None else set(names)
+    resting = [p for name, p in segmenter.named_parameters() if wanted is not None and name not in wanted and p.requires_grad]
+    for p in resting: p.requires_grad_(False)
+    try: yield
+    finally:
+        for p in resting: p.requires_grad_(True)
+
+# %% ../nbs/components/50_matching.ipynb #1e8e2f93
 def labelled_gradient(
     segmenter: nn.Module,  # runs in the mode it is in; batch norm in train mode updates its statistics
     names: Sequence[str],  # the matched parameters
@@ -149,10 +165,11 @@ def labelled_gradient(
 ) -> tuple[list[Tensor], Tensor]:  # g_l, one tensor per name; the loss, detached
     """g_l: the gradient of the cross-entropy on labelled pictures."""
     parameters = named_parameters(segmenter, names)
-    loss = F.cross_entropy(_at_least_float32(segmenter(images)), masks, weight=class_weights, ignore_index=IGNORE)
+    with graph_of(segmenter, names): logits = segmenter(images)
+    loss = F.cross_entropy(_at_least_float32(logits), masks, weight=class_weights, ignore_index=IGNORE)
     return list(torch.autograd.grad(loss, parameters)), loss.detach()
 
-# %% ../nbs/components/50_matching.ipynb #916907ab
+# %% ../nbs/components/50_matching.ipynb #38dd5aea
 @dataclass(frozen=True)
 class Match:
     """What phase A needs to know about one synthetic batch; everything is detached."""
@@ -174,7 +191,8 @@ def match_double_backward(
 ) -> Match:
     """The matching loss and dD/dq by differentiating the backward pass, as the paper's program does."""
     shared = log_probs is not None
-    if not shared: log_probs = log_probabilities(segmenter, images)
+    if not shared:
+        with graph_of(segmenter, names): log_probs = log_probabilities(segmenter, images)
     labels = labels.detach().requires_grad_()
     loss_synthetic = soft_cross_entropy(log_probs, labels)
     gradients_s = torch.autograd.grad(loss_synthetic, named_parameters(segmenter, names), create_graph=True)
@@ -182,18 +200,23 @@ def match_double_backward(
     label_gradient, = torch.autograd.grad(loss, labels, retain_graph=shared)
     return Match(loss.detach(), loss_synthetic.detach(), label_gradient, [g.detach() for g in gradients_s])
 
-# %% ../nbs/components/50_matching.ipynb #799a47e5
+# %% ../nbs/components/50_matching.ipynb #377724a3
 class SyntheticPass:
-    """One forward pass of S over synthetic pictures that can be asked for gradients with several label maps."""
+    """One forward pass of S over synthetic pictures that can be asked for gradients with several label maps, and for a directional derivative."""
 
     def __init__(
         self,
         segmenter: nn.Module,  # runs in the mode it is in; batch norm in train mode updates its statistics, once
         images: Tensor,  # x: (B, 3, H, W) in [-1, 1]
+        names: Sequence[str] | None = None,  # parameters it will be asked about; None: all
+        tangents: bool | Sequence[str] = True,  # parameters that directional derivatives may move; True: those of `names`, False: nothing is recorded
     ):
-        self.segmenter, self.images = segmenter, images
+        self.segmenter, self.images, self.tape = segmenter, images, None
         self.random_state = torch.get_rng_state()  # for dropout; see `directional_derivative`
-        self.log_probs = log_probabilities(segmenter, images)  # (B, C, H, W), with its graph
+        with graph_of(segmenter, names):
+            moving = names if tangents is True else tangents
+            if tangents: self.log_probs, self.tape = record(segmenter, lambda: log_probabilities(segmenter, images), moving)
+            else: self.log_probs = log_probabilities(segmenter, images)  # (B, C, H, W), with its graph
 
     def gradient(
         self,
@@ -205,7 +228,24 @@ class SyntheticPass:
         loss = soft_cross_entropy(self.log_probs, labels.detach())
         return list(torch.autograd.grad(loss, named_parameters(self.segmenter, names), retain_graph=keep_graph)), loss.detach()
 
-# %% ../nbs/components/50_matching.ipynb #4513d867
+    def directional_derivative(
+        self,
+        direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
+    ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
+        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers."""
+        tape, self.tape = self.tape, None  # what it holds is let go
+        if tape is not None:
+            try: return tape.tangent(direction, self.log_probs)
+            except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
+        return directional_derivative(self.segmenter, direction, self.images, self.random_state)
+
+# %% ../nbs/components/50_matching.ipynb #c0396c72
+@functools.cache
+def _say_fallback(network: str, reason: str) -> None:
+    """Say once why the quick way is not taken."""
+    warnings.warn(f"{network}: {reason}; matching uses dual numbers instead (same result, slower)", stacklevel=4)
+
+
 @functools.cache
 def _load_forward_rules() -> None:
     """Make torch load its forward-mode rules, once, without the deprecation warning that this raises in torch 2.9 and later."""
@@ -236,7 +276,7 @@ def directional_derivative(
     torch.set_rng_state(state_before)
     return change
 
-# %% ../nbs/components/50_matching.ipynb #9bd2706b
+# %% ../nbs/components/50_matching.ipynb #fd15d996
 def match_forward_mode(
     segmenter: nn.Module,  # as in `match_double_backward`
     names: Sequence[str],
@@ -247,14 +287,25 @@ def match_forward_mode(
     reduction: str = "mean",
     synthetic_pass: SyntheticPass | None = None,  # over the same pictures, if there is one; its graph is kept
 ) -> Match:
-    """The matching loss and dD/dq, exactly, from one backward pass and one forward-mode pass."""
+    """The matching loss and dD/dq, exactly, from one backward pass and one pass of tangents."""
     shared = synthetic_pass is not None
-    if not shared: synthetic_pass = SyntheticPass(segmenter, images)
+    if not shared: synthetic_pass = SyntheticPass(segmenter, images, names)
     gradients_s, loss_synthetic = synthetic_pass.gradient(names, labels, keep_graph=shared)
     loss, derivatives = distance_and_derivative(gradients_s, gradients_l, metric, reduction)
     direction = {name: v for name, v in zip(names, derivatives, strict=True) if v.ndim > 1}  # the others are zero
-    change = directional_derivative(segmenter, direction, images, synthetic_pass.random_state)
+    change = synthetic_pass.directional_derivative(direction)
     return Match(loss, loss_synthetic, change.mul_(-labels.shape[1] / labels.numel()), gradients_s)
+
+# %% ../nbs/components/50_matching.ipynb #cc7a4f58
+@torch.no_grad()
+def layer_cosines(
+    names: Sequence[str],  # of the parameters
+    gradients_s: Sequence[Tensor],
+    gradients_l: Sequence[Tensor],
+) -> dict[str, float]:  # -1 to 1 for each parameter of two or more dimensions
+    """The mean cosine similarity of the gradients' rows, parameter by parameter."""
+    pairs = zip(names, gradients_s, gradients_l, strict=True)
+    return {name: 1 - _row_distances(s.flatten(1), l.flatten(1), "cosine").mean().item() for name, s, l in pairs if s.ndim > 1}
 
 # %% ../nbs/components/50_matching.ipynb #c92dab85
 @torch.no_grad()

@@ -1,0 +1,133 @@
+"""A batch in parts, and shared by two real processes."""
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import CLASSES, FAST, PAPER, ToyGenerator, labelled, networks, run, same
+from torch import nn
+
+from lagm.annotator import FPNAnnotator
+from lagm.core import InputError, load_tensors
+from lagm.parts import matching_step_in_parts, own_parts
+from lagm.segmenters import matched_parameter_names
+from lagm.training import Players, SyntheticBatches, get_recipe, matching_step, train_supervised
+
+
+def close(first, second, tolerance):
+    """Whether two networks' weights agree, relative to the whole of each tensor."""
+    pairs = zip(first.state_dict().items(), second.state_dict().values(), strict=True)
+    worst = max(((a - b).float().norm() / b.float().norm().clamp_min(1e-3)).item() for (_, a), b in pairs)
+    return worst < tolerance
+
+
+class NoNorm(nn.Module):
+    n_classes, network = CLASSES, ""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.outc = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()), nn.Conv2d(8, CLASSES, 1)
+
+    def forward(self, x): return self.outc(self.body(x))
+
+
+def without_norm(network):
+    """The network, with nothing in place of batch norm."""
+    for name, child in network.named_children(): setattr(network, name, nn.Identity() if isinstance(child, nn.BatchNorm2d) else without_norm(child))
+    return network
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("label_weight", [0.0, 1.0])
+def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
+    """Ignored pixels make the labelled parts count differently."""
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(PAPER, batch_labelled=4, batch_synthetic=4, shared_batch=shared, label_weight=label_weight, lr_annotator=0.1, lr_segmenter=0.1, optimizer="sgd")
+    annotator = without_norm(FPNAnnotator(ToyGenerator.feature_channels, CLASSES, channels=4)).double()
+    segmenter = NoNorm().double()
+    images, masks = labelled(4)
+    images, masks[0, :12] = images.double(), 255
+    source = SyntheticBatches(ToyGenerator(), 4, images.shape[2:], seed=0)
+    batches = {stage: source(0, stage) for stage in ("match", "s")}
+
+    def double(batch, rows): return dataclasses.replace(batch, images=batch.images[rows].double(), features=[f[rows].double() for f in batch.features])
+    results = []
+    for parts in (1, 2):
+        players = Players(copy.deepcopy(segmenter), copy.deepcopy(annotator), recipe, torch.device("cpu"))
+        players.begin({"segmenter": 0.1, "annotator": 0.1}, averaged=False)
+        names = matched_parameter_names(players.segmenter, "all")
+        if parts == 1:
+            losses = matching_step(players, names, (images, masks), double(batches["match"], slice(None)), None if shared else double(batches["s"], slice(None)))
+        else:
+            def part_of(stage): return lambda part: double(batches[stage], slice(2 * part, 2 * part + 2))
+            losses = matching_step_in_parts(players, names, lambda part: (images[2 * part:2 * part + 2], masks[2 * part:2 * part + 2]), part_of("match"), None if shared else part_of("s"), 2)
+        results.append((players, losses))
+    (whole, whole_losses), (parts, parts_losses) = results
+    assert whole_losses.keys() == parts_losses.keys()
+    for name, loss in whole_losses.items(): assert parts_losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+    assert close(parts.segmenter, whole.segmenter, 1e-6) and close(parts.annotator, whole.annotator, 1e-6)
+    assert not close(parts.annotator, annotator, 1e-6)
+
+
+PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, parts=2, lr_segmenter=1e-3)
+
+
+@pytest.mark.parametrize("name", ["shared", "two batches", "bfloat16", "intervals", "paper"])
+def test_runs_in_parts(name):
+    recipe = {"shared": PARTS, "two batches": dataclasses.replace(PARTS, shared_batch=False), "bfloat16": dataclasses.replace(PARTS, precision="bfloat16"),
+              "intervals": dataclasses.replace(PARTS, interval_annotator=2, interval_segmenter=2), "paper": dataclasses.replace(PAPER, steps=3, parts=2)}[name]
+    first = run(recipe)
+    assert same(first, run(recipe)) and first.step == recipe.total_steps
+    assert first.segmenter.inc.bn1.num_batches_tracked == run(dataclasses.replace(recipe, parts=1)).segmenter.inc.bn1.num_batches_tracked
+
+
+def test_supervised_in_parts():
+    images, masks = labelled()
+    result = train_supervised(networks()[1], images, masks, PARTS, 3, progress=False, record_every=1)
+    assert len(result.history["losses"]) == 3
+
+
+def test_resumed_in_parts(tmp_path):
+    whole = run(PARTS, checkpoint=tmp_path / "run.safetensors", checkpoint_every=3, keep=9)
+    assert same(run(PARTS, nets=networks(8), resume_from=tmp_path / "run.step-00000003.safetensors"), whole)
+
+
+def test_mistakes():
+    for changes, says in [(dict(parts=3), "divide both batches"), (dict(parts=0), "1 or more"), (dict(parts=2, gradients="double"), "forward"), (dict(parts=2, fresh_labels=False), "fresh_labels")]:
+        with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="2 processes cannot share 3 parts"):
+        patch.setattr("lagm.parts.this_process", lambda: (0, 2))
+        own_parts(3)
+
+
+ONE_OF_TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import torch.distributed
+torch.set_num_threads(1)
+from test_parts import PARTS, run
+torch.distributed.init_process_group("gloo", init_method="file://" + {meeting!r}, rank=int(sys.argv[1]), world_size=2)
+run(PARTS, checkpoint={path!r}, checkpoint_every=3)
+torch.distributed.barrier()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or os.name != "posix", reason="needs gloo")
+def test_two_processes_are_one_with_two_parts(tmp_path):
+    path = tmp_path / "run.safetensors"
+    code = ONE_OF_TWO.format(tests=str(Path(__file__).parent), meeting=str(tmp_path / "meeting"), path=str(path))
+    pair = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+    errors = [process.communicate(timeout=240)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errors
+    one = run(PARTS)
+    tensors, header = load_tensors(path)
+    assert header["step"] == 8
+    for prefix, network in (("average.", one.segmenter), ("annotator.", one.annotator)):
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(tensors[prefix + key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{prefix}{key}: {m}")
