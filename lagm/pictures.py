@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'INK', 'MUTED', 'GRID', 'STYLE', 'CLUSTER_COLOURS', 'to_bytes', 'fit_tile', 'image_grid',
            'labelled_grid', 'comparison_grid', 'principal_components', 'pca_colours', 'k_means', 'feature_clusters',
-           'feature_pyramid', 'moving_average', 'curves', 'spread', 'panels', 'iou_bars', 'iou_table']
+           'feature_pyramid', 'moving_average', 'curves', 'spread', 'panels', 'iou_bars', 'iou_table',
+           'confusion_figure', 'worst_gallery']
 
-# %% ../nbs/components/80_pictures.ipynb #d6eef3af
+# %% ../nbs/components/80_pictures.ipynb #a15e1cf2
 import math
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from .core import InputError
-from .evaluation import Metrics
+from .evaluation import Metrics, picture_counts, worst_pictures
+from .evaluation import scores as scores_of
 from .labels import LabelSet, colourise
 
 # %% ../nbs/components/80_pictures.ipynb #abb82ab0
@@ -449,3 +451,47 @@ def iou_table(
     for i, name in enumerate(results): ax.text(left - 0.12, top - (i + 0.5) * row - 0.02, name, ha="right", va="center")
     ax.plot([0, edges[-1]], [top + 0.01] * 2, color=MUTED, linewidth=0.8)
     return fig
+
+# %% ../nbs/components/80_pictures.ipynb #a077df37
+@mpl.rc_context(STYLE)
+def confusion_figure(
+    counts: Tensor | np.ndarray,  # (C, C) pixels by (true class, predicted class)
+    classes: Sequence[str],  # names, the background first
+    title: str = "",
+) -> Figure:
+    """A confusion matrix, in per cent of each true class; a class without pixels has an empty row."""
+    counts = np.asarray(torch.as_tensor(counts), float)
+    if counts.shape != (len(classes), len(classes)): raise InputError(f"the counts have shape {counts.shape} for {len(classes)} classes; give a square matrix")
+    total = counts.sum(1, keepdims=True)
+    share = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
+    side, left = 0.42 * len(classes), max(_text_width(name, 9) for name in classes) / 100 + 0.15
+    width, height = left + side + 0.1, side + left + 0.35 + 0.3 * bool(title)
+    fig = plt.figure(figsize=(width, height)); plt.close(fig)
+    ax = fig.add_axes((left / width, 0.05 / height, side / width, side / height))
+    ax.imshow(share, cmap=mpl.colors.LinearSegmentedColormap.from_list("shade", ["#ffffff", "#2f7fb8"]), vmin=0, vmax=100)
+    ax.set_xticks(range(len(classes)), classes, rotation=90); ax.set_yticks(range(len(classes)), classes)
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0); ax.grid(False)
+    for (y, x), value in np.ndenumerate(share):
+        if value >= 0.5: ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
+    if title: fig.text(0.02, 1 - 0.08 / height, title, ha="left", va="top", fontsize=11, fontweight="bold")
+    return fig
+
+# %% ../nbs/components/80_pictures.ipynb #3c7415ae
+def worst_gallery(
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]
+    predictions: Tensor,  # (n, H, W) class indices
+    masks: Tensor,  # (n, H, W), 255 = no label
+    labels: LabelSet,
+    number: int = 10,
+    tile: int = 96,
+    title: str = "",
+) -> Figure:
+    """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth. `InputError` if no picture shows any."""
+    counts = picture_counts(predictions, masks, labels.n_classes)
+    worst = worst_pictures(counts, number)
+    if not worst: raise InputError("no picture shows a foreground class; there is nothing to rank them by")
+    values = scores_of(counts[worst], "fg_miou_present").tolist()
+    rows = [[fit_tile(p, tile) for p in to_bytes(images[worst])]]
+    rows += [[fit_tile(p, tile, smooth=False) for p in colourise(m[worst].cpu(), labels)] for m in (predictions, masks)]
+    heads = [f"no. {i}: {100 * value:.0f}" for i, value in zip(worst, values, strict=True)]
+    return _grid_figure(rows, names=["picture", "prediction", "truth"], heads=heads, labels=labels, title=title, row_gaps=[8, 4])

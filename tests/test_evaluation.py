@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lagm.core import InputError
-from lagm.evaluation import ConfusionMatrix, Metrics, eval_mode, evaluate, metrics_from_counts, predict
+from lagm.core import InputError, read_json, write_json
+from lagm.evaluation import SCORES, BoundaryScore, ConfusionMatrix, Metrics, bootstrap, eval_mode, evaluate, evaluation_report, metrics_from_counts
+from lagm.evaluation import picture_counts, predict, scores, worst_pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -172,3 +173,100 @@ def test_evaluate_needs_as_many_masks_as_pictures(labelled):
         evaluate(Student(), images, masks[:9], 4)
     with pytest.raises(InputError):
         evaluate(Student(), images[:0], masks[:0], 4)
+
+
+# ---- picture by picture
+
+
+@pytest.fixture(scope="module")
+def counts(golden):
+    facts, arrays = golden
+    return picture_counts(torch.as_tensor(arrays["pred"]), torch.as_tensor(arrays["gt"]), facts["n_classes"])
+
+
+def test_scores_of_many_matrices_are_those_of_each(counts):
+    for score in SCORES:
+        assert scores(counts, score).tolist() == pytest.approx([getattr(metrics_from_counts(c), score) for c in counts])
+    with pytest.raises(InputError, match="fg_miou"): scores(counts, "iou")
+
+
+def test_pictures_may_differ_in_size(golden, counts):
+    facts, arrays = golden
+    cut = [torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["pred"])], [torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["gt"])]
+    assert picture_counts(*cut, facts["n_classes"]).shape == counts.shape
+    with pytest.raises(InputError, match="9 predictions and 8 masks"): picture_counts(*[part[:n] for part, n in zip(cut, (9, 8))], 6)
+
+
+def test_the_worst_pictures_come_first():
+    right, half, wrong = (torch.tensor(c) for c in ([[9, 0], [0, 9]], [[9, 0], [5, 4]], [[9, 0], [9, 0]]))
+    empty = torch.tensor([[18, 0], [0, 0]])  # shows no foreground: nothing to be wrong about
+    assert worst_pictures(torch.stack([right, wrong, empty, half, wrong])) == [1, 4, 3, 0]
+
+
+def test_the_bootstrap_against_a_plain_loop(counts):
+    interval = bootstrap(counts, draws=4000)
+    rng = np.random.RandomState(1)
+    values = [metrics_from_counts(counts[rng.randint(0, len(counts), len(counts))].sum(0)).fg_miou for _ in range(1500)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    assert interval.value == pytest.approx(metrics_from_counts(counts.sum(0)).fg_miou)
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+    assert bootstrap(counts, draws=50) == bootstrap(counts, draws=50) != bootstrap(counts, draws=50, seed=1)
+
+
+def test_a_paired_difference_is_narrower(counts):
+    worse = counts.clone()
+    worse[:, 0, 0] -= 5
+    worse[:, 0, 1] += 5
+    alone, paired = bootstrap(counts, "pixel_accuracy"), bootstrap(counts, "pixel_accuracy", versus=worse)
+    assert paired.high - paired.low < (alone.high - alone.low) / 5 and paired.low > 0
+    with pytest.raises(InputError, match="paired"): bootstrap(counts, versus=counts[:3])
+    with pytest.raises(InputError, match="level"): bootstrap(counts, level=1)
+
+
+def reference_boundary(predictions, labels, n_classes, radius):
+    """By loops over pixels and all pairs of border pixels."""
+    totals = np.zeros((4, n_classes), int)
+    for guess, truth in zip(predictions, labels):
+        known, found = truth < n_classes, []
+        for mask in (guess, truth):
+            points = [[] for _ in range(n_classes)]
+            for y, x in np.ndindex(mask.shape):
+                if not known[y, x]: continue
+                near = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)) if 0 <= y + dy < mask.shape[0] and 0 <= x + dx < mask.shape[1]]
+                if any(known[p] and mask[p] != mask[y, x] for p in near): points[mask[y, x]].append((y, x))
+            found.append([np.array(p).reshape(-1, 2) for p in points])
+        for c in range(n_classes):
+            a, b = found[0][c], found[1][c]
+            close = (((a[:, None] - b[None]) ** 2).sum(-1) <= radius**2)
+            totals[:, c] += [len(a), close.any(1).sum(), len(b), close.any(0).sum()]
+    return totals
+
+
+@pytest.mark.parametrize("tolerance, radius", [(0.0075, 1), (0.08, 2)])
+def test_border_counts_against_loops(golden, tolerance, radius):
+    facts, arrays = golden
+    score = BoundaryScore(facts["n_classes"], tolerance)
+    for pred, gt in zip(arrays["pred"], arrays["gt"]): score.update(pred[None], gt[None])
+    assert np.array_equal(score.counts.numpy(), reference_boundary(arrays["pred"], arrays["gt"], facts["n_classes"], radius))
+    f, mean = score.compute()
+    predicted, near_truth, true, near_prediction = score.counts.double().numpy()
+    p, r = near_truth[1] / predicted[1], near_prediction[1] / true[1]
+    assert f[1] == pytest.approx(2 * p * r / (p + r)) and mean == pytest.approx(np.mean([v for v, t in zip(f[1:], true[1:]) if t]))
+
+
+def test_border_mistakes():
+    with pytest.raises(InputError, match="B, H, W"): BoundaryScore(3).update(torch.zeros(4, 4, dtype=int), torch.zeros(4, 4, dtype=int))
+    assert BoundaryScore(3).compute() == ([0.0] * 3, 0.0)
+    score = BoundaryScore(2)
+    score.update(torch.zeros(1, 4, 4, dtype=int), torch.ones(1, 4, 4, dtype=int))  # no borders: the frame of the picture is none
+    assert score.counts.sum() == 0
+
+
+def test_the_report_is_whole_and_can_be_written(golden, tmp_path):
+    facts, arrays = golden
+    names = [f"class {c}" for c in range(facts["n_classes"])]
+    report = evaluation_report(torch.as_tensor(arrays["pred"]), torch.as_tensor(arrays["gt"]), names, draws=50, checkpoint="x")
+    write_json(tmp_path / "metrics.json", report)
+    back = read_json(tmp_path / "metrics.json")
+    assert back["metrics"]["miou"] == pytest.approx(facts["metrics"]["mIoU"]) and list(back["iou"]) == names and back["checkpoint"] == "x"
+    assert back["intervals"]["miou"]["low"] <= back["metrics"]["miou"] <= back["intervals"]["miou"]["high"]

@@ -1,0 +1,34 @@
+"""The comparison of all methods, as it runs from the command line at its small size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SIZES = dict(iterations=2, warm_up=2, person_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=6, threads=1)
+
+
+def call(folder, **parameters):
+    words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
+    return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "methods", "--small", "-o", str(folder), *words],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_row_for_each_method(tmp_path):
+    done = call(tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["supervised", "self-training", "mean teacher", "DatasetGAN", "gradient matching"]
+    for row in report["rows"]:
+        assert row["segmenter_steps"] == 4 and row["interval"]["low"] <= row["fg_miou"] <= row["interval"]["high"] and row["k"] == 2 and row["seed"] == 0
+        assert row["labelled_on"] == ("generated" if row["method"] == "DatasetGAN" else "real")
+    assert {"table.png", "test.png", "curves.png", "methods.ipynb"} <= {p.name for p in tmp_path.iterdir()}
+    for line in report["summary"]: assert line in done.stdout
+
+
+@pytest.mark.parametrize("change, words", [(dict(methods="magic"), "unknown method 'magic'"), (dict(pairs=0), "pairs is 0")])
+def test_a_mistake_gives_one_line(tmp_path, change, words):
+    done = call(tmp_path / "run", **change)
+    assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1] and not (tmp_path / "run" / "metrics.json").exists()
