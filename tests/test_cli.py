@@ -120,7 +120,7 @@ def test_wrong_calls_are_one_line_and_code_2(checkout, capsys, words, message):
 
 
 def test_wrong_words_are_code_2(checkout, capsys):
-    for words in ([], ["walk"], ["run"], ["run", "toy", "-p", "k"], ["run", "toy", "--parameter=k"]):
+    for words in ([], ["walk"], ["run", "toy", "-p", "k"], ["run", "toy", "--parameter=k"]):
         with pytest.raises(SystemExit) as caught: cli.main(words)
         assert caught.value.code == 2 and "lagm" in capsys.readouterr().err
 

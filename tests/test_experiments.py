@@ -187,3 +187,31 @@ def test_relative_folders_are_those_of_the_caller(toy, tmp_path):
     assert printed(tmp_path / "outputs" / "toy.ipynb") == f"{os.path.realpath(tmp_path / 'nbs')} {os.path.realpath(tmp_path / 'outputs')}\n"
     run_notebook(toy, "outputs/toy.ipynb", {"out_dir": "mine"})
     assert printed(tmp_path / "outputs" / "toy.ipynb").endswith(" mine\n")
+
+
+# ---- plain papermill, and what a run reads
+
+
+def test_wrong_values_are_errors_under_plain_papermill_too(toy, tmp_path):
+    write_experiment(toy, "from lagm.experiments import check_injected\ncheck_injected(globals())\nprint('checked')")
+    papermill.execute_notebook(str(toy), str(tmp_path / "a.ipynb"), {"k": 3, "widths": [1]}, progress_bar=False, kernel_name="python3")
+    assert printed(tmp_path / "a.ipynb") == "checked\n"
+    for wrong, message in (({"kk": 3}, "there is no parameter 'kk', did you mean 'k'"), ({"recipe": "papr"}, "recipe = 'papr' is not")):
+        with pytest.raises(papermill.PapermillExecutionError, match=message): papermill.execute_notebook(str(toy), str(tmp_path / "b.ipynb"), wrong, progress_bar=False, kernel_name="python3")
+
+
+def test_what_a_run_reads_is_recorded_and_compared(toy, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "g.bin").write_bytes(b"weights")
+    (tmp_path / "in" / "metrics.json").write_text("1")
+    values = {"data": "in/g.bin"}
+    output = run_notebook(toy, "outputs/toy.ipynb", values)
+    record = nbformat.read(output, 4).metadata.lagm.inputs
+    assert record == {"data": {"file": "g.bin", "bytes": 7, "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}}
+    (tmp_path / "in" / "g.bin").write_bytes(b"weights")
+    assert is_finished(toy, output, values), "the same content, written anew"
+    (tmp_path / "in" / "g.bin").write_bytes(b"Weights")
+    assert not is_finished(toy, output, values)
+    (tmp_path / "in" / "g.bin").unlink()
+    assert not is_finished(toy, output, values)
+    assert experiments.describe_inputs({"data": "in/", "out_dir": "in/x"})["data"]["file"] == "metrics.json"
