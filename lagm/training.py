@@ -105,9 +105,9 @@ class Recipe:
 PAPER = Recipe()
 
 FAST = Recipe(
-    steps=600, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
+    steps=800, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
-    warm_segmenter=400, warm_annotator=200, channels_last=True,
+    warm_segmenter=300, warm_annotator=300, channels_last=True,
 )
 
 RECIPES = {"paper": PAPER, "fast": FAST}
