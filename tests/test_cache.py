@@ -90,11 +90,11 @@ def fill(folder, queue):
 
 
 def test_several_writers(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process whose threads hold locks may never run
     queue = context.Queue()
     workers = [context.Process(target=fill, args=(tmp_path, queue)) for _ in range(3)]
     for worker in workers: worker.start()
-    results = [queue.get(timeout=60) for _ in workers]
+    results = [queue.get(timeout=180) for _ in workers]
     for worker in workers: worker.join(10)
     assert len({result[:2] for result in results}) == 1 and all(result[2] >= 8 for result in results)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4 and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4

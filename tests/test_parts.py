@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,9 +126,14 @@ def test_two_processes_are_one_with_two_parts(tmp_path):
     pair = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
     errors = [process.communicate(timeout=240)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
-    one = run(PARTS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the pair has
+    try: one = run(PARTS)
+    finally: torch.set_num_threads(threads)
     tensors, header = load_tensors(path)
     assert header["step"] == 8
     for prefix, network in (("average.", one.segmenter), ("annotator.", one.annotator)):
         for key, value in network.state_dict().items():
+            # batch norm takes a constant away again: such a bias moves by rounding alone, and the running mean follows it
+            if prefix == "average." and re.search(r"conv\d\.bias|running_mean", key): continue
             torch.testing.assert_close(tensors[prefix + key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{prefix}{key}: {m}")
