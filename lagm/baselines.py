@@ -6,7 +6,7 @@
 __all__ = ['TEACHERS', 'SELF_TRAINING', 'MEAN_TEACHER', 'Teaching', 'teacher_labels', 'soft_cross_entropy', 'taught_step',
            'taught_stages', 'train_taught', 'train_self_training', 'train_mean_teacher']
 
-# %% ../nbs/components/66_baselines.ipynb #d92bd037
+# %% ../nbs/components/66_baselines.ipynb #150e92fa
 import copy
 import math
 from collections.abc import Callable
@@ -21,10 +21,11 @@ from .augment import Augment
 from .core import InputError, choose_device, random_generator
 from .evaluation import eval_mode
 from .labels import IGNORE
+from .matching import unweighted
 from .training import FAST, Identity, LabelledBatches, Loop, Players, Recipe, Stage, SyntheticBatches, Trained
 from .training import balanced_weights, check_labelled, data_digest, supervised_step
 
-# %% ../nbs/components/66_baselines.ipynb #0c1931f2
+# %% ../nbs/components/66_baselines.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average")
 
 
@@ -53,19 +54,20 @@ class Teaching:
         return self.weight * math.exp(-5 * (1 - t)**2)
 
 
-SELF_TRAINING = Teaching(threshold=0.7)
+SELF_TRAINING = Teaching(threshold=0.5)
 MEAN_TEACHER = Teaching(teacher="average", hard=False, ramp=0.3)
 
-# %% ../nbs/components/66_baselines.ipynb #dd9f026a
+# %% ../nbs/components/66_baselines.ipynb #89a3e8c2
 @torch.no_grad()
 def teacher_labels(
     teacher: nn.Module,
     images: Tensor,  # (B, 3, H, W), unchanged
     teaching: Teaching,
+    class_weights: Tensor | None = None,  # (C,), of the losses the teacher learned from and the student will learn from
 ) -> Tensor:  # (B, C, H, W): probabilities; all zero where the pixel does not count
-    """What the teacher says, in eval mode."""
-    with eval_mode(teacher): q = teacher(images).float().softmax(1)
-    sure = q.amax(1, keepdim=True) >= teaching.threshold
+    """What the teacher says, in eval mode, without the class weights' share in it."""
+    with eval_mode(teacher): p = teacher(images).float().softmax(1)
+    sure, q = p.amax(1, keepdim=True) >= teaching.threshold, unweighted(p, class_weights)
     if teaching.hard: q = F.one_hot(q.argmax(1), q.shape[1]).movedim(-1, 1).float()
     return q * sure
 
@@ -79,7 +81,7 @@ def soft_cross_entropy(
     if class_weights is not None: q = q * class_weights[:, None, None]
     return -(q * logits.float().log_softmax(1)).sum(1).mean()
 
-# %% ../nbs/components/66_baselines.ipynb #3f120f16
+# %% ../nbs/components/66_baselines.ipynb #eec8abbe
 def taught_step(
     players: Players,
     teacher: nn.Module,
@@ -93,7 +95,7 @@ def taught_step(
     """The segmenter learns from labelled pictures and from its teacher."""
     segmenter = players.segmenter.train()
     with players.autocast():
-        q, pictures = teacher_labels(teacher, images, teaching), images
+        q, pictures = teacher_labels(teacher, images, teaching, players.class_weights), images
         if augment is not None:
             change = augment.draw(images, rng)
             q, pictures = change.labels(q), players.arrange(change.pictures(images))

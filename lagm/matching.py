@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'REDUCTIONS', 'COSINE_EPS', 'distance', 'distance_and_derivative', 'log_probabilities',
-           'soft_cross_entropy', 'named_parameters', 'graph_of', 'labelled_gradient', 'Match', 'match_double_backward',
-           'SyntheticPass', 'directional_derivative', 'match_forward_mode', 'layer_cosines', 'clean_gradients']
+           'soft_cross_entropy', 'unweighted', 'named_parameters', 'graph_of', 'uncompiled', 'labelled_gradient',
+           'Match', 'match_double_backward', 'SyntheticPass', 'directional_derivative', 'match_forward_mode',
+           'layer_cosines', 'clean_gradients']
 
 # %% ../nbs/components/50_matching.ipynb #8b51b64b
 import contextlib
@@ -129,7 +130,17 @@ def soft_cross_entropy(
                          "resize the labels, or the pictures, first")
     return -(labels * log_probs).sum() / (labels.numel() // labels.shape[1])
 
-# %% ../nbs/components/50_matching.ipynb #a815dbe5
+# %% ../nbs/components/50_matching.ipynb #d79b552c
+def unweighted(
+    p: Tensor,  # (B, C, H, W): probabilities of a segmenter whose losses are weighted
+    class_weights: Tensor | None,  # w: (C,); None: p is returned
+) -> Tensor:  # q, proportional to p / w
+    """The labels that teach such a segmenter p again."""
+    if class_weights is None: return p
+    q = p / class_weights[:, None, None]
+    return q / q.sum(dim=1, keepdim=True)
+
+# %% ../nbs/components/50_matching.ipynb #5833b936
 def named_parameters(
     segmenter: nn.Module,
     names: Sequence[str],  # of matched parameters, e.g. from `lagm.segmenters.matched_parameter_names`
@@ -155,6 +166,12 @@ def graph_of(
     finally:
         for p in resting: p.requires_grad_(True)
 
+
+def uncompiled(segmenter: nn.Module) -> contextlib.AbstractContextManager:
+    """While in this context, a network that `segmenter.compile()` has compiled runs as it was written: compiled graphs have no tangents and no second derivatives."""
+    compiled = any(module._compiled_call_impl is not None for module in segmenter.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
 # %% ../nbs/components/50_matching.ipynb #1e8e2f93
 def labelled_gradient(
     segmenter: nn.Module,  # runs in the mode it is in; batch norm in train mode updates its statistics
@@ -169,7 +186,7 @@ def labelled_gradient(
     loss = F.cross_entropy(_at_least_float32(logits), masks, weight=class_weights, ignore_index=IGNORE)
     return list(torch.autograd.grad(loss, parameters)), loss.detach()
 
-# %% ../nbs/components/50_matching.ipynb #38dd5aea
+# %% ../nbs/components/50_matching.ipynb #c0a6ba31
 @dataclass(frozen=True)
 class Match:
     """What phase A needs to know about one synthetic batch; everything is detached."""
@@ -192,7 +209,7 @@ def match_double_backward(
     """The matching loss and dD/dq by differentiating the backward pass, as the paper's program does."""
     shared = log_probs is not None
     if not shared:
-        with graph_of(segmenter, names): log_probs = log_probabilities(segmenter, images)
+        with graph_of(segmenter, names), uncompiled(segmenter): log_probs = log_probabilities(segmenter, images)
     labels = labels.detach().requires_grad_()
     loss_synthetic = soft_cross_entropy(log_probs, labels)
     gradients_s = torch.autograd.grad(loss_synthetic, named_parameters(segmenter, names), create_graph=True)
@@ -200,7 +217,7 @@ def match_double_backward(
     label_gradient, = torch.autograd.grad(loss, labels, retain_graph=shared)
     return Match(loss.detach(), loss_synthetic.detach(), label_gradient, [g.detach() for g in gradients_s])
 
-# %% ../nbs/components/50_matching.ipynb #377724a3
+# %% ../nbs/components/50_matching.ipynb #77618455
 class SyntheticPass:
     """One forward pass of S over synthetic pictures that can be asked for gradients with several label maps, and for a directional derivative."""
 
@@ -213,7 +230,7 @@ class SyntheticPass:
     ):
         self.segmenter, self.images, self.tape = segmenter, images, None
         self.random_state = torch.get_rng_state()  # for dropout; see `directional_derivative`
-        with graph_of(segmenter, names):
+        with graph_of(segmenter, names), uncompiled(segmenter):
             moving = names if tangents is True else tangents
             if tangents: self.log_probs, self.tape = record(segmenter, lambda: log_probabilities(segmenter, images), moving)
             else: self.log_probs = log_probabilities(segmenter, images)  # (B, C, H, W), with its graph
@@ -239,7 +256,7 @@ class SyntheticPass:
             except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
         return directional_derivative(self.segmenter, direction, self.images, self.random_state)
 
-# %% ../nbs/components/50_matching.ipynb #c0396c72
+# %% ../nbs/components/50_matching.ipynb #85943942
 @functools.cache
 def _say_fallback(network: str, reason: str) -> None:
     """Say once why the quick way is not taken."""
@@ -269,7 +286,7 @@ def directional_derivative(
     buffers = {name: buffer.clone() for name, buffer in segmenter.named_buffers()}
     state_before = torch.get_rng_state()
     if random_state is not None: torch.set_rng_state(random_state)
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), uncompiled(segmenter):
         duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in direction.items()}
         logits = functional_call(segmenter, {**buffers, **duals}, (images,))
         change = forward_ad.unpack_dual(F.log_softmax(_at_least_float32(logits), dim=1)).tangent

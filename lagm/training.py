@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'Recipe', 'get_recipe', 'LabelledBatches', 'SyntheticBatch',
-           'SyntheticBatches', 'balanced_weights', 'make_optimizer', 'learning_rate', 'Players', 'phase_annotator',
-           'phase_segmenter', 'matching_step', 'supervised_step', 'imitation_step', 'pack_state', 'unpack_state',
-           'Identity', 'data_digest', 'Stage', 'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt',
-           'require_finite', 'validated', 'Keeper', 'Course', 'Loop', 'check_labelled', 'check_sides', 'lagm_stages',
-           'train_lagm', 'train_supervised']
+           'SyntheticBatches', 'balanced_weights', 'make_optimizer', 'learning_rate', 'can_compile', 'compile_networks',
+           'Players', 'phase_annotator', 'phase_segmenter', 'matching_step', 'supervised_step', 'imitation_step',
+           'pack_state', 'unpack_state', 'Identity', 'data_digest', 'Stage', 'locate', 'Diverged', 'Trained',
+           'finish_step_on_interrupt', 'require_finite', 'validated', 'Keeper', 'Course', 'Loop', 'check_labelled',
+           'check_sides', 'lagm_stages', 'in_processes', 'train_lagm', 'train_supervised']
 
-# %% ../nbs/components/60_training.ipynb #1d3dcfc1
+# %% ../nbs/components/60_training.ipynb #97dc513b
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from .augment import Augment, resize_nearest, wide_crop
 from .core import InputError, choose_device, load_tensors, provenance, random_generator
 from .evaluation import evaluate
 from .labels import IGNORE
-from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
+from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines, unweighted
 from .matching import match_double_backward, match_forward_mode
-from .parts import imitation_step_in_parts, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
+from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
 from .segmenters import matched_parameter_names
 from .watching import Estimate, Watch, Watcher, free_space, measure
 
-# %% ../nbs/components/60_training.ipynb #3600cb22
+# %% ../nbs/components/60_training.ipynb #826ed822
 CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "metric": METRICS, "reduction": REDUCTIONS,
            "gradients": ("forward", "double"), "precision": ("float32", "bfloat16")}
 
@@ -74,6 +75,7 @@ class Recipe:
     lr_warm: float = 1e-3  # learning rate of both warm starts
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
+    compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
     parts: int = 1  # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
 
     def __post_init__(self):
@@ -101,11 +103,11 @@ class Recipe:
         """Steps of all stages together."""
         return self.warm_segmenter + self.warm_annotator + self.steps
 
-# %% ../nbs/components/60_training.ipynb #29ba80aa
+# %% ../nbs/components/60_training.ipynb #32377b3b
 PAPER = Recipe()
 
 FAST = Recipe(
-    steps=800, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
+    steps=1000, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
     warm_segmenter=300, warm_annotator=300, channels_last=True,
 )
@@ -228,7 +230,24 @@ def learning_rate(
     """The learning rate of one step; the cosine goes from `base` to zero over the stage."""
     return base if schedule == "constant" else base * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-# %% ../nbs/components/60_training.ipynb #dbceafc7
+# %% ../nbs/components/60_training.ipynb #451a99fa
+@functools.cache
+def can_compile() -> bool:
+    """Whether `torch.compile` works here (on a CPU it needs a C++ compiler); if not, a warning says so, once."""
+    try: torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception as error:  # whatever the compiler's tools raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"torch.compile does not work here ({reason}); the networks run as they are", stacklevel=3)
+        return False
+    return True
+
+
+def compile_networks(networks: Iterable[nn.Module]) -> None:
+    """Compile the networks' forward passes, in place, if this machine can; their names and states stay as they are."""
+    for network in networks:
+        if can_compile(): network.compile()
+
+# %% ../nbs/components/60_training.ipynb #0a1adca7
 class Players:
     """The networks of a run, their optimisers, and the running average of the segmenter. The networks are trained in place."""
 
@@ -245,6 +264,7 @@ class Players:
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.networks = {"segmenter": segmenter.to(device, memory_format=layout)}
         if annotator is not None: self.networks["annotator"] = annotator.to(device, memory_format=layout)
+        if recipe.compile: compile_networks(self.networks.values())
         for network in self.networks.values(): network.requires_grad_(True)  # a former run's average does not ask for gradients
         self.segmenter, self.annotator, self.average = segmenter, annotator, None
         self.inspect: Callable[..., None] | None = None  # called with names, g_s, g_l in each phase A: see `Watch.cosines_every`
@@ -364,7 +384,7 @@ def matching_step(
     if loss is not None: losses["loss_s"] = loss
     return losses
 
-# %% ../nbs/components/60_training.ipynb #1d73f161
+# %% ../nbs/components/60_training.ipynb #57c7a188
 def supervised_step(
     players: Players,
     labelled: tuple[Tensor, Tensor],
@@ -381,10 +401,10 @@ def imitation_step(
     players: Players,
     synthetic: SyntheticBatch,  # not augmented
 ) -> dict[str, Tensor]:  # loss_imitation
-    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities."""
+    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities, without the class weights' share in them."""
     segmenter, annotator = players.segmenter.eval(), players.annotator.train()
     with players.autocast():
-        with torch.no_grad(): target = segmenter(synthetic.images).float().softmax(dim=1)
+        with torch.no_grad(): target = unweighted(segmenter(synthetic.images).float().softmax(dim=1), players.class_weights)
         logits = synthetic.warp(annotator(synthetic.features).float())
     loss = F.cross_entropy(logits, target)
     loss.backward()
@@ -784,7 +804,28 @@ def lagm_stages(
         Stage("match", recipe.steps, match_once, both, averaged=True),
     ]
 
-# %% ../nbs/components/60_training.ipynb #15876cc6
+# %% ../nbs/components/60_training.ipynb #95dd453b
+def in_processes(
+    processes: int,
+    arguments: Sequence[Any],  # of `train_lagm`, by position
+    device: str | torch.device,
+    options: dict[str, Any],  # of `Loop`
+    **more: Any,  # of `train_lagm`
+) -> None:
+    """Let several processes do a run; its checkpoint is the result. `InputError` without a checkpoint, without Fabric, or if the parts cannot be shared."""
+    recipe = arguments[-1]
+    check_shares(recipe.parts, processes)
+    if not options.get("checkpoint"): raise InputError("several processes hand over their result by a file; give checkpoint=...")
+    make_fabric(processes, choose_device(device), recipe.precision).launch(functools.partial(_one_of_several, arguments, options | more))
+
+
+def _one_of_several(arguments: Sequence[Any], options: dict[str, Any], fabric: Any) -> None:
+    """Runs in each process. What comes from the parent lies in memory that all processes share, so each makes its own."""
+    generator, annotator, segmenter, *data = copy.deepcopy(arguments)
+    if hasattr(generator, "to"): generator = generator.to(fabric.device)
+    train_lagm(generator, annotator, segmenter, *data, device=fabric.device, **options)
+
+# %% ../nbs/components/60_training.ipynb #d2f84ea2
 def train_lagm(
     generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generator
     annotator: nn.Module,  # features -> logits; trained in place
@@ -797,6 +838,7 @@ def train_lagm(
     device: str | torch.device = "cpu",
     match: bool = True,  # False: the annotator stays as its warm start left it, all else is the same
     dry_run: bool = False,  # True: do two steps of each stage, leave no trace, and return an `Estimate` of time, memory and disk
+    processes: int = 1,  # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more than one need Fabric and a checkpoint
     **options: Any,  # of `Loop`: validation, validate_every, checkpoint, checkpoint_every, keep, resume_from, watch, record_every, progress, explode_at
 ) -> Trained | Estimate:
     """Learn an annotator by gradient matching, and a segmenter from its labels (paper, algorithm 1; and our additions, as the recipe says).
@@ -806,6 +848,7 @@ def train_lagm(
     """
     check_sides(segmenter, annotator)
     check_labelled(images, masks, segmenter.n_classes)
+    if processes != 1: in_processes(processes, (generator, annotator, segmenter, images, masks, recipe), device, options, seed=seed, match=match)
     players = Players(segmenter, annotator, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance))
     stages = lagm_stages(players, generator, images, masks, seed, match)
     identity = Identity(recipe, seed, "matching" if match else "no matching", data_digest(images, masks), generator_digest(generator))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SIZES = dict(iterations=2, warm_up=2, person_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=6, threads=1)
+SIZES = dict(iterations=2, paper_iterations=3, warm_up=2, person_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=6, threads=1)
 
 
 def call(folder, **parameters):
@@ -20,9 +20,10 @@ def test_a_row_for_each_method(tmp_path):
     done = call(tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert [row["method"] for row in report["rows"]] == ["supervised", "self-training", "mean teacher", "DatasetGAN", "gradient matching"]
+    assert [row["method"] for row in report["rows"]] == ["supervised", "self-training", "mean teacher", "DatasetGAN", "gradient matching", "paper's recipe"]
+    assert list(report["metrics"]) == list(report["seconds"]) == [row["method"] for row in report["rows"]] and len(report["classes"]) == 8
     for row in report["rows"]:
-        assert row["segmenter_steps"] == 4 and row["interval"]["low"] <= row["fg_miou"] <= row["interval"]["high"] and row["k"] == 2 and row["seed"] == 0
+        assert row["segmenter_steps"] == (3 if row["method"] == "paper's recipe" else 4) and row["interval"]["low"] <= row["fg_miou"] <= row["interval"]["high"] and row["k"] == 2 and row["seed"] == 0
         assert row["labelled_on"] == ("generated" if row["method"] == "DatasetGAN" else "real")
     assert {"table.png", "test.png", "curves.png", "methods.ipynb"} <= {p.name for p in tmp_path.iterdir()}
     for line in report["summary"]: assert line in done.stdout

@@ -137,3 +137,38 @@ def test_two_processes_are_one_with_two_parts(tmp_path):
             # batch norm takes a constant away again: such a bias moves by rounding alone, and the running mean follows it
             if prefix == "average." and re.search(r"conv\d\.bias|running_mean", key): continue
             torch.testing.assert_close(tensors[prefix + key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{prefix}{key}: {m}")
+
+
+def test_several_processes_by_fabric_are_one_with_as_many_parts(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: one = run(PARTS)
+    finally: torch.set_num_threads(threads)
+    code = BY_FABRIC.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run.safetensors"))
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    tensors, header = load_tensors(tmp_path / "result.safetensors")
+    assert header["step"] == 8 and header["losses"] == 1  # the history came along, too
+    for key, value in one.annotator.state_dict().items(): torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+BY_FABRIC = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pathlib import Path
+from lagm.core import save_tensors
+from test_parts import PARTS, run
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    path = Path({path!r})
+    result = run(PARTS, checkpoint=path, checkpoint_every=3, processes=2)
+    save_tensors(path.parent / "result.safetensors", result.annotator.state_dict(), dict(step=result.step, losses=len({{r["stage"] for r in result.history["losses"]}})))
+"""
+
+
+def test_several_processes_need_a_file_and_parts():
+    with pytest.raises(InputError, match="give checkpoint="): run(PARTS, processes=2)
+    with pytest.raises(InputError, match="3 processes cannot share 2 parts"): run(PARTS, processes=3, checkpoint="x")

@@ -353,3 +353,27 @@ def test_nothing_of_the_inputs_changes():
     before = copy.deepcopy((images, masks))
     train_lagm(ToyGenerator(), *networks(), images, masks, FAST, progress=False)
     assert torch.equal(images, before[0]) and torch.equal(masks, before[1])
+
+
+# ---- torch.compile
+
+
+def test_compiled_networks_learn_the_same():
+    """Networks compiled where they can be; matching takes the segmenter as it was written. Numbers agree to rounding."""
+    recipe = dataclasses.replace(FAST, steps=2, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2, lr_warm=1e-4, lr_segmenter=1e-4, lr_annotator=1e-4)
+    plain, compiled = run(recipe), run(dataclasses.replace(recipe, compile=True))
+    for key, value in plain.segmenter.state_dict().items():
+        if not key.endswith(".bias"): torch.testing.assert_close(compiled.segmenter.state_dict()[key], value, rtol=1e-3, atol=2e-4)
+    assert compiled.segmenter.state_dict().keys() == plain.segmenter.state_dict().keys()
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
+    from lagm import training
+
+    def broken(*_, **__): raise RuntimeError("no compiler\nand more")
+    monkeypatch.setattr(torch, "compile", broken)
+    training.can_compile.cache_clear()
+    recipe = dataclasses.replace(FAST, steps=1, warm_segmenter=1, warm_annotator=1, compile=True)
+    with pytest.warns(UserWarning, match="torch.compile does not work here \\(no compiler\\)") as said: run(recipe), run(recipe)
+    training.can_compile.cache_clear()
+    assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
