@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'FAMILIES', 'Result', 'find_results', 'Row', 'why_missing', 'paper_rows', 'number', 'paper_table',
-           'as_markdown', 'as_html', 'Table', 'group_results', 'own_table', 'number_of_labels_figure', 'methods_figure',
-           'class_figures', 'result_pictures', 'Section', 'save_figure', 'write_pages']
+           'as_markdown', 'as_html', 'Table', 'group_results', 'group_minutes', 'own_table', 'benchmark_table',
+           'number_of_labels_figure', 'methods_figure', 'class_figures', 'result_pictures', 'Section', 'save_figure',
+           'write_pages']
 
 # %% ../nbs/components/94_report.ipynb #68d5bb6f
 import base64
@@ -169,7 +170,7 @@ class Table(list):
     def _repr_markdown_(self) -> str: return as_markdown(self)
     def __repr__(self) -> str: return as_markdown(self)
 
-# %% ../nbs/components/94_report.ipynb #3129df2a
+# %% ../nbs/components/94_report.ipynb #384fd5b9
 TESTED = ("", "methods", "evaluate", "cross_domain")  # stages whose numbers are of test pictures
 
 
@@ -192,15 +193,62 @@ def group_results(
     return found
 
 
-def own_table(groups: Mapping[tuple[str, str], Sequence[float]]) -> list[list[str]]:
-    """Mean, spread and number of seeds of every method."""
-    table = [["experiment", "method", "FG-mIoU", "spread", "lowest", "highest", "seeds"]]
-    for (group, method), values in sorted(groups.items()):
-        spread = number(statistics.stdev(values)) if len(values) > 1 else "–"
-        table.append([group, method, number(statistics.fmean(values)), spread, number(min(values)), number(max(values)), str(len(values))])
+def group_minutes(
+    results: Iterable[Result],
+) -> dict[tuple[str, str], float]:  # (experiment, method) -> mean minutes
+    """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages before the test otherwise."""
+    results, found = list(results), {}
+    for result in results:
+        if result.stage == "evaluate" and "small" not in result.variant:
+            before = [r.record.get("seconds_in_all") for r in results if (r.experiment, r.variant) == (result.experiment, result.variant) and r.stage in ("annotate", "downstream")]
+            for method in result.record.get("metrics", {}):
+                if before and all(before): found.setdefault((_group(result), method), []).append(sum(before) / 60)
+    for result in results:
+        seconds = result.record.get("seconds")
+        if not isinstance(seconds, dict) or "small" in result.variant: continue
+        for method, value in seconds.items():
+            if isinstance(value, int | float): found.setdefault((_group(result), method), []).append(value / 60)
+    return {key: statistics.fmean(values) for key, values in found.items()}
+
+
+def _mean(values: Sequence[float]) -> str:
+    return number(statistics.fmean(values), 1) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def own_table(
+    groups: Mapping[tuple[str, str], Sequence[float]],  # from `group_results`
+    minutes: Mapping[tuple[str, str], float] = {},  # from `group_minutes`
+) -> list[list[str]]:
+    """Mean, spread (standard deviation), range, number of seeds, and cost of every method."""
+    table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
+    return table + [[group, method, _mean(values), number(min(values), 1), number(max(values), 1), str(len(values)), number(minutes.get((group, method)), 1)]
+                    for (group, method), values in sorted(groups.items())]
+
+
+def _benchmark(groups: Mapping[tuple[str, str], Any]) -> dict[str, dict[int, Any]]:
+    """The part of the groups that belongs to the demo benchmark: method -> k -> what is there."""
+    found: dict[str, dict[int, Any]] = {}
+    for (group, method), values in groups.items():
+        if match := re.fullmatch(r"demo_(?:(\w+)_)?k(\d+)", group):
+            name = {None: method, "paper": "paper's recipe, ten times as long", "downstream": "gradient matching, then downstream"}.get(match[1], f"{match[1]}: {method}")
+            found.setdefault(name, {})[int(match[2])] = values
+    return found
+
+
+def benchmark_table(
+    groups: Mapping[tuple[str, str], Sequence[float]],
+    minutes: Mapping[tuple[str, str], float] = {},
+) -> list[list[str]]:
+    """The demo benchmark: a row for each method, a column for each number of labels; mean ± standard deviation, and the number of seeds in brackets."""
+    found, cost = _benchmark(groups), _benchmark(minutes)
+    ks = sorted({k for points in found.values() for k in points})
+    table = [["method", *(f"k = {k}" for k in ks), "minutes"]]
+    for method, points in found.items():
+        cells = [f"{_mean(points[k])} ({len(points[k])})" if k in points else "–" for k in ks]
+        table.append([method, *cells, number(statistics.fmean(cost[method].values()) if method in cost else None, 1)])
     return table
 
-# %% ../nbs/components/94_report.ipynb #6c86e342
+# %% ../nbs/components/94_report.ipynb #f6144c41
 FAMILIES = {"celeba": "CelebA", "horse": "Pascal-Horse", "aeroplane": "Pascal-Aeroplane"}
 
 
@@ -220,11 +268,7 @@ def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
 
 def methods_figure(groups: Mapping[tuple[str, str], Sequence[float]]) -> Figure | None:
     """The demo benchmark: a line per method over the number of labels; None if there is no experiment demo_kN or demo_RECIPE_kN."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for (group, method), values in groups.items():
-        if match := re.fullmatch(r"demo_(?:(\w+)_)?k(\d+)", group):
-            name = {None: method, "paper": "gradient matching, paper's recipe", "downstream": "gradient matching, downstream"}.get(match[1], f"{match[1]}: {method}")
-            found.setdefault(name, {})[int(match[2])] = list(values)
+    found = _benchmark(groups)
     if not found: return None
     figure, (ax,) = panels(1, 7.2, 4.2)
     for method, points in found.items():

@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,15 @@ import pytest
 import torch
 from filling import fill
 from safetensors import safe_open
+from sync import ROOT
+from templates import run_cells
 from torch import nn
 
 import lagm.training as training
 from lagm.annotator import FPNAnnotator
 from lagm.augment import Augment
 from lagm.core import InputError, load_tensors
+from lagm.run_state import Checkpoints
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.training import Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm, train_supervised
 
@@ -377,3 +382,37 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
     with pytest.warns(UserWarning, match="torch.compile does not work here \\(no compiler\\)") as said: run(recipe), run(recipe)
     training.can_compile.cache_clear()
     assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
+
+
+# ---- the demo, from each of its checkpoints
+
+
+def test_the_demo_resumed_from_each_checkpoint_ends_in_the_same_metrics(tmp_path, monkeypatch):
+    """The demo's recipe, through its notebook, with the real faces and generator; only the numbers of steps are small."""
+    parameters = dict(k=2, psi=1.0, iterations=6, warm_up=2, checkpoint_every=2, validate_every=3, validation_pictures=4, evaluation_batch=4, width=8, threads=1)
+    parameters["changes"] = dict(batch_labelled=2, batch_synthetic=2)
+    notebook, kept = ROOT / "nbs" / "experiments" / "annotate.ipynb", []
+    save = Checkpoints.save
+
+    def save_and_copy(self, tensors, header):
+        save(self, tensors, header)
+        kept.append(tmp_path / f"step-{header['step']}.safetensors")
+        shutil.copy(self.path, kept[-1])
+
+    def metrics(folder):
+        record = json.loads((folder / "metrics.json").read_text())
+        for changing in ("seconds_in_all", "training_seconds", "provenance"): record.pop(changing, None)
+        record["parameters"].pop("out_dir")
+        return record
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_copy)
+    run_cells(notebook, parameters | {"out_dir": str(tmp_path / "whole")})
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert [path.name for path in kept] == [f"step-{step}.safetensors" for step in (2, 4, 6, 8, 10)]
+    for path in kept:
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        shutil.copy(tmp_path / "whole" / "asked.json", folder)
+        shutil.copy(path, folder / "state.safetensors")
+        run_cells(notebook, parameters | {"out_dir": str(folder)})
+        assert metrics(folder) == metrics(tmp_path / "whole"), path.name
