@@ -270,7 +270,7 @@ def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
         "target": "avatars:big-ears", "pictures": 0, "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": 1200, "out_dir": f"outputs/{name}/cross_domain"}
     return {"annotate": annotate, "cross_domain": figure}
 
-# %% ../nbs/components/91_catalogue.ipynb #11436653
+# %% ../nbs/components/91_catalogue.ipynb #e587d48f
 def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # as `paper_experiments`
     """The experiments on the faces that come with the kit."""
     full = dict(iterations=1000, warm_up=300, person_steps=900, pixel_steps=1500, members=10, paper_iterations=1600, pairs=500, width=16, test_pictures=240)
@@ -281,6 +281,8 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
     for k in ks: found[f"demo_paper_k{k}"] = (f"Demo, {count(k)}, the paper's recipe", _demo(f"demo_paper_k{k}", k, DEMO_PAPER))
     for name, changes in ABLATIONS.items():
         found[f"demo_ablation_{name}"] = (f"Demo, 2 labelled faces, {', '.join(f'{key} {value}' for key, value in changes.items())}", _demo(f"demo_ablation_{name}", 2, DEMO_TRAINING, changes=changes))
+    found["demo_ablation_generated_labels"] = ("Demo, 2 labelled faces, real ones or generated ones", {"methods": {
+        "k": 2, "methods": "gradient matching, matching on generated labels", **full, "out_dir": "outputs/demo_ablation_generated_labels/methods"}})
     for style in ("toon-head", "micah"):
         name = f"demo_cross_{style.replace('-', '_')}"
         found[name] = (f"Demo, 30 labelled faces of the style {style}, generator of big-ears", _demo_cross(name, style))

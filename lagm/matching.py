@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'REDUCTIONS', 'COSINE_EPS', 'distance', 'distance_and_derivative', 'log_probabilities',
-           'soft_cross_entropy', 'unweighted', 'named_parameters', 'graph_of', 'uncompiled', 'labelled_gradient',
-           'Match', 'match_double_backward', 'SyntheticPass', 'directional_derivative', 'match_forward_mode',
-           'layer_cosines', 'clean_gradients']
+           'soft_cross_entropy', 'named_parameters', 'graph_of', 'uncompiled', 'labelled_gradient', 'Match',
+           'match_double_backward', 'SyntheticPass', 'directional_derivative', 'match_forward_mode', 'layer_cosines',
+           'clean_gradients']
 
 # %% ../nbs/components/50_matching.ipynb #8b51b64b
 import contextlib
@@ -129,16 +129,6 @@ def soft_cross_entropy(
         raise InputError(f"predictions {tuple(log_probs.shape)} and labels {tuple(labels.shape)} differ in shape; "
                          "resize the labels, or the pictures, first")
     return -(labels * log_probs).sum() / (labels.numel() // labels.shape[1])
-
-# %% ../nbs/components/50_matching.ipynb #d79b552c
-def unweighted(
-    p: Tensor,  # (B, C, H, W): probabilities of a segmenter whose losses are weighted
-    class_weights: Tensor | None,  # w: (C,); None: p is returned
-) -> Tensor:  # q, proportional to p / w
-    """The labels that teach such a segmenter p again."""
-    if class_weights is None: return p
-    q = p / class_weights[:, None, None]
-    return q / q.sum(dim=1, keepdim=True)
 
 # %% ../nbs/components/50_matching.ipynb #5833b936
 def named_parameters(

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'make_fabric', 'check_shares', 'this_process', 'own_par
            'mean_over_parts', 'labelled_gradient_in_parts', 'phase_annotator_in_parts', 'each_part_of_annotator',
            'matching_step_in_parts', 'supervised_step_in_parts', 'imitation_step_in_parts']
 
-# %% ../nbs/components/58_parts.ipynb #18ca89b0
+# %% ../nbs/components/58_parts.ipynb #faf67276
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .core import InputError
 from .labels import IGNORE
-from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient, unweighted
+from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient
 
 # %% ../nbs/components/58_parts.ipynb #2f61a962
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name
@@ -94,7 +94,7 @@ def mean_over_parts(
     *totals, weight = sum_over_processes([*totals, sum(weights)])
     return [total / weight for total in totals]
 
-# %% ../nbs/components/58_parts.ipynb #5691eafb
+# %% ../nbs/components/58_parts.ipynb #680ea1f1
 def labelled_gradient_in_parts(
     players: Any,  # lagm.training.Players
     names: Sequence[str],
@@ -126,7 +126,7 @@ def phase_annotator_in_parts(
 
     def first(part):
         with players.autocast():
-            with torch.no_grad(): labels = batches[part].labels(annotator, players.class_weights)
+            with torch.no_grad(): labels = batches[part].labels(annotator, players.label_weights)
             one = SyntheticPass(players.segmenter, batches[part].images, names, tangents=False)
             return *one.gradient(names, labels, keep_graph=False), one.random_state
 
@@ -138,7 +138,7 @@ def phase_annotator_in_parts(
 
     def second(part):
         with players.autocast():
-            labels = batches[part].labels(annotator, players.class_weights)
+            labels = batches[part].labels(annotator, players.label_weights)
             change = directional_derivative(players.segmenter, direction, batches[part].images, states[part])
         labels.backward(change * (-labels.shape[1] / labels.numel() / parts))
 
@@ -156,7 +156,7 @@ def each_part_of_annotator(annotator: nn.Module, function: Callable[[], Any]) ->
     for buffer, value in zip(annotator.buffers(), start): buffer.copy_(value)
     return result
 
-# %% ../nbs/components/58_parts.ipynb #2bc77824
+# %% ../nbs/components/58_parts.ipynb #80c76471
 def matching_step_in_parts(
     players: Any,
     names: Sequence[str],
@@ -183,7 +183,7 @@ def matching_step_in_parts(
     def one(part):
         batch = batches[part] if shared else fresh(part)
         with players.autocast():
-            with torch.no_grad(): labels = batch.labels(players.annotator, players.class_weights)
+            with torch.no_grad(): labels = batch.labels(players.annotator, players.label_weights)
             return SyntheticPass(segmenter, batch.images, tangents=False).gradient(everything, labels, keep_graph=False)
 
     found = each_part(segmenter, parts, one, update=not (shared and match))
@@ -210,7 +210,7 @@ def imitation_step_in_parts(players: Any, synthetic: Callable[[int], Any], parts
     def one(part):
         batch = synthetic(part)
         with players.autocast():
-            with torch.no_grad(): target = unweighted(segmenter(batch.images).float().softmax(dim=1), players.class_weights)
+            with torch.no_grad(): target = segmenter(batch.images).float().softmax(dim=1)
             logits = batch.warp(annotator(batch.features).float())
         loss = nn.functional.cross_entropy(logits, target) / parts
         loss.backward()

@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'Recipe', 'get_recipe'
            'finish_step_on_interrupt', 'require_finite', 'validated', 'Keeper', 'Course', 'Loop', 'check_labelled',
            'check_sides', 'lagm_stages', 'in_processes', 'train_lagm', 'train_supervised']
 
-# %% ../nbs/components/60_training.ipynb #97dc513b
+# %% ../nbs/components/60_training.ipynb #e7c5064a
 import contextlib
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ from .augment import Augment, resize_nearest, wide_crop
 from .core import InputError, choose_device, load_tensors, provenance, random_generator
 from .evaluation import evaluate
 from .labels import IGNORE
-from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines, unweighted
+from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
@@ -247,7 +247,7 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
     for network in networks:
         if can_compile(): network.compile()
 
-# %% ../nbs/components/60_training.ipynb #0a1adca7
+# %% ../nbs/components/60_training.ipynb #fa68ed95
 class Players:
     """The networks of a run, their optimisers, and the running average of the segmenter. The networks are trained in place."""
 
@@ -258,9 +258,11 @@ class Players:
         recipe: Recipe,
         device: torch.device,
         class_weights: Tensor | None = None,  # (C,), from `balanced_weights`
+        weigh_labels: bool = True,  # False: the annotator's labels are used without class weights
     ):
         self.recipe, self.device = recipe, device
         self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.label_weights = self.class_weights if weigh_labels else None
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.networks = {"segmenter": segmenter.to(device, memory_format=layout)}
         if annotator is not None: self.networks["annotator"] = annotator.to(device, memory_format=layout)
@@ -312,7 +314,7 @@ class Players:
         """The segmenter to evaluate: the average, if there is one."""
         return self.segmenter if self.average is None else self.average
 
-# %% ../nbs/components/60_training.ipynb #982217b9
+# %% ../nbs/components/60_training.ipynb #7112243d
 def phase_annotator(
     players: Players,
     names: Sequence[str],  # the matched parameters of S
@@ -324,7 +326,7 @@ def phase_annotator(
     recipe = players.recipe
     players.annotator.train()
     with players.autocast():
-        labels = synthetic.labels(players.annotator, players.class_weights)
+        labels = synthetic.labels(players.annotator, players.label_weights)
         arguments = (players.segmenter, names, synthetic.images, labels, gradients_l, recipe.metric, recipe.reduction)
         if recipe.gradients == "forward": match = match_forward_mode(*arguments, synthetic_pass=synthetic_pass)
         else: match = match_double_backward(*arguments, log_probs=synthetic_pass and synthetic_pass.log_probs)
@@ -333,7 +335,7 @@ def phase_annotator(
     players.update("annotator")
     return match
 
-# %% ../nbs/components/60_training.ipynb #23a64c62
+# %% ../nbs/components/60_training.ipynb #f909cc74
 def phase_segmenter(
     players: Players,
     synthetic: SyntheticBatch,
@@ -346,7 +348,7 @@ def phase_segmenter(
     if gradients_s is None:
         players.annotator.eval()
         with players.autocast():
-            with torch.no_grad(): labels = synthetic.labels(players.annotator, players.class_weights)
+            with torch.no_grad(): labels = synthetic.labels(players.annotator, players.label_weights)
             if synthetic_pass is None: synthetic_pass = SyntheticPass(players.segmenter, synthetic.images, tangents=False)
             gradients_s, loss = synthetic_pass.gradient(everything, labels, keep_graph=False)
     if gradients_l is not None: gradients_s = torch._foreach_add(list(gradients_s), list(gradients_l), alpha=players.recipe.label_weight)
@@ -384,7 +386,7 @@ def matching_step(
     if loss is not None: losses["loss_s"] = loss
     return losses
 
-# %% ../nbs/components/60_training.ipynb #57c7a188
+# %% ../nbs/components/60_training.ipynb #1d73f161
 def supervised_step(
     players: Players,
     labelled: tuple[Tensor, Tensor],
@@ -401,10 +403,10 @@ def imitation_step(
     players: Players,
     synthetic: SyntheticBatch,  # not augmented
 ) -> dict[str, Tensor]:  # loss_imitation
-    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities, without the class weights' share in them."""
+    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities."""
     segmenter, annotator = players.segmenter.eval(), players.annotator.train()
     with players.autocast():
-        with torch.no_grad(): target = unweighted(segmenter(synthetic.images).float().softmax(dim=1), players.class_weights)
+        with torch.no_grad(): target = segmenter(synthetic.images).float().softmax(dim=1)
         logits = synthetic.warp(annotator(synthetic.features).float())
     loss = F.cross_entropy(logits, target)
     loss.backward()
@@ -825,7 +827,7 @@ def _one_of_several(arguments: Sequence[Any], options: dict[str, Any], fabric: A
     if hasattr(generator, "to"): generator = generator.to(fabric.device)
     train_lagm(generator, annotator, segmenter, *data, device=fabric.device, **options)
 
-# %% ../nbs/components/60_training.ipynb #d2f84ea2
+# %% ../nbs/components/60_training.ipynb #67c6499a
 def train_lagm(
     generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generator
     annotator: nn.Module,  # features -> logits; trained in place
@@ -837,6 +839,7 @@ def train_lagm(
     seed: int = 0,  # of everything random in the run (but not of the networks' initial weights)
     device: str | torch.device = "cpu",
     match: bool = True,  # False: the annotator stays as its warm start left it, all else is the same
+    weigh_labels: bool = True,  # False: no class weights on the annotator's labels; for one that is not matched but imitates S, whose predictions have them already
     dry_run: bool = False,  # True: do two steps of each stage, leave no trace, and return an `Estimate` of time, memory and disk
     processes: int = 1,  # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more than one need Fabric and a checkpoint
     **options: Any,  # of `Loop`: validation, validate_every, checkpoint, checkpoint_every, keep, resume_from, watch, record_every, progress, explode_at
@@ -848,10 +851,10 @@ def train_lagm(
     """
     check_sides(segmenter, annotator)
     check_labelled(images, masks, segmenter.n_classes)
-    if processes != 1: in_processes(processes, (generator, annotator, segmenter, images, masks, recipe), device, options, seed=seed, match=match)
-    players = Players(segmenter, annotator, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance))
+    if processes != 1: in_processes(processes, (generator, annotator, segmenter, images, masks, recipe), device, options, seed=seed, match=match, weigh_labels=weigh_labels)
+    players = Players(segmenter, annotator, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance), weigh_labels)
     stages = lagm_stages(players, generator, images, masks, seed, match)
-    identity = Identity(recipe, seed, "matching" if match else "no matching", data_digest(images, masks), generator_digest(generator))
+    identity = Identity(recipe, seed, ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights"), data_digest(images, masks), generator_digest(generator))
     to_show = SyntheticBatches(generator, 4, images.shape[2:], seed, None, recipe.wide_crop, players.arrange)
     loop = Loop(players, stages, identity, pictures=lambda: to_show(0, "snapshot"), **options)
     return loop.estimate() if dry_run else loop.run()

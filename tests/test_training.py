@@ -416,3 +416,14 @@ def test_the_demo_resumed_from_each_checkpoint_ends_in_the_same_metrics(tmp_path
         shutil.copy(path, folder / "state.safetensors")
         run_cells(notebook, parameters | {"out_dir": str(folder)})
         assert metrics(folder) == metrics(tmp_path / "whole"), path.name
+
+
+# ---- labels that have the class weights already
+
+
+def test_labels_of_an_imitating_annotator_can_go_without_class_weights():
+    """The same annotator, never matched: with weights, without, and without any weights in the recipe, which is another run for S's labelled loss."""
+    recipe = dataclasses.replace(FAST, balance=0.5, label_weight=0.0, warm_segmenter=0, warm_annotator=0)
+    weighed, plain = run(recipe, match=False), run(recipe, match=False, weigh_labels=False)
+    unbalanced = run(dataclasses.replace(recipe, balance=0.0), match=False)
+    assert not same(weighed, plain) and same(plain, unbalanced)
