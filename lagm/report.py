@@ -170,7 +170,7 @@ class Table(list):
     def _repr_markdown_(self) -> str: return as_markdown(self)
     def __repr__(self) -> str: return as_markdown(self)
 
-# %% ../nbs/components/94_report.ipynb #384fd5b9
+# %% ../nbs/components/94_report.ipynb #5fcf285b
 TESTED = ("", "methods", "evaluate", "cross_domain")  # stages whose numbers are of test pictures
 
 
@@ -224,7 +224,7 @@ def own_table(
     return table + [[group, method, _mean(values), number(min(values), 1), number(max(values), 1), str(len(values)), number(minutes.get((group, method)), 1)]
                     for (group, method), values in sorted(groups.items())]
 
-
+# %% ../nbs/components/94_report.ipynb #f9c9d709
 def _benchmark(groups: Mapping[tuple[str, str], Any]) -> dict[str, dict[int, Any]]:
     """The part of the groups that belongs to the demo benchmark: method -> k -> what is there."""
     found: dict[str, dict[int, Any]] = {}
