@@ -174,7 +174,7 @@ def _tested(e: Experiment, networks: str, **more: Any) -> dict[str, Any]:
     """Parameters of the evaluation of an experiment."""
     return {**_common(e), "networks": f"outputs/{e.name}/{networks}", "pictures": 0, **more, "out_dir": f"outputs/{e.name}/evaluate"}
 
-# %% ../nbs/components/91_catalogue.ipynb #bfdb97d1
+# %% ../nbs/components/91_catalogue.ipynb #0024fabf
 def _semi_supervised(e: Experiment) -> dict[str, dict[str, Any]]:
     """The stages of celeba_K, horse_K and aeroplane_K: the best segmenter on the validation set is tested."""
     annotate = {**_common(e), "k": e.k, "validation_pictures": 0, **_drawn(e), **_student(e), **TRAINING, "select": "best", "out_dir": f"outputs/{e.name}/annotate"}
@@ -195,7 +195,7 @@ def _cross_domain(e: Experiment) -> dict[str, dict[str, Any]]:
     look = {"validation_dataset": f"cgpart-real:{e.object_class}", "validation_pictures": 0}
     annotate = {**_common(e), "k": e.k, **look, **_drawn(e), **_student(e), **TRAINING, "select": "last", "out_dir": f"outputs/{e.name}/annotate"}
     figure = {**_common(e), "k": e.k, "target": f"cgpart-real:{e.object_class}", "target_split": "val", "pictures": 0, **_drawn(e),
-              "networks": f"outputs/{e.name}/annotate/results.safetensors", "supervised_steps": 0, "out_dir": f"outputs/{e.name}/cross_domain"}
+              "networks": f"outputs/{e.name}/annotate/results.safetensors", "supervised_steps": 0, "teacher_steps": 0, "out_dir": f"outputs/{e.name}/cross_domain"}
     return {"annotate": annotate, "cross_domain": figure}
 
 # %% ../nbs/components/91_catalogue.ipynb #1832078b
@@ -239,7 +239,7 @@ def write_parameter_files(
             paths[-1].write_text(parameter_text(about, parameters), encoding="utf-8")
     return paths
 
-# %% ../nbs/components/91_catalogue.ipynb #b248803a
+# %% ../nbs/components/91_catalogue.ipynb #8f765aa8
 DEMO = dict(dataset="avatars:big-ears", size=[64, 64], validation_pictures=0, segmenter="unet", width=16, levels=3)
 DEMO_GENERATOR = dict(psi=1.0)  # this generator draws well without truncation
 DEMO_TRAINING = dict(channels=32, layers=3, recipe="fast", iterations=1000, warm_up=300, validate_every=100, checkpoint_every=100)
@@ -267,7 +267,7 @@ def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
     annotate = {**source, **DEMO_TRAINING, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
-        "target": "avatars:big-ears", "pictures": 0, "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": 1200, "out_dir": f"outputs/{name}/cross_domain"}
+        "target": "avatars:big-ears", "pictures": 0, "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": 1200, "teacher_steps": 1000, "out_dir": f"outputs/{name}/cross_domain"}
     return {"annotate": annotate, "cross_domain": figure}
 
 # %% ../nbs/components/91_catalogue.ipynb #e587d48f
@@ -315,10 +315,10 @@ def choose_runs(
             if need not in chosen: chosen.add(need), waiting.append(need)
     return {name: run for name, run in catalogue.items() if name in chosen}
 
-# %% ../nbs/components/91_catalogue.ipynb #35edb56d
+# %% ../nbs/components/91_catalogue.ipynb #e4e39e5b
 SMALL = {  # of each stage: a size that only shows that everything fits together
     "annotate": dict(iterations=2, warm_up=2, validation_pictures=2, validate_every=2), "downstream": dict(pictures=8, epochs=2, batch=4, validation_pictures=2),
-    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, pictures=2),
+    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, pictures=2),
 }
 
 
