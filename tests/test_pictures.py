@@ -206,3 +206,24 @@ def test_nothing_is_left_behind(batch):
     pictures.iou_bars({"x": results()}, CELEBA8.classes)
     assert plt.get_fignums() == shown
     assert {k: v for k, v in mpl.rcParams.items() if before[k] != v} == {}
+
+
+def test_a_confusion_figure_writes_the_shares_of_each_true_class():
+    figure = pictures.confusion_figure(torch.tensor([[75, 25, 0], [0, 0, 0], [1, 0, 999]]), ["back", "never", "thing"])
+    texts = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in figure.axes[0].texts}
+    assert texts == {(0, 0): "75", (0, 1): "25", (2, 2): "100"}  # rows are the truth; a class without pixels is empty, 0.1 % is left out
+    with pytest.raises(InputError, match="2, 3"): pictures.confusion_figure(torch.zeros(2, 3), ["a", "b"])
+
+
+def test_the_worst_gallery_begins_with_the_worst(batch):
+    images, masks = batch
+    masks = masks.clone()
+    masks[:, 0] = 1
+    masks[4] = 0  # shows no foreground: not ranked
+    predictions = masks.clone()
+    predictions[2] = 1 - masks[2]  # all wrong
+    predictions[1, :8] = 0
+    figure = pictures.worst_gallery(images, predictions, masks, TWO, number=3)
+    heads = [t.get_text() for t in [*figure.texts, *(t for ax in figure.axes for t in ax.texts)] if t.get_text().startswith("no. ")]
+    assert heads[0] == "no. 2: 0" and heads[1].startswith("no. 1: ") and heads[2].endswith(": 100") and not any(h.startswith("no. 4") for h in heads)
+    with pytest.raises(InputError, match="no picture shows a foreground class"): pictures.worst_gallery(images, masks * 0, masks * 0, TWO)

@@ -427,3 +427,12 @@ def test_labels_of_an_imitating_annotator_can_go_without_class_weights():
     weighed, plain = run(recipe, match=False), run(recipe, match=False, weigh_labels=False)
     unbalanced = run(dataclasses.replace(recipe, balance=0.0), match=False)
     assert not same(weighed, plain) and same(plain, unbalanced)
+
+
+def test_class_weights_by_hand():
+    masks = torch.full((1, 10, 10), 255)
+    masks[0, :9, :], masks[0, 9, :5] = 0, 1  # 90 pixels, 5 pixels, class 2 nowhere, the rest unknown
+    weights = training.balanced_weights(masks, 3, 0.5)
+    shares = torch.tensor([90 / 95, 5 / 95])
+    assert weights[1] / weights[0] == pytest.approx(18**0.5, rel=1e-5) and weights[2] == weights[1]
+    assert (weights[:2] * shares).sum() == pytest.approx(1, rel=1e-6) and training.balanced_weights(masks, 3, 0.0) is None
