@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Avatars', 'stack', 'choose_labelled']
 
-# %% ../nbs/components/10_data.ipynb #a42e88b5
+# %% ../nbs/components/10_data.ipynb #d046ced0
 import operator
 import zipfile
 import zlib
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from .core import InputError, asset, read_json
-from .labels import IGNORE, LabelSet
+from .labels import IGNORE, Labelled, LabelSet
 
 # %% ../nbs/components/10_data.ipynb #7c2e8c0f
 SPLITS = ("train", "val", "test")
@@ -65,8 +65,8 @@ def _labels(metadata: dict, path: Path) -> LabelSet:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} does not say which classes and colours its masks have ({type(error).__name__}: {error}); restore the file") from error
 
-# %% ../nbs/components/10_data.ipynb #a161d4ff
-class Avatars(VisionDataset):
+# %% ../nbs/components/10_data.ipynb #0b208ab6
+class Avatars(Labelled, VisionDataset):
     """Labelled avatars of one style and split: items are (image, mask).
 
     image: float32 tensor (3, H, W) in [-1, 1]; mask: int64 tensor (H, W) of class indices, 255 for 'no label' (these sets have none).
@@ -92,21 +92,6 @@ class Avatars(VisionDataset):
         self.labels = _labels(self.metadata, folder / f"{style}.json")
         if self._masks.max() >= self.labels.n_classes and (self._masks[self._masks >= self.labels.n_classes] != IGNORE).any():
             raise InputError(f"the {split} masks of {folder / style}.npz hold values that are no class of {self.labels.name!r}; make the set again")
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; the index of a name is its value in the masks."""
-        return self.labels.classes
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes, the background included."""
-        return self.labels.n_classes
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """Colours of the classes, each (red, green, blue) in 0..255."""
-        return self.labels.palette
 
     def __len__(self) -> int:
         return len(self._images)

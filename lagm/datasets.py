@@ -7,7 +7,7 @@ __all__ = ['CELEBA_SPLITS', 'SPECK_PIXELS', 'SPECK_CLASSES', 'CGPART_MODELS', 'C
            'merge_parts', 'celeba_numbers', 'CelebAMaskHQ', 'remove_specks', 'read_array_mask', 'DatasetGAN',
            'PascalPart', 'choose_subset', 'CGPartRendered', 'short_side_size', 'CGPartReal', 'synthetic_size']
 
-# %% ../nbs/components/14_datasets.ipynb #d7503650
+# %% ../nbs/components/14_datasets.ipynb #173999e7
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ from torchvision.datasets import VisionDataset
 
 from .core import InputError
 from .label_maps import CELEBA_19, LABEL_MAPS, LabelMap, get_labels
-from .labels import IGNORE, LabelSet
+from .labels import IGNORE, Labelled, LabelSet
 from .picture_files import check_classes, check_same_shape, check_size, describe_file, read_image, read_mask, to_item
 
-# %% ../nbs/components/14_datasets.ipynb #7587157a
-class PartDataset(VisionDataset):
+# %% ../nbs/components/14_datasets.ipynb #beca22ab
+class PartDataset(Labelled, VisionDataset):
     """Base of the readers: a list of names, `sources(i)`, `decode(i)`, and the label set; items are (image, mask) as `lagm.picture_files.to_item` makes them."""
 
     def __init__(
@@ -39,21 +39,6 @@ class PartDataset(VisionDataset):
         super().__init__(str(root), transforms=transforms)
         if k is not None and not 1 <= k <= len(names): raise InputError(f"{type(self).__name__} has {len(names)} items here; k is {k}, give 1 to {len(names)}")
         self.names, self.labels, self.size = list(names)[:k], labels, check_size(size)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes; the index of a name is its value in the masks."""
-        return self.labels.classes
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes, the background included."""
-        return self.labels.n_classes
-
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """Colours of the classes, each (red, green, blue) in 0..255."""
-        return self.labels.palette
 
     def __len__(self) -> int:
         return len(self.names)
