@@ -1,11 +1,17 @@
 """The README is the front notebook: prose with working links, code with what it printed."""
 
+import shutil
+import statistics
+import subprocess
+
 import nbformat
 import pytest
 from nbformat import v4
+from sync import ROOT
 
 from lagm import readme
 from lagm.core import InputError
+from lagm.report import as_markdown, benchmark_table, find_results, group_minutes, group_results
 
 
 @pytest.fixture
@@ -76,3 +82,30 @@ def test_problems_of_the_notebook_are_told(project, tmp_path, capsys):
     folder = project(v4.new_markdown_cell("[a](none)"))
     assert readme.main(["--root", str(folder)]) == 1 and "leads to no file: none" in capsys.readouterr().err
     assert not (folder / "README.md").exists()
+
+
+# ---- the numbers in it
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The committed results alone, whatever else was run here."""
+    listed = subprocess.run(["git", "ls-files", "-z", "outputs/**/metrics.json", "outputs/*/metrics.json"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    folder = tmp_path_factory.mktemp("published")
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return find_results(folder / "outputs")[0]
+
+
+def test_the_tables_are_those_of_the_committed_results(published):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = ("supervised only", "A never matched", "gradient matching")
+    scores = {int(r.variant.removeprefix("seed")): [r.value("fg_miou", m) for m in methods] for r in published if r.experiment == "quickstart"}
+    assert sorted(scores) == [0, 1, 2, 3, 4]
+    for seed, values in scores.items(): assert f"| {seed} | " + " | ".join(f"{v:.1f}" for v in values) + " |" in text
+    means = [statistics.fmean(column) for column in zip(*scores.values())]
+    assert f"| mean | {means[0]:.1f} | {means[1]:.1f} | **{means[2]:.1f}** |" in text
+    table = benchmark_table(group_results(published), group_minutes(published))
+    assert len(table) > 5 and as_markdown(table) in text
