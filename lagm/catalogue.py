@@ -239,11 +239,11 @@ def write_parameter_files(
             paths[-1].write_text(parameter_text(about, parameters), encoding="utf-8")
     return paths
 
-# %% ../nbs/components/91_catalogue.ipynb #8f765aa8
+# %% ../nbs/components/91_catalogue.ipynb #64185685
 DEMO = dict(dataset="avatars:big-ears", size=[64, 64], validation_pictures=0, segmenter="unet", width=16, levels=3)
 DEMO_GENERATOR = dict(psi=1.0)  # this generator draws well without truncation
 DEMO_TRAINING = dict(channels=32, layers=3, recipe="fast", iterations=1000, warm_up=300, validate_every=100, checkpoint_every=100)
-DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=16_000, validate_every=1000, checkpoint_every=500)
+DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=15_000, validate_every=1000, checkpoint_every=500)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
 
