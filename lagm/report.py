@@ -224,13 +224,13 @@ def own_table(
     return table + [[group, method, _mean(values), number(min(values), 1), number(max(values), 1), str(len(values)), number(minutes.get((group, method)), 1)]
                     for (group, method), values in sorted(groups.items())]
 
-# %% ../nbs/components/94_report.ipynb #f9c9d709
+# %% ../nbs/components/94_report.ipynb #d22888cc
 def _benchmark(groups: Mapping[tuple[str, str], Any]) -> dict[str, dict[int, Any]]:
     """The part of the groups that belongs to the demo benchmark: method -> k -> what is there."""
     found: dict[str, dict[int, Any]] = {}
     for (group, method), values in groups.items():
         if match := re.fullmatch(r"demo_(?:(\w+)_)?k(\d+)", group):
-            name = {None: method, "paper": "paper's recipe, ten times as long", "downstream": "gradient matching, then downstream"}.get(match[1], f"{match[1]}: {method}")
+            name = {None: method, "paper": "paper's recipe, 15,000 steps", "downstream": "gradient matching, then downstream"}.get(match[1], f"{match[1]}: {method}")
             found.setdefault(name, {})[int(match[2])] = values
     return found
 
