@@ -83,7 +83,7 @@ def taught_step(
 ) -> dict[str, Tensor]:  # loss_label, loss_s
     """The segmenter learns from labelled pictures and from its teacher."""
     segmenter = players.segmenter.train()
-    with players.autocast():
+    with players.passes():
         q, pictures = teacher_labels(teacher, images, teaching), images
         if augment is not None:
             change = augment.draw(images, rng)

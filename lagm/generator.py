@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .convolutions import FastConvolutions
 from .core import InputError, asset, save_tensors
 from .stylegan1 import StyleGAN1
 from .stylegan2 import NOISE_MODES, Generated, StyleGAN2
@@ -81,7 +82,7 @@ class FrozenGenerator:
     ) -> Generated:
         "Pictures and feature maps of the latents `z`."
         if z.ndim != 2 or z.shape[1] != self.z_dim: raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {self.z_dim})")
-        image, features = self.network(z, self.sampling.psi, self.sampling.cutoff, self.sampling.noise, rng=rng, dtype=self.dtype)
+        with FastConvolutions(): image, features = self.network(z, self.sampling.psi, self.sampling.cutoff, self.sampling.noise, rng=rng, dtype=self.dtype)
         return Generated(image.float().clamp(-1, 1), [feature.float() for feature in features])
 
     def __repr__(self) -> str:

@@ -71,19 +71,18 @@ def distance(
     return total / len(gradients_s) if reduction == "mean" else total
 
 # %% ../nbs/components/50_matching.ipynb #c495a921
-def _row_derivatives(rows_s: Tensor, rows_l: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """The distance of each row, (out,), and its derivative with respect to `rows_s`, (out, rest)."""
-    if metric == "dotprod": return -(rows_s * rows_l).sum(1), -rows_l
+def _row_derivatives(rows_s: Tensor, rows_l: Tensor, metric: str, scale: float) -> tuple[Tensor, Tensor]:
+    """The distance of each row, (out,), and its derivative with respect to `rows_s`, (out, rest), times `scale`. The rows hold millions of numbers: each is read as seldom as can be."""
+    if metric == "dotprod": return -torch.linalg.vecdot(rows_s, rows_l), rows_l * -scale
     if metric == "l2":
         difference = rows_s - rows_l
         norm = torch.linalg.vector_norm(difference, dim=1, keepdim=True)
-        return norm[:, 0], torch.where(norm > 0, difference / norm, 0)
-    norm = torch.linalg.vector_norm(rows_s, dim=1, keepdim=True)
-    clamped = norm.clamp_min(COSINE_EPS)
-    unit_l = rows_l / torch.linalg.vector_norm(rows_l, dim=1, keepdim=True).clamp_min(COSINE_EPS)
-    cosine = (rows_s / clamped * unit_l).sum(1, keepdim=True)
-    unit_s = torch.where(norm > 0, rows_s / norm, 0)
-    return 1 - cosine[:, 0], (unit_s * cosine - unit_l) / clamped
+        return norm[:, 0], difference.mul_(torch.where(norm > 0, scale / norm, 0))
+    norm, norm_l = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (rows_s, rows_l))
+    clamped, clamped_l = norm.clamp_min(COSINE_EPS), norm_l.clamp_min(COSINE_EPS)
+    cosine = torch.linalg.vecdot(rows_s, rows_l)[:, None] / clamped / clamped_l
+    along = torch.where(norm > 0, scale * cosine / clamped / norm, 0)
+    return 1 - cosine[:, 0], (rows_s * along).addcmul_(rows_l, -scale / clamped / clamped_l)
 
 # %% ../nbs/components/50_matching.ipynb #410a873f
 @torch.no_grad()
@@ -100,10 +99,10 @@ def distance_and_derivative(
         if g_s.ndim < 2:
             derivatives.append(torch.zeros_like(g_s))
             continue
-        rows, derivative = _row_derivatives(g_s.flatten(1), g_l.flatten(1), metric)
-        scale = 1 / (len(rows) * len(gradients_s)) if reduction == "mean" else 1.0
+        scale = 1 / (len(g_s) * len(gradients_s)) if reduction == "mean" else 1.0
+        rows, derivative = _row_derivatives(g_s.flatten(1), g_l.flatten(1), metric, scale)
         total += rows.sum() * scale
-        derivatives.append((derivative * scale).reshape(g_s.shape))
+        derivatives.append(derivative.reshape(g_s.shape))
     return total, derivatives
 
 # %% ../nbs/components/50_matching.ipynb #5589b66a

@@ -106,7 +106,7 @@ def labelled_gradient_in_parts(
         images, masks = labelled(part)
         weights, known = players.class_weights, masks[masks != IGNORE]
         weight = torch.as_tensor(float(len(known))) if weights is None else weights[known].sum()
-        with players.autocast(): gradients, loss = labelled_gradient(players.segmenter, names, players.arrange(images), masks, weights)
+        with players.passes(): gradients, loss = labelled_gradient(players.segmenter, names, players.arrange(images), masks, weights)
         return (gradients, loss, weight) if weight > 0 else ([torch.zeros_like(g) for g in gradients], torch.zeros_like(loss), weight)  # nothing known: no vote
 
     found = each_part(players.segmenter, parts, one)
@@ -125,7 +125,7 @@ def phase_annotator_in_parts(
     recipe, annotator = players.recipe, players.annotator.train()
 
     def first(part):
-        with players.autocast():
+        with players.passes():
             with torch.no_grad(): labels = batches[part].labels(annotator, players.label_weights)
             one = SyntheticPass(players.segmenter, batches[part].images, names, tangents=False)
             return *one.gradient(names, labels, keep_graph=False), one.random_state
@@ -137,7 +137,7 @@ def phase_annotator_in_parts(
     direction = {name: v for name, v in zip(names, derivatives, strict=True) if v.ndim > 1}
 
     def second(part):
-        with players.autocast():
+        with players.passes():
             labels = batches[part].labels(annotator, players.label_weights)
             change = directional_derivative(players.segmenter, direction, batches[part].images, states[part])
         labels.backward(change * (-labels.shape[1] / labels.numel() / parts))
@@ -182,7 +182,7 @@ def matching_step_in_parts(
 
     def one(part):
         batch = batches[part] if shared else fresh(part)
-        with players.autocast():
+        with players.passes():
             with torch.no_grad(): labels = batch.labels(players.annotator, players.label_weights)
             return SyntheticPass(segmenter, batch.images, tangents=False).gradient(everything, labels, keep_graph=False)
 
@@ -209,7 +209,7 @@ def imitation_step_in_parts(players: Any, synthetic: Callable[[int], Any], parts
 
     def one(part):
         batch = synthetic(part)
-        with players.autocast():
+        with players.passes():
             with torch.no_grad(): target = segmenter(batch.images).float().softmax(dim=1)
             logits = batch.warp(annotator(batch.features).float())
         loss = nn.functional.cross_entropy(logits, target) / parts

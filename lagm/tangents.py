@@ -64,6 +64,15 @@ def _convolution(operation, arguments, keywords, result):
     return apply
 
 
+@rule(aten._nnpack_spatial_convolution)  # by `lagm.convolutions`
+def _winograd(operation, arguments, keywords, result):
+    x, weight, _, *settings = arguments
+    def apply(dx, dweight, *_):
+        of_x = None if dx is None else operation(dx.contiguous(), weight, None, *settings, **keywords)
+        return of_x if dweight is None else _total(of_x, operation(x, dweight.contiguous(), None, *settings, **keywords))
+    return apply
+
+
 @rule(aten.mm, aten.bmm)
 def _matrix_product(operation, arguments, keywords, result):
     a, b = arguments

@@ -19,7 +19,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import Augment, resize_nearest, wide_crop
+from .convolutions import FastConvolutions
 from .core import InputError, choose_device, load_tensors, provenance, random_generator
 from .evaluation import evaluate
 from .labels import IGNORE
@@ -75,6 +76,7 @@ class Recipe:
     lr_warm: float = 1e-3  # learning rate of both warm starts
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
+    fast_convolutions: bool = False  # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
     compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
     parts: int = 1  # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
 
@@ -91,6 +93,7 @@ class Recipe:
         self._require("fresh_labels", self.fresh_labels or self.shared_batch, "it needs shared_batch=True: only then do both phases see the same pictures")
         self._require("parts", self.batch_labelled % self.parts == 0 and self.batch_synthetic % self.parts == 0, "it has to divide both batches")
         self._require("parts", self.parts == 1 or (self.gradients == "forward" and self.fresh_labels), "more than 1 needs gradients='forward' and fresh_labels=True")
+        self._require("fast_convolutions", not (self.fast_convolutions and self.compile), "choose one: compiled networks have convolutions of their own")
         if isinstance(self.augment, dict):  # read back from JSON
             changes = {key: tuple(value) if isinstance(value, list) else value for key, value in self.augment.items()}
             object.__setattr__(self, "augment", Augment(**changes))
@@ -282,9 +285,11 @@ class Players:
         for role, rate in stage.rates.items():
             self.optimizers[role].param_groups[0]["lr"] = learning_rate(rate, step, stage.steps, self.recipe.schedule)
 
-    def autocast(self) -> torch.autocast:
-        """The recipe's number format, as a context."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """The recipe's number format and convolutions, as a context for passes of the networks."""
+        convolutions = FastConvolutions() if self.recipe.fast_convolutions else contextlib.nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"), convolutions: yield
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """Pictures or maps in the recipe's memory layout."""
@@ -325,7 +330,7 @@ def phase_annotator(
     """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`."""
     recipe = players.recipe
     players.annotator.train()
-    with players.autocast():
+    with players.passes():
         labels = synthetic.labels(players.annotator, players.label_weights)
         arguments = (players.segmenter, names, synthetic.images, labels, gradients_l, recipe.metric, recipe.reduction)
         if recipe.gradients == "forward": match = match_forward_mode(*arguments, synthetic_pass=synthetic_pass)
@@ -347,7 +352,7 @@ def phase_segmenter(
     everything, loss = [name for name, _ in players.segmenter.named_parameters()], None
     if gradients_s is None:
         players.annotator.eval()
-        with players.autocast():
+        with players.passes():
             with torch.no_grad(): labels = synthetic.labels(players.annotator, players.label_weights)
             if synthetic_pass is None: synthetic_pass = SyntheticPass(players.segmenter, synthetic.images, tangents=False)
             gradients_s, loss = synthetic_pass.gradient(everything, labels, keep_graph=False)
@@ -372,7 +377,7 @@ def matching_step(
     taught = learn and recipe.label_weight > 0
     wanted = everything if taught else list(names)
     gradients_l, gradients_s, shared = None, None, None
-    with players.autocast():
+    with players.passes():
         if match or taught:
             gradients_l, losses["loss_label"] = labelled_gradient(segmenter, wanted, players.arrange(labelled[0]), labelled[1], players.class_weights)
         if learn and fresh is None: shared = SyntheticPass(segmenter, synthetic.images, tangents=match and recipe.gradients == "forward" and names)
@@ -393,7 +398,7 @@ def supervised_step(
 ) -> dict[str, Tensor]:  # loss_label
     """The segmenter learns from labelled pictures."""
     names = [name for name, _ in players.segmenter.train().named_parameters()]
-    with players.autocast(): gradients, loss = labelled_gradient(players.segmenter, names, players.arrange(labelled[0]), labelled[1], players.class_weights)
+    with players.passes(): gradients, loss = labelled_gradient(players.segmenter, names, players.arrange(labelled[0]), labelled[1], players.class_weights)
     players.update("segmenter", gradients)
     players.update_average()
     return {"loss_label": loss}
@@ -405,7 +410,7 @@ def imitation_step(
 ) -> dict[str, Tensor]:  # loss_imitation
     """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities."""
     segmenter, annotator = players.segmenter.eval(), players.annotator.train()
-    with players.autocast():
+    with players.passes():
         with torch.no_grad(): target = segmenter(synthetic.images).float().softmax(dim=1)
         logits = synthetic.warp(annotator(synthetic.features).float())
     loss = F.cross_entropy(logits, target)
@@ -670,7 +675,7 @@ class Course:
         networks = [self.players.annotator, self.players.result]
         modes, batch = [network.training for network in networks], self.pictures()
         for network in networks: network.eval()
-        with self.players.autocast(): labels, predictions = batch.labels(self.players.annotator), self.players.result(batch.images).float().softmax(1)
+        with self.players.passes(): labels, predictions = batch.labels(self.players.annotator), self.players.result(batch.images).float().softmax(1)
         for network, mode in zip(networks, modes): network.train(mode)
         self.watcher.add_snapshot(self.step, batch.images, labels, predictions)
 
