@@ -7,7 +7,7 @@ from sync import ROOT
 from templates import run_cells
 
 from lagm.catalogue import paper_numbers, read_catalogue
-from lagm.report import Row, Section, as_html, as_markdown, class_figures, find_results, group_results, methods_figure, number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages
+from lagm.report import Row, Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_results, methods_figure, number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages
 
 CATALOGUE, NUMBERS = read_catalogue(ROOT), paper_numbers()
 
@@ -112,3 +112,12 @@ def test_the_benchmark_has_a_row_per_method_and_a_column_per_number_of_labels():
     assert table == [["method", "k = 2", "k = 10", "minutes"], ["supervised", "61.0 ± 1.4 (2)", "80.0 (1)", "1.5"],
                      ["gradient matching, then downstream", "77.0 (1)", "–", "–"], ["paper's recipe, 15,000 steps", "30.0 (1)", "–", "–"]]
     assert ["quickstart", "A", "1.0", "1.0", "1.0", "1", "–"] in own_table(groups)
+
+
+def test_ablations_are_set_beside_the_whole_recipe_with_the_same_pictures(tmp_path):
+    for seed, value in enumerate((0.77, 0.75)): put(tmp_path, f"demo_k2-seed{seed}/methods", {"gradient matching": scores(value), "supervised": scores(0.1)})
+    put(tmp_path, "demo_ablation_last_layer-seed1/evaluate", {"segmenter": scores(0.70)})
+    put(tmp_path, "demo_ablation_last_layer-seed5/evaluate", {"segmenter": scores(0.60)})
+    put(tmp_path, "demo_ablation_last_layer-small/evaluate", {"segmenter": scores(0.01)})
+    assert ablation_table(find_results(tmp_path / "outputs")[0])[1:] == [["last layer", "segmenter", "65.0 ± 7.1", "75.0", "-5.0", "2"]]
+    assert ablation_table([]) == [["ablation", "network", "FG-mIoU", "whole recipe", "difference", "seeds"]]
