@@ -6,7 +6,7 @@
 __all__ = ['LEAST_CHANNELS', 'LEAST_PIXELS', 'LARGEST_LIVE_SHARE', 'can_winograd', 'winograd_fits', 'WinogradConv2d',
            'winograd_conv2d', 'live_share', 'trimmed_conv2d', 'FastConvolutions']
 
-# %% ../nbs/components/21_convolutions.ipynb #d1e49ff1
+# %% ../nbs/components/21_convolutions.ipynb #c9cf7f24
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/components/21_convolutions.ipynb #ec053a64
-LEAST_CHANNELS, LEAST_PIXELS = 64, 32 * 32  # below these Winograd's sums cost more than its multiplications save
+# %% ../nbs/components/21_convolutions.ipynb #20a8b53c
+LEAST_CHANNELS, LEAST_PIXELS = 64, 32 * 32  # below these Winograd's sums cost more than its multiplications save: on one thread; on several, which memory keeps waiting, below 2 and 4 times these
 
 
 @functools.cache
@@ -31,8 +31,9 @@ def winograd_fits(
     weight: Tensor,  # (O, I, 3, 3)
 ) -> bool:
     """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding 1): float32 on a CPU, wide and large enough."""
-    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and min(weight.shape[:2]) >= LEAST_CHANNELS
-            and x.shape[2] * x.shape[3] >= LEAST_PIXELS and can_winograd())
+    more = 1 if torch.get_num_threads() == 1 else 2
+    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            and min(weight.shape[:2]) >= more * LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS and can_winograd())
 
 
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight.contiguous()
     return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1).contiguous(memory_format=layout) for i in range(len(x))])
 
-# %% ../nbs/components/21_convolutions.ipynb #9e62522d
+# %% ../nbs/components/21_convolutions.ipynb #19f62689
 class WinogradConv2d(torch.autograd.Function):
     """A 3 x 3 convolution, stride 1, padding 1, without bias, by Winograd's algorithm: `apply(x (B, I, H, W), weight (O, I, 3, 3))`."""
 
@@ -78,7 +79,7 @@ def winograd_conv2d(
     y = WinogradConv2d.apply(x, weight)
     return y if bias is None else y + bias[:, None, None]
 
-# %% ../nbs/components/21_convolutions.ipynb #f262409a
+# %% ../nbs/components/21_convolutions.ipynb #56623216
 def live_share(
     size: tuple[int, int],  # height and width of the map
     dilation: tuple[int, int],
@@ -87,7 +88,7 @@ def live_share(
     rows, columns = ((1 + 2 * max(0, n - rate) / n) / 3 for n, rate in zip(size, dilation))
     return rows * columns
 
-# %% ../nbs/components/21_convolutions.ipynb #86f50a44
+# %% ../nbs/components/21_convolutions.ipynb #ec18d885
 LARGEST_LIVE_SHARE = 0.5  # above it one large convolution is quicker than the pieces
 
 
@@ -112,7 +113,7 @@ def _trimmed(x: Tensor, weight: Tensor, bias: Tensor | None, rates: dict[int, in
         total = total + F.pad(part, (0, 0, *padding) if axis == 2 else padding)
     return total
 
-# %% ../nbs/components/21_convolutions.ipynb #8cc713b7
+# %% ../nbs/components/21_convolutions.ipynb #f994f060
 class FastConvolutions(TorchFunctionMode):
     """While in this context, convolutions with something to gain take the quicker way. On other devices than a CPU, only those that are mostly padding."""
 

@@ -32,7 +32,7 @@ def relative(a, b):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Winograd's algorithm for small convolutions, too."""
-    monkeypatch.setattr(convolutions, "LEAST_CHANNELS", 4)
+    monkeypatch.setattr(convolutions, "LEAST_CHANNELS", 4)  # on several threads: 8
     monkeypatch.setattr(convolutions, "LEAST_PIXELS", 16)
 
 
@@ -67,16 +67,17 @@ def test_live_share_counts_the_products_that_are_not_with_padding(n, rate):
 
 
 def test_what_does_not_qualify_is_left_alone_to_the_bit():
-    x, cases = torch.randn(2, 64, 32, 32), []
+    x, cases = torch.randn(2, 64, 64, 64), []
     for options in (dict(padding=1, groups=2), dict(padding=1, stride=2), dict(padding=0), dict(padding="same"), dict(padding=(1, 0)), dict(padding=2, dilation=2), dict(kernel_size=1), dict(out_channels=8, padding=1)):
         cases.append(nn.Conv2d(64, options.pop("out_channels", 64), options.pop("kernel_size", 3), **options))
     for layer in cases:
         with FastConvolutions(): quick = layer(x)
         assert torch.equal(quick, layer(x)), layer
-    layer = nn.Conv2d(64, 64, 3, padding=1)
+    x, layer = torch.randn(2, 128, 64, 64), nn.Conv2d(128, 128, 3, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
         with FastConvolutions(): quick = layer(x)
         assert torch.equal(quick, layer(x))
+    x, layer = x[:, :16, :8, :8], nn.Conv2d(16, 16, 3, padding=1)
     double = copy.deepcopy(layer).double()
     with FastConvolutions(): assert torch.equal(double(x.double()), F.conv2d(x.double(), double.weight, double.bias, padding=1))
     assert not winograd_fits(x.to("meta"), layer.weight.to("meta"))
@@ -84,7 +85,7 @@ def test_what_does_not_qualify_is_left_alone_to_the_bit():
 
 @needs_winograd
 def test_without_the_kernel_nothing_changes(monkeypatch):
-    x, layer = torch.randn(1, 64, 32, 32), nn.Conv2d(64, 64, 3, padding=1)
+    x, layer = torch.randn(1, 128, 64, 64), nn.Conv2d(128, 128, 3, padding=1)
     usual = layer(x)
     with FastConvolutions(): assert not torch.equal(layer(x), usual)
     monkeypatch.setattr(convolutions, "can_winograd", lambda: False)
