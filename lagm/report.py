@@ -227,12 +227,12 @@ def own_table(
 # %% ../nbs/components/94_report.ipynb #d22888cc
 def _benchmark(groups: Mapping[tuple[str, str], Any]) -> dict[str, dict[int, Any]]:
     """The part of the groups that belongs to the demo benchmark: method -> k -> what is there."""
-    found: dict[str, dict[int, Any]] = {}
+    found: dict[tuple[bool, str], dict[int, Any]] = {}
     for (group, method), values in groups.items():
         if match := re.fullmatch(r"demo_(?:(\w+)_)?k(\d+)", group):
             name = {None: method, "paper": "paper's recipe, 15,000 steps", "downstream": "gradient matching, then downstream"}.get(match[1], f"{match[1]}: {method}")
-            found.setdefault(name, {})[int(match[2])] = values
-    return found
+            found.setdefault((match[1] is not None, name), {})[int(match[2])] = values
+    return {name: found[one, name] for one, name in sorted(found, key=lambda key: key[0])}  # the comparison of methods first
 
 
 def benchmark_table(
