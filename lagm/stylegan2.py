@@ -114,7 +114,7 @@ class Mapping(nn.Module):
         cutoff = ws.shape[1] if cutoff is None else cutoff
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
 
-# %% ../nbs/components/22_stylegan2.ipynb #2b4f8709
+# %% ../nbs/components/22_stylegan2.ipynb #b7ad5abf
 REMEMBERED = WeakTensorKeyDictionary()  # weight -> {what: (the weight's state, the result)}
 
 
@@ -123,13 +123,13 @@ def remembered(
     what: Hashable,  # name of the result
     make: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    "`make(weight)`. Without gradients it is made once and kept for as long as the weight stays as it is, as those of a frozen generator do."
-    if torch.is_grad_enabled() or weight.is_inference(): return make(weight)
+    "`make(weight)`; of a frozen weight it is made once and kept for as long as the weight stays as it is. (What is changed behind PyTorch's back, through `.data` in place, is not noticed.)"
+    if weight.requires_grad or weight.is_inference(): return make(weight)
     state, known = (weight._version, weight.data_ptr(), weight.dtype, weight.device), REMEMBERED.setdefault(weight, {})
     if what not in known or known[what][0] != state: known[what] = state, make(weight.detach())
     return known[what][1]
 
-
+# %% ../nbs/components/22_stylegan2.ipynb #2b4f8709
 def demodulation(
     weight: Tensor,  # (O, I, k, k)
     styles: Tensor,  # (B, I)

@@ -1,5 +1,6 @@
 """The generator against arrays computed with the original program, and its properties."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -95,3 +96,18 @@ def test_unknown_noise_mode_is_named():
     network = StyleGAN2(8, z_dim=4, w_dim=4, mapping_layers=1, channel_base=64, channel_max=8)
     with pytest.raises(InputError, match="sometimes"):
         network(torch.randn(1, 4), noise_mode="sometimes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_generator_notices_that_its_weights_were_changed(dtype):
+    torch.manual_seed(0)
+    network, other = (StyleGAN2(16, z_dim=8, w_dim=8, channel_base=128, channel_max=8).requires_grad_(False) for _ in range(2))
+    z = torch.randn(2, 8)
+    def draw(of): return of(z, noise_mode="const", dtype=dtype).image
+    before = draw(network)
+    network.load_state_dict(other.state_dict())
+    assert torch.equal(draw(network), draw(other)) and not torch.equal(draw(network), before)
+    for parameter in network.parameters(): parameter.mul_(1.1)
+    assert torch.equal(draw(network), draw(copy.deepcopy(network))) and not torch.equal(draw(network), draw(other))
+    network.to(torch.double).float()
+    assert torch.equal(draw(network), draw(copy.deepcopy(network)))
