@@ -7,6 +7,8 @@ __all__ = ['WORKS', 'VARIANTS', 'Work', 'Setting', 'set_up', 'grouped_conv2d', '
            'make_step', 'clock', 'convolution_peak', 'run_variant', 'in_own_process']
 
 # %% ../nbs/components/67_cost.ipynb #f7a1dbb9
+import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from .annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
 from .generator import FrozenGenerator, Sampling, load_generator
 from .labels import IGNORE
+from .memory import kept_memory
 from .segmenters import build_segmenter, matched_parameter_names
 from .stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
 from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step
@@ -54,9 +57,10 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> changes of the paper's recipe
     "plain": {},
     "double backward": dict(gradients="double"),
     "tangents": {},
-    "fast convolutions": dict(fast_convolutions=True),
-    "shared batch": dict(fast_convolutions=True, shared_batch=True),
-    "bfloat16": dict(fast_convolutions=True, shared_batch=True, channels_last=True, precision="bfloat16"),
+    "fast convolutions": dict(fast_convolutions=True, channels_last=True),
+    "kept memory": dict(fast_convolutions=True, channels_last=True, keep_memory=True),
+    "shared batch": dict(fast_convolutions=True, channels_last=True, keep_memory=True, shared_batch=True),
+    "bfloat16": dict(fast_convolutions=True, channels_last=True, keep_memory=True, shared_batch=True, precision="bfloat16"),
 }
 
 # %% ../nbs/components/67_cost.ipynb #104b67bb
@@ -232,18 +236,21 @@ def run_variant(
 ) -> dict[str, Any]:  # seconds, peak_bytes, flops, of_peak and others
     """Measure one variant of one work in this process."""
     if threads: torch.set_num_threads(threads)
-    step = make_step(WORKS[work], variant)
-    cost = measure(lambda: step(0))
-    seconds = []
-    for i in range(repeats):
-        start = clock()
-        step(i + 1)
-        seconds.append(clock() - start)
+    step, marks = make_step(WORKS[work], variant), []
+
+    def steps() -> None:
+        for i in range(repeats + 1):
+            marks.append(clock())
+            step(i)
+        marks.append(clock())
+
+    with kept_memory() if VARIANTS[variant].get("keep_memory") else contextlib.nullcontext(): cost = measure(steps)
     with FlopCounterMode(display=False) as counter: step(repeats + 1)
     peak = convolution_peak(torch.bfloat16 if variant == "bfloat16" else torch.float32)
-    best = statistics.median(seconds)
-    return dict(work=work, variant=variant, seconds=best, all_seconds=seconds, peak_bytes=cost.peak_bytes, flops=counter.get_total_flops(), convolution_peak=peak,
-                of_peak=counter.get_total_flops() / best / peak, threads=torch.get_num_threads())
+    seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][1:]
+    median = statistics.median(seconds)
+    return dict(work=work, variant=variant, seconds=median, all_seconds=seconds, peak_bytes=cost.peak_bytes, flops=counter.get_total_flops(), convolution_peak=peak,
+                of_peak=counter.get_total_flops() / median / peak, threads=torch.get_num_threads())
 
 # %% ../nbs/components/67_cost.ipynb #55618984
 def in_own_process(work: str, variant: str, repeats: int = 3, threads: int = 0) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from .evaluation import evaluate
 from .labels import IGNORE
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
+from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
 from .segmenters import matched_parameter_names
@@ -77,6 +78,7 @@ class Recipe:
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     fast_convolutions: bool = False  # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
+    keep_memory: bool = False  # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
     parts: int = 1  # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
 
@@ -112,7 +114,7 @@ PAPER = Recipe()
 FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
-    warm_segmenter=300, warm_annotator=300, channels_last=True,
+    warm_segmenter=300, warm_annotator=300, channels_last=True, keep_memory=True,
 )
 
 RECIPES = {"paper": PAPER, "fast": FAST}
@@ -183,7 +185,7 @@ class SyntheticBatches:
         seed: int,
         augment: Augment | None = None,
         wide: bool = False,  # cut the central 4:3 band
-        arrange: Callable[[Tensor], Tensor] = lambda tensor: tensor,  # puts pictures and maps into a memory layout
+        arrange: Callable[[Tensor, str], Tensor] = lambda tensor, role: tensor,  # puts a tensor into the memory layout of the "segmenter" or the "annotator"
     ):
         self.generator, self.batch, self.size, self.seed, self.augment = generator, batch, tuple(size), seed, augment
         self.wide, self.arrange = wide, arrange
@@ -195,10 +197,10 @@ class SyntheticBatches:
     def __call__(self, step: int, stage: str = "match") -> SyntheticBatch:
         rng = random_generator(self.seed, "synthetic", stage, step)
         images, features = self.generator(self.generator.sample_z(self.batch, rng), rng)
-        images, features = self.fit(images.detach()), [self.arrange(f.detach()) for f in features]
-        if self.augment is None: return SyntheticBatch(self.arrange(images), features, self.fit)
+        images, features = self.fit(images.detach()), [self.arrange(f.detach(), "annotator") for f in features]
+        if self.augment is None: return SyntheticBatch(self.arrange(images, "segmenter"), features, self.fit)
         change = self.augment.draw(images, rng)
-        return SyntheticBatch(self.arrange(change.pictures(images)), features, lambda q: change.labels(self.fit(q)))
+        return SyntheticBatch(self.arrange(change.pictures(images), "segmenter"), features, lambda q: change.labels(self.fit(q)))
 
 # %% ../nbs/components/60_training.ipynb #29697ee7
 def balanced_weights(
@@ -266,9 +268,11 @@ class Players:
         self.recipe, self.device = recipe, device
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.label_weights = self.class_weights if weigh_labels else None
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.networks = {"segmenter": segmenter.to(device, memory_format=layout)}
-        if annotator is not None: self.networks["annotator"] = annotator.to(device, memory_format=layout)
+        usual = torch.channels_last if recipe.channels_last else None
+        winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu"
+        self.layouts = {"segmenter": usual, "annotator": torch.contiguous_format if winograd else usual}  # None: as tensors come
+        given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
+        self.networks = {role: network.to(device, memory_format=self.layouts[role] or torch.contiguous_format) for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
         for network in self.networks.values(): network.requires_grad_(True)  # a former run's average does not ask for gradients
         self.segmenter, self.annotator, self.average = segmenter, annotator, None
@@ -291,9 +295,9 @@ class Players:
         convolutions = FastConvolutions() if self.recipe.fast_convolutions else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"), convolutions: yield
 
-    def arrange(self, tensor: Tensor) -> Tensor:
-        """Pictures or maps in the recipe's memory layout."""
-        return tensor.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else tensor
+    def arrange(self, tensor: Tensor, role: str = "segmenter") -> Tensor:
+        """Pictures or maps in the memory layout of the network that will see them."""
+        return tensor if self.layouts[role] is None else tensor.contiguous(memory_format=self.layouts[role])
 
     def update(self, role: str, gradients: Sequence[Tensor] | None = None) -> None:
         """One optimiser step of a network, from `gradients`, or from those that a backward pass has left in `.grad`."""
@@ -691,7 +695,8 @@ class Loop(Course):
         self.watcher = Watcher(self.watch, self.step) if self.watch else None
         bar = tqdm(total=self.total, initial=self.step, disable=not self.progress, dynamic_ncols=True)
         try:
-            with bar, finish_step_on_interrupt() as asked:
+            keeping = kept_memory() if self.players.recipe.keep_memory else contextlib.nullcontext()
+            with keeping, bar, finish_step_on_interrupt() as asked:
                 while self.step < self.total:
                     self.advance(bar)
                     if asked.is_set() and self.step < self.total: self.stop()

@@ -159,6 +159,28 @@ def test_every_recipe_learns_the_same_twice(name):
     assert first.step == RECIPES[name].total_steps and not first.segmenter.training
 
 
+def test_kept_memory_changes_no_bit():
+    assert same(run(dataclasses.replace(FAST, keep_memory=True)), run(dataclasses.replace(FAST, keep_memory=False)))
+
+
+@pytest.mark.parametrize(("changes", "segmenter", "annotator"), [
+    ({}, False, False),
+    ({"channels_last": True}, True, True),
+    ({"channels_last": True, "fast_convolutions": True}, True, False),
+    ({"channels_last": True, "fast_convolutions": True, "precision": "bfloat16"}, True, True),
+])
+def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
+    """True: channels last, of the kernels and of what they see. Winograd's kernel, in float32, wants the annotator's maps contiguous."""
+    def is_last(tensor): return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    a, s = networks()
+    players = Players(s, a, dataclasses.replace(PAPER, **changes), torch.device("cpu"))
+    maps = torch.randn(2, 6, 8, 8)
+    assert is_last(s.inc.conv1.weight) == is_last(players.arrange(maps)) == segmenter
+    assert is_last(players.arrange(maps, "annotator")) == annotator
+    assert all(is_last(p) == annotator for p in a.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+    if changes.get("fast_convolutions") and not annotator: assert players.arrange(maps.contiguous(memory_format=torch.channels_last), "annotator").is_contiguous()
+
+
 def test_forward_mode_and_double_backward_train_alike():
     """Same weights after a few steps, but for rounding."""
     results = [run(dataclasses.replace(PAPER, gradients=gradients, lr_annotator=0.05)) for gradients in ("forward", "double")]
