@@ -385,13 +385,17 @@ def test_nothing_of_the_inputs_changes():
 # ---- torch.compile
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 def test_compiled_networks_learn_the_same():
-    """Networks compiled where they can be; matching takes the segmenter as it was written. Numbers agree to rounding."""
-    recipe = dataclasses.replace(FAST, steps=2, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2, lr_warm=1e-4, lr_segmenter=1e-4, lr_annotator=1e-4)
-    plain, compiled = run(recipe), run(dataclasses.replace(recipe, compile=True))
-    for key, value in plain.segmenter.state_dict().items():
-        if not key.endswith(".bias"): torch.testing.assert_close(compiled.segmenter.state_dict()[key], value, rtol=1e-3, atol=2e-4)
-    assert compiled.segmenter.state_dict().keys() == plain.segmenter.state_dict().keys()
+    """Networks compiled where they can be; matching takes the segmenter as it was written. What they learn differs by rounding alone."""
+    recipe = dataclasses.replace(FAST, steps=2, warm_segmenter=1, warm_annotator=1, optimizer="sgd", lr_warm=1e-2, lr_segmenter=1e-2, lr_annotator=1e-2, average=0.0)
+    plain = run(recipe)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = run(dataclasses.replace(recipe, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2  # both networks
+    for role, start in zip(("annotator", "segmenter"), networks(), strict=True):
+        usual, quick, first = (torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (getattr(plain, role), getattr(compiled, role), start))
+        assert not torch.equal(usual, quick) and (quick - usual).norm() < 1e-4 * (usual - first).norm()
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
