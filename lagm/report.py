@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TESTED', 'WHOLE_RECIPE', 'FAMILIES', 'Result', 'find_results', 'Row', 'why_missing', 'paper_rows', 'number',
            'paper_table', 'as_markdown', 'as_html', 'Table', 'group_results', 'group_minutes', 'own_table',
-           'benchmark_table', 'ablation_table', 'number_of_labels_figure', 'methods_figure', 'class_figures',
-           'result_pictures', 'Section', 'save_figure', 'write_pages']
+           'benchmark_table', 'ablation_table', 'number_of_labels_figure', 'methods_figure', 'learning_curves_figure',
+           'class_figures', 'result_pictures', 'Section', 'save_figure', 'write_pages']
 
 # %% ../nbs/components/94_report.ipynb #68d5bb6f
 import base64
@@ -301,6 +301,25 @@ def methods_figure(groups: Mapping[tuple[str, str], Sequence[float]]) -> Figure 
     ax.set(xscale="log", xlabel="labelled pictures", ylabel="test FG-mIoU, per cent", title="The demo benchmark")
     ax.set_xticks(ks, [str(k) for k in ks])
     ax.minorticks_off(), ax.legend(frameon=False, fontsize=8)
+    return figure
+
+# %% ../nbs/components/94_report.ipynb #1c7e3d82
+def learning_curves_figure(
+    results: Iterable[Result],
+    k: int = 2,  # labelled pictures
+) -> Figure | None:
+    """Validation FG-mIoU over the steps of every method of the demo benchmark, from its first seed; None if there is no record of them."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        validation, benchmark = result.record.get("validation"), _benchmark({(_group(result), ""): None})
+        if "small" in result.variant or not validation or not any(k in points for points in benchmark.values()): continue
+        histories = validation if isinstance(validation, dict) else {name: validation for name in benchmark if name.startswith("paper")}
+        for method, history in histories.items(): lines.setdefault(method, history)
+    lines = {method: history for method, history in lines.items() if not any(other.startswith(f"{method}, ") for other in lines)}  # a longer run has the shorter one in it
+    if not lines: return None
+    figure, (ax,) = panels(1, 7.2, 3.8)
+    curves({method: ([r["step"] for r in history], [r["fg_miou"] for r in history]) for method, history in lines.items()}, "steps", "validation FG-mIoU", f"{k} labelled pictures, one run each", percent=True, ax=ax)
+    ax.set_xscale("log")
     return figure
 
 # %% ../nbs/components/94_report.ipynb #58996dc7
