@@ -37,11 +37,9 @@ def winograd_fits(
 
 
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
-    """The kernel on each picture of a batch. It works on contiguous pictures; going back to channels_last pays with many channels."""
-    wide = min(weight.shape[:2]) >= 2 * LEAST_CHANNELS
-    layout = torch.channels_last if wide and x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    """The kernel on each picture of a batch. It works on contiguous pictures, and gives such."""
     weight = weight.contiguous()
-    return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1).contiguous(memory_format=layout) for i in range(len(x))])
+    return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1) for i in range(len(x))])
 
 # %% ../nbs/components/21_convolutions.ipynb #19f62689
 class WinogradConv2d(torch.autograd.Function):
