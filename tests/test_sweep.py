@@ -150,3 +150,21 @@ def test_snakemake_reads_the_same_graph(project):
     assert (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"' and times(project, "a/annotate", "a/evaluate") == [1, 1]
     failed = subprocess.run([*words, "-c1", "b"], capture_output=True, text=True)
     assert failed.returncode and "unlucky" in (project / "outputs/b/annotate/annotate.ipynb").read_text() and "unlucky" in (project / "outputs/b/annotate/run.log").read_text()
+
+
+def test_snakemake_where_machines_share_no_folder(project, tmp_path, monkeypatch):
+    """Stamps and logs where Snakemake is, everything else in the project, wherever that is."""
+    pytest.importorskip("snakemake")
+    from sync import ROOT
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    words = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "nbs" / "Snakefile"), "-c1", "a", "--config", f"project={project}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert times(project, "a/annotate", "a/evaluate") == [1, 1] and (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"'
+    assert {path.name for path in elsewhere.rglob("*") if path.is_file() and ".snakemake" not in path.parts} == {".done", "run.log"}
+    assert "Nothing to be done" in subprocess.run(words, capture_output=True, text=True).stderr
+    parameters = project / "nbs/experiments/evaluate/a.yaml"
+    parameters.write_text(parameters.read_text() + "# changed\n")
+    assert subprocess.run(words, capture_output=True, text=True).stderr.count("Finished jobid") == 2
