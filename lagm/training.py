@@ -695,8 +695,7 @@ class Loop(Course):
         self.watcher = Watcher(self.watch, self.step) if self.watch else None
         bar = tqdm(total=self.total, initial=self.step, disable=not self.progress, dynamic_ncols=True)
         try:
-            keeping = kept_memory() if self.players.recipe.keep_memory else contextlib.nullcontext()
-            with keeping, bar, finish_step_on_interrupt() as asked:
+            with self.memory(), bar, finish_step_on_interrupt() as asked:
                 while self.step < self.total:
                     self.advance(bar)
                     if asked.is_set() and self.step < self.total: self.stop()
@@ -724,6 +723,10 @@ class Loop(Course):
         bar.set_postfix_str(f"{stage.name}: " + " ".join(f"{name} {value:.3f}" for name, value in losses.items()), refresh=False)
         bar.update()
 
+    def memory(self) -> contextlib.AbstractContextManager:
+        """The context that the recipe wants its steps done in."""
+        return kept_memory() if self.players.recipe.keep_memory else contextlib.nullcontext()
+
     def stop(self) -> None:
         """After Ctrl-C: save, and say how to go on."""
         self.keeper.save(self.step, self.history, last=True)
@@ -737,7 +740,7 @@ class Loop(Course):
         steps, peaks, size = {}, [], 0
         for stage in self.stages:
             self.players.begin(stage.rates, stage.averaged)
-            first, second = [measure(lambda: self.take(stage, min(i, stage.steps - 1)), self.players.device) for i in range(2)]
+            with self.memory(): first, second = [measure(lambda: self.take(stage, min(i, stage.steps - 1)), self.players.device) for i in range(2)]
             steps[stage.name], size = (stage.steps, second.seconds), max(size, sum(t.nbytes for t in pack_state(self.players).values()))
             peaks += [cost.peak_bytes for cost in (first, second) if cost.peak_bytes is not None]
         for network, state, mode in zip(self.players.networks.values(), held, modes): network.train(mode).load_state_dict(state)
