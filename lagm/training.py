@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import Augment, resize_nearest, wide_crop
-from .convolutions import FastConvolutions
+from .convolutions import FastConvolutions, can_winograd
 from .core import InputError, choose_device, load_tensors, provenance, random_generator
 from .evaluation import evaluate
 from .labels import IGNORE
@@ -269,7 +269,7 @@ class Players:
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.label_weights = self.class_weights if weigh_labels else None
         usual = torch.channels_last if recipe.channels_last else None
-        winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu"
+        winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu" and can_winograd()
         self.layouts = {"segmenter": usual, "annotator": torch.contiguous_format if winograd else usual}  # None: as tensors come
         given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
         self.networks = {role: network.to(device, memory_format=self.layouts[role] or torch.contiguous_format) for role, network in given.items()}

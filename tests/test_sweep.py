@@ -166,5 +166,5 @@ def test_snakemake_where_machines_share_no_folder(project, tmp_path, monkeypatch
     assert {path.name for path in elsewhere.rglob("*") if path.is_file() and ".snakemake" not in path.parts} == {".done", "run.log"}
     assert "Nothing to be done" in subprocess.run(words, capture_output=True, text=True).stderr
     parameters = project / "nbs/experiments/evaluate/a.yaml"
-    parameters.write_text(parameters.read_text() + "# changed\n")
+    parameters.write_text(parameters.read_text() + "# {changed}\n")
     assert subprocess.run(words, capture_output=True, text=True).stderr.count("Finished jobid") == 2
