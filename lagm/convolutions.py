@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_CHANNELS', 'LEAST_PIXELS', 'LARGEST_LIVE_SHARE', 'can_winograd', 'winograd_fits', 'WinogradConv2d',
-           'winograd_conv2d', 'live_share', 'trimmed_conv2d', 'FastConvolutions']
+           'WinogradWeightGradient', 'winograd_conv2d', 'live_share', 'trimmed_conv2d', 'FastConvolutions']
 
 # %% ../nbs/components/21_convolutions.ipynb #c9cf7f24
 import functools
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from .winograd import is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
 
 # %% ../nbs/components/21_convolutions.ipynb #20a8b53c
 LEAST_CHANNELS, LEAST_PIXELS = 64, 32 * 32  # below these Winograd's sums cost more than its multiplications save: on one thread; on several, which memory keeps waiting, below 2 and 4 times these
@@ -29,11 +31,13 @@ def can_winograd() -> bool:
 def winograd_fits(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
+    dilation: int = 1,
 ) -> bool:
-    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding 1): float32 on a CPU, wide and large enough."""
+    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation): float32 on a CPU, wide and large enough."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"): return False
+    if is_fused(): return tiles_pay(x.shape, weight.shape, dilation)
     more = 1 if torch.get_num_threads() == 1 else 2
-    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-            and min(weight.shape[:2]) >= more * LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS and can_winograd())
+    return dilation == 1 and min(weight.shape[:2]) >= more * LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS and can_winograd()
 
 
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
@@ -42,39 +46,67 @@ def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1) for i in range(len(x))])
 
 # %% ../nbs/components/21_convolutions.ipynb #19f62689
+def _convolve(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor:
+    """The convolution of x (B, I, H, W) with weight (O, I, 3, 3), or the swapped one of x (B, O, H, W)."""
+    if is_fused(): return tiled_conv2d(x, weight, dilation, swapped)
+    return _one_by_one(x, weight.transpose(0, 1).flip(2, 3) if swapped else weight)
+
+
 class WinogradConv2d(torch.autograd.Function):
-    """A 3 x 3 convolution, stride 1, padding 1, without bias, by Winograd's algorithm: `apply(x (B, I, H, W), weight (O, I, 3, 3))`."""
+    """A 3 x 3 convolution, stride 1, padding = dilation, without bias, by Winograd's algorithm: `apply(x, weight, dilation, swapped)`."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor: return _one_by_one(x, weight)
+    def forward(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor: return _convolve(x, weight, dilation, swapped)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        ctx.dilation, ctx.swapped = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        of_x = WinogradConv2d.apply(gradient, weight.transpose(0, 1).flip(2, 3)) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]: return of_x, None
+        of_x = WinogradConv2d.apply(gradient, weight, ctx.dilation, not ctx.swapped) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]: return of_x, None, None, None
+        maps, gradients = (gradient, x) if ctx.swapped else (x, gradient)
+        if is_fused(): return of_x, WinogradWeightGradient.apply(maps, gradients, ctx.dilation), None, None
         settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-        return of_x, torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, [False, True, False])[1]
+        return of_x, torch.ops.aten.convolution_backward(gradients, maps, weight, None, *settings, [False, True, False])[1], None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, *_: None) -> Tensor:
         x, weight = ctx.saved_tensors
-        terms = [_one_by_one(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+        terms = [_convolve(a, b, ctx.dilation, ctx.swapped) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
         return sum(terms[1:], terms[0])
+
+
+class WinogradWeightGradient(torch.autograd.Function):
+    """The gradient of that convolution to its weights: `apply(x (B, I, H, W), gradient (B, O, H, W), dilation)`."""
+
+    @staticmethod
+    def forward(x: Tensor, gradient: Tensor, dilation: int) -> Tensor: return tiled_weight_gradient(x, gradient, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.dilation = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, gradient = ctx.saved_tensors
+        of_x = WinogradConv2d.apply(gradient, of_weight, ctx.dilation, True) if ctx.needs_input_grad[0] else None
+        return of_x, WinogradConv2d.apply(x, of_weight, ctx.dilation, False) if ctx.needs_input_grad[1] else None, None
 
 
 def winograd_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     bias: Tensor | None = None,  # (O,)
+    dilation: int = 1,  # other than 1 only inside `fused_winograd`
 ) -> Tensor:  # (B, O, H, W)
-    """`F.conv2d(x, weight, bias, padding=1)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`."""
-    y = WinogradConv2d.apply(x, weight)
+    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`."""
+    y = WinogradConv2d.apply(x, weight, dilation, False)
     return y if bias is None else y + bias[:, None, None]
 
 # %% ../nbs/components/21_convolutions.ipynb #56623216
@@ -124,6 +156,7 @@ def _quickest(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=
     """`F.conv2d`, by the quickest way that is known here."""
     def pair(value): return (value, value) if isinstance(value, int) else tuple(value)
     if input.ndim == 4 and weight.shape[2:] == (3, 3) and pair(stride) == (1, 1) and groups == 1 and pair(padding) == pair(dilation):
-        if pair(dilation) == (1, 1) and winograd_fits(input, weight): return winograd_conv2d(input, weight, bias)
+        rows, columns = pair(dilation)
+        if rows == columns and winograd_fits(input, weight, rows): return winograd_conv2d(input, weight, bias, rows)
         if live_share(input.shape[2:], pair(dilation)) < LARGEST_LIVE_SHARE: return trimmed_conv2d(input, weight, bias, pair(dilation))
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

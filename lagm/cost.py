@@ -7,7 +7,6 @@ __all__ = ['WORKS', 'VARIANTS', 'Work', 'Setting', 'set_up', 'grouped_conv2d', '
            'make_step', 'clock', 'convolution_peak', 'run_variant', 'in_own_process']
 
 # %% ../nbs/components/67_cost.ipynb #f7a1dbb9
-import contextlib
 import itertools
 import json
 import statistics
@@ -26,10 +25,9 @@ from .annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
 from .generator import FrozenGenerator, Sampling, load_generator
 from .labels import IGNORE
-from .memory import kept_memory
 from .segmenters import build_segmenter, matched_parameter_names
 from .stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
-from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step
+from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
 from .watching import measure
 
 # %% ../nbs/components/67_cost.ipynb #c252c2c9
@@ -59,7 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> changes of the paper's recipe
     "tangents": {},
     "fast convolutions": dict(fast_convolutions=True, channels_last=True),
     "kept memory": dict(fast_convolutions=True, channels_last=True, keep_memory=True),
-    "shared batch": dict(fast_convolutions=True, channels_last=True, keep_memory=True, shared_batch=True),
+    "compiled convolutions": dict(fast_convolutions=True, channels_last=True, keep_memory=True, compile_convolutions=True),
+    "shared batch": dict(fast_convolutions=True, channels_last=True, keep_memory=True, compile_convolutions=True, shared_batch=True),
     "bfloat16": dict(fast_convolutions=True, channels_last=True, keep_memory=True, shared_batch=True, precision="bfloat16"),
 }
 
@@ -244,8 +243,9 @@ def run_variant(
             step(i)
         marks.append(clock())
 
-    with kept_memory() if VARIANTS[variant].get("keep_memory") else contextlib.nullcontext(): cost = measure(steps)
-    with FlopCounterMode(display=False) as counter: step(repeats + 1)
+    with surroundings(replace(PAPER, **VARIANTS[variant])):
+        cost = measure(steps)
+        with FlopCounterMode(display=False) as counter: step(repeats + 1)
     peak = convolution_peak(torch.bfloat16 if variant == "bfloat16" else torch.float32)
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][1:]
     median = statistics.median(seconds)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lagm.winograd  # its operations
+
 # %% ../nbs/components/48_tangents.ipynb #eb06c4aa
 aten = torch.ops.aten
 Rule = Callable[..., Callable[..., Tensor]]
@@ -70,6 +72,15 @@ def _winograd(operation, arguments, keywords, result):
     def apply(dx, dweight, *_):
         of_x = None if dx is None else operation(dx.contiguous(), weight, None, *settings, **keywords)
         return of_x if dweight is None else _total(of_x, operation(x, dweight.contiguous(), None, *settings, **keywords))
+    return apply
+
+
+@rule(torch.ops.lagm.winograd_conv2d)  # by `lagm.winograd`
+def _tiled(operation, arguments, keywords, result):
+    x, weight, *settings = arguments
+    def apply(dx, dweight):
+        if dx is None or dweight is None: return operation(*((x, dweight) if dx is None else (dx, weight)), *settings)
+        return operation(torch.cat([dx, x], 1), torch.cat([weight, dweight], 1), *settings)
     return apply
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'Recipe', 'get_recipe', 'LabelledBatches', 'SyntheticBatch',
-           'SyntheticBatches', 'balanced_weights', 'make_optimizer', 'learning_rate', 'can_compile', 'compile_networks',
-           'Players', 'phase_annotator', 'phase_segmenter', 'matching_step', 'supervised_step', 'imitation_step',
-           'pack_state', 'unpack_state', 'Identity', 'data_digest', 'Stage', 'locate', 'Diverged', 'Trained',
-           'finish_step_on_interrupt', 'require_finite', 'validated', 'Keeper', 'Course', 'Loop', 'check_labelled',
-           'check_sides', 'lagm_stages', 'in_processes', 'train_lagm', 'train_supervised']
+           'SyntheticBatches', 'balanced_weights', 'make_optimizer', 'learning_rate', 'compile_networks',
+           'memory_layouts', 'Players', 'surroundings', 'phase_annotator', 'phase_segmenter', 'matching_step',
+           'supervised_step', 'imitation_step', 'pack_state', 'unpack_state', 'Identity', 'data_digest', 'Stage',
+           'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt', 'require_finite', 'validated', 'Keeper',
+           'Course', 'Loop', 'check_labelled', 'check_sides', 'lagm_stages', 'in_processes', 'train_lagm',
+           'train_supervised']
 
 # %% ../nbs/components/60_training.ipynb #e7c5064a
 import contextlib
@@ -41,6 +42,7 @@ from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_
 from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
 from .segmenters import matched_parameter_names
 from .watching import Estimate, Watch, Watcher, free_space, measure
+from .winograd import can_compile, fused_winograd
 
 # %% ../nbs/components/60_training.ipynb #826ed822
 CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "metric": METRICS, "reduction": REDUCTIONS,
@@ -78,6 +80,7 @@ class Recipe:
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     fast_convolutions: bool = False  # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
+    compile_convolutions: bool = False  # with fast_convolutions: Winograd's sums by torch.compile, so that most 3 x 3 convolutions gain (float32 on a CPU); where it does not work, a warning says so, once; see `lagm.winograd`
     keep_memory: bool = False  # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
     parts: int = 1  # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
@@ -95,6 +98,7 @@ class Recipe:
         self._require("fresh_labels", self.fresh_labels or self.shared_batch, "it needs shared_batch=True: only then do both phases see the same pictures")
         self._require("parts", self.batch_labelled % self.parts == 0 and self.batch_synthetic % self.parts == 0, "it has to divide both batches")
         self._require("parts", self.parts == 1 or (self.gradients == "forward" and self.fresh_labels), "more than 1 needs gradients='forward' and fresh_labels=True")
+        self._require("compile_convolutions", self.fast_convolutions or not self.compile_convolutions, "it needs fast_convolutions=True")
         self._require("fast_convolutions", not (self.fast_convolutions and self.compile), "choose one: compiled networks have convolutions of their own")
         if isinstance(self.augment, dict):  # read back from JSON
             changes = {key: tuple(value) if isinstance(value, list) else value for key, value in self.augment.items()}
@@ -236,21 +240,18 @@ def learning_rate(
     return base if schedule == "constant" else base * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 # %% ../nbs/components/60_training.ipynb #451a99fa
-@functools.cache
-def can_compile() -> bool:
-    """Whether `torch.compile` works here (on a CPU it needs a C++ compiler); if not, a warning says so, once."""
-    try: torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:  # whatever the compiler's tools raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"torch.compile does not work here ({reason}); the networks run as they are", stacklevel=3)
-        return False
-    return True
-
-
 def compile_networks(networks: Iterable[nn.Module]) -> None:
     """Compile the networks' forward passes, in place, if this machine can; their names and states stay as they are."""
     for network in networks:
         if can_compile(): network.compile()
+
+
+def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memory_format | None]:
+    """The memory layout of each network and of what it sees; None: as tensors come."""
+    usual = torch.channels_last if recipe.channels_last else None
+    winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu" and can_winograd()
+    contiguous = winograd and not (recipe.compile_convolutions and can_compile())
+    return {"segmenter": usual, "annotator": torch.contiguous_format if contiguous else usual}
 
 # %% ../nbs/components/60_training.ipynb #fa68ed95
 class Players:
@@ -268,9 +269,7 @@ class Players:
         self.recipe, self.device = recipe, device
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.label_weights = self.class_weights if weigh_labels else None
-        usual = torch.channels_last if recipe.channels_last else None
-        winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu" and can_winograd()
-        self.layouts = {"segmenter": usual, "annotator": torch.contiguous_format if winograd else usual}  # None: as tensors come
+        self.layouts = memory_layouts(recipe, device)
         given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
         self.networks = {role: network.to(device, memory_format=self.layouts[role] or torch.contiguous_format) for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
@@ -322,6 +321,15 @@ class Players:
     def result(self) -> nn.Module:
         """The segmenter to evaluate: the average, if there is one."""
         return self.segmenter if self.average is None else self.average
+
+# %% ../nbs/components/60_training.ipynb #291747ea
+@contextlib.contextmanager
+def surroundings(recipe: Recipe) -> Iterator[None]:
+    """What a recipe wants around its steps: memory that is kept, convolutions that are compiled."""
+    with contextlib.ExitStack() as contexts:
+        if recipe.keep_memory: contexts.enter_context(kept_memory())
+        if recipe.compile_convolutions: contexts.enter_context(fused_winograd())
+        yield
 
 # %% ../nbs/components/60_training.ipynb #7112243d
 def phase_annotator(
@@ -695,7 +703,7 @@ class Loop(Course):
         self.watcher = Watcher(self.watch, self.step) if self.watch else None
         bar = tqdm(total=self.total, initial=self.step, disable=not self.progress, dynamic_ncols=True)
         try:
-            with self.memory(), bar, finish_step_on_interrupt() as asked:
+            with surroundings(self.players.recipe), bar, finish_step_on_interrupt() as asked:
                 while self.step < self.total:
                     self.advance(bar)
                     if asked.is_set() and self.step < self.total: self.stop()
@@ -723,10 +731,6 @@ class Loop(Course):
         bar.set_postfix_str(f"{stage.name}: " + " ".join(f"{name} {value:.3f}" for name, value in losses.items()), refresh=False)
         bar.update()
 
-    def memory(self) -> contextlib.AbstractContextManager:
-        """The context that the recipe wants its steps done in."""
-        return kept_memory() if self.players.recipe.keep_memory else contextlib.nullcontext()
-
     def stop(self) -> None:
         """After Ctrl-C: save, and say how to go on."""
         self.keeper.save(self.step, self.history, last=True)
@@ -740,7 +744,7 @@ class Loop(Course):
         steps, peaks, size = {}, [], 0
         for stage in self.stages:
             self.players.begin(stage.rates, stage.averaged)
-            with self.memory(): first, second = [measure(lambda: self.take(stage, min(i, stage.steps - 1)), self.players.device) for i in range(2)]
+            with surroundings(self.players.recipe): first, second = [measure(lambda: self.take(stage, min(i, stage.steps - 1)), self.players.device) for i in range(2)]
             steps[stage.name], size = (stage.steps, second.seconds), max(size, sum(t.nbytes for t in pack_state(self.players).values()))
             peaks += [cost.peak_bytes for cost in (first, second) if cost.peak_bytes is not None]
         for network, state, mode in zip(self.players.networks.values(), held, modes): network.train(mode).load_state_dict(state)

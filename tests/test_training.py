@@ -168,6 +168,7 @@ def test_kept_memory_changes_no_bit():
     ({}, False, False),
     ({"channels_last": True}, True, True),
     ({"channels_last": True, "fast_convolutions": True}, True, not can_winograd()),
+    ({"channels_last": True, "fast_convolutions": True, "compile_convolutions": True}, True, bool(shutil.which("g++")) or not can_winograd()),
     ({"channels_last": True, "fast_convolutions": True, "precision": "bfloat16"}, True, True),
 ])
 def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
