@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKS', 'VARIANTS', 'Work', 'Setting', 'set_up', 'grouped_conv2d', 'usual_generator', 'PlainStep', 'OurStep',
-           'make_step', 'clock', 'convolution_peak', 'run_variant', 'in_own_process']
+           'make_step', 'clock', 'convolution_peak', 'run_variant', 'together', 'in_own_process']
 
 # %% ../nbs/components/67_cost.ipynb #f7a1dbb9
 import itertools
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -246,11 +247,18 @@ def run_variant(
     with surroundings(replace(PAPER, **VARIANTS[variant])):
         cost = measure(steps)
         with FlopCounterMode(display=False) as counter: step(repeats + 1)
-    peak = convolution_peak(torch.bfloat16 if variant == "bfloat16" else torch.float32)
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][1:]
+    row = dict(work=work, variant=variant, all_seconds=seconds, peak_bytes=cost.peak_bytes, flops=counter.get_total_flops(), threads=torch.get_num_threads())
+    return together([row | dict(convolution_peak=convolution_peak(torch.bfloat16 if variant == "bfloat16" else torch.float32))])
+
+
+def together(
+    rows: Sequence[dict[str, Any]],  # of one variant, from several processes
+) -> dict[str, Any]:  # the median of all steps, the highest memory, the highest rate
+    """One row from several."""
+    seconds, highest = [s for row in rows for s in row["all_seconds"]], {key: max((row[key] for row in rows if row[key] is not None), default=None) for key in ("peak_bytes", "convolution_peak")}
     median = statistics.median(seconds)
-    return dict(work=work, variant=variant, seconds=median, all_seconds=seconds, peak_bytes=cost.peak_bytes, flops=counter.get_total_flops(), convolution_peak=peak,
-                of_peak=counter.get_total_flops() / median / peak, threads=torch.get_num_threads())
+    return rows[0] | highest | dict(seconds=median, all_seconds=seconds, of_peak=rows[0]["flops"] / median / highest["convolution_peak"])
 
 # %% ../nbs/components/67_cost.ipynb #55618984
 def in_own_process(work: str, variant: str, repeats: int = 3, threads: int = 0) -> dict[str, Any]:

@@ -11,7 +11,6 @@ __all__ = ['SPEED', 'Parameter', 'read_parameters', 'fit_parameters', 'check_par
 import ast
 import contextlib
 import difflib
-import hashlib
 import importlib.resources
 import io
 import json
@@ -34,7 +33,7 @@ from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 # %% ../nbs/components/90_experiments.ipynb #c7b4309e
-from .core import InputError, atomic_path, provenance
+from .core import InputError, atomic_path, checksum, provenance
 
 # %% ../nbs/components/90_experiments.ipynb #e15195c9
 @dataclass(frozen=True)
@@ -328,23 +327,19 @@ def _standing_for(path: Path) -> Path | None:
     return next((p for p in (path / "metrics.json", path.parent / "metrics.json") if path.is_dir() and p.is_file()), None)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def describe_inputs(
     values: Mapping[str, Any],  # parameters
     cwd: str | Path = ".",  # what relative paths start from
 ) -> dict[str, dict[str, Any]]:  # parameter name -> {"file": name, "bytes": size, "sha256": sum}
     """The files among the values of parameters that exist, with size and sum."""
     found = {name: _standing_for(Path(cwd) / value) for name, value in named_paths(values).items()}
-    return {name: {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in found.items() if path}
+    return {name: {"file": path.name, "bytes": path.stat().st_size, "sha256": checksum(path)} for name, path in found.items() if path}
 
 # %% ../nbs/components/90_experiments.ipynb #17d9f59b
 def _unchanged(path: Path | None, record: Mapping[str, Any], since: float) -> bool:
     """Whether a file is the recorded one; `since`: when the run started, in seconds since 1970."""
     if path is None or path.stat().st_size != record["bytes"]: return False
-    return path.stat().st_mtime < since or _digest(path) == record["sha256"]
+    return path.stat().st_mtime < since or checksum(path) == record["sha256"]
 
 
 def inputs_unchanged(
