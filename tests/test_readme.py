@@ -1,5 +1,6 @@
 """The README is the front notebook: prose with working links, code with what it printed."""
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -109,3 +110,18 @@ def test_the_tables_are_those_of_the_committed_results(published):
     assert f"| mean | {means[0]:.1f} | {means[1]:.1f} | **{means[2]:.1f}** |" in text
     table = benchmark_table(group_results(published), group_minutes(published))
     assert len(table) > 5 and as_markdown(table) in text
+
+
+def test_the_costs_are_those_of_the_committed_benchmarks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = subprocess.run(["git", "ls-files", "outputs/benchmarks/matching*/metrics.json"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    rows = [row for name in listed.stdout.split() for row in json.loads((ROOT / name).read_text(encoding="utf-8"))["results"]]
+    works = {work: {row["variant"]: row for row in rows if row["work"] == work} for work in ("a", "b", "c", "a256")}
+    for work in "abc":
+        variants = works[work]
+        assert list(variants) == ["plain", "tangents", "fast convolutions", "kept memory", "compiled convolutions", "shared batch", "bfloat16"]
+        ours = list(variants.values())[1:]
+        assert "| " + " | ".join(f"{row['times_faster']:.2f}" for row in ours) + f" | {ours[3]['memory_ratio']:.2f} | {ours[-1]['memory_ratio']:.2f} |" in text
+    large = works["a256"]
+    for variant in ("compiled convolutions", "bfloat16"): assert f"{large[variant]['times_faster']:.1f} times as fast with {large[variant]['memory_ratio']:.2f} of the memory" in text
