@@ -46,9 +46,14 @@ def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1) for i in range(len(x))])
 
 # %% ../nbs/components/21_convolutions.ipynb #19f62689
+def _is_ours(dilation: int) -> bool:
+    """Whether our own algorithm is used: where it is compiled, and where PyTorch's kernel cannot do it (a backward pass may come after the context it was compiled in)."""
+    return is_fused() or dilation > 1 or not can_winograd()
+
+
 def _convolve(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor:
     """The convolution of x (B, I, H, W) with weight (O, I, 3, 3), or the swapped one of x (B, O, H, W)."""
-    if is_fused(): return tiled_conv2d(x, weight, dilation, swapped)
+    if _is_ours(dilation): return tiled_conv2d(x, weight, dilation, swapped)
     return _one_by_one(x, weight.transpose(0, 1).flip(2, 3) if swapped else weight)
 
 
@@ -70,7 +75,7 @@ class WinogradConv2d(torch.autograd.Function):
         of_x = WinogradConv2d.apply(gradient, weight, ctx.dilation, not ctx.swapped) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]: return of_x, None, None, None
         maps, gradients = (gradient, x) if ctx.swapped else (x, gradient)
-        if is_fused(): return of_x, WinogradWeightGradient.apply(maps, gradients, ctx.dilation), None, None
+        if _is_ours(ctx.dilation): return of_x, WinogradWeightGradient.apply(maps, gradients, ctx.dilation), None, None
         settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
         return of_x, torch.ops.aten.convolution_backward(gradients, maps, weight, None, *settings, [False, True, False])[1], None, None
 
@@ -103,7 +108,7 @@ def winograd_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     bias: Tensor | None = None,  # (O,)
-    dilation: int = 1,  # other than 1 only inside `fused_winograd`
+    dilation: int = 1,
 ) -> Tensor:  # (B, O, H, W)
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`."""
     y = WinogradConv2d.apply(x, weight, dilation, False)

@@ -176,9 +176,14 @@ def _padded(x: Tensor, down: int, across: int, border: int) -> Tensor:
     return padded
 
 
+def _grid(height: int, width: int, dilation: int = 1) -> tuple[int, int]:
+    """Tiles down and across a map, or each phase of it."""
+    return -(-height // (4 * dilation)), -(-width // (4 * dilation))
+
+
 def _plan(x: Tensor, channels: int) -> tuple[int, int, int]:
     """Tiles down and across maps (B, H, W, C), and how many maps to do at once."""
-    down, across = -(-x.shape[1] // 4), -(-x.shape[2] // 4)
+    down, across = _grid(*x.shape[1:3])
     return down, across, max(2, AT_ONCE // (down * across * 36 * channels))
 
 
@@ -207,8 +212,8 @@ def tiled_weight_gradient(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
 # %% ../nbs/components/21_winograd.ipynb #ac88c870
 def _multiplied(batch: int, height: int, width: int, dilation: int, inputs: int, outputs: int) -> int:
     """Floating-point operations in the products."""
-    side_tiles = [-(-(-(-side // dilation)) // 4) for side in (height, width)]
-    return 2 * 36 * batch * dilation**2 * side_tiles[0] * side_tiles[1] * inputs * outputs
+    down, across = _grid(height, width, dilation)
+    return 2 * 36 * batch * dilation**2 * down * across * inputs * outputs
 
 
 @register_flop_formula(torch.ops.lagm.winograd_conv2d)
@@ -230,6 +235,6 @@ def tiles_pay(
     dilation: int = 1,
 ) -> bool:
     """Whether a convolution of these shapes (stride 1, padding = dilation) gains."""
-    height, width = -(-x[2] // dilation), -(-x[3] // dilation)
-    tiles = x[0] * dilation**2 * -(-height // 4) * -(-width // 4)
-    return min(weight[:2]) >= LEAST_CHANNELS and tiles >= LEAST_TILES and tiles * weight[0] * weight[1] >= LEAST_WORK and min(height, width) >= LEAST_SIDE
+    down, across = _grid(x[2], x[3], dilation)
+    tiles = x[0] * dilation**2 * down * across
+    return min(weight[:2]) >= LEAST_CHANNELS and tiles >= LEAST_TILES and tiles * weight[0] * weight[1] >= LEAST_WORK and min(x[2:]) >= LEAST_SIDE * dilation

@@ -66,6 +66,15 @@ def test_derivatives_of_first_and_second_order_and_forward_mode(uncompiled, dila
         assert torch.autograd.gradcheck(lambda x, weight: WinogradConv2d.apply(x, weight, dilation, True), (swapped, weight), check_forward_ad=True)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_backward_pass_after_the_context_is_right(uncompiled, dilation):
+    torch.manual_seed(0)
+    x, weight, gradient = torch.randn(2, 8, 20, 20, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(2, 8, 20, 20)
+    with fused_winograd(): y = winograd_conv2d(x, weight, None, dilation)
+    expected = torch.autograd.grad(F.conv2d(x, weight, padding=dilation, dilation=dilation), (x, weight), gradient)
+    for ours, usual in zip(torch.autograd.grad(y, (x, weight), gradient), expected, strict=True): assert relative(ours, usual) < 1e-5
+
+
 def test_tangents_by_tape_and_by_dual_numbers(uncompiled):
     torch.manual_seed(0)
     network, images = UNet(4, width=8, levels=2).train(), torch.randn(2, 3, 24, 24)
