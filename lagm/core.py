@@ -131,18 +131,29 @@ def save_tensors(
     with atomic_path(path) as temporary: safetensors.torch.save_file(own, temporary, metadata)
 
 # %% ../nbs/components/00_core.ipynb #c19285a9
+def _version(path: str | Path) -> tuple[int, int, int]:
+    """What tells the file at `path` from one that takes its place: its number, size in bytes and time in nanoseconds."""
+    try: facts = os.stat(path)
+    except FileNotFoundError as error: raise InputError(f"no such file: {path}") from error
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def load_tensors(
     path: str | Path,  # a safetensors file; it need not be one of ours
     device: str | torch.device = "cpu",  # where the tensors go
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # the tensors, the header ({} if the file has none)
-    """Read a safetensors file; `InputError` if it is missing or damaged."""
+    """Read a safetensors file, of one version even while a run replaces it; `InputError` if it is missing or damaged."""
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
+    version = _version(path)
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             header = json.loads((file.metadata() or {}).get("lagm", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+            content = {name: file.get_tensor(name) for name in file.keys()}, header
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if _version(path) != version: return load_tensors(path, device)
+        if isinstance(error, RuntimeError): raise
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+    return content if _version(path) == version else load_tensors(path, device)
 
 # %% ../nbs/components/00_core.ipynb #a9ae75bc
 def asset(

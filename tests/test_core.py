@@ -151,3 +151,27 @@ def test_provenance_is_plain_and_anonymous(tmp_path):
     text = json.dumps(made_with)
     assert str(Path.home()) not in text and str(Path(core.__file__).parents[1]) not in text
     assert f'"{platform.node()}"' not in text
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (3, 5000), (5000, 3)])
+def test_a_file_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, lengths):
+    """The library opens the file once for the header and once more for the numbers; the run saves in between."""
+    path, opened, safe_open = tmp_path / "run.safetensors", [], core.safetensors.safe_open
+    def save(step): core.save_tensors(path, {"weight": torch.full((lengths[step],), float(step))}, {"step": step})
+
+    def open_and_replace(*args, **kwargs):
+        file = safe_open(*args, **kwargs)
+        opened.append(file)
+        if len(opened) == 1: save(1)
+        return file
+
+    save(0)
+    monkeypatch.setattr(core.safetensors, "safe_open", open_and_replace)
+    tensors, header = core.load_tensors(path)
+    assert header == {"step": 1} and torch.equal(tensors["weight"], torch.ones(lengths[1])) and len(opened) == 2
+
+
+def test_a_failure_that_is_not_the_files_is_not_blamed_on_it(tmp_path, monkeypatch):
+    core.save_tensors(tmp_path / "run.safetensors", {"weight": torch.ones(2)})
+    monkeypatch.setattr(core.safetensors, "safe_open", lambda *args, **kwargs: exec("raise RuntimeError('out of memory')"))
+    with pytest.raises(RuntimeError, match="out of memory"): core.load_tensors(tmp_path / "run.safetensors")
