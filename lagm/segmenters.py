@@ -36,9 +36,15 @@ class ConvBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(x)))
 
 # %% ../nbs/components/40_segmenters.ipynb #09371828
+def _in_one_piece(gradient: Tensor) -> Tensor:
+    """The same numbers without gaps in memory, channels last if they were."""
+    return gradient.contiguous(memory_format=torch.channels_last if gradient.stride(1) == 1 else torch.contiguous_format)
+
+
 def upsample_beside(x: Tensor, skip: Tensor) -> Tensor:
     """Double `x`, pad it with zeros to the size of `skip` and concatenate [skip, x] along the channels."""
     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    if x.requires_grad: x.register_hook(_in_one_piece)
     dy, dx = skip.shape[-2] - x.shape[-2], skip.shape[-1] - x.shape[-1]
     if dy or dx:
         x = F.pad(x, (dx // 2, dx - dx // 2, dy // 2, dy - dy // 2))

@@ -226,7 +226,7 @@ def _count_weight_gradient(x, gradient, dilation, *_, **__) -> int:
     return _multiplied(x[0], x[2], x[3], dilation, x[1], gradient[1])
 
 # %% ../nbs/components/21_winograd.ipynb #a8fdcd36
-LEAST_CHANNELS, LEAST_TILES, LEAST_WORK, LEAST_SIDE = 64, 64, 2**22, 8
+LEAST_CHANNELS, LEAST_TILES, LEAST_WORK, LEAST_SIDE = 64, 32, 2**22, 8
 
 
 def tiles_pay(

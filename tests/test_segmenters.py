@@ -10,6 +10,7 @@ from filling import fill, relative_error
 from safetensors import safe_open
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet101
 
 from lagm.core import InputError
@@ -227,3 +228,17 @@ def test_a_failed_download_gets_the_remedy(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     with pytest.raises(InputError, match="no route to host.*backbone_path"):
         on_meta(DeepLabV3, 3, pretrained_backbone=True)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_doublings_gradient_has_no_gaps(layout):
+    """PyTorch's backward pass of the doubling is several times slower over a view with gaps."""
+    class Doublings(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.upsample_bilinear2d_backward.default: layouts.append(args[0].is_contiguous(memory_format=layout))
+            return function(*args, **kwargs or {})
+
+    layouts, network = [], build_segmenter("unet", 3, width=4, levels=2).to(memory_format=layout)
+    loss = network(torch.rand(2, 3, 18, 16).contiguous(memory_format=layout)).square().mean()
+    with Doublings(): loss.backward()
+    assert layouts == [True, True]
