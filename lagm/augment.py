@@ -74,13 +74,14 @@ def colour_matrices(
 
 
 def recolour(
-    images: Tensor,  # (B, 3, H, W) in [-1, 1]
+    images: Tensor,  # (B, 3, H, W), about [-1, 1]
     matrices: Tensor,  # (B, 3, 3), from `colour_matrices`
-) -> Tensor:  # the same shape and range
+    clip: bool = True,  # to [-1, 1]
+) -> Tensor:  # the same shape
     """Change the colours of each picture by its matrix."""
     brightness = matrices.sum(dim=2)[..., None]  # M 1 = b 1
     changed = torch.baddbmm(brightness - 1, matrices.to(images.dtype), images.flatten(2))
-    return changed.clamp_(-1, 1).reshape(images.shape)
+    return (changed.clamp_(-1, 1) if clip else changed).reshape(images.shape)
 
 # %% ../nbs/components/45_augment.ipynb #4ec2e2ac
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ class Change:
     matrices: Tensor  # (B, 3, 3), see `colour_matrices`
     outside: str = "reflection"  # as in `Augment`
     soft_labels: str = "bilinear"  # as in `Augment`
+    clip: bool = True  # as in `Augment`
 
     def pictures(self, images: Tensor) -> Tensor:
-        """Move and recolour pictures (B, 3, H, W) in [-1, 1]."""
-        return recolour(warp_images(images, self.maps, self.outside), self.matrices)
+        """Move and recolour pictures (B, 3, H, W), about [-1, 1]."""
+        return recolour(warp_images(images, self.maps, self.outside), self.matrices, self.clip)
 
     def labels(self, labels: Tensor) -> Tensor:
         """Move class indices (B, H, W), or probabilities (B, C, H, W), with gradients."""
@@ -113,6 +115,7 @@ class Augment:
     brightness: tuple[float, float] = (0.45, 1.4)  # smallest and largest factor
     outside: str = "reflection"  # what lies outside the picture: "reflection", "border" or "ignore"
     soft_labels: str = "bilinear"  # how soft labels are read: "bilinear" or "nearest"
+    clip: bool = True  # recoloured pictures are clipped to [-1, 1], as a camera clips what is too bright
 
     def __post_init__(self):
         for name in ("scale", "saturation", "brightness"):
@@ -136,7 +139,7 @@ class Augment:
         mirror = (u[:, 1] < 0.5) & self.flip
         maps = affine_maps(self.rotate * signed[:, 2], scale, self.shift * signed[:, 3:5], mirror, images.shape[-1] / images.shape[-2])
         matrices = colour_matrices(self.hue * signed[:, 5], between(*self.saturation, 6), between(*self.brightness, 7))
-        return Change(maps.to(images.device), matrices.to(images.device), self.outside, self.soft_labels)
+        return Change(maps.to(images.device), matrices.to(images.device), self.outside, self.soft_labels, self.clip)
 
     def __call__(
         self,

@@ -108,7 +108,7 @@ def taught_stages(
     """The stages of a run: warm start of the segmenter, teaching."""
     recipe = players.recipe
     labelled = LabelledBatches(images, masks, recipe.batch_labelled, seed, recipe.augment, players.device)
-    plain = SyntheticBatches(generator, recipe.batch_synthetic, images.shape[2:], seed, None, recipe.wide_crop, players.arrange)
+    plain = SyntheticBatches(generator, recipe.batch_synthetic, images.shape[2:], seed, None, recipe.wide_crop, players.arrange, recipe.clip)
 
     def warm(step: int) -> dict[str, Tensor]: return supervised_step(players, labelled(step, "warm"))
     def teach(step: int) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ class PlainStep:
         """Pictures and features, drawn as `SyntheticBatches` draws them."""
         generator, rng = self.setting.generator, random_generator(seed, "synthetic", stage, step)
         images, features = usual_generator(generator.network, generator.sample_z(len(self.setting.images), rng), generator.sampling, rng)
-        return F.interpolate(images.clamp(-1, 1), self.setting.images.shape[2:], mode="nearest"), features
+        return F.interpolate(images, self.setting.images.shape[2:], mode="nearest"), features
 
     def soft_loss(self, images: Tensor, q: Tensor) -> Tensor:
         """Cross-entropy of S against soft labels."""

@@ -233,7 +233,7 @@ def label_generated(
     for i in range(k):
         rng = random_generator(seed, "pictures to label", i)
         image, features = generator(generator.sample_z(1, rng), rng)
-        images.append(image)
+        images.append(image.clamp(-1, 1))  # as a person is shown it
         if store is None: store = FeatureStore(features, image.shape[-2:], dtype)
         else: store.add(features)
     with eval_mode(person): masks = torch.cat([person(image).argmax(1) for image in images])

@@ -38,7 +38,8 @@ class Sampling:
 class FrozenGenerator:
     """A generator that is only ever used: `G(z) -> Generated(image, features)`, without gradients.
 
-    `image` is (B, 3, R, R) float32 in [-1, 1] (clipped); `features` are float32 maps (B, C_i, H_i, W_i), coarse to fine.
+    `image` is (B, 3, R, R) float32, as the network gives it: nominally in [-1, 1], but some values lie beyond (the paper's step sees them,
+    too; a recipe may clip, and saving and showing always do). `features` are float32 maps (B, C_i, H_i, W_i), coarse to fine.
     `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it; `header` holds what its file says about itself.
     """
 
@@ -80,10 +81,10 @@ class FrozenGenerator:
         z: Tensor,  # (B, z_dim)
         rng: torch.Generator | None = None,  # source of the noise per pixel
     ) -> Generated:
-        "Pictures and feature maps of the latents `z`."
+        "Pictures, not clipped, and feature maps of the latents `z`."
         if z.ndim != 2 or z.shape[1] != self.z_dim: raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {self.z_dim})")
         with FastConvolutions(): image, features = self.network(z, self.sampling.psi, self.sampling.cutoff, self.sampling.noise, rng=rng, dtype=self.dtype)
-        return Generated(image.float().clamp(-1, 1), [feature.float() for feature in features])
+        return Generated(image.float(), [feature.float() for feature in features])
 
     def __repr__(self) -> str:
         maps = ", ".join(f"{c}×{s}²" for c, s in zip(self.feature_channels, self.feature_sizes))

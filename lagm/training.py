@@ -66,6 +66,7 @@ class Recipe:
     interval_segmenter: int = 1  # phase S in every so many steps
     wide_crop: bool = False  # cut the central 4:3 band from generated pictures (the paper's cars)
     # ours:
+    clip: bool = False  # generated pictures are clipped to [-1, 1] before S sees them, as saved pictures are; the paper's are not
     gradients: str = "forward"  # how phase A differentiates: "forward" mode, or "double" backward as the paper; equal to rounding
     schedule: str = "constant"  # learning rates: "constant", or "cosine" down to zero over the steps of each stage
     shared_batch: bool = False  # both phases use the same generated pictures: half the generator calls, one forward pass of S less
@@ -116,7 +117,7 @@ class Recipe:
 PAPER = Recipe()
 
 FAST = Recipe(
-    steps=1000, batch_labelled=4, batch_synthetic=4, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
+    steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
     warm_segmenter=300, warm_annotator=300, channels_last=True, keep_memory=True,
 )
@@ -168,7 +169,7 @@ class LabelledBatches:
 @dataclass(frozen=True)
 class SyntheticBatch:
     """Generated pictures as the segmenter sees them, and the features to label them from."""
-    images: Tensor  # x: (B, 3, H, W) in [-1, 1], cropped, resized, augmented
+    images: Tensor  # x: (B, 3, H, W) about [-1, 1], clipped if the recipe says so, cropped, resized, augmented
     features: Sequence[Tensor]  # f: as the generator gave them
     warp: Callable[[Tensor], Tensor]  # takes the annotator's probabilities the way the pictures went
 
@@ -190,9 +191,10 @@ class SyntheticBatches:
         augment: Augment | None = None,
         wide: bool = False,  # cut the central 4:3 band
         arrange: Callable[[Tensor, str], Tensor] = lambda tensor, role: tensor,  # puts a tensor into the memory layout of the "segmenter" or the "annotator"
+        clip: bool = False,  # clip the pictures to [-1, 1]
     ):
         self.generator, self.batch, self.size, self.seed, self.augment = generator, batch, tuple(size), seed, augment
-        self.wide, self.arrange = wide, arrange
+        self.wide, self.arrange, self.clip = wide, arrange, clip
 
     def fit(self, maps: Tensor) -> Tensor:
         """Crop if told to, and resize to the segmenter's size by nearest neighbour."""
@@ -201,7 +203,7 @@ class SyntheticBatches:
     def __call__(self, step: int, stage: str = "match") -> SyntheticBatch:
         rng = random_generator(self.seed, "synthetic", stage, step)
         images, features = self.generator(self.generator.sample_z(self.batch, rng), rng)
-        images, features = self.fit(images.detach()), [self.arrange(f.detach(), "annotator") for f in features]
+        images, features = self.fit(images.detach().clamp(-1, 1) if self.clip else images.detach()), [self.arrange(f.detach(), "annotator") for f in features]
         if self.augment is None: return SyntheticBatch(self.arrange(images, "segmenter"), features, self.fit)
         change = self.augment.draw(images, rng)
         return SyntheticBatch(self.arrange(change.pictures(images), "segmenter"), features, lambda q: change.labels(self.fit(q)))
@@ -795,7 +797,7 @@ def lagm_stages(
         raise InputError("recipe: fresh_labels=False needs matched='all': phase S takes over phase A's gradient")
     parts = recipe.parts
     labelled = LabelledBatches(images, masks, recipe.batch_labelled // parts, seed, recipe.augment, players.device)
-    plain, changed = [SyntheticBatches(generator, recipe.batch_synthetic // parts, images.shape[2:], seed, augment, recipe.wide_crop, players.arrange)
+    plain, changed = [SyntheticBatches(generator, recipe.batch_synthetic // parts, images.shape[2:], seed, augment, recipe.wide_crop, players.arrange, recipe.clip)
                       for augment in (None, recipe.augment)]
 
     def part_of(batches: Callable, step: int, stage: str): return lambda part: batches(step * parts + part, stage)
@@ -872,7 +874,7 @@ def train_lagm(
     players = Players(segmenter, annotator, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance), weigh_labels)
     stages = lagm_stages(players, generator, images, masks, seed, match)
     identity = Identity(recipe, seed, ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights"), data_digest(images, masks), generator_digest(generator))
-    to_show = SyntheticBatches(generator, 4, images.shape[2:], seed, None, recipe.wide_crop, players.arrange)
+    to_show = SyntheticBatches(generator, 4, images.shape[2:], seed, None, recipe.wide_crop, players.arrange, recipe.clip)
     loop = Loop(players, stages, identity, pictures=lambda: to_show(0, "snapshot"), **options)
     return loop.estimate() if dry_run else loop.run()
 
