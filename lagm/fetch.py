@@ -326,17 +326,20 @@ def describe_source(
 
 def fetch_command(arguments: Any, say: Callable[[str], None] = print) -> None:
     """`lagm fetch`."""
+    from lagm.catalogue import project_path
+
+    data, checkpoints = project_path(arguments.data, "data"), project_path(arguments.checkpoints, "checkpoints")
     if arguments.list or not arguments.names:
         width = max(map(len, SOURCES))
         for source in SOURCES.values():
-            target = source.place(arguments.data, arguments.checkpoints)
+            target = source.place(data, checkpoints)
             state = "there" if is_there(source, target) else "download" if source.addresses else "ask"
             say(f"{source.name:{width}}  {state:8}  {target}")
         return
     if (arguments.source or arguments.mirrors) and len(arguments.names) > 1: raise InputError("--from and --mirror go with one name")
     for name in arguments.names:
         source = get_source(name)
-        target = source.place(arguments.data, arguments.checkpoints)
+        target = source.place(data, checkpoints)
         if not arguments.force and not arguments.source and is_there(source, target):
             say(f"{name} is there: {target}")
             continue
@@ -344,6 +347,6 @@ def fetch_command(arguments: Any, say: Callable[[str], None] = print) -> None:
         size = remote_size(addresses[0]) if addresses and not arguments.source else None
         say(describe_source(source, target, size))
         if arguments.dry_run: continue
-        if arguments.source: done = fetch_from(source, arguments.source, arguments.data, arguments.checkpoints)
-        else: done = fetch(source, arguments.data, arguments.checkpoints, arguments.mirrors, arguments.force)
+        if arguments.source: done = fetch_from(source, arguments.source, data, checkpoints)
+        else: done = fetch(source, data, checkpoints, arguments.mirrors, arguments.force)
         say(f"{name} is in place: {done}")
