@@ -126,7 +126,7 @@ class Doctor:
         problem = source_problem(source, path)
         return Finding(name, "broken", str(path), f"{path}: {problem}", mend) if problem else Finding(name, "present", str(path), f"{path.stat().st_size / 1e6:,.1f} MB")
 
-
+# %% ../nbs/components/19_doctor.ipynb #73f498f8
 def source_problem(
     source: Source,
     path: Path,  # where it is
@@ -236,7 +236,7 @@ def _examine_others(runs: Mapping[str, Run]) -> list[Finding]:
         if not lacking: found.append(Finding(name, "present", str(run.notebook), "nothing that it reads is missing"))
     return found
 
-
+# %% ../nbs/components/19_doctor.ipynb #9556b260
 def examine_named(
     name: str,  # what `lagm run` takes, or the beginning of names
     doctor: Doctor,

@@ -59,7 +59,7 @@ def _place(
     if path.parent != Path(folder): raise Unusable(f"the name {printable(name)!r} is that of no file in {folder}")
     return path
 
-
+# %% ../nbs/components/17_pascal.ipynb #5ded43c7
 def _binary(mask: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """A mask as uint8 of 0 and 1, (H, W)."""
     mask = np.asarray(mask)
@@ -124,7 +124,7 @@ def decode_mask(
     if sum(lengths) != size[0] * size[1] or min(lengths) < 0: raise Unusable(f"the run lengths of a mask do not add up to {size[1]} x {size[0]} pixels")
     return np.repeat(np.arange(len(lengths)) % 2, lengths).astype(np.uint8).reshape(size, order="F")
 
-
+# %% ../nbs/components/17_pascal.ipynb #b40d51a6
 def paint_parts(
     objects: Iterable[dict[str, Any]],  # with class, and parts as (name, mask)
     shape: tuple[int, int],  # (H, W)
@@ -270,7 +270,7 @@ def labelled_share(mask: np.ndarray) -> float:
     """The share of pixels that belong to a part."""
     return float(np.count_nonzero(mask) / mask.size)
 
-
+# %% ../nbs/components/17_pascal.ipynb #bf1cf3a9
 def read_objects(
     path: Path,  # a parsed annotation
 ) -> list[dict[str, Any]]:  # class, and parts as (name, run lengths)
