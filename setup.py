@@ -1,12 +1,15 @@
 """Package metadata comes from settings.ini; edit there, not here."""
 
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+EXPERIMENTS = ROOT / "nbs" / "experiments"
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
@@ -20,6 +23,28 @@ def requirements(key: str) -> list[str]:
 
 extras = {key.removesuffix(SUFFIX): requirements(key) for key in cfg if key.endswith(SUFFIX)}
 extras["dev"] += extras["avatars"] + extras["pascal"] + extras["fetch"]  # their notebooks are run by the tests
+
+
+
+class BuildWithExperiments(build_py):
+    """Puts the experiments and the Snakefile into what is built, so that an installed `lagm` knows them; a checkout uses its own."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode: return
+        target = Path(self.build_lib) / cfg["lib_path"] / "_experiments"
+        shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
+        for source in experiment_files():
+            place = target / source.name if source.name == "Snakefile" else target / source.relative_to(EXPERIMENTS)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+
+
+def experiment_files() -> list[Path]:
+    """The notebooks and parameter files of the experiments, and the Snakefile; no copies that editors leave."""
+    found = [path for pattern in ("*.ipynb", "*.yaml", "*/*.yaml") for path in EXPERIMENTS.glob(pattern)]
+    return [ROOT / "nbs" / "Snakefile", *sorted(path for path in found if path.name[0] not in "._" and path.parent.name[0] != ".")]
+
 
 setup(
     name=cfg["lib_name"],
@@ -49,5 +74,6 @@ setup(
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={"build_py": BuildWithExperiments},
     zip_safe=False,
 )

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, write_json
+from .core import InputError, atomic_path, install_advice, write_json
 from .labels import CELEBA8, IGNORE
 
 # %% ../nbs/components/12_avatars.ipynb #830bc836
@@ -59,7 +59,7 @@ def _needs(module: str):
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"drawing avatars needs the package {module!r}: pip install 'lagm[avatars]'. "
+        raise ImportError(f"drawing avatars needs the package {module!r}: {install_advice('avatars')}. "
                           "The labelled avatars that come with the kit (lagm.data.Avatars) need no renderer.") from error
 
 

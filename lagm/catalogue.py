@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['STAGES', 'TRAINING', 'NATIVE', 'LABEL_SETS', 'ABOUT', 'KINDS', 'DEMO', 'DEMO_GENERATOR', 'DEMO_TRAINING',
            'DEMO_PAPER', 'DEMO_TEST', 'ABLATIONS', 'SMALL', 'Run', 'declared_parameters', 'read_run', 'connect',
-           'read_catalogue', 'project_folder', 'paper_experiments', 'parameter_text', 'write_parameter_files',
-           'demo_experiments', 'paper_numbers', 'choose_runs', 'change_runs', 'missing_inputs']
+           'read_catalogue', 'project_folder', 'project_path', 'paper_experiments', 'parameter_text',
+           'write_parameter_files', 'demo_experiments', 'paper_numbers', 'choose_runs', 'change_runs', 'missing_inputs']
 
 # %% ../nbs/components/91_catalogue.ipynb #5a2f7645
 import difflib
 import fnmatch
 import graphlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +23,7 @@ import yaml
 
 # %% ../nbs/components/91_catalogue.ipynb #d4bca730
 from .core import InputError, asset
-from .experiments import default_output, experiment_folder, experiment_name, fit_parameters, is_finished, named_paths, purpose
+from .experiments import experiment_folder, experiment_name, fit_parameters, is_finished, named_paths, purpose, working_folder
 from .experiments import read_parameter_file, read_parameters
 from .sources import EXPERIMENTS, SOURCES, Experiment
 
@@ -89,11 +90,12 @@ def read_run(
     return Run(path.stem, path.parent.name, notebook, values, Path(folder) / notebook.name, _first_comment(path), path)
 
 # %% ../nbs/components/91_catalogue.ipynb #09e1ed29
-def _single(notebook: Path, root: Path) -> Run:
+def _single(notebook: Path) -> Run:
     """The run of a notebook with a file of the same name."""
     file = notebook.with_suffix(".yaml")
     values = fit_parameters(declared_parameters(notebook), read_parameter_file(file), str(file))
-    return Run(experiment_name(notebook), "", notebook, values, Path(default_output(notebook, root)), purpose(notebook), file)
+    name = experiment_name(notebook)
+    return Run(name, "", notebook, values, Path("outputs", name, f"{name}.ipynb"), purpose(notebook), file)
 
 
 def connect(
@@ -129,7 +131,7 @@ def read_catalogue(
 ) -> dict[str, Run]:  # by name, experiment by experiment, each after what it needs
     """All runs of the project; `InputError` for the first file that is wrong."""
     folder = experiment_folder(start)
-    singles = [_single(path.with_suffix(".ipynb"), folder.parent.parent) for path in sorted(folder.glob("*.yaml")) if path.with_suffix(".ipynb").is_file()]
+    singles = [_single(path.with_suffix(".ipynb")) for path in sorted(folder.glob("*.yaml")) if path.with_suffix(".ipynb").is_file()]
     rank = {stage: i for i, stage in enumerate(STAGES)}
     files = sorted(folder.glob("*/[!._]*.yaml"), key=lambda path: (rank.get(path.parent.name, len(rank)), path.parent.name, _natural(path.stem)))
     return connect(singles + [read_run(path) for path in files])
@@ -142,10 +144,20 @@ def _natural(name: str) -> list:
 
 def project_folder(
     start: str | Path = ".",
+) -> Path:  # absolute; it need not be there yet
+    """What relative paths start from: `LAGM_HOME`, or the checkout, if `start` is in it, or else `start` itself; see `working_folder`."""
+    return working_folder(experiment_folder(start) / "any.ipynb", start)
+
+
+def project_path(
+    given: str | Path | None,  # as somebody said it; none: not at all
+    below: str,  # where it is in the project then, e.g. "data"
 ) -> Path:
-    """What relative paths start from: the checkout, if `start` is in it, else `start` itself."""
-    here, checkout = Path(start).resolve(), experiment_folder(start).parent.parent
-    return checkout if here.is_relative_to(checkout) else here
+    """A folder for data or checkpoints: the given one, or the project's own, as seen from the current folder."""
+    if given is not None: return Path(given)
+    path, here = project_folder() / below, Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
 
 # %% ../nbs/components/91_catalogue.ipynb #79b80046
 TRAINING = dict(channels=128, layers=3, recipe="paper", iterations=150_000, validate_every=4000)
@@ -362,12 +374,23 @@ def missing_inputs(
     root, found, folders = Path(root), [], [other.folder for other in others]
     for name, path in named_paths(run.parameters).items():
         made = path.startswith("outputs/") or any(Path(path).is_relative_to(folder) for folder in folders)
-        if not made and not (root / path).exists(): found.append(f"{name}: there is no {path}")
+        if made: continue
+        if not (root / path).exists(): found.append(f"{name}: there is no {path}")
+        elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
     return found + (_data_problems(run, root) if data else [])
 
 
+def _source_problem(path: Path, name: str) -> str | None:
+    """What `lagm doctor` says of one of the files that `lagm fetch` knows; nothing of others."""
+    from lagm.doctor import source_problem
+
+    source = next((source for source in SOURCES.values() if source.path == name), None)
+    return source_problem(source, path) if source else None
+
+
 def _data_problems(run: Run, root: Path) -> list[str]:
-    """What the readers of a run's datasets have to say."""
+    """What the readers of a run's datasets have to say; the doctor they send one to is asked about this experiment."""
     from lagm.stages import split_problems
 
-    return split_problems(run.stage, run.parameters, root)
+    advice = f"`lagm doctor {run.experiment}`"
+    return [re.sub("`lagm doctor [^`]*`", lambda _: advice, line) for line in split_problems(run.stage, run.parameters, root)]

@@ -76,19 +76,20 @@ def describe_results(
 # %% ../nbs/components/92_cli.ipynb #133edce3
 def run_one(arguments: argparse.Namespace, notebook: Path) -> None:
     """Run a single notebook, showing what its cells print, then say where the results are."""
-    from lagm.experiments import check_parameters, default_output, is_finished, read_parameter_file, run_notebook
+    from lagm.experiments import check_parameters, default_output, is_finished, read_parameter_file, run_notebook, working_folder
 
-    output = default_output(notebook)
+    output, root = default_output(notebook), working_folder(notebook)
     if arguments.output: output = Path(arguments.output) / output.name
     beside, parameters = notebook.with_suffix(".yaml"), {}
     full_size = [beside] if beside.is_file() and not arguments.small else []
     for path in full_size + arguments.files: parameters |= read_parameter_file(path)
     parameters |= {name: value for name, value in arguments.parameters}
     if arguments.dry_run:
-        finished = is_finished(notebook, output, check_parameters(notebook, parameters))
+        finished = is_finished(notebook, output, check_parameters(notebook, parameters), root)
         print(f"{notebook.stem}  {'finished' if finished else 'to do'}  {output.parent.as_posix()}")
         return
-    run_notebook(notebook, output, parameters, force=arguments.force, echo=True)
+    root.mkdir(parents=True, exist_ok=True)
+    run_notebook(notebook, output, parameters, force=arguments.force, cwd=root, echo=True)
     print(describe_results(output))
 
 # %% ../nbs/components/92_cli.ipynb #85d27095
@@ -128,6 +129,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()): return run_one(arguments, find_experiment(names[0]))
     runs, repeat = chosen_runs(arguments)
     root = Path(os.path.relpath(project_folder()))
+    root.mkdir(parents=True, exist_ok=True)
     many = arguments.all or len({run.experiment for run in runs.values()}) > 1 or arguments.jobs > 1
     if arguments.dry_run or not many:
         steps = plan_steps(runs, root, repeat)
@@ -191,8 +193,8 @@ def _call(module: str, function: str) -> Callable[[argparse.Namespace], int | No
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="data", metavar="FOLDER", help="the folder with the data sets (default: data)")
-    parser.add_argument("--checkpoints", default="checkpoints", metavar="FOLDER", help="the folder with the checkpoints (default: checkpoints)")
+    parser.add_argument("--data", metavar="FOLDER", help="the folder with the data sets (default: data, in the project's folder)")
+    parser.add_argument("--checkpoints", metavar="FOLDER", help="the folder with the checkpoints (default: checkpoints, likewise)")
 
 
 def add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -201,9 +203,9 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     kinds = prepare.add_subparsers(title="what", metavar="WHAT", dest="what", required=True)
 
     pascal = kinds.add_parser("pascal", help="Pascal-Part: parse, copy and crop", description="Make square crops of single objects from VOC 2010 and its part annotations. It can be stopped and repeated.")
-    pascal.add_argument("--voc", default="data/VOC2010", metavar="FOLDER", help="VOC2010, with part_segmentation/Annotations_Part (default: data/VOC2010)")
+    pascal.add_argument("--voc", metavar="FOLDER", help="VOC2010, with part_segmentation/Annotations_Part (default: data/VOC2010)")
     pascal.add_argument("--object", action="append", dest="objects", metavar="CLASS", help="horse, aeroplane or another class; repeat for more (default: horse)")
-    pascal.add_argument("--out", default="data/PascalPart", metavar="FOLDER", help="where the crops go (default: data/PascalPart)")
+    pascal.add_argument("--out", metavar="FOLDER", help="where the crops go (default: data/PascalPart)")
     pascal.add_argument("--step", choices=("all", "parse", "copy", "crop"), default="all", help="one step only; parse alone reads every annotation")
     pascal.add_argument("--minpx", type=int, metavar="N", help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
     pascal.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -228,8 +230,8 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     _add_places(fetch)
     fetch.set_defaults(command=_call("fetch", "fetch_command"))
 
-    doctor = commands.add_parser("doctor", help="what is there, missing or broken", description="Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could run.")
-    doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, e.g. celeba_30, or a family, e.g. horse (default: all 28)")
+    doctor = commands.add_parser("doctor", help="what is there, missing or broken", description="Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could run, 1 if something is missing or broken.")
+    doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for `lagm run`, or a family, e.g. horse (default: the paper's 28)")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--deep", action="store_true", help="decode every picture")
     _add_places(doctor)
@@ -273,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; every command stores its function as `command`."""
     parser = argparse.ArgumentParser(
         prog="lagm", description="Learn to annotate part segmentation from a few labelled pictures and a generator.",
-        epilog="Try `lagm run quickstart`: a few minutes on a laptop.")
+        epilog="Try `lagm run quickstart`: a few minutes on a laptop. Outputs, data and checkpoints are in the checkout one is in, or in the current folder, or where the variable LAGM_HOME says.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -296,6 +298,7 @@ def main(
     argv: Sequence[str] | None = None,  # the words after `lagm`; none: those this process was called with
 ) -> int:  # the exit code
     """Run the command line."""
+    if home := os.environ.get("LAGM_HOME"): os.environ["LAGM_HOME"] = str(Path(home).expanduser().absolute())  # for kernels, which run elsewhere
     arguments = build_parser().parse_args(argv)
     from lagm.core import InputError
     from lagm.experiments import RunError

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPEED', 'Parameter', 'read_parameters', 'fit_parameters', 'check_parameters', 'check_injected', 'read_parameter_file',
-           'experiment_folder', 'list_experiments', 'experiment_name', 'find_experiment', 'purpose', 'default_output',
-           'named_paths', 'describe_inputs', 'inputs_unchanged', 'is_finished', 'RunError', 'run_notebook']
+           'experiment_folder', 'list_experiments', 'experiment_name', 'find_experiment', 'purpose', 'working_folder',
+           'default_output', 'named_paths', 'describe_inputs', 'inputs_unchanged', 'is_finished', 'RunError',
+           'run_notebook']
 
 # %% ../nbs/components/90_experiments.ipynb #a439facf
 import ast
@@ -28,6 +29,9 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
@@ -242,12 +246,13 @@ def read_parameter_file(
 # %% ../nbs/components/90_experiments.ipynb #c0bdba90
 def experiment_folder(
     start: str | Path = ".",  # where to begin looking, upwards
-) -> Path:  # an existing folder
-    """The `nbs/experiments` folder above `start`, or else of the checkout the package runs from."""
+) -> Path:  # an existing folder with notebooks in it
+    """The `nbs/experiments` folder above `start`, or else of the checkout the package runs from, or else the experiments that came with the package."""
     here = Path(start).resolve()
     package = Path(str(importlib.resources.files("lagm"))).resolve()
-    for folder in (here, *here.parents, package.parent):
-        if any((folder / "nbs" / "experiments").glob("*.ipynb")): return folder / "nbs" / "experiments"
+    places = [folder / "nbs" / "experiments" for folder in (here, *here.parents, package.parent)]
+    for folder in (*places, package / "_experiments"):
+        if any(folder.glob("*.ipynb")): return folder
     raise InputError("no experiments found: neither the current folder nor one above it has nbs/experiments with notebooks in it; "
                      "go to a checkout of the project, or give the path of a notebook")
 
@@ -289,15 +294,30 @@ def purpose(
     return next((line.lstrip("> ").strip() for line in lines if line.startswith(">")), "")
 
 # %% ../nbs/components/90_experiments.ipynb #19ae815d
+def working_folder(
+    notebook: str | Path,  # an experiment
+    start: str | Path = ".",  # the folder one is in
+) -> Path:  # absolute; it need not be there yet
+    """What relative paths of an experiment start from: `LAGM_HOME`, or the experiment's checkout if one is in it, or else `start`.
+
+    Raises `InputError` if LAGM_HOME is a file.
+    """
+    here, folder, home = Path(start).resolve(), Path(notebook).resolve().parent, os.environ.get("LAGM_HOME")
+    if home:
+        path = Path(home).expanduser().resolve()
+        if not path.is_file(): return path
+        raise InputError(f"LAGM_HOME is {home}, a file; give the folder for data, checkpoints and outputs")
+    checkout = folder.parent.parent
+    return checkout if folder == checkout / "nbs" / "experiments" and here.is_relative_to(checkout) else here
+
+
 def default_output(
     notebook: str | Path,  # an experiment
     start: str | Path = ".",  # the folder one is in
 ) -> Path:  # outputs/NAME/NAME.ipynb, relative to `start` if it is below
     """Where the executed copy of an experiment goes unless told otherwise."""
     here, name = Path(start).resolve(), experiment_name(notebook)
-    checkout = Path(notebook).resolve().parent.parent.parent
-    inside = Path(notebook).resolve().parent == checkout / "nbs" / "experiments" and here.is_relative_to(checkout)
-    output = (checkout if inside else here) / "outputs" / name / f"{name}.ipynb"
+    output = working_folder(notebook, start) / "outputs" / name / f"{name}.ipynb"
     return output.relative_to(here) if output.is_relative_to(here) else output
 
 # %% ../nbs/components/90_experiments.ipynb #3976561b
@@ -412,6 +432,14 @@ def _private_sockets() -> Iterator[Config]:
         private = os.name == "posix" and len(prefix) < 90  # the name of a socket holds about 100 characters
         yield Config({"KernelManager": {"transport": "ipc", "ip": prefix}} if private else {})
 
+# %% ../nbs/components/90_experiments.ipynb #673dfeb0
+class _SamePython(AsyncKernelManager):
+    """A kernel of the Python that starts it."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
 # %% ../nbs/components/90_experiments.ipynb #ef4973ad
 class RunError(RuntimeError):
     """An experiment stopped before its end; the message says where, and where its notebook is."""
@@ -428,7 +456,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any], cwd: Path
                 source, _AtomicFiles.prefix + target, parameters=parameters, kernel_name="python3", language="python",
                 extra_arguments=["--log-level=50"],  # the kernel's own log, which fills the terminal on Ctrl-C
                 progress_bar=False, start_timeout=120, autosave_cell_every=30, coalesce_streams=True,
-                resources={"metadata": {"path": str(cwd)}}, config=config, **streams)
+                resources={"metadata": {"path": str(cwd)}}, config=config, kernel_manager_class=_SamePython, **streams)
     except papermill.PapermillExecutionError as error:
         cell, message = f"cell [{error.exec_count}] of {output}", str(error.evalue).strip()
         if error.ename == "InputError": raise InputError(f"{message} (says {cell})") from None

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .core import InputError, atomic_path, read_json
+from .core import InputError, atomic_path, install_advice, read_json
 from .datasets import PartDataset
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet
@@ -197,7 +197,7 @@ def _coco_labels(categories: Sequence[Mapping[str, Any]], name: str) -> tuple[La
 def _coco_region(segmentation: Any, width: int, height: int) -> np.ndarray:
     """Polygons or run lengths as a mask (H, W)."""
     try: from pycocotools import mask as runs
-    except ImportError as error: raise InputError("importing COCO instances needs pycocotools: pip install 'lagm[pascal]'") from error
+    except ImportError as error: raise InputError(f"importing COCO instances needs pycocotools: {install_advice('pascal')}") from error
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         if not polygons: return np.zeros((height, width), bool)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from .core import InputError
+from .core import InputError, install_advice
 from .labels import IGNORE
 from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient
 
@@ -30,7 +30,7 @@ def make_fabric(
 ) -> Any:
     """A Fabric that starts `processes` processes on this machine; `InputError` if it is not installed."""
     try: from lightning_fabric import Fabric
-    except ImportError as error: raise InputError("several processes need Fabric: pip install 'lagm[fabric]'") from error
+    except ImportError as error: raise InputError(f"several processes need Fabric: {install_advice('fabric')}") from error
     return Fabric(accelerator=device.type, devices=processes, strategy="ddp_spawn", precision=PRECISIONS[precision])
 
 

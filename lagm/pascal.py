@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VOC_LAYOUT', 'SPLITS', 'MOST_OVERLAP', 'LEAST_AREA', 'N_LABELLED', 'MIN_PIXELS', 'Box', 'STEPS', 'Unusable',
-           'read_annotation', 'encode_mask', 'decode_mask', 'paint_parts', 'Report', 'run_over', 'parse_one', 'parse',
-           'listed', 'part_presence', 'labelled_share', 'copy_one', 'copy', 'read_boxes', 'overlap', 'usable_boxes',
-           'square_around', 'cut_square', 'crop_one', 'crop', 'prepare_pascal', 'prepare_command']
+           'read_annotation', 'encode_mask', 'run_lengths', 'decode_mask', 'paint_parts', 'Report', 'run_over',
+           'parse_one', 'parse', 'listed', 'part_presence', 'labelled_share', 'read_objects', 'copy_one', 'copy',
+           'read_boxes', 'overlap', 'usable_boxes', 'square_around', 'cut_square', 'crop_one', 'crop', 'prepare_pascal',
+           'prepare_command']
 
 # %% ../nbs/components/17_pascal.ipynb #f64a28b8
-import json
+import contextlib
 import math
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, read_json, write_json
+from .core import InputError, atomic_path, inside, install_advice, printable, read_json, read_text, write_json
 from .label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts, pascal_part_id
 from .picture_files import read_image, read_mask, save_mask
 
@@ -39,9 +40,26 @@ class Unusable(Exception):
 def _extra(name: str) -> Any:
     """The module scipy.io or pycocotools.mask; `InputError` if the extra is not installed."""
     try: return __import__(name, fromlist=["_"])
-    except ImportError as error: raise InputError(f"preparing Pascal-Part needs {name.split('.')[0]}: pip install 'lagm[pascal]'") from error
+    except ImportError as error: raise InputError(f"preparing Pascal-Part needs {name.split('.')[0]}: {install_advice('pascal')}") from error
 
 
+def _need_extra() -> None:
+    """`InputError` before the first picture if a package of the extra is not installed."""
+    for name in ("scipy.io", "pycocotools.mask"): _extra(name)
+
+
+def _place(
+    folder: str | Path,
+    name: str,  # of a picture, from a list or another file
+    suffix: str,
+) -> Path:
+    """A picture's file in a folder; `Unusable` if its name is that of no file there."""
+    try: path = inside(folder, f"{name}{suffix}")
+    except InputError as error: raise Unusable(str(error)) from error
+    if path.parent != Path(folder): raise Unusable(f"the name {printable(name)!r} is that of no file in {folder}")
+    return path
+
+# %% ../nbs/components/17_pascal.ipynb #5ded43c7
 def _binary(mask: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """A mask as uint8 of 0 and 1, (H, W)."""
     mask = np.asarray(mask)
@@ -77,13 +95,36 @@ def encode_mask(
     return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
 
 
+def run_lengths(
+    text: str,  # "counts" of a mask
+) -> list[int]:
+    """The lengths of the runs: six bits a character, five of them a number's, low ones first; from the fourth on they are differences to the last but one."""
+    lengths, value, place = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or place > 60: raise Unusable("the run lengths of a mask are damaged")
+        value, place = value | (bits & 31) << place, place + 5
+        if bits & 32: continue
+        if bits & 16: value -= 1 << place
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value, place = 0, 0
+    return lengths
+
+
 def decode_mask(
     runs: dict[str, Any],  # {"size": [H, W], "counts": text}
+    shape: tuple[int, int] | None = None,  # what the size should be, (H, W)
 ) -> np.ndarray:  # (H, W) uint8 of 0 and 1
-    """The inverse of `encode_mask`."""
-    return _extra("pycocotools.mask").decode({"size": runs["size"], "counts": runs["counts"].encode("ascii")})
+    """The inverse of `encode_mask`; `Unusable` if the numbers do not add up. (C code that decodes would read beyond their end.)"""
+    size, counts = runs.get("size"), runs.get("counts")
+    if not isinstance(counts, str) or not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and 0 < side < 2**16 for side in size):
+        raise Unusable("a mask has no size or no run lengths")
+    if shape is not None and tuple(size) != tuple(shape): raise Unusable(f"the picture is {shape[1]} x {shape[0]}, its masks are {size[1]} x {size[0]}")
+    lengths = run_lengths(counts)
+    if sum(lengths) != size[0] * size[1] or min(lengths) < 0: raise Unusable(f"the run lengths of a mask do not add up to {size[1]} x {size[0]} pixels")
+    return np.repeat(np.arange(len(lengths)) % 2, lengths).astype(np.uint8).reshape(size, order="F")
 
-
+# %% ../nbs/components/17_pascal.ipynb #b40d51a6
 def paint_parts(
     objects: Iterable[dict[str, Any]],  # with class, and parts as (name, mask)
     shape: tuple[int, int],  # (H, W)
@@ -109,9 +150,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.step}: {self.made} made, {self.kept} kept, {len(self.skipped)} left out"]
-        lines += [f"  left out {name}: {why}" for name, why in list(self.skipped.items())[:20]]
+        lines += [f"  left out {printable(name)}: {printable(why, 400)}" for name, why in list(self.skipped.items())[:20]]
         if len(self.skipped) > 20: lines.append(f"  ... and {len(self.skipped) - 20} more")
-        return "\n".join(lines + [f"  {what}: {count} times" for what, count in self.notes.most_common(10)])
+        return "\n".join(lines + [f"  {printable(what)}: {count} times" for what, count in self.notes.most_common(10)])
 
 
 def _fresh(outputs: Sequence[Path], sources: Sequence[Path]) -> bool:
@@ -124,10 +165,7 @@ def _guarded(task: tuple[Callable, str, tuple]) -> tuple[str, Any, str | None]:
     """Run one task; name, result, and why it failed, if it did."""
     function, name, arguments = task
     try: return name, function(name, *arguments), None
-    except InputError as error:
-        if "lagm[pascal]" in str(error): raise
-        return name, None, str(error)
-    except (Unusable, OSError) as error: return name, None, str(error)
+    except (InputError, Unusable, OSError) as error: return name, None, str(error)
 
 
 def run_over(
@@ -140,7 +178,7 @@ def run_over(
 ) -> tuple[Report, dict[str, Any]]:  # what was done; results by name, in the order of `names`
     """Call a function for every name; a name that raises `Unusable`, `InputError` or `OSError` is left out and reported."""
     report, results = Report(step), {}
-    tasks = [(function, name, arguments) for name in names]
+    tasks = [(function, name, arguments) for name in dict.fromkeys(names)]
     workers = min(workers, len(tasks))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
     try:
@@ -161,7 +199,7 @@ def parse_one(
     out: Path,  # where PNG and JSON go
 ) -> tuple[bool, Counter]:  # whether it was made now; parts that are not in the table
     """Parse one file; raises `Unusable` if it cannot be read."""
-    source, png, runs = mats / f"{name}.mat", out / f"{name}.png", out / f"{name}.json"
+    source, png, runs = _place(mats, name, ".mat"), _place(out, name, ".png"), _place(out, name, ".json")
     if not source.is_file(): raise Unusable(f"there is no {source}")
     if _fresh([png, runs], [source]): return False, Counter()
     objects = read_annotation(source)
@@ -184,6 +222,7 @@ def parse(
     progress: bool = True,
 ) -> Report:
     """Step 1."""
+    _need_extra()
     mats = _below(voc, "part_segmentation/Annotations_Part")
     if names is None: names = sorted(path.stem for path in mats.glob("*.mat") if not path.name.startswith("."))
     report, results = run_over("parse", parse_one, names, (mats, Path(out)), workers, progress)
@@ -213,9 +252,9 @@ def listed(
     split: str,  # train or test
 ) -> list[str]:  # names of pictures, in the order of the list
     """The pictures of VOC that show a class; `InputError` if there is no such list."""
-    path = _below(voc, "ImageSets/Main") / f"{object_class}_{SPLITS[split]}.txt"
-    try: rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error: raise InputError(f"cannot read the list {path}: {error}. Expected: {VOC_LAYOUT}") from error
+    path = inside(_below(voc, "ImageSets/Main"), f"{object_class}_{SPLITS[split]}.txt")
+    try: rows = [line.split() for line in read_text(path).splitlines()]
+    except InputError as error: raise InputError(f"cannot read the list {path}: {error}. Expected: {VOC_LAYOUT}") from error
     return [row[0] for row in rows if len(row) > 1 and row[-1] == "1"]
 
 
@@ -231,23 +270,33 @@ def labelled_share(mask: np.ndarray) -> float:
     """The share of pixels that belong to a part."""
     return float(np.count_nonzero(mask) / mask.size)
 
+# %% ../nbs/components/17_pascal.ipynb #bf1cf3a9
+def read_objects(
+    path: Path,  # a parsed annotation
+) -> list[dict[str, Any]]:  # class, and parts as (name, run lengths)
+    """The objects of a parsed annotation; `Unusable` if it is not as `parse` writes it."""
+    content = read_json(path)
+    try:
+        return [{"class": str(item["class"]), "parts": [(str(part["part_name"]), dict(part["mask"])) for part in item["parts"]]} for item in content["objects"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Unusable(f"{path} is not a parsed annotation; delete it, and step parse makes it anew") from error
+
 
 def copy_one(name: str, object_class: str, voc: Path, parsed: Path, out: Path) -> tuple[bool, dict[str, Any]]:
     """Copy one picture with the parts of its class; whether it was made now, and its row of stats.json."""
-    image, xml, runs = voc / "JPEGImages" / f"{name}.jpg", voc / "Annotations" / f"{name}.xml", parsed / f"{name}.json"
-    outputs = [out / "JPEGImages" / image.name, out / "Annotations" / xml.name, out / "SegmentationPart" / f"{name}.png"]
+    places = ("JPEGImages", ".jpg"), ("Annotations", ".xml"), ("SegmentationPart", ".png")
+    image, xml = (_place(voc / below, name, suffix) for below, suffix in places[:2])
+    runs, outputs = _place(parsed, name, ".json"), [_place(out / below, name, suffix) for below, suffix in places]
     for path, what in ((image, "picture"), (xml, "box file"), (runs, "parsed annotation")):
         if not path.is_file(): raise Unusable(f"there is no {what} {path}")
-    objects = read_json(runs)["objects"]
+    objects = read_objects(runs)
     wanted = [item for item in objects if item["class"] == object_class]
     if not wanted: raise Unusable(f"no object is a {object_class}")
     if not any(item["parts"] for item in wanted): raise Unusable(f"its {object_class} has no parts")
     made = not _fresh(outputs, [image, xml, runs])
     if made:
-        for item in wanted: item["parts"] = [(part["part_name"], decode_mask(part["mask"])) for part in item["parts"]]
-        shape = tuple(wanted[0]["mask"]["size"])
-        size = read_image(image).size
-        if size != shape[::-1]: raise Unusable(f"the picture is {size[0]} x {size[1]}, its masks are {shape[1]} x {shape[0]}")
+        shape = read_image(image).size[::-1]
+        for item in wanted: item["parts"] = [(name, decode_mask(mask, shape)) for name, mask in item["parts"]]
         save_mask(outputs[2], paint_parts(wanted, shape)[0], _PART_COLOURS)
         for source, target in ((image, outputs[0]), (xml, outputs[1])):
             with atomic_path(target) as temporary: shutil.copyfile(source, temporary)
@@ -261,7 +310,9 @@ def _write_stats(path: Path, keys: Sequence[str], rows: Iterable[dict[str, Any]]
     """Rows as one list per key; an unchanged file is left alone."""
     rows = list(rows)
     content = {key: [row[key] for row in rows] for key in keys}
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != content: write_json(path, content)
+    with contextlib.suppress(InputError):
+        if read_json(path) == content: return
+    write_json(path, content)
 
 
 def _keep_only(folder: Path, names: Iterable[str], suffix: str) -> None:
@@ -280,6 +331,7 @@ def copy(
     progress: bool = True,
 ) -> list[Report]:  # for train and test
     """Step 2."""
+    _need_extra()
     reports = []
     for split in SPLITS:
         folder = Path(out) / split
@@ -308,7 +360,7 @@ def read_boxes(
     try:
         found = [item.find("bndbox") for item in ElementTree.parse(path).iter("object") if item.findtext("name") == object_class]
         boxes = [tuple(int(float(box.findtext(edge))) for edge in ("xmin", "ymin", "xmax", "ymax")) for box in found]
-    except (ElementTree.ParseError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (ElementTree.ParseError, TypeError, ValueError, AttributeError, ArithmeticError, LookupError, OSError) as error:
         raise Unusable(f"{Path(path).name} cannot be read ({type(error).__name__}: {error})") from error
     return [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in boxes]
 
@@ -355,7 +407,8 @@ def cut_square(
 # %% ../nbs/components/17_pascal.ipynb #b65a48b9
 def crop_one(name: str, object_class: str, minpx: int, folder: Path) -> tuple[int, int, list[dict[str, Any]], int]:
     """Crop one picture of a split: crops made, crops kept, their rows of cropped_stats.json, and how many were nearly empty."""
-    image_path, xml, mask_path = folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml", folder / "SegmentationPart" / f"{name}.png"
+    image_path, xml = _place(folder / "JPEGImages", name, ".jpg"), _place(folder / "Annotations", name, ".xml")
+    mask_path = _place(folder / "SegmentationPart", name, ".png")
     mask, image, rows, made, kept, empty = read_mask(mask_path), None, [], 0, 0, 0
     for n, box in usable_boxes(read_boxes(xml, object_class), minpx).items():
         square = square_around(box, mask.shape[::-1])
@@ -387,7 +440,7 @@ def crop(
     for split in SPLITS:
         folder = Path(out) / split
         if not (folder / "stats.json").is_file(): raise InputError(f"there is no {folder / 'stats.json'}; the step 'copy' comes first")
-        names = read_json(folder / "stats.json")["indexs"]
+        names = _names_in(folder / "stats.json")
         report, results = run_over(f"crop {object_class} {split}", crop_one, names, (object_class, minpx, folder), workers, progress)
         report.made, report.kept = (sum(result[i] for result in results.values()) for i in (0, 1))
         report.notes["crop with less than 1 % labelled"] = sum(result[3] for result in results.values())
@@ -400,6 +453,14 @@ def crop(
         if split == "train": _write_lists(folder, sorted(row["indexs"] for row in rows))
         reports.append(report)
     return reports
+
+
+def _names_in(path: Path) -> list[str]:
+    """The pictures that `copy` noted; `InputError` if the file is another."""
+    stats = read_json(path)
+    names = stats.get("indexs") if isinstance(stats, dict) else None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names): return names
+    raise InputError(f"{path} has no list of names under 'indexs'; make it anew with --step copy")
 
 
 def _write_lists(folder: Path, names: Sequence[str]) -> None:
@@ -422,7 +483,7 @@ def prepare_pascal(
 ) -> list[Report]:
     """Parse, copy and crop; what is there and fresh is kept. `InputError` if VOC is not there, or an object or step is unknown."""
     for name in objects:
-        if name not in PASCAL_PARTS: raise InputError(f"VOC has no class {name!r}; it has {', '.join(PASCAL_PARTS)}")
+        if name not in PASCAL_PARTS: raise InputError(f"VOC has no class {printable(name)!r}; it has {', '.join(PASCAL_PARTS)}")
         if not PASCAL_PARTS[name]: raise InputError(f"Pascal-Part has no parts of class {name!r}")
     if not set(steps) <= set(STEPS): raise InputError(f"unknown step in {', '.join(steps)}; there are {', '.join(STEPS)}")
     out, workers, reports = Path(out), workers or os.cpu_count() or 1, []
@@ -437,7 +498,10 @@ def prepare_pascal(
 
 def prepare_command(arguments: Any) -> None:
     """`lagm prepare pascal`."""
+    from lagm.catalogue import project_path
+
     steps = STEPS if arguments.step == "all" else (arguments.step,)
-    reports = prepare_pascal(arguments.voc, arguments.objects or ["horse"], arguments.out, steps, arguments.minpx, arguments.workers)
+    voc, out = project_path(arguments.voc, "data/VOC2010"), project_path(arguments.out, "data/PascalPart")
+    reports = prepare_pascal(voc, arguments.objects or ["horse"], out, steps, arguments.minpx, arguments.workers)
     for report in reports: print(report)
-    print(f"in {arguments.out}")
+    print(f"in {out}")

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, choose_device, write_json
+from .core import InputError, atomic_path, choose_device, install_advice, write_json
 from .downstream import load_segmenter
 from .evaluation import evaluation_report, metrics_from_counts, predict
 from .labels import CELEBA8, LabelSet, colourise
@@ -249,7 +249,7 @@ def export_onnx(
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
-    except ImportError as error: raise InputError("the export needs onnx, onnxscript and onnxruntime: pip install 'lagm[onnx]'") from error
+    except ImportError as error: raise InputError(f"the export needs onnx, onnxscript and onnxruntime: {install_advice('onnx')}") from error
     segmenter = segmenter.cpu().eval()
     with atomic_path(path) as temporary:
         torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, input_names=["pictures"], output_names=["logits"], dynamic_shapes=_free_batch(),

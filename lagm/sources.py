@@ -68,7 +68,7 @@ CHECKPOINTS = tuple(
 ) + (
     Source("resnet101", "checkpoints/torchvision/resnet101-63fe2227.pth", "torch", ("https://download.pytorch.org/models/resnet101-63fe2227.pth",),
            "https://docs.pytorch.org/vision/stable/models.html", "BSD-3-Clause (torchvision); trained on ImageNet (non-commercial research)", "63fe2227",
-           note="171 MB; torchvision also downloads it by itself when it is first used"),
+           note="171 MB; with `backbone: imagenet` torchvision downloads it by itself"),
 )
 
 # %% ../nbs/components/11_sources.ipynb #234cce72

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, install_advice
 from .labels import CELEBA8, LabelSet, colourise
 
 # %% ../nbs/components/56_watching.ipynb #efba60c6
@@ -102,7 +102,7 @@ class TensorBoard:
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error: raise InputError("TensorBoard is not installed: pip install 'lagm[watch]', or leave tensorboard=False") from error
+        except ImportError as error: raise InputError(f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False") from error
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:

@@ -206,10 +206,10 @@ def test_the_backbone(small, monkeypatch):
     (small[1] / "torchvision" / "resnet101-63fe2227.pth").unlink()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small[0] / "hub"))
     (finding,) = [finding for finding in examine(EXPERIMENTS["celeba_2"], Doctor(*small)) if finding.need == "resnet101"]
-    assert finding.status == "note" and "lagm fetch resnet101" in finding.mend
+    assert finding.status == "missing" and finding.mend.startswith("lagm fetch resnet101") and "--from" not in finding.mend
     (small[0] / "hub" / "checkpoints").mkdir(parents=True)
     torch.save({}, small[0] / "hub" / "checkpoints" / "resnet101-63fe2227.pth")
-    assert all(finding.status == "present" for finding in examine(EXPERIMENTS["celeba_2"], Doctor(*small)) if finding.need == "resnet101")
+    assert wrong("celeba_2", small)["resnet101"].mend.endswith(f"--from {small[0] / 'hub' / 'checkpoints' / 'resnet101-63fe2227.pth'}")
 
 
 def test_unknown_names(capsys):

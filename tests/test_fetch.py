@@ -306,7 +306,7 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(InputError, match=r"pip install 'lagm\[fetch\]'"): fetch(toy("http://127.0.0.1:9/a"), tmp_path, tmp_path)
+    with pytest.raises(InputError, match=r"pip install 'pooch"): fetch(toy("http://127.0.0.1:9/a"), tmp_path, tmp_path)
     said = []
     fetch_command(Namespace(list=True, names=[], data=tmp_path, checkpoints=tmp_path), said.append)
     assert len(said) == len(SOURCES)
