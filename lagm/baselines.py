@@ -142,7 +142,7 @@ def train_taught(
         players.networks["teacher"] = _copy(players.networks["segmenter"])
         if not recipe.warm_segmenter: raise InputError("teaching: a fixed teacher has to be trained first; give the recipe warm_segmenter steps")
     stages = taught_stages(players, generator, images, masks, teaching, seed)
-    return Loop(players, stages, Identity(recipe, seed, repr(teaching), data_digest(images, masks)), **options).run()
+    return Loop(players, stages, Identity(recipe, seed, repr(teaching), data_digest(images, masks)), size=tuple(images.shape[2:]), **options).run()
 
 
 def _copy(network: nn.Module) -> nn.Module:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WRONG_KINDS', 'POSITIONS', 'TF_SIZES', 'TF_FIXED', 'TF_TRAINING', 'TF_LEAVES', 'TF_LAYERS', 'OTHERS', 'MEAN_OF',
-           'SEGMENTERS', 'recognise', 'Weight', 'from_tensor', 'given', 'fill_network', 'Found', 'on_meta',
-           'constructor_arguments', 'nvidia_pytorch', 'tf_arguments', 'tf_weight', 'nvidia_tensorflow', 'datasetgan',
-           'rosinality', 'find_generator', 'read_value', 'set_mean_style', 'read_generator', 'read_safetensors',
-           'Results', 'annotator_arguments', 'segmenter_arguments', 'Part', 'find_results', 'load_results',
-           'read_generator_kwargs']
+           'recognise', 'Weight', 'from_tensor', 'given', 'fill_network', 'Found', 'on_meta', 'constructor_arguments',
+           'nvidia_pytorch', 'tf_arguments', 'tf_weight', 'nvidia_tensorflow', 'datasetgan', 'rosinality',
+           'find_generator', 'read_value', 'set_mean_style', 'read_generator', 'read_safetensors', 'Results', 'Trained',
+           'find_results', 'load_results', 'read_generator_kwargs']
 
 # %% ../nbs/components/26_checkpoints.ipynb #6031829e
+import dataclasses
 import math
 import re
 import struct
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .annotator import FPNAnnotator
 from .core import InputError, load_tensors, random_generator
 from .generator import check_names, generator_header, is_finite, network_from_tensors
-from .segmenters import DeepLabV3, UNet
+from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2, resampling_filter
 from .unpickling import GET_AGAIN, ArrayType, LazyArray, LazyTensor, Record, Unreadable, forget_pages, module_tensors, quoted, read_arrays, read_legacy_torch, read_pickle, read_torch_zip, reading
@@ -390,8 +390,6 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     "Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."
     try: tensors, header = load_tensors(path)
     except InputError as error: raise InputError(f"{error}; {GET_AGAIN}") from error
-    except (RecursionError, AttributeError, TypeError) as error: raise InputError(f"{path} has a broken header; {GET_AGAIN}") from error
-    if not isinstance(header, dict): raise InputError(f"{path} is a safetensors file, but no generator of ours (its header is a {type(header).__name__})")
     return tensors, header
 
 # %% ../nbs/components/26_checkpoints.ipynb #eda7204e
@@ -402,41 +400,21 @@ class Results(NamedTuple):
     segmenter: nn.Module | None
     facts: dict[str, Any]  # what the file says besides: class names, arguments of the networks and of the data
 
-
-def annotator_arguments(weights: dict[str, LazyTensor], options: dict) -> dict:
-    "FPNAnnotator's arguments, from shapes; `options` are the attributes and arguments its file has."
-    convs = sorted((int(match[1]), name) for name, lazy in weights.items() if (match := re.fullmatch(r"to_logit\.(\d{1,3})\.weight", name)) and len(lazy.shape) == 4)
-    if not convs: raise Unreadable("has an annotator without its head")
-    laterals = [_shape(weights, f"lateral{i}.weight", 4) for i in range(_count(weights, r"lateral(\d{1,2})\.weight"))]
-    return dict(feature_channels=[shape[1] for shape in laterals], n_classes=_shape(weights, convs[-1][1], 4)[0], channels=_shape(weights, "lateral0.weight", 4)[0],
-                layers=len(convs), fuse_bn_relu=len(_shape_of(weights, "to_logit.0.weight")) == 1, use_factor=bool(options.get("use_factor", False)))
-
-
-def _shape_of(weights: dict, name: str) -> tuple[int, ...]:
-    "The shape of a tensor, () if it is not there."
-    return weights[name].shape if name in weights else ()
-
-
-def segmenter_arguments(weights: dict[str, LazyTensor]) -> tuple[str, dict]:
-    "Which segmenter it is, and its arguments, from names and shapes."
-    if "main_net.classifier.4.weight" in weights: return "DeepLabV3", dict(n_classes=_shape(weights, "main_net.classifier.4.weight", 4)[0])
-    if "outc.weight" not in weights: raise Unreadable("holds neither a U-Net nor a DeepLabV3", "give one of the authors' segmentator files")
-    width, inputs, *_ = _shape(weights, "inc.conv1.weight", 4)
-    return "UNet", dict(n_classes=_shape(weights, "outc.weight", 4)[0], in_channels=inputs, width=width, levels=_count(weights, r"down(\d)\.conv1\.weight"))
-
-
-SEGMENTERS = {"UNet": UNet, "DeepLabV3": DeepLabV3}
-
 # %% ../nbs/components/26_checkpoints.ipynb #21588ca3
-class Part(NamedTuple):
-    "A trained network in a file, not read yet."
+class Trained(NamedTuple):
+    "A trained network in a file of another program, not read yet."
 
     name: str  # class
     arguments: dict
     weights: dict[str, Weight]
 
 
-def find_results(value: Any) -> tuple[Part | None, Part | None, dict]:
+def _shapes(tensors: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
+    "Names to shapes."
+    return {name: _tensor(lazy).shape for name, lazy in tensors.items()}
+
+
+def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
     "Annotator, segmenter and facts in what a file holds."
     if not isinstance(value, dict): raise Unreadable(f"holds a {type(value).__name__}, not trained networks", "give a network-snapshot .pkl or a segmentator .pth")
     if "G_ema" in value or "g_ema" in value: raise Unreadable("holds a generator, not an annotator or a segmenter", "read it with lagm.generator.load_generator")
@@ -449,49 +427,35 @@ def find_results(value: Any) -> tuple[Part | None, Part | None, dict]:
     if "A" in tensors:
         state = records["A"].state if "A" in records else {}
         options = {**state, **(state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {})}
-        annotator = Part("FPNAnnotator", annotator_arguments(tensors["A"], options), {name: from_tensor(lazy) for name, lazy in tensors["A"].items()})
+        about = annotator_from_shapes(_shapes(tensors["A"]), options.get("use_factor") is True)
+        annotator = Trained(**about, weights={name: from_tensor(lazy) for name, lazy in tensors["A"].items()})
     if "S" in tensors:
-        name, arguments = segmenter_arguments(tensors["S"])
-        segmenter = Part(name, arguments, {key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
+        segmenter = Trained(**segmenter_from_shapes(_shapes(tensors["S"])), weights={key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
     return annotator, segmenter, facts
 
 
 def load_results(
-    path: str | Path,  # network-snapshot-*.pkl, segmentator-*.pth, or what `lagm convert` made of one
+    path: str | Path,  # network-snapshot-*.pkl, segmentator-*.pth, or any file that `lagm.saved` reads
     n_classes: int | None = None,  # that there should be, background included; None: whatever there is
 ) -> Results:  # in eval mode
     "Read a trained annotator and segmenter. Nothing in the file is executed. Raises `InputError`."
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     with reading(path) as data:
-        if recognise(data) == "safetensors": parts = _own_results(path)
-        else: parts = find_results(read_value(path, data))
+        if recognise(data) == "safetensors": return _own_results(path, n_classes)
+        parts = find_results(read_value(path, data))
         for part in parts[:2]:
             if part and n_classes not in (None, part.arguments.get("n_classes")):
                 raise Unreadable(f"has a {part.name} for {part.arguments.get('n_classes')} classes, not {n_classes}", "use the label set it was trained with")
-        networks = [part and fill_network(path, on_meta(lambda part=part: _build(part)), part.weights, data).eval() for part in parts[:2]]
+        networks = [part and fill_network(path, build_empty(path, part.name, part.arguments), part.weights, data).eval() for part in parts[:2]]
     return Results(*networks, dict(source=Path(path).name, **{n.lower(): dict(name=p.name, arguments=p.arguments) for n, p in zip(("Annotator", "Segmenter"), parts) if p}, **parts[2]))
 
 
-def _build(part: Part) -> nn.Module:
-    "The network of a part; `Unreadable` for arguments that are no sizes."
-    numbers = [n for value in part.arguments.values() for n in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(n, int) and 0 <= n <= 16384 for n in numbers) or part.arguments.get("levels", 1) > 8 or part.arguments.get("layers", 1) > 64:
-        raise Unreadable("describes a network of impossible size")
-    return {**SEGMENTERS, "FPNAnnotator": FPNAnnotator}[part.name](**part.arguments)
-
-
-def _own_results(path: str | Path) -> tuple[Part | None, Part | None, dict]:
-    "The parts of a results file of ours."
-    tensors, header = read_safetensors(path)
-    if header.get("kind") != "results": raise InputError(f"{path} is a safetensors file, but not of results (its header says {quoted(header.get('kind'))}); read a generator with lagm.generator.load_generator")
-    parts = []
-    for name, known in (("annotator", ("FPNAnnotator",)), ("segmenter", tuple(SEGMENTERS))):
-        facts = header.get(name)
-        if facts is None: parts.append(None); continue
-        if not isinstance(facts, dict) or facts.get("name") not in known or not isinstance(facts.get("arguments"), dict): raise Unreadable(f"has a header that does not describe its {name}")
-        own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-        parts.append(Part(facts["name"], facts["arguments"], {key: Weight(tuple(t.shape), t.nbytes, lambda t=t: t) for key, t in own.items()}))
-    return parts[0], parts[1], {}
+def _own_results(path: str | Path, n_classes: int | None) -> Results:
+    "The same of a file of ours."
+    found = read_networks(path, n_classes)
+    said = dict(kind=found.kind, labels=found.labels and dataclasses.asdict(found.labels), size=found.size, policy=found.policy)
+    said |= {name: found.header.get(name) for name in ("metrics", "step", "provenance")}
+    return Results(found.annotator, found.segmenter, dict(source=Path(path).name, **found.networks, **{name: value for name, value in said.items() if value is not None}))
 
 # %% ../nbs/components/26_checkpoints.ipynb #3c8ed372
 def read_generator_kwargs(path: str | Path) -> dict:

@@ -241,10 +241,10 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
 def add_predict_command(commands: argparse._SubParsersAction) -> None:
     """Add `predict`."""
     parser = commands.add_parser("predict", help="label a folder of pictures", description="Label every picture of a folder with a trained segmenter: masks (PNG with a palette), overlays, COCO annotations.")
-    parser.add_argument("segmenter", metavar="FILE", help="a trained segmenter: ours, or a checkpoint of the authors")
+    parser.add_argument("segmenter", metavar="FILE", help="a trained segmenter: segmenter.safetensors or another file of ours, the folder it is in, or a checkpoint of the authors")
     parser.add_argument("folder", metavar="FOLDER", help="the pictures, also in folders below it")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where masks/, overlays/ and annotations.json go")
-    parser.add_argument("--policy", default="fit", choices=("fit", "stretch", "native"), help="how a picture is brought to the size of training (default: fit, in proportion)")
+    parser.add_argument("--policy", choices=("fit", "stretch", "native"), help="how a picture is brought to the size of training (default: as the file says, else fit, in proportion)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="the size of training (default: as the file says)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

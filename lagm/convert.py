@@ -17,8 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .checkpoints import load_results, read_generator, read_safetensors
-from .core import InputError, atomic_path, checksum, save_tensors
+from .core import InputError, atomic_path, checksum, printable, save_tensors
 from .generator import FORMAT_VERSION, FrozenGenerator, Sampling, network_from_tensors
+from .labels import LabelSet
+from .saved import save_networks, stored
 
 # %% ../nbs/components/27_convert.ipynb #b41e2bb5
 def read_any(
@@ -32,9 +34,10 @@ def read_any(
         if "load_results" not in str(error): raise
         results = load_results(path)
         networks = {name: network for name, network in (("annotator", results.annotator), ("segmenter", results.segmenter)) if network is not None}
-        parts = {name: results.facts[name] for name in networks}
-        provenance = {key: value for key, value in results.facts.items() if key not in networks}
-        return networks, dict(kind="results", format_version=FORMAT_VERSION, **parts, provenance=provenance)
+        kind = results.facts.get("kind") or ("results" if "annotator" in networks else "segmenter")
+        said = {key: results.facts[key] for key in (*networks, "labels", "size", "policy", "metrics", "step") if key in results.facts}
+        origin = results.facts.get("provenance") or {key: results.facts[key] for key in ("source", "training_set_kwargs") if key in results.facts}
+        return networks, dict(kind=kind, format_version=FORMAT_VERSION, **said, provenance=origin)
     return {"generator": network}, header
 
 # %% ../nbs/components/27_convert.ipynb #8743f5c0
@@ -53,13 +56,15 @@ def inspect(
     "What a checkpoint is. Raises `InputError`."
     networks, header = read_any(path, avg_latent, progress)
     origin = header.get("provenance") or {}
-    facts: dict[str, Any] = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path), "format": origin.get("format", f"lagm safetensors, version {header['format_version']}"),
-                             "kind": header["kind"]}
+    form = origin.get("format") if isinstance(origin.get("format"), str) else f"lagm safetensors, version {header['format_version']}"
+    facts: dict[str, Any] = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path), "format": form, "kind": header["kind"]}
     for role, network in networks.items():
         facts[role] = {"class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters()), "layers": count_layers(network)}
         if role != "generator": facts[role] |= header[role]["arguments"]; continue
         facts[role] |= {"resolution": network.img_resolution, "z_dim": network.z_dim, "style_vectors": network.num_ws, "arguments": network.init_kwargs(),
                         "feature_maps": [f"{c} × {h} × {w}" for c, h, w in network.feature_shapes]}
+    if header.get("labels"): facts["classes"] = list(header["labels"]["classes"])
+    facts |= {name: header[name] for name in ("size", "policy", "step", "metrics") if header.get(name) is not None}
     facts["provenance"] = origin
     facts["licence"] = origin.get("licence") or next((text for name, text in LICENCES.items() if name in facts["format"]), UNKNOWN_LICENCE)
     return facts
@@ -74,10 +79,17 @@ def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     "Facts as lines of text; long lists are broken."
     lines, width = [], max((len(name) for name, value in facts.items() if not isinstance(value, dict)), default=0)
     for name, value in facts.items():
-        if isinstance(value, dict) and indent == "": lines += [f"{name}:", *as_lines(value, "  ")]
-        elif isinstance(value, list) and len(value) > 1: lines += [f"{indent}{name:{width}}  {value[0]}", *(f"{indent}{'':{width}}  {item}" for item in value[1:])]
-        else: lines.append(f"{indent}{name:{width}}  {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else f'{value:,}' if isinstance(value, int) and name in ('bytes', 'parameters') else value}")
+        if isinstance(value, dict) and indent == "": lines += [f"{printable(name)}:", *as_lines(value, "  ")]
+        elif isinstance(value, list) and len(value) > 1: lines += [f"{indent}{printable(name):{width}}  {printable(value[0])}", *(f"{indent}{'':{width}}  {printable(item)}" for item in value[1:])]
+        else: lines.append(f"{indent}{printable(name):{width}}  {_in_words(name, value)}")
     return lines
+
+
+def _in_words(name: str, value: Any) -> str:
+    "A fact on one line."
+    if isinstance(value, tuple): return " x ".join(map(str, value))
+    if isinstance(value, dict | list): return printable(json.dumps(value, ensure_ascii=False), 2000)
+    return f"{value:,}" if isinstance(value, int) and name in ("bytes", "parameters") else printable(value, 2000)
 
 # %% ../nbs/components/27_convert.ipynb #1aede3b5
 def convert(
@@ -95,11 +107,17 @@ def convert(
     header = {**header, "provenance": {**(header.get("provenance") or {}), "converted_from": {"file": Path(source).name, "sha256": checksum(source)}}}
     alone = header["kind"] == "generator"
     if half: networks = {role: rounded(network) for role, network in networks.items()}
-    tensors = {name if alone else f"{role}.{name}": tensor.half() if half and tensor.is_floating_point() else tensor for role, network in networks.items() for name, tensor in network.state_dict().items()}
     with atomic_path(target) as temporary:
-        save_tensors(temporary, tensors, header)
+        if alone: save_tensors(temporary, stored(networks["generator"], half), header)
+        else: save_networks(temporary, networks.get("annotator"), networks.get("segmenter"), half=half, **_facts(header))
         for role, again in read_back(temporary, header, networks).items(): compare(target, networks[role], again, progress)
     return header
+
+
+def _facts(header: dict[str, Any]) -> dict[str, Any]:
+    "What a header says besides the networks, for `save_networks`."
+    facts = {name: header[name] for name in ("size", "policy", "metrics", "step", "provenance") if name in header}
+    return facts | {"labels": LabelSet(**header["labels"]) if header.get("labels") else None}
 
 
 def rounded(network: nn.Module) -> nn.Module:

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['SQRT2', 'REMEMBERED', 'NOISE_MODES', 'ARCHITECTURES', 'KNOWN_KWARGS', 'IRRELEVANT_KWARGS', 'LARGEST_SIZES',
-           'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'Mapping', 'remembered',
-           'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SkipConv', 'SynthesisBlock', 'Generated',
-           'Synthesis', 'check_sizes', 'StyleGAN2']
+           'LARGEST_NUMBER', 'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'Mapping',
+           'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SkipConv', 'SynthesisBlock',
+           'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
 
 # %% ../nbs/components/22_stylegan2.ipynb #0ab3b680
 import math
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .core import InputError
+from .core import InputError, printable
 
 # %% ../nbs/components/22_stylegan2.ipynb #60af628e
 def resampling_filter(
@@ -372,6 +372,7 @@ def _flatten_kwargs(kwargs: dict) -> dict:
 
 # %% ../nbs/components/22_stylegan2.ipynb #3e9bd313
 LARGEST_SIZES = {"img_resolution": 4096, "resolution": 4096, "largest": 4096, "img_channels": 64, "mapping_layers": 64, "channel_base": 2**20}
+LARGEST_NUMBER = 1e30  # of a tap, a clamp or a learning rate: float32 ends at 3e38
 
 
 def check_sizes(
@@ -382,18 +383,24 @@ def check_sizes(
     for name, value in sizes.items():
         most = LARGEST_SIZES.get(name, 16384)
         if isinstance(value, bool) or not isinstance(value, int) or not (0 if name in may_be_zero else 1) <= value <= most:
-            raise InputError(f"{name} is {value!r:.40}: it must be a whole number from {0 if name in may_be_zero else 1} to {most}")
+            raise InputError(f"{name} is {printable(value, 40)}: it must be a whole number from {0 if name in may_be_zero else 1} to {most}")
+
+
+def _is_number(value: Any) -> bool:
+    "Whether it is a number that float32 can hold."
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def _check_filter(taps: list[float], conv_clamp: float | None, mapping_lr: float) -> None:
     "Raise `InputError` unless these arguments of a layer are numbers that make sense."
-    rows = [taps] if not taps or not isinstance(taps[0], list | tuple) else taps
-    numbers = [value for row in rows for value in row]
-    if not 1 <= len(numbers) <= 256 or not all(isinstance(v, int | float) for v in numbers) or not 0 < abs(sum(numbers)) < math.inf:
+    rows = taps if isinstance(taps, list | tuple) and taps and isinstance(taps[0], list | tuple) else [taps]
+    even = all(isinstance(row, list | tuple) and len(row) == len(rows[0]) for row in rows)
+    numbers = [value for row in rows for value in row] if even else []
+    if not 1 <= len(numbers) <= 256 or not all(_is_number(v) for v in numbers) or not sum(numbers):
         raise InputError("resample_filter must be a list of at most 16 numbers (or as many rows of them) whose sum is not zero")
     for name, value in dict(conv_clamp=conv_clamp, mapping_lr=mapping_lr).items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
-            raise InputError(f"{name} is {value!r:.40}: it must be a positive number")
+        if value is not None and not (_is_number(value) and value > 0):
+            raise InputError(f"{name} is {printable(value, 40)}: it must be a positive number")
 
 # %% ../nbs/components/22_stylegan2.ipynb #995bd242
 class StyleGAN2(nn.Module):
@@ -422,8 +429,9 @@ class StyleGAN2(nn.Module):
     ):
         super().__init__()
         check_sizes(dict(img_resolution=img_resolution, z_dim=z_dim, w_dim=w_dim, img_channels=img_channels, mapping_layers=mapping_layers,
-                         channel_base=channel_base, channel_max=channel_max, mapping_features=mapping_features or w_dim))
+                         channel_base=channel_base, channel_max=channel_max, mapping_features=w_dim if mapping_features is None else mapping_features))
         _check_filter(resample_filter, conv_clamp, mapping_lr)
+        if not isinstance(use_noise, bool): raise InputError(f"use_noise is {printable(use_noise, 40)}: it must be true or false")
         self.z_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, w_dim, img_resolution, img_channels
         special = dict(layer_features=mapping_features if mapping_features != w_dim else None, lr_multiplier=mapping_lr if mapping_lr != 0.01 else None)
         self._mapping_kwargs = dict(num_layers=mapping_layers, **{name: value for name, value in special.items() if value is not None})

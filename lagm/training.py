@@ -34,12 +34,14 @@ from .augment import Augment, resize_nearest, wide_crop
 from .convolutions import FastConvolutions, can_winograd
 from .core import InputError, choose_device, load_tensors, provenance, random_generator
 from .evaluation import evaluate
-from .labels import IGNORE
+from .generator import check_version
+from .labels import IGNORE, LabelSet
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
 from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
+from .saved import NETWORKS, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .watching import Estimate, Watch, Watcher, free_space, measure
 from .winograd import can_compile, fused_winograd
@@ -470,6 +472,8 @@ class Identity:
     def check(self, header: dict[str, Any], path: str | Path) -> None:
         """Raise `InputError` unless the checkpoint at `path` with this header belongs to this run."""
         if header.get("kind") != "training": raise InputError(f"{path} is not a training checkpoint; give another path")
+        check_version(path, header)
+        if not isinstance(header.get("identity"), dict) or not isinstance(header["identity"].get("recipe"), dict): raise InputError(f"{path} does not say which run it is of: its header is damaged")
         own, other = ({f"recipe.{key}": value for key, value in identity.pop("recipe").items()} | identity for identity in (self.header(), dict(header["identity"])))
         usual = {f"recipe.{key}": value for key, value in Identity(Recipe(), 0, "", "").header()["recipe"].items()}  # of fields that older checkpoints lack
         differing = [f"{key} ({there} there, {value} here)" for key, value in own.items() if (there := other.get(key, usual.get(key, value))) != value]
@@ -520,6 +524,19 @@ class Trained:
     annotator: nn.Module | None  # in eval mode
     history: dict[str, list[dict]]  # "losses" and "validation": records with "step", "stage" and numbers
     step: int  # steps done
+    labels: LabelSet | None = None  # what the classes mean, if the run was told
+    size: tuple[int, int] | None = None  # height and width of the labelled pictures
+
+    def save(
+        self,
+        path: str | Path,  # of the file, such as segmenter.safetensors
+        labels: LabelSet | None = None,  # None: as the run was told
+        size: tuple[int, int] | None = None,  # height and width; None: of the labelled pictures
+        policy: str | None = None,  # how pictures were brought to that size: "fit", "stretch" or "native"
+        **facts: Any,  # more for the header, e.g. metrics={…}, recipe={…}
+    ) -> None:
+        """Write the segmenter as `lagm predict` and all other commands read it; `InputError` if the labels do not fit."""
+        save_segmenter(path, self.segmenter, labels or self.labels, size or self.size, policy, step=self.step, **facts)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -586,10 +603,14 @@ class Keeper:
         path: str | Path | None,  # of the newest checkpoint; None: nothing is written
         keep: int = 2,  # how many of the newest to keep
         resume_from: str | Path | None = None,  # a checkpoint to begin with if there is none at `path`
+        labels: LabelSet | None = None,  # what the classes mean
+        size: tuple[int, int] | None = None,  # height and width of the labelled pictures
     ):
         self.players, self.stages, self.identity = players, stages, identity
         self.checkpoints = Checkpoints(path, keep) if path else None
         self.resume_from, self.provenance = resume_from, None
+        networks = {role: describe_network(network) for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+        self.about = {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
 
     def state(self, step: int, history: dict[str, list[dict]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, and what the run was made from."""
@@ -598,7 +619,7 @@ class Keeper:
         stage, within = locate(self.stages, step - 1)
         sampler = {"stage": stage.name, "step": within + 1}  # which pictures come next follows from these and the seed
         header = {"kind": "training", "format_version": 1, "step": step, "identity": self.identity.header(), "sampler": sampler, "random": plain}
-        return pack_state(self.players) | tensors, header | {"provenance": self.provenance, "history": history}
+        return pack_state(self.players) | tensors, header | self.about | {"provenance": self.provenance, "history": history}
 
     def save(self, step: int, history: dict[str, list[dict]], last: bool = False) -> None:
         """Write the newest; a failure is a warning, or an error if it is the last of the run."""
@@ -621,11 +642,16 @@ class Keeper:
         if found is None: return None
         tensors, header = found
         self.identity.check(header, path)
-        stage, _ = locate(self.stages, header["step"] - 1)
-        self.players.begin(stage.rates, stage.averaged)
-        unpack_state(self.players, tensors)
-        if "random" in header: restore_random_states(tensors, header["random"])
-        return header["step"], header["history"]
+        step, history = header.get("step"), header.get("history")
+        try:
+            stage, _ = locate(self.stages, step - 1)
+            self.players.begin(stage.rates, stage.averaged)
+            unpack_state(self.players, tensors)
+            if "random" in header: restore_random_states(tensors, header["random"])
+            if step < 1 or not all(isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError("no steps")
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. Give another path, or delete the file") from error
+        return step, history
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
 LONG = 2000  # steps; a run of so many tells its estimate first
@@ -649,10 +675,12 @@ class Course:
         record_every: int = 10,  # losses are recorded every so many steps
         progress: bool = True,
         explode_at: float = 1e3,  # see `require_finite`
+        labels: LabelSet | None = None,  # what the classes mean; written into the checkpoints
+        size: tuple[int, int] | None = None,  # height and width of the labelled pictures; written, too
         pictures: Callable[[], SyntheticBatch] | None = None,  # for snapshots
     ):
         self.players, self.stages, self.step = players, [s for s in stages if s.steps], 0
-        self.keeper = Keeper(players, self.stages, identity, checkpoint, keep, resume_from)
+        self.keeper = Keeper(players, self.stages, identity, checkpoint, keep, resume_from, labels, size)
         self.history: dict[str, list[dict]] = {"losses": [], "validation": []}
         self.validation, self.validate_every, self.record_every = validation, validate_every, record_every
         self.checkpoint, self.checkpoint_every = Path(checkpoint) if checkpoint else None, checkpoint_every
@@ -660,6 +688,7 @@ class Course:
         self.progress, self.watch = progress and first, watch if first else None
         own_parts(players.recipe.parts)  # several processes share them evenly, or this is an error
         self.watcher, self.pictures, self.explode_at = None, pictures, explode_at
+        self.labels, self.size = labels, size
         self.total, self.seed = sum(stage.steps for stage in self.stages), identity.seed
 
     def due(self, every: int) -> bool:
@@ -713,7 +742,7 @@ class Loop(Course):
             torch.set_rng_state(random_state)
             if self.watcher: self.watcher.close()
         for network in self.players.networks.values(): network.eval()
-        return Trained(self.players.result.eval(), self.players.annotator, self.history, self.step)
+        return Trained(self.players.result.eval(), self.players.annotator, self.history, self.step, self.labels, self.size)
 
     def advance(self, bar: tqdm) -> None:
         """One step, and what is due after it."""
@@ -861,7 +890,7 @@ def train_lagm(
     weigh_labels: bool = True,  # False: no class weights on the annotator's labels; for one that is not matched but imitates S, whose predictions have them already
     dry_run: bool = False,  # True: do two steps of each stage, leave no trace, and return an `Estimate` of time, memory and disk
     processes: int = 1,  # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more than one need Fabric and a checkpoint
-    **options: Any,  # of `Loop`: validation, validate_every, checkpoint, checkpoint_every, keep, resume_from, watch, record_every, progress, explode_at
+    **options: Any,  # of `Loop`: validation, validate_every, checkpoint, checkpoint_every, keep, resume_from, watch, record_every, progress, explode_at, labels
 ) -> Trained | Estimate:
     """Learn an annotator by gradient matching, and a segmenter from its labels (paper, algorithm 1; and our additions, as the recipe says).
 
@@ -875,7 +904,7 @@ def train_lagm(
     stages = lagm_stages(players, generator, images, masks, seed, match)
     identity = Identity(recipe, seed, ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights"), data_digest(images, masks), generator_digest(generator))
     to_show = SyntheticBatches(generator, 4, images.shape[2:], seed, None, recipe.wide_crop, players.arrange, recipe.clip)
-    loop = Loop(players, stages, identity, pictures=lambda: to_show(0, "snapshot"), **options)
+    loop = Loop(players, stages, identity, pictures=lambda: to_show(0, "snapshot"), size=tuple(images.shape[2:]), **options)
     return loop.estimate() if dry_run else loop.run()
 
 
@@ -900,5 +929,5 @@ def train_supervised(
         if recipe.parts > 1: return supervised_step_in_parts(players, lambda part: labelled(step * recipe.parts + part, "supervised"), recipe.parts)
         return supervised_step(players, labelled(step, "supervised"))
     stage = Stage("supervised", steps, step_once, {"segmenter": recipe.lr_segmenter}, averaged=True)
-    loop = Loop(players, [stage], Identity(recipe, seed, "supervised", data_digest(images, masks)), **options)
+    loop = Loop(players, [stage], Identity(recipe, seed, "supervised", data_digest(images, masks)), size=tuple(images.shape[2:]), **options)
     return loop.estimate() if dry_run else loop.run()
