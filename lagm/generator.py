@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NETWORKS', 'Sampling', 'FrozenGenerator', 'generator_header', 'save_generator', 'check_tensors',
-           'is_finite', 'check_names', 'network_from_tensors', 'load_generator']
+           'is_finite', 'check_names', 'network_from_tensors', 'choose_label', 'load_generator']
 
 # %% ../nbs/components/20_generator.ipynb #820e2ae4
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,19 @@ def network_from_tensors(
     return network
 
 
+def choose_label(
+    network: nn.Module,
+    label: int | Sequence[float] | None,  # None: none is chosen
+    path: str | Path,  # named in errors
+) -> nn.Module:  # the same network
+    "Choose the class that a network draws. Raises `InputError` if it does not have it."
+    if label is None: return network
+    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
+    try: network.choose(label)
+    except InputError as error: raise InputError(f"{path}: {error}") from error
+    return network
+
+
 def load_generator(
     path: str | Path | None = None,  # a generator's file, of any format that `lagm.checkpoints` reads; None means the one of the kit
     sampling: Sampling = Sampling(),
@@ -165,12 +179,16 @@ def load_generator(
     device: str | torch.device = "cpu",
     *,
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
+    label: int | Sequence[float] | None = None,  # the class that a conditional generator draws: its number from 0 on, or a weight for each
 ) -> FrozenGenerator:
     """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or rosinality's `.pt`.
 
-    Nothing in the file is executed. Raises `InputError` when the file is not a generator, is damaged, or holds other tensors than it says.
+    Nothing in the file is executed. Raises `InputError` when the file is not a generator, is conditional and no label is given, is damaged, or holds other tensors than it says.
     """
     from lagm.checkpoints import read_generator
 
-    network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent)
+    network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent, label=label)
+    classes = getattr(network, "c_dim", 0)
+    if classes and label is None: raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to {classes - 1}")
+    if label is not None: header = header | {"label": label}
     return FrozenGenerator(network.to(device), sampling, dtype, header)
