@@ -387,7 +387,7 @@ def find_generator(value: Any) -> Found:
     if not isinstance(value, dict) or not value: raise Unreadable(f"holds {'an empty dict' if value == {} else 'a ' + type(value).__name__}, not a generator", "give a StyleGAN or StyleGAN2")
     if isinstance(value.get("G_ema"), Record): return nvidia_pytorch(value["G_ema"])
     if "G_kwargs" in value: raise Unreadable(f"is the authors' note of which generator they used ({_short(value['G_kwargs'])})", "get that generator's own file")
-    if {"A", "S"} <= value.keys(): raise Unreadable("holds the authors' trained annotator and segmenter, not a generator", "read it with lagm.checkpoints.load_results")
+    if any(isinstance(value.get(name), Record) for name in ("A", "S")): raise Unreadable("holds the authors' trained annotator and segmenter, not a generator", "read it with lagm.checkpoints.load_results")
     weights, mean = value, None
     if isinstance(value.get("g_ema"), dict): weights, mean = value["g_ema"], value.get("latent_avg")
     if isinstance(value.get("G_ema"), Extra): raise Unreadable(f"holds a generator of a class that is not known here ({quoted(value['G_ema'].class_name)})", "give a StyleGAN or StyleGAN2")
@@ -542,6 +542,7 @@ def find_results(value: Any) -> tuple[Part | None, Part | None, dict]:
         options = {**state, **(state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {})}
         annotator = Part("FPNAnnotator", annotator_arguments(tensors["A"], options), {name: from_tensor(lazy) for name, lazy in tensors["A"].items()})
     if "S" in tensors:
+        tensors["S"] = {name: lazy for name, lazy in tensors["S"].items() if not name.startswith("main_net.aux_classifier.")}  # for training only
         name, arguments = segmenter_arguments(tensors["S"])
         segmenter = Part(name, arguments, {key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
     return annotator, segmenter, facts
