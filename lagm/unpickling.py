@@ -375,7 +375,7 @@ for core in ("numpy.core", "numpy._core"):  # before and after numpy 2
 VALUES = re.compile(  # classes of Python, numpy and torch that hold a value, and do nothing when one of them is made
     r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path|datetime\.(datetime|date|time|timedelta|timezone)|collections\.(deque|UserDict)|types\.SimpleNamespace|"
     r"fractions\.Fraction|decimal\.Decimal|uuid\.(UUID|SafeUUID)|(builtins|__builtin__)\.(int|long|float|complex|bool|str|unicode|list|tuple|dict|object|slice|x?range)|"
-    r"numpy\.(str_|bytes_|bool_?|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|datetime64|timedelta64)|numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor|"
+    r"numpy\.(str_|bytes_|bool_?|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|datetime64|timedelta64)|numpy\.random\.\w+\.([A-Z]\w*|__(randomstate|generator|bit_generator)_ctor|__pyx_unpickle_\w+)|"
     r"torch\.(optim|amp)(\.[a-z_]\w*)*\.[A-Z]\w*|torch\.cuda\.amp\.grad_scaler\.\w+|torch\.distributions(\.[a-z_]\w*)*\.[A-Z]\w*|http\.HTTPStatus|logging\.Logger")
 CLASSES = re.compile(r"((?!__)\w+|__main__)(\.(?!__)\w+)*\.[A-Z]\w*", re.ASCII)
 SYSTEM = set(sys.stdlib_module_names) | set(  # packages that can run programs, and modules that Python once had
