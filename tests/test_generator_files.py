@@ -149,7 +149,7 @@ def test_tensorflow_files_with_another_filter(tmp_path, taps):
     variables, static = tf_golden()
     G, usual = (load_generator(official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static | more), Sampling(noise="none")) for more in ({"resample_kernel": taps}, {}))
     assert torch.equal(G.network.synthesis.b8.resample_filter, resampling_filter(taps)) and G.network.synthesis.b8.conv1.resample_filter.shape == (4, 4)
-    assert not torch.allclose(G(torch.ones(1, 32)).image, usual(torch.ones(1, 32)).image, atol=1e-3)
+    assert not torch.allclose(G(torch.ones(1, G.z_dim)).image, usual(torch.ones(1, G.z_dim)).image, atol=1e-3)
     refused(official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static | {"resample_kernel": None}), "resample_kernel")
 
 
@@ -310,14 +310,14 @@ def test_one_class_of_a_conditional_generator(tmp_path, size):
 def test_one_class_of_a_tensorflow_file(tmp_path):
     variables, static = tf_golden()
     variables = {name: value for name, value in variables.items() if not name.startswith("mapping/") or name.endswith(("Dense0/bias", "Dense1/weight", "Dense1/bias"))}
-    rng = np.random.default_rng(0)
-    variables |= {"mapping/Dense0/weight": rng.standard_normal((32 + 7, 32)).astype("f4") * 100, "mapping/LabelEmbed/weight": rng.standard_normal((4, 7)).astype("f4"), "mapping/LabelEmbed/bias": rng.standard_normal(7).astype("f4")}
+    rng, z_dim, w_dim = np.random.default_rng(0), static["latent_size"], static["dlatent_size"]
+    variables |= {"mapping/Dense0/weight": rng.standard_normal((z_dim + 7, w_dim)).astype("f4") * 100, "mapping/LabelEmbed/weight": rng.standard_normal((4, 7)).astype("f4"), "mapping/LabelEmbed/bias": rng.standard_normal(7).astype("f4")}
     path = official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static | {"label_size": 4, "label_fmaps": 7, "mapping_layers": 2})
-    G, z = load_generator(path, label=1), torch.randn(3, 32)
+    G, z = load_generator(path, label=1), torch.randn(3, z_dim)
     expected = styles_by_hand(G.network.state_dict(), z.double().numpy(), np.array([0.0, 1, 0, 0]))
     assert np.abs(G.network.mapping(z).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
     assert torch.equal(G.network.mapping.embed.weight, torch.from_numpy(variables["mapping/LabelEmbed/weight"]).t())
-    first = {name: value for name, value in variables.items() if "LabelEmbed" not in name} | {"mapping/LabelConcat/weight": np.zeros((4, 32), "f4")}
+    first = {name: value for name, value in variables.items() if "LabelEmbed" not in name} | {"mapping/LabelConcat/weight": np.zeros((4, z_dim), "f4")}
     refused(official.nvidia_tensorflow(tmp_path / "g.pkl", first, static | {"label_size": 4}), "joins labels")
 
 
