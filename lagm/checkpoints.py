@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .annotator import FPNAnnotator
 from .core import InputError, load_tensors, printable, random_generator
-from .generator import check_names, choose_label, generator_header, is_finite, network_from_tensors
+from .generator import check_names, generator_header, is_finite, network_from_tensors, of_class
 from .segmenters import DeepLabV3, UNet
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2, resampling_filter
@@ -444,7 +444,7 @@ def read_generator(
     path: str | Path,  # a generator's file, of any known format
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for formats that may lack it
     progress: bool = False,  # show a progress bar
-    label: int | Sequence[float] | None = None,  # the class that a conditional generator draws
+    label: int | Sequence[float] | None = None,  # one class of a conditional generator: its number from 0 on, or a weight for each
 ) -> tuple[nn.Module, dict[str, Any]]:  # StyleGAN1 or StyleGAN2, and a header that says what it is
     "Read a generator. Nothing in the file is executed. Raises `InputError` naming the file, what is wrong, and what to do."
     if not Path(path).is_file(): raise InputError(f"no such file: {path}" if not Path(path).is_dir() else f"{path} is a folder; give the file of a generator")
@@ -453,7 +453,7 @@ def read_generator(
             if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")
             tensors, header = read_safetensors(path)
             if not header: name_other(list(tensors))
-            return choose_label(network_from_tensors(path, tensors, header), label, path), header
+            return of_class(network_from_tensors(path, tensors, header), header, label, path)
         found = find_generator(read_value(path, data))
         if avg_latent is not None and not found.mean and not isinstance(found.network, StyleGAN1) and "rosinality" not in found.kind:
             raise InputError(f"{path} has its own mean style: leave avg_latent out")
@@ -463,7 +463,7 @@ def read_generator(
     if not found.noise:
         facts["constant_noise"] = "drawn from a fixed seed"
         warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, which matters for noise='const' only", stacklevel=3)
-    return choose_label(found.network, label, path), generator_header(found.network, facts)
+    return of_class(found.network, generator_header(found.network, facts), label, path)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NETWORKS', 'Sampling', 'FrozenGenerator', 'generator_header', 'save_generator', 'check_tensors',
-           'is_finite', 'check_names', 'network_from_tensors', 'choose_label', 'load_generator']
+           'is_finite', 'check_names', 'network_from_tensors', 'of_class', 'load_generator']
 
 # %% ../nbs/components/20_generator.ipynb #820e2ae4
 import math
@@ -159,17 +159,18 @@ def network_from_tensors(
     return network
 
 
-def choose_label(
+def of_class(
     network: nn.Module,
-    label: int | Sequence[float] | None,  # None: none is chosen
+    header: dict[str, Any],  # of its file
+    label: int | Sequence[float] | None,  # None: the network stays as it is
     path: str | Path,  # named in errors
-) -> nn.Module:  # the same network
-    "Choose the class that a network draws. Raises `InputError` if it does not have it."
-    if label is None: return network
+) -> tuple[nn.Module, dict[str, Any]]:  # a network that draws this class only, and its header
+    "One class of a conditional generator. Raises `InputError` if it does not have it."
+    if label is None: return network, header
     if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
-    try: network.choose(label)
+    try: network = network.of_class(label)
     except InputError as error: raise InputError(f"{path}: {error}") from error
-    return network
+    return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
 
 
 def load_generator(
@@ -189,6 +190,5 @@ def load_generator(
 
     network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent, label=label)
     classes = getattr(network, "c_dim", 0)
-    if classes and label is None: raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to {classes - 1}")
-    if label is not None: header = header | {"label": label}
+    if classes: raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to {classes - 1}")
     return FrozenGenerator(network.to(device), sampling, dtype, header)

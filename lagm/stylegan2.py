@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SQRT2', 'REMEMBERED', 'NOISE_MODES', 'ARCHITECTURES', 'KNOWN_KWARGS', 'IRRELEVANT_KWARGS', 'LARGEST_SIZES',
            'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'unit_power', 'Mapping',
-           'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SkipConv', 'SynthesisBlock',
-           'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
+           'class_vector', 'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SkipConv',
+           'SynthesisBlock', 'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
 
 # %% ../nbs/components/22_stylegan2.ipynb #0ab3b680
 import math
@@ -90,7 +90,7 @@ def unit_power(
 
 
 class Mapping(nn.Module):
-    "The mapping network, `z (B, z_dim) -> w (B, w_dim)`; for a conditional generator after `choose`."
+    "The mapping network, `z (B, z_dim) -> w (B, w_dim)`; that of a conditional generator takes classes as well."
 
     def __init__(
         self,
@@ -104,35 +104,22 @@ class Mapping(nn.Module):
     ):
         super().__init__()
         self.layers, self.c_dim = layers, c_dim
-        self.condition: Tensor | None = None  # (1, c_dim), the class that is drawn
         widths = [z_dim + (c_dim and (embedding or w_dim)), *[hidden or w_dim] * (layers - 1), w_dim]
         if c_dim: self.embed = FullyConnected(c_dim, embedding or w_dim)
         for i in range(layers): setattr(self, f"fc{i}", FullyConnected(widths[i], widths[i + 1], lr_multiplier))
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # (B, z_dim)
+        c: Tensor | None = None,  # (B, c_dim), what a conditional generator shall draw
+    ) -> Tensor:
         w = unit_power(z.float())
         if self.c_dim:
-            if self.condition is None: raise InputError(f"this generator draws {self.c_dim} classes: choose one with label=, 0 to {self.c_dim - 1}")
-            w = torch.cat([w, unit_power(self.embed(self.condition.to(w))).expand(len(w), -1)], dim=1)
+            if c is None: raise InputError(f"this generator draws {self.c_dim} classes: choose one with label=, 0 to {self.c_dim - 1}")
+            w = torch.cat([w, unit_power(self.embed(c.float()))], dim=1)
         for i in range(self.layers): w = leaky_relu(getattr(self, f"fc{i}")(w))
         return w
-
-    def choose(
-        self,
-        label: int | Sequence[float] | None,  # a class, counted from 0, or a weight for each; None: none
-    ) -> None:
-        "Choose what a conditional generator draws. Raises `InputError` for a label that it does not have."
-        if label is None: self.condition = None; return
-        if not self.c_dim: raise InputError(f"the label is {printable(label, 40)}, but this generator is not conditional: leave label out")
-        if isinstance(label, int) and not isinstance(label, bool):
-            if not 0 <= label < self.c_dim: raise InputError(f"the label is {printable(label, 40)}: this generator draws {self.c_dim} classes, 0 to {self.c_dim - 1}")
-            label = [float(i == label) for i in range(self.c_dim)]
-        try: condition = torch.as_tensor(label, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError): condition = torch.empty(0)
-        if condition.shape != (self.c_dim,) or not condition.isfinite().all():
-            raise InputError(f"the label is {printable(label, 40)}: give a whole number from 0 to {self.c_dim - 1}, or {self.c_dim} finite numbers")
-        self.condition = condition[None]
 
     def truncate(
         self,
@@ -144,6 +131,20 @@ class Mapping(nn.Module):
         if psi == 1: return ws
         cutoff = ws.shape[1] if cutoff is None else cutoff
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
+
+def class_vector(
+    label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+    classes: int,
+) -> Tensor:  # (1, classes)
+    "A label as conditional generators take it. Raises `InputError` for one that they do not."
+    if isinstance(label, int) and not isinstance(label, bool):
+        if not 0 <= label < classes: raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to {classes - 1}")
+        label = [float(i == label) for i in range(classes)]
+    try: vector = torch.as_tensor(label, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError): vector = torch.empty(0)
+    if vector.shape != (classes,) or not vector.isfinite().all():
+        raise InputError(f"the label is {printable(label, 40)}: give a whole number from 0 to {classes - 1}, or {classes} finite numbers")
+    return vector[None]
 
 # %% ../nbs/components/22_stylegan2.ipynb #b7ad5abf
 REMEMBERED = WeakTensorKeyDictionary()  # weight -> {what: (the weight's state, the result)}
@@ -431,7 +432,7 @@ class StyleGAN2(nn.Module):
 
     `state_dict` names and constructor arguments correspond to those of the released StyleGAN2-ADA PyTorch checkpoints:
     `init_kwargs` and `from_init_kwargs` translate. `features` holds one map per resolution 4, 8, ..., R: the output of the block's
-    last convolution, before `torgb`. Of a conditional generator, `choose` a class first. Raises `InputError` on an argument that names no network.
+    last convolution, before `torgb`. A conditional generator draws after `of_class`. Raises `InputError` on an argument that names no network.
     """
 
     def __init__(
@@ -473,9 +474,24 @@ class StyleGAN2(nn.Module):
         "The number of classes, 0 if it is not conditional."
         return self.mapping.c_dim
 
-    def choose(self, label: int | Sequence[float] | None) -> None:
-        "Choose the class that is drawn: its number from 0 on, or a weight for each. Raises `InputError`."
-        self.mapping.choose(label)
+    @torch.no_grad()
+    def of_class(
+        self,
+        label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+    ) -> "StyleGAN2":
+        "An unconditional network that draws one class of this conditional one, with whose weights it shares memory. Raises `InputError`."
+        if not self.c_dim: raise InputError("this generator is not conditional: leave label out")
+        state, embed = self.state_dict(), self.mapping.embed
+        vector = class_vector(label, self.c_dim).to(embed.weight.device).double()
+        y = unit_power(F.linear(vector, embed.weight.double() * embed.weight_gain, embed.bias.double()))[0]
+        for_z, for_y = state["mapping.fc0.weight"].double().split([self.z_dim, len(y)], dim=1)
+        fan_in = self.z_dim + len(y)
+        state["mapping.fc0.weight"] = (for_z * math.sqrt(self.z_dim / fan_in)).float()
+        state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
+        mapping = {name: value for name, value in self._mapping_kwargs.items() if name != "embed_features"}
+        with torch.device("meta"): network = StyleGAN2.from_init_kwargs(self.init_kwargs() | {"c_dim": 0, "mapping_kwargs": mapping})
+        network.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
+        return network
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
