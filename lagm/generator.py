@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NETWORKS', 'WEIGHT_TYPES', 'Sampling', 'FrozenGenerator', 'generator_header', 'save_generator',
            'check_tensors', 'as_weight', 'is_finite', 'check_names', 'network_from_tensors', 'check_version',
-           'load_generator']
+           'of_class', 'load_generator']
 
 # %% ../nbs/components/20_generator.ipynb #820e2ae4
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,20 @@ def check_version(path: str | Path, header: dict[str, Any]) -> None:
         raise InputError(f"{path} has format version {quoted(version)}; this lagm reads {FORMAT_VERSION}: update it")
 
 
+def of_class(
+    network: nn.Module,
+    header: dict[str, Any],  # of its file
+    label: int | Sequence[float] | None,  # None: the network stays as it is
+    path: str | Path,  # named in errors
+) -> tuple[nn.Module, dict[str, Any]]:  # a network that draws this class only, and its header
+    "One class of a conditional generator. Raises `InputError` if it does not have it."
+    if label is None: return network, header
+    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
+    try: network = network.of_class(label)
+    except InputError as error: raise InputError(f"{path}: {error}") from error
+    return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
+
+
 def load_generator(
     path: str | Path | None = None,  # a generator's file, of any format that `lagm.checkpoints` reads; None means the one of the kit
     sampling: Sampling = Sampling(),
@@ -193,12 +208,15 @@ def load_generator(
     device: str | torch.device = "cpu",
     *,
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
+    label: int | Sequence[float] | None = None,  # the class that a conditional generator draws: its number from 0 on, or a weight for each
 ) -> FrozenGenerator:
     """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or rosinality's `.pt`.
 
-    Nothing in the file is executed. Raises `InputError` when the file is not a generator, is damaged, or holds other tensors than it says.
+    Nothing in the file is executed. Raises `InputError` when the file is not a generator, is conditional and no label is given, is damaged, or holds other tensors than it says.
     """
     from lagm.checkpoints import read_generator
 
-    network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent)
+    network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent, label=label)
+    classes = getattr(network, "c_dim", 0)
+    if classes: raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to {classes - 1}")
     return FrozenGenerator(network.to(device), sampling, dtype, header)

@@ -162,9 +162,10 @@ def open_generator(
     psi: float = 0.7,
     cutoff: int = 8,  # style vectors that are truncated; 0: all
     device: str | torch.device = "cpu",
+    label: int | None = None,  # which class a generator of several draws, counted from 0
 ) -> FrozenGenerator:
     """The generator of a run."""
-    return load_generator(generator or None, Sampling(psi, cutoff or None), device=device, avg_latent=avg_latent or None)
+    return load_generator(generator or None, Sampling(psi, cutoff or None), device=device, avg_latent=avg_latent or None, label=label)
 
 
 def resize_policy(dataset: str) -> str:

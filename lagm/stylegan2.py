@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SQRT2', 'REMEMBERED', 'NOISE_MODES', 'ARCHITECTURES', 'KNOWN_KWARGS', 'IRRELEVANT_KWARGS', 'LARGEST_SIZES',
-           'LARGEST_NUMBER', 'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'Mapping',
-           'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB', 'SkipConv', 'SynthesisBlock',
-           'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
+           'LARGEST_NUMBER', 'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'unit_power',
+           'Mapping', 'class_vector', 'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB',
+           'SkipConv', 'SynthesisBlock', 'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
 
 # %% ../nbs/components/22_stylegan2.ipynb #0ab3b680
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,26 +32,27 @@ def resampling_filter(
 
 def blur(
     x: Tensor,  # (B, C, H, W)
-    kernel: Tensor,  # (k, k)
-    padding: tuple[int, int],  # zeros before and after, on both axes
+    kernel: Tensor,  # (k, l)
+    more: int,  # pixels that the result has more than `x`: 0, or -1 after a transposed convolution
     gain: float = 1.0,
-) -> Tensor:
-    "Convolve every channel of `x` with `kernel` (flipped, as a convolution proper)."
-    before, after = padding
-    if before != after: x = F.pad(x, (before, after, before, after))
+) -> Tensor:  # (B, C, H + more, W + more)
+    "Convolve every channel of `x` with `kernel` (flipped, as a convolution proper); zeros around, more of them before than after."
+    (top, bottom), (left, right) = (((k + 1) // 2 + more, k // 2 - 1) for k in kernel.shape)
+    even = top == bottom == left == right
+    if not even: x = F.pad(x, (left, right, top, bottom))
     kernel = (kernel * gain).flip(0, 1).to(x.dtype)
-    return F.conv2d(x, kernel.expand(x.shape[1], 1, *kernel.shape), padding=before if before == after else 0, groups=x.shape[1])
+    return F.conv2d(x, kernel.expand(x.shape[1], 1, *kernel.shape), padding=top if even else 0, groups=x.shape[1])
 
 
 def upsample2x(
     x: Tensor,  # (B, C, H, W)
-    kernel: Tensor,  # (4, 4), from `resampling_filter`
+    kernel: Tensor,  # (k, l), from `resampling_filter`
 ) -> Tensor:  # (B, C, 2H, 2W)
     "Double the size of `x`: zeros inserted, then the low-pass filter times 4."
     batch, channels, height, width = x.shape
     spread = x.new_zeros(batch, channels, height, 2, width, 2)
     spread[:, :, :, 0, :, 0] = x
-    return blur(spread.reshape(batch, channels, 2 * height, 2 * width), kernel, padding=(2, 1), gain=4)
+    return blur(spread.reshape(batch, channels, 2 * height, 2 * width), kernel, more=0, gain=4)
 
 # %% ../nbs/components/22_stylegan2.ipynb #ecf7f3f9
 SQRT2 = math.sqrt(2)
@@ -81,8 +82,15 @@ class FullyConnected(nn.Module):
         return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
 
 # %% ../nbs/components/22_stylegan2.ipynb #6493435c
+def unit_power(
+    x: Tensor,  # (B, C)
+) -> Tensor:
+    "Each row scaled so that the mean of its squares is 1."
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
 class Mapping(nn.Module):
-    "The mapping network, `z (B, z_dim) -> w (B, w_dim)`."
+    "The mapping network, `z (B, z_dim) -> w (B, w_dim)`; that of a conditional generator takes classes as well."
 
     def __init__(
         self,
@@ -91,15 +99,25 @@ class Mapping(nn.Module):
         layers: int = 8,  # number of fully connected layers
         hidden: int | None = None,  # width between the layers; None: w_dim
         lr_multiplier: float = 0.01,
+        c_dim: int = 0,  # number of classes; 0: not conditional
+        embedding: int | None = None,  # size of an embedded class; None: w_dim
     ):
         super().__init__()
-        self.layers = layers
-        widths = [z_dim, *[hidden or w_dim] * (layers - 1), w_dim]
+        self.layers, self.c_dim = layers, c_dim
+        widths = [z_dim + (c_dim and (embedding or w_dim)), *[hidden or w_dim] * (layers - 1), w_dim]
+        if c_dim: self.embed = FullyConnected(c_dim, embedding or w_dim)
         for i in range(layers): setattr(self, f"fc{i}", FullyConnected(widths[i], widths[i + 1], lr_multiplier))
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
-    def forward(self, z: Tensor) -> Tensor:
-        w = z.float() * (z.float().square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+    def forward(
+        self,
+        z: Tensor,  # (B, z_dim)
+        c: Tensor | None = None,  # (B, c_dim), what a conditional generator shall draw
+    ) -> Tensor:
+        w = unit_power(z.float())
+        if self.c_dim:
+            if c is None: raise InputError(f"this generator draws {self.c_dim} classes: choose one with label=, 0 to {self.c_dim - 1}")
+            w = torch.cat([w, unit_power(self.embed(c.float()))], dim=1)
         for i in range(self.layers): w = leaky_relu(getattr(self, f"fc{i}")(w))
         return w
 
@@ -113,6 +131,20 @@ class Mapping(nn.Module):
         if psi == 1: return ws
         cutoff = ws.shape[1] if cutoff is None else cutoff
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
+
+def class_vector(
+    label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+    classes: int,
+) -> Tensor:  # (1, classes)
+    "A label as conditional generators take it. Raises `InputError` for one that they do not."
+    if isinstance(label, int) and not isinstance(label, bool):
+        if not 0 <= label < classes: raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to {classes - 1}")
+        label = [float(i == label) for i in range(classes)]
+    try: vector = torch.as_tensor(label, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError): vector = torch.empty(0)
+    if vector.shape != (classes,) or not vector.isfinite().all():
+        raise InputError(f"the label is {printable(label, 40)}: give a whole number from 0 to {classes - 1}, or {classes} finite numbers")
+    return vector[None]
 
 # %% ../nbs/components/22_stylegan2.ipynb #b7ad5abf
 REMEMBERED = WeakTensorKeyDictionary()  # weight -> {what: (the weight's state, the result)}
@@ -157,7 +189,7 @@ def modulated_conv2d(
     else:
         turned = remembered(weight, ("turned", x.dtype), lambda w: kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last))
         x = F.conv_transpose2d(x, turned, stride=2)
-        x = blur(x, upsampling, padding=(1, 1), gain=4)
+        x = blur(x, upsampling, more=-1, gain=4)
     scale = (demodulation(weight, styles) * gain)[:, :, None, None].to(x.dtype)
     if bias is None: return x * scale
     return torch.addcmul(bias[:, None, None].to(x.dtype), x, scale, out=x if in_place else None)
@@ -274,7 +306,7 @@ class SynthesisBlock(nn.Module):
         layer = dict(w_dim=w_dim, resolution=resolution, conv_clamp=conv_clamp, taps=taps, use_noise=use_noise)
         if self.first: self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
         else: self.conv0 = SynthesisLayer(in_channels, out_channels, up=True, **layer)
-        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer | dict(taps=(1, 3, 3, 1)))  # stored with it, never used
         if self.has_torgb: self.torgb = ToRGB(out_channels, image_channels, w_dim, conv_clamp)
         if architecture == "resnet" and not self.first: self.skip = SkipConv(in_channels, out_channels, taps)
 
@@ -349,10 +381,10 @@ class Synthesis(nn.Module):
 
 # %% ../nbs/components/22_stylegan2.ipynb #b0bae3dc
 KNOWN_KWARGS = {  # what each dict may hold, and its name here
-    "": {name: name for name in ("z_dim", "w_dim", "img_resolution", "img_channels")},
-    "mapping_kwargs": {"num_layers": "mapping_layers", "layer_features": "mapping_features", "lr_multiplier": "mapping_lr"},
+    "": {name: name for name in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")},
+    "mapping_kwargs": {"num_layers": "mapping_layers", "layer_features": "mapping_features", "lr_multiplier": "mapping_lr", "embed_features": "embed_features"},
     "synthesis_kwargs": {name: name for name in ("channel_base", "channel_max", "architecture", "conv_clamp", "resample_filter", "use_noise")}}
-IRRELEVANT_KWARGS = {"mapping_kwargs": {"w_avg_beta", "embed_features"}, "synthesis_kwargs": {"num_fp16_res", "fp16_channels_last"}}
+IRRELEVANT_KWARGS = {"mapping_kwargs": {"w_avg_beta", "freeze_layers", "freeze_embed"}, "synthesis_kwargs": {"num_fp16_res", "fp16_channels_last", "fused_modconv_default"}}
 
 
 def _flatten_kwargs(kwargs: dict) -> dict:
@@ -362,11 +394,10 @@ def _flatten_kwargs(kwargs: dict) -> dict:
         if not str(name).endswith("_kwargs"): continue
         if not isinstance(value, dict): raise InputError(f"generator argument {name} is a {type(value).__name__}, not a dict")
         parts[name] = {key: item for key, item in value.items() if key not in IRRELEVANT_KWARGS.get(name, ())}
-    if parts[""].pop("c_dim", 0): raise InputError("this generator is conditional (c_dim > 0): the method needs an unconditional one")
     for part, values in parts.items():
         if part and values.pop("activation", "lrelu") != "lrelu": raise InputError(f"unknown activation in {part}: StyleGAN2 uses lrelu")
     unknown = [str(name) for part, values in parts.items() for name in values if name not in KNOWN_KWARGS.get(part, ())]
-    if unknown: raise InputError(f"unknown generator argument(s): {', '.join(sorted(unknown))}")
+    if unknown: raise InputError(f"unknown generator argument(s): {', '.join(printable(name, 60) for name in sorted(unknown)[:5])}{' …' if len(unknown) > 5 else ''}")
     if "img_resolution" not in parts[""]: raise InputError("the generator's arguments lack img_resolution")
     return {KNOWN_KWARGS[part][name]: value for part, values in parts.items() for name, value in values.items()}
 
@@ -408,7 +439,7 @@ class StyleGAN2(nn.Module):
 
     `state_dict` names and constructor arguments correspond to those of the released StyleGAN2-ADA PyTorch checkpoints:
     `init_kwargs` and `from_init_kwargs` translate. `features` holds one map per resolution 4, 8, ..., R: the output of the block's
-    last convolution, before `torgb`. Raises `InputError` on an argument that names no network.
+    last convolution, before `torgb`. A conditional generator draws after `of_class`. Raises `InputError` on an argument that names no network.
     """
 
     def __init__(
@@ -426,21 +457,49 @@ class StyleGAN2(nn.Module):
         use_noise: bool = True,  # False: layers without noise
         mapping_features: int | None = None,  # width inside the mapping network; None: w_dim
         mapping_lr: float = 0.01,  # its learning rate multiplier, which scales its weights
+        c_dim: int = 0,  # number of classes; 0: not conditional
+        embed_features: int | None = None,  # size of an embedded class; None: w_dim
     ):
         super().__init__()
         check_sizes(dict(img_resolution=img_resolution, z_dim=z_dim, w_dim=w_dim, img_channels=img_channels, mapping_layers=mapping_layers,
                          channel_base=channel_base, channel_max=channel_max, mapping_features=w_dim if mapping_features is None else mapping_features))
+        check_sizes(dict(c_dim=c_dim, embed_features=embed_features or w_dim), may_be_zero=("c_dim",))
         _check_filter(resample_filter, conv_clamp, mapping_lr)
         if not isinstance(use_noise, bool): raise InputError(f"use_noise is {printable(use_noise, 40)}: it must be true or false")
         self.z_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, w_dim, img_resolution, img_channels
         special = dict(layer_features=mapping_features if mapping_features != w_dim else None, lr_multiplier=mapping_lr if mapping_lr != 0.01 else None)
+        if c_dim and embed_features not in (None, w_dim): special["embed_features"] = embed_features
         self._mapping_kwargs = dict(num_layers=mapping_layers, **{name: value for name, value in special.items() if value is not None})
         self._synthesis_kwargs = dict(channel_base=channel_base, channel_max=channel_max, architecture=architecture,
                                       conv_clamp=conv_clamp, resample_filter=list(resample_filter))
         if not use_noise: self._synthesis_kwargs["use_noise"] = False
-        self.mapping = Mapping(z_dim, w_dim, mapping_layers, mapping_features, mapping_lr)
+        self.mapping = Mapping(z_dim, w_dim, mapping_layers, mapping_features, mapping_lr, c_dim, embed_features)
         self.synthesis = Synthesis(w_dim, img_resolution, img_channels, channel_base, channel_max, architecture, conv_clamp, resample_filter, use_noise)
         self.num_ws = self.synthesis.num_ws
+
+    @property
+    def c_dim(self) -> int:
+        "The number of classes, 0 if it is not conditional."
+        return self.mapping.c_dim
+
+    @torch.no_grad()
+    def of_class(
+        self,
+        label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+    ) -> "StyleGAN2":
+        "An unconditional network that draws one class of this conditional one, with whose weights it shares memory. Raises `InputError`."
+        if not self.c_dim: raise InputError("this generator is not conditional: leave label out")
+        state, embed = self.state_dict(), self.mapping.embed
+        vector = class_vector(label, self.c_dim).to(embed.weight.device).double()
+        y = unit_power(F.linear(vector, embed.weight.double() * embed.weight_gain, embed.bias.double()))[0]
+        for_z, for_y = state["mapping.fc0.weight"].double().split([self.z_dim, len(y)], dim=1)
+        fan_in = self.z_dim + len(y)
+        state["mapping.fc0.weight"] = (for_z * math.sqrt(self.z_dim / fan_in)).float()
+        state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
+        mapping = {name: value for name, value in self._mapping_kwargs.items() if name != "embed_features"}
+        with torch.device("meta"): network = StyleGAN2.from_init_kwargs(self.init_kwargs() | {"c_dim": 0, "mapping_kwargs": mapping})
+        network.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
+        return network
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
@@ -465,7 +524,7 @@ class StyleGAN2(nn.Module):
 
     def init_kwargs(self) -> dict:
         "The constructor's arguments, JSON-able, under the names of the released checkpoints."
-        return dict(z_dim=self.z_dim, c_dim=0, w_dim=self.w_dim, img_resolution=self.img_resolution, img_channels=self.img_channels,
+        return dict(z_dim=self.z_dim, c_dim=self.c_dim, w_dim=self.w_dim, img_resolution=self.img_resolution, img_channels=self.img_channels,
                     mapping_kwargs=dict(self._mapping_kwargs), synthesis_kwargs=dict(self._synthesis_kwargs))
 
     @classmethod

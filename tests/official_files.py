@@ -123,6 +123,14 @@ def nvidia_pytorch(path: Path, network: nn.Module, protocol: int = 4, executed: 
     return dump(dict(G=G, D=D, G_ema=G_ema, training_set_kwargs=EasyDict(class_name="training.dataset.ImageFolderDataset", resolution=16), augment_pipe=pipe), path, protocol)
 
 
+def nvidia_later(path: Path, network: nn.Module, protocol: int = 4, said: dict | None = None, **options) -> Path:
+    """A StyleGAN2 that StyleGAN3's program wrote: the arguments of the synthesis network stand beside the others. `said` replaces the network's; None leaves the usual clamp unsaid."""
+    kwargs = network.init_kwargs()
+    synthesis = kwargs.pop("synthesis_kwargs") | {"num_fp16_res": 4, "fused_modconv_default": "inference_only"}
+    if synthesis["conv_clamp"] == 256: del synthesis["conv_clamp"]
+    return nvidia_pytorch(path, network, protocol, kwargs=kwargs | synthesis if said is None else kwargs | said, **options)
+
+
 def nvidia_tensorflow(path: Path, variables: dict[str, np.ndarray], static: dict, protocol: int = 4, version: int = 4, old_numpy: bool = True, executed: str = "executed.txt") -> Path:
     """A StyleGAN2 pickle: (G, D, Gs), each with its components."""
     def network(name: str, own: list, components: dict, arguments: dict) -> Network:

@@ -72,6 +72,7 @@ def test_nvidia_pytorch_pickles_of_every_protocol_agree_with_the_original_progra
         with torch.no_grad(): image, features = G.network(tensors["z"], **options)
         assert relative_error(image, tensors[f"{case}.img"]) < 1e-4
         assert all(relative_error(f, tensors[f"{case}.feat{i}"]) < 1e-4 for i, f in enumerate(features))
+        assert len(features) == sum(name.startswith(f"{case}.feat") for name in tensors)
         assert torch.equal(G(tensors["z"]).image, image)
     assert not (tmp_path / "executed").exists()
     assert G.header["provenance"]["source"] == "g.pkl" and "G_ema" in G.header["provenance"]["format"]
@@ -139,13 +140,13 @@ def test_an_unknown_argument_of_a_file_is_named(tmp_path):
 def test_tensorflow_arguments_are_understood_or_named(tmp_path):
     stored = np.load(GOLDEN / "stylegan2_tf_variables.npz", allow_pickle=False)
     variables, static = {n.removeprefix("var:"): stored[n] for n in stored if n.startswith("var:")}, json.loads(str(stored["static_kwargs"]))
-    harmless = {"truncation_cutoff": 8, "style_mixing_prob": 0.9, "structure": "linear", "randomize_noise": False, "resolution_w": 32, "resolution_h": 32, "fmap_decay": 1.0}
+    harmless = {"truncation_cutoff": 8, "style_mixing_prob": 0.9, "structure": "linear", "randomize_noise": False, "resolution_w": static["resolution"], "resolution_h": static["resolution"], "fmap_decay": 1.0}
     G = load_generator(official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static | harmless))
-    assert G.resolution == 32 and G.feature_channels == [24, 24, 24, 16]
-    for change, message in [({"fmap_decay": 0.5}, "fmap_decay"), ({"attention": True}, "attention"), ({"label_size": 10}, "label_size"), ({"resolution_w": 64}, "not square"), ({"fmap_base": "x"}, "fmap_base")]:
+    assert G.resolution == static["resolution"] and G.feature_channels == [min(2 * static["fmap_base"] // side, static["fmap_max"]) for side in G.feature_sizes]
+    for change, message in [({"fmap_decay": 0.5}, "fmap_decay"), ({"attention": True}, "attention"), ({"label_size": 10}, "label_size"), ({"resolution_w": 2 * static["resolution"]}, "not square"), ({"fmap_base": "x"}, "fmap_base")]:
         with pytest.raises(InputError, match=message): load_generator(official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static | change))
     for change, message in [({"synthesis/8x8/Conv0_up/weight": np.zeros((3, 3, 2, 2), "f4")}, "wrong shapes"), ({"synthesis/8x8/Extra/weight": np.zeros(3, "f4")}, "Extra"),
-                            ({"mapping/Dense0/bias": np.full(32, np.nan, "f4")}, "NaN"), ({"synthesis/noise3": np.zeros(4, "f4")}, "wrong shapes")]:
+                            ({"mapping/Dense0/bias": np.full_like(variables["mapping/Dense0/bias"], np.nan)}, "NaN"), ({"synthesis/noise3": np.zeros(4, "f4")}, "wrong shapes")]:
         with pytest.raises(InputError, match=message): load_generator(official.nvidia_tensorflow(tmp_path / "g.pkl", variables | change, static))
     for version in (2, 3):
         with pytest.raises(InputError, match="first StyleGAN"): load_generator(official.nvidia_tensorflow(tmp_path / "g.pkl", variables, static, version=version))

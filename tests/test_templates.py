@@ -11,6 +11,7 @@ from templates import run_cells
 
 from lagm import segmenters
 from lagm.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
+from lagm.generator import load_generator
 from lagm.stages import load_networks
 
 CATALOGUE = read_catalogue(ROOT)
@@ -68,4 +69,5 @@ def check_annotate(project, run, record):
     assert all(record["parameters"][key] == value for key, value in expected.items() if key not in ("size", "k", "channels", "width", "iterations", "validate_every", "validation_pictures", "backbone"))
     networks = load_networks(project / run.folder / "results.safetensors", len(record["classes"]))
     assert record["recipe"]["wide_crop"] == expected.get("wide_crop", False) and record["step"] == 2
-    assert len(networks.facts["annotator"]["arguments"]["feature_channels"]) == (10 if "avg_latent" in expected else 4 if "config-f" in expected["generator"] or "lsunairplane" in expected["generator"] else 5)
+    generator = load_generator(project / expected["generator"], avg_latent=project / expected["avg_latent"] if "avg_latent" in expected else None)
+    assert networks.facts["annotator"]["arguments"]["feature_channels"] == generator.feature_channels
