@@ -211,14 +211,15 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     pascal.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     pascal.set_defaults(command=_call("pascal", "prepare_command"))
 
-    for name, text in (("coco", "COCO instances or panoptic, a JSON file"), ("cvat", "CVAT 'Segmentation mask 1.1', an unpacked folder"), ("label-studio", "Label Studio, a JSON export")):
+    for name, text in (("coco", "COCO instances or panoptic, a JSON file"), ("cvat", "CVAT 'Segmentation mask 1.1', the zip or a folder"), ("label-studio", "Label Studio, a JSON export")):
         tool = kinds.add_parser(name, help=f"a folder of your own from {text}", description=f"Make images/, masks/ and classes.txt from {text}.")
-        tool.add_argument("source", metavar="EXPORT", help="the JSON file, or the folder of the export")
+        tool.add_argument("source", metavar="EXPORT", help="the JSON file, or CVAT's zip or its folder")
         tool.add_argument("--images", metavar="FOLDER", required=name != "cvat", help="the folder of the pictures")
         tool.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
         if name == "coco": tool.add_argument("--panoptic", metavar="FOLDER", help="panoptic annotations: the folder of their PNGs")
         if name == "label-studio": tool.add_argument("--classes", nargs="+", metavar="NAME", help="the classes after the background, in order (default: alphabetical)")
-        tool.set_defaults(command=_call("folders", "import_command"))
+        tool.add_argument("--only-labelled", action="store_true", help="leave pictures without labels behind (default: they come along)")
+        tool.set_defaults(command=_call("importers", "import_command"))
 
     fetch = commands.add_parser("fetch", help="download checkpoints and data", description="Download what may be downloaded, check it, and put it in its place. Licence and size are shown first.")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="what to get; none: list what there is")
