@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WRONG_KINDS', 'POSITIONS', 'TF_SIZES', 'TF_FIXED', 'TF_TRAINING', 'TF_LEAVES', 'TF_LAYERS', 'OTHERS', 'MEAN_OF',
-           'recognise', 'Weight', 'from_tensor', 'given', 'fill_network', 'Found', 'on_meta', 'constructor_arguments',
-           'nested_arguments', 'check_classes', 'filter_weights', 'nvidia_pytorch', 'tf_arguments', 'tf_weight',
-           'nvidia_tensorflow', 'datasetgan', 'rosinality', 'find_generator', 'name_other', 'read_value',
-           'set_mean_style', 'read_generator', 'read_safetensors', 'Results', 'Trained', 'plain_facts', 'find_results',
-           'load_results', 'read_generator_kwargs']
+           'AT_ONCE', 'recognise', 'Weight', 'from_tensor', 'given', 'fill_network', 'Found', 'on_meta',
+           'constructor_arguments', 'nested_arguments', 'check_classes', 'filter_weights', 'nvidia_pytorch',
+           'tf_arguments', 'tf_weight', 'nvidia_tensorflow', 'datasetgan', 'rosinality', 'name_other', 'find_generator',
+           'read_value', 'mean_style', 'set_mean_style', 'read_generator', 'read_safetensors', 'Results', 'Trained',
+           'plain_facts', 'find_results', 'load_results', 'read_generator_kwargs']
 
 # %% ../nbs/components/26_checkpoints.ipynb #6031829e
 import dataclasses
@@ -95,7 +95,9 @@ def fill_network(
     for name in tqdm(weights, desc="reading", unit=" tensors", disable=not progress):
         tensor = weights[name].read()
         if tensor.is_floating_point() != kinds[name] or tensor.is_complex() or tensor.dtype is torch.bool:
-            raise Unreadable(f"has {printable(name)} as {str(tensor.dtype).removeprefix('torch.')}, not as {'floating-point' if kinds[name] else 'whole'} numbers", "it is of another program")
+            raise Unreadable(f"has {printable(name)} as {str(tensor.dtype).removeprefix('torch.')}, not as "
+                             f"{'floating-point' if kinds[name] else 'whole'} numbers",
+                             "it is of another program")
         state[name] = tensor.float().contiguous() if kinds[name] else tensor
         if not is_finite(state[name]): raise Unreadable(f"has infinite or NaN numbers in {name}", "training went astray, or the file is damaged: get another snapshot")
         forget_pages(data)
@@ -129,12 +131,16 @@ def constructor_arguments(record: Record) -> dict:
     if not isinstance(positional, tuple | list) or not isinstance(named, dict): raise Unreadable("lacks the arguments its network was built with")
     return {**dict(zip(POSITIONS, positional)), **named}
 
-
+# %% ../nbs/components/26_checkpoints.ipynb #00a74e4f
 def nested_arguments(arguments: dict, blocks_say: bool) -> dict:
-    "Arguments in the form of StyleGAN2-ADA's program. The later one, of StyleGAN3, has those of the synthesis network beside the others, and clamps at 256 if nothing else is said."
+    """Arguments in the form of StyleGAN2-ADA's program.
+
+    The later one, of StyleGAN3, has those of the synthesis network beside the others, and clamps at 256 if nothing else is said.
+    """
     beside = {name: value for name, value in arguments.items() if name not in POSITIONS}
     if "synthesis_kwargs" in arguments or not (beside or blocks_say): return arguments
-    return {name: value for name, value in arguments.items() if name in POSITIONS} | {"synthesis_kwargs": {"conv_clamp": 256, **beside}}
+    others = {name: value for name, value in arguments.items() if name in POSITIONS}
+    return others | {"synthesis_kwargs": {"conv_clamp": 256, **beside}}
 
 
 def _of_the_later_program(record: Record) -> bool:
@@ -145,23 +151,36 @@ def _of_the_later_program(record: Record) -> bool:
         if type(record) is not Record: return False
     return "fused_modconv_default" in record.state
 
+# %% ../nbs/components/26_checkpoints.ipynb #9195b4d7
+def _in_two_dimensions(weight: Weight) -> Weight:
+    "A filter that is stored as one row: the product of the row with itself."
+    return weight._replace(shape=weight.shape * 2, read=lambda: torch.outer(*[weight.read()] * 2))
+
 
 def check_classes(network: nn.Module, weights: dict[str, Weight]) -> None:
     "Raise `Unreadable` if a network of several classes has no layer for them."
     if network.c_dim and "mapping.embed.weight" not in weights:
-        raise Unreadable(f"describes no network we can build: it has no layer for the {network.c_dim:,} classes of its c_dim or label_size", "it is of a program that this kit does not know")
+        raise Unreadable(f"describes no network we can build: it has no layer for the {network.c_dim:,} classes of "
+                         f"its c_dim or label_size",
+                         "it is of a program that this kit does not know")
 
 
 def filter_weights(network: nn.Module, filters: dict[str, Weight]) -> dict[str, Weight]:
-    "The filters of a file as the network has them: in two dimensions, and what is never used as usual. Raises `Unreadable` if they are not those of the arguments."
-    found = {name: weight if len(weight.shape) != 1 else weight._replace(shape=weight.shape * 2, read=lambda weight=weight: torch.outer(*[weight.read()] * 2)) for name, weight in filters.items()}
-    found |= {name: given(resampling_filter()) for name in network.state_dict() if name.endswith("conv1.resample_filter")}
+    """The filters of a file as the network has them: in two dimensions, and what is never used as usual.
+
+    Raises `Unreadable` if they are not those of the arguments.
+    """
+    found = {name: _in_two_dimensions(weight) if len(weight.shape) == 1 else weight for name, weight in filters.items()}
+    unused = [name for name in network.state_dict() if name.endswith("conv1.resample_filter")]
+    found |= dict.fromkeys(unused, given(resampling_filter()))
     for name, tensor in network.state_dict().items():
         if name in found and found[name].shape != tensor.shape:
-            raise Unreadable(f"has a resampling filter of {' × '.join(map(str, found[name].shape))} numbers in {name}, where its arguments make one of {' × '.join(map(str, tensor.shape))}", "it is of a program that this kit does not know")
+            sizes = [" × ".join(map(str, shape)) for shape in (found[name].shape, tensor.shape)]
+            raise Unreadable(f"has a resampling filter of {sizes[0]} numbers in {name}, where its arguments make one of {sizes[1]}",
+                             "it is of a program that this kit does not know")
     return found
 
-
+# %% ../nbs/components/26_checkpoints.ipynb #340de119
 def nvidia_pytorch(record: Record) -> Found:
     "StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program."
     lazy = module_tensors(record)
@@ -173,14 +192,17 @@ def nvidia_pytorch(record: Record) -> Found:
     network = on_meta(lambda: StyleGAN2.from_init_kwargs(nested))
     weights = {name: from_tensor(tensor) for name, tensor in lazy.items()}
     check_classes(network, weights)
-    weights |= filter_weights(network, {name: weight for name, weight in weights.items() if name.endswith("resample_filter")})
-    kind = "StyleGAN2-ADA, NVIDIA's PyTorch pickle (G_ema)" if nested is arguments else "StyleGAN2, NVIDIA's PyTorch pickle of StyleGAN3's program (G_ema)"
+    filters = {name: weight for name, weight in weights.items() if name.endswith("resample_filter")}
+    weights |= filter_weights(network, filters)
+    kind = "StyleGAN2-ADA, NVIDIA's PyTorch pickle (G_ema)"
+    if nested is not arguments: kind = "StyleGAN2, NVIDIA's PyTorch pickle of StyleGAN3's program (G_ema)"
     return Found(kind, network, weights)
 
 # %% ../nbs/components/26_checkpoints.ipynb #752e39e2
 TF_SIZES = {"latent_size": "z_dim", "dlatent_size": "w_dim", "resolution": "img_resolution", "num_channels": "img_channels", "mapping_layers": "mapping_layers",
             "mapping_fmaps": "mapping_features", "mapping_lrmul": "mapping_lr", "fmap_max": "channel_max", "architecture": "architecture", "conv_clamp": "conv_clamp",
-            "resample_kernel": "resample_filter", "use_noise": "use_noise", "label_size": "c_dim", "label_fmaps": "embed_features"}
+            "resample_kernel": "resample_filter", "use_noise": "use_noise",
+            "label_size": "c_dim", "label_fmaps": "embed_features"}
 TF_FIXED = {"fmap_decay": 1.0, "fmap_min": 1, "nonlinearity": "lrelu", "mapping_nonlinearity": "lrelu", "normalize_latents": True, "dtype": "float32"}
 TF_TRAINING = re.compile(r"truncation_\w+|style_mixing_prob|structure|randomize_noise|dlatent_\w*(beta|broadcast)|is_\w+|return_\w+|num_fp16_res|fused_modconv|"
                          r"\w*func(_name)?|components|force_clean_graph|input_shape|nchw|impl")
@@ -189,7 +211,8 @@ TF_TRAINING = re.compile(r"truncation_\w+|style_mixing_prob|structure|randomize_
 def tf_arguments(static: dict) -> dict:
     "StyleGAN2's arguments from those of the TensorFlow program."
     defaults = {"latent_size": 512, "dlatent_size": 512, "resolution": 1024, "num_channels": 3}
-    arguments, unknown = {}, ["resample_kernel = None"] * ("resample_kernel" in static and static["resample_kernel"] is None)
+    arguments, unknown = {}, []
+    if static.get("resample_kernel", ()) is None: unknown.append("resample_kernel = None")
     for name, value in {**defaults, **static}.items():
         if name in TF_SIZES: arguments[TF_SIZES[name]] = value
         elif name in TF_FIXED:
@@ -230,7 +253,9 @@ def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
     if match := re.fullmatch(r"mapping/LabelEmbed/(weight|bias)", name):
         return f"mapping.embed.{match[1]}", _transposed(array) if match[1] == "weight" else from_tensor(array)
     if name == "mapping/LabelConcat/weight":
-        raise Unreadable("holds a conditional StyleGAN2 of NVIDIA's first program, which joins labels in another way than later ones", "use one of StyleGAN2-ADA, or an unconditional one")
+        raise Unreadable("holds a conditional StyleGAN2 of NVIDIA's first program, which joins labels in another way "
+                         "than later ones",
+                         "use one of StyleGAN2-ADA, or an unconditional one")
     if name == "synthesis/4x4/Const/const": return "synthesis.b4.const", from_tensor(array, lambda t: t[0], array.shape[1:])
     if match := re.fullmatch(r"synthesis/noise(\d{1,2})", name):
         k, side = int(match[1]), 2 ** ((int(match[1]) + 5) // 2)
@@ -271,7 +296,8 @@ def nvidia_tensorflow(record: Record) -> Found:
     network = on_meta(lambda: StyleGAN2(**tf_arguments(static)))
     check_classes(network, weights)
     kernel = resampling_filter(static.get("resample_kernel") or (1, 3, 3, 1))
-    weights |= filter_weights(network, {name: given(kernel) for name in network.state_dict() if name.endswith("resample_filter")})
+    filters = [name for name in network.state_dict() if name.endswith("resample_filter")]
+    weights |= filter_weights(network, dict.fromkeys(filters, given(kernel)))
     return Found("StyleGAN2, NVIDIA's TensorFlow pickle (Gs)", network, weights)
 
 # %% ../nbs/components/26_checkpoints.ipynb #44ee3382
@@ -316,28 +342,34 @@ def _layer(weights: dict, theirs: str, ours: str, noise: str | None, side: int =
     found[f"{ours}.bias"] = from_tensor(weights.get(bias), lambda t: t.flatten(), (outputs,) if weights.get(bias) is not None and weights[bias].numel == outputs else (0,))
     if noise is None: return found
     if not any(name.startswith("noises.") for name in weights):
-        found[f"{ours}.noise_const"] = given(torch.randn(side, side, generator=random_generator(0, "constant noise", ours)))
+        rng = random_generator(0, "constant noise", ours)
+        found[f"{ours}.noise_const"] = given(torch.randn(side, side, generator=rng))
     else:
         shape = _shape(weights, noise, 4)
-        found[f"{ours}.noise_const"] = from_tensor(weights[noise], lambda t: t[0, 0], shape[2:] if shape[:2] == (1, 1) else (0,))
+        shape = shape[2:] if shape[:2] == (1, 1) else (0,)
+        found[f"{ours}.noise_const"] = from_tensor(weights[noise], lambda t: t[0, 0], shape)
     found[f"{ours}.noise_strength"] = from_tensor(weights.get(f"{theirs}.noise.weight"), lambda t: t.reshape(()), () if _shape(weights, f"{theirs}.noise.weight", 1) == (1,) else (0,))
     return found
 
-
+# %% ../nbs/components/26_checkpoints.ipynb #8bb27a4b
 def _kernel_of(weights: dict) -> Tensor:
     "The one filter of rosinality's file. Raises `Unreadable` if there are several."
-    names = sorted(name for name in weights if re.fullmatch(r"convs\.\d{1,2}\.conv\.blur\.kernel|to_rgbs\.\d{1,2}\.upsample\.kernel", name))
+    pattern = r"convs\.\d{1,2}\.conv\.blur\.kernel|to_rgbs\.\d{1,2}\.upsample\.kernel"
+    names = sorted(name for name in weights if re.fullmatch(pattern, name))
     if "convs.0.conv.blur.kernel" not in names: raise Unreadable("lacks convs.0.conv.blur.kernel")
-    if any(max(_shape(weights, name, 2)) > 16 for name in names): raise Unreadable("has a resampling filter of more than 16 × 16 numbers", "it is of a program that this kit does not know")
+    if any(max(_shape(weights, name, 2)) > 16 for name in names):
+        raise Unreadable("has a resampling filter of more than 16 × 16 numbers",
+                         "it is of a program that this kit does not know")
     kernels = [weights[name].tensor().float() for name in ["convs.0.conv.blur.kernel", *names]]
     kernels = [kernel / kernel.sum() for kernel in kernels]
-    if not all(kernel.shape == kernels[0].shape and torch.allclose(kernel, kernels[0], atol=1e-5) for kernel in kernels):
-        raise Unreadable("has different resampling filters in different layers, or filters of no sum", "it is of a program that this kit does not know")
+    if not all(k.shape == kernels[0].shape and torch.allclose(k, kernels[0], atol=1e-5) for k in kernels):
+        raise Unreadable("has different resampling filters in different layers, or filters of no sum",
+                         "it is of a program that this kit does not know")
     return kernels[0]
 
 
 def rosinality(weights: dict, mean: Any) -> Found:
-    "The StyleGAN2 `.pt` of rosinality's program. Old ones lack the constant noise, which is then drawn from a fixed seed."
+    "The StyleGAN2 `.pt` of rosinality's program; constant noise, which old ones lack, from a fixed seed."
     layers, torgbs = _count(weights, r"convs\.(\d{1,2})\.conv\.weight"), _count(weights, r"to_rgbs\.(\d{1,2})\.conv\.weight")
     if not torgbs or layers != 2 * torgbs: raise Unreadable(f"has {layers} convolutions and {torgbs} layers to RGB, which do not fit each other")
     side = 4 * 2**torgbs
@@ -348,13 +380,16 @@ def rosinality(weights: dict, mean: Any) -> Found:
     network = on_meta(lambda: StyleGAN2(side, z_dim, w_dim, 3, _count(weights, r"style\.(\d{1,3})\.weight"), channels * side, channel_max, resample_filter=taps))
     widths = [channel_max, *(_shape(weights, f"convs.{i}.conv.weight", 5)[1] for i in range(1, layers, 2))]
     if widths != network.synthesis.channels:
-        raise Unreadable(f"has layers of {', '.join(map(str, widths))} channels, which this kit does not build (it knows a channel_multiplier of 1 and 2)", "use a network of one of these")
+        raise Unreadable(f"has layers of {', '.join(map(str, widths))} channels, which this kit does not build (it "
+                         f"knows a channel_multiplier of 1 and 2)",
+                         "use a network of one of these")
     found = {f"mapping.fc{i}.{leaf}": from_tensor(weights.get(f"style.{i + 1}.{leaf}")) for i in range(network.mapping.layers) for leaf in ("weight", "bias")}
     found["synthesis.b4.const"] = from_tensor(weights["input.input"], lambda t: t[0], weights["input.input"].shape[1:])
     found |= _layer(weights, "conv1", "synthesis.b4.conv1", "noises.noise_0", 4) | _layer(weights, "to_rgb1", "synthesis.b4.torgb", None)
     for i in range(layers): found |= _layer(weights, f"convs.{i}", f"synthesis.b{8 * 2 ** (i // 2)}.conv{i % 2}", f"noises.noise_{i + 1}", 8 * 2 ** (i // 2))
     for i in range(torgbs): found |= _layer(weights, f"to_rgbs.{i}", f"synthesis.b{8 * 2**i}.torgb", None)
-    found |= filter_weights(network, {name: given(kernel) for name in network.state_dict() if name.endswith("resample_filter")})
+    filters = [name for name in network.state_dict() if name.endswith("resample_filter")]
+    found |= filter_weights(network, dict.fromkeys(filters, given(kernel)))
     used = re.compile(r"(style\.\d+|input|conv1|to_rgb1|convs\.\d+|to_rgbs\.\d+|noises)\..+")
     if extra := sorted(name for name in weights if not used.fullmatch(name)): raise Unreadable(f"has unexpected {', '.join(map(quoted, extra[:4]))}", "it is of another network, or damaged")
     found["mapping.w_avg"] = given(torch.zeros(w_dim)) if mean is None else from_tensor(mean, lambda t: t.flatten(), (math.prod(_tensor(mean).shape),))
@@ -368,41 +403,50 @@ def _tensor(lazy: Any) -> LazyTensor:
 
 # %% ../nbs/components/26_checkpoints.ipynb #ab78b458
 OTHERS = [  # a key, what has it, and what to do
-    (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)", "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet", "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),
-    (r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*", "a network of lucidrains' lightweight-gan: not read yet", "use a checkpoint of NVIDIA's or rosinality's StyleGAN2"),
+    (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
+     "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
+     "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),
+    (r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
+     "a network of lucidrains' lightweight-gan: not read yet", "use a checkpoint of NVIDIA's or rosinality's StyleGAN2"),
     (r"inc\.conv1\.weight|main_net\.backbone\..*", "a segmenter, not a generator", "read it with lagm.checkpoints.load_results"),
     (r"lateral0\.weight", "an annotator, not a generator", "read it with lagm.checkpoints.load_results"),
     (r"(module\.)?(layer1\.0|conv1|backbone|features)\..*", "a classifier or another network, not a generator", "give a StyleGAN or StyleGAN2"),
     (r"synthesis\.b4\.const", "a StyleGAN2's state dict without the arguments it was built with", "give the pickle that it was taken from"),
     (r"synthesis\.input\..*", "a StyleGAN3, which this kit does not compute", "use a StyleGAN2 checkpoint of the same pictures"),
-    (r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|cond_stage_model|betas|alphas_cumprod)(\..*)?", "a diffusion model, not a GAN", "give a StyleGAN or StyleGAN2"),
+    (r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
+     r"cond_stage_model|betas|alphas_cumprod)(\..*)?", "a diffusion model, not a GAN", "give a StyleGAN or StyleGAN2"),
     (r"netG|netD|generator|G|G_state|g|state_dict|model", "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats")]
-
-
-def find_generator(value: Any) -> Found:
-    "The generator in what a file holds. Raises `Unreadable`."
-    if isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(item, Record) for item in value) and "tflib" in value[2].class_name: return nvidia_tensorflow(value[2])
-    if isinstance(value, Record) and "tflib" in value.class_name: return nvidia_tensorflow(value)
-    if isinstance(value, Record): return nvidia_pytorch(value)
-    if isinstance(value, Extra): raise Unreadable(f"holds a whole object of some program ({quoted(value.class_name)}), not a network's weights", "open it there, and save its state_dict()")
-    if not isinstance(value, dict) or not value: raise Unreadable(f"holds {'an empty dict' if value == {} else 'a ' + type(value).__name__}, not a generator", "give a StyleGAN or StyleGAN2")
-    if isinstance(value.get("G_ema"), Record): return nvidia_pytorch(value["G_ema"])
-    if "G_kwargs" in value: raise Unreadable(f"is the authors' note of which generator they used ({_short(value['G_kwargs'])})", "get that generator's own file")
-    if any(isinstance(value.get(name), Record) for name in ("A", "S")): raise Unreadable("holds the authors' trained annotator and segmenter, not a generator", "read it with lagm.checkpoints.load_results")
-    weights, mean = value, None
-    if isinstance(value.get("g_ema"), dict): weights, mean = value["g_ema"], value.get("latent_avg")
-    if isinstance(value.get("G_ema"), Extra): raise Unreadable(f"holds a generator of a class that is not known here ({quoted(value['G_ema'].class_name)})", "give a StyleGAN or StyleGAN2")
-    weights = {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
-    if any(name.startswith(("g_synthesis.", "g_mapping.")) for name in weights): return datasetgan(weights)
-    if "style.1.weight" in weights: return rosinality(weights, mean)
-    name_other([*list(weights)[:2000], *(str(name) for part in weights.values() if isinstance(part, dict) for name in list(part)[:2000])])
-    raise Unreadable(f"holds nothing that is known here (it begins with {', '.join(quoted(name) for name in list(weights)[:3])})", "give a StyleGAN or StyleGAN2 in one of the known formats")
 
 
 def name_other(names: list[str]) -> None:
     "Raise `Unreadable` if the names of tensors are those of a network of another kind."
     for pattern, what, remedy in OTHERS:
         if any(re.fullmatch(pattern, name) for name in names[:10_000]): raise Unreadable(f"holds {what}", remedy)
+
+# %% ../nbs/components/26_checkpoints.ipynb #8af507e6
+def find_generator(value: Any) -> Found:
+    "The generator in what a file holds. Raises `Unreadable`."
+    if isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(item, Record) for item in value) and "tflib" in value[2].class_name: return nvidia_tensorflow(value[2])
+    if isinstance(value, Record) and "tflib" in value.class_name: return nvidia_tensorflow(value)
+    if isinstance(value, Record): return nvidia_pytorch(value)
+    if isinstance(value, Extra):
+        raise Unreadable(f"holds a whole object of some program ({quoted(value.class_name)}), not a network's weights",
+                         "open it there, and save its state_dict()")
+    if not isinstance(value, dict) or not value: raise Unreadable(f"holds {'an empty dict' if value == {} else 'a ' + type(value).__name__}, not a generator", "give a StyleGAN or StyleGAN2")
+    if isinstance(value.get("G_ema"), Record): return nvidia_pytorch(value["G_ema"])
+    if "G_kwargs" in value: raise Unreadable(f"is the authors' note of which generator they used ({_short(value['G_kwargs'])})", "get that generator's own file")
+    if any(isinstance(value.get(name), Record) for name in ("A", "S")): raise Unreadable("holds the authors' trained annotator and segmenter, not a generator", "read it with lagm.checkpoints.load_results")
+    weights, mean = value, None
+    if isinstance(value.get("g_ema"), dict): weights, mean = value["g_ema"], value.get("latent_avg")
+    if isinstance(value.get("G_ema"), Extra):
+        raise Unreadable(f"holds a generator of a class that is not known here ({quoted(value['G_ema'].class_name)})",
+                         "give a StyleGAN or StyleGAN2")
+    weights = {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+    if any(name.startswith(("g_synthesis.", "g_mapping.")) for name in weights): return datasetgan(weights)
+    if "style.1.weight" in weights: return rosinality(weights, mean)
+    inner = (str(name) for part in weights.values() if isinstance(part, dict) for name in list(part)[:2000])
+    name_other([*list(weights)[:2000], *inner])
+    raise Unreadable(f"holds nothing that is known here (it begins with {', '.join(quoted(name) for name in list(weights)[:3])})", "give a StyleGAN or StyleGAN2 in one of the known formats")
 
 
 def _short(value: Any) -> str:
@@ -418,15 +462,29 @@ def read_value(path: str | Path, data: memoryview) -> Any:
 
 # %% ../nbs/components/26_checkpoints.ipynb #c2394c49
 MEAN_OF = 8000  # latents
+AT_ONCE = 2**24  # numbers
 
 
+def mean_style(
+    mapping: Callable[[Tensor], Tensor],  # (B, z_dim) to (B, w_dim)
+    z_dim: int,
+    w_dim: int,
+) -> Tensor:  # (w_dim,)
+    "The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide."
+    rng, rows = random_generator(0, "mean style"), max(1, AT_ONCE // max(z_dim, w_dim))
+    parts = [min(rows, MEAN_OF - first) for first in range(0, MEAN_OF, rows)]
+    with torch.no_grad():
+        means = [mapping(torch.randn(n, z_dim, generator=rng)).double().mean(dim=0) for n in parts]
+    return sum(mean * (n / MEAN_OF) for mean, n in zip(means, parts)).float()
+
+# %% ../nbs/components/26_checkpoints.ipynb #1cfd56df
 def set_mean_style(path: str | Path, found: Found, avg_latent: str | Path | None) -> str:
     "Put the mean style into a network that was read; say where it comes from."
     network, name = found.network, found.mean or ("truncation.avg_latent" if isinstance(found.network, StyleGAN1) else "mapping.w_avg")
     if avg_latent is None and not found.mean: return "from the file"
     if avg_latent is None:
         mapping = network.g_mapping if isinstance(network, StyleGAN1) else network.mapping
-        with torch.no_grad(): mean = mapping(torch.randn(MEAN_OF, network.z_dim, generator=random_generator(0, "mean style"))).double().mean(dim=0).float()
+        mean = mean_style(mapping, network.z_dim, network.w_dim)
         warnings.warn(f"{path} lacks its mean style, which truncation needs: it was computed from {MEAN_OF:,} latents. If you have the original (a .npy file), give it as avg_latent", stacklevel=4)
     else:
         arrays = list(read_arrays(avg_latent).values())
@@ -445,7 +503,7 @@ def read_generator(
     path: str | Path,  # a generator's file, of any known format
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for formats that may lack it
     progress: bool = False,  # show a progress bar
-    label: int | Sequence[float] | None = None,  # one class of a conditional generator: its number from 0 on, or a weight for each
+    label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
 ) -> tuple[nn.Module, dict[str, Any]]:  # StyleGAN1 or StyleGAN2, and a header that says what it is
     "Read a generator. Nothing in the file is executed. Raises `InputError` naming the file, what is wrong, and what to do."
     if not Path(path).is_file(): raise InputError(f"no such file: {path}" if not Path(path).is_dir() else f"{path} is a folder; give the file of a generator")
@@ -463,7 +521,8 @@ def read_generator(
     facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin)
     if not found.noise:
         facts["constant_noise"] = "drawn from a fixed seed"
-        warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, which matters for noise='const' only", stacklevel=3)
+        warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, "
+                      "which matters for noise='const' only", stacklevel=3)
     return of_class(found.network, generator_header(found.network, facts), label, path)
 
 
@@ -500,8 +559,8 @@ def plain_facts(
     most: int = 50,  # entries
 ) -> dict[str, Any]:  # whose numbers are as they were, and whose texts are short and printable
     "What a file says about itself, in a form that may be kept and shown."
-    short = {printable(name, 60): item for name, item in list(value.items())[:most] if isinstance(item, str | int | float | None)}
-    return {name: printable(item) if isinstance(item, str) else item for name, item in short.items()}
+    kept = [(name, item) for name, item in list(value.items())[:most] if isinstance(item, str | int | float | None)]
+    return {printable(name, 60): printable(item) if isinstance(item, str) else item for name, item in kept}
 
 
 def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
@@ -513,14 +572,16 @@ def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
     records = {name: value[name] for name in ("A", "S") if isinstance(value.get(name), Record)}
     if records: tensors = {name: module_tensors(record) for name, record in records.items()}
     else: tensors = {"S": {str(name).removeprefix("module."): _tensor(tensor) for name, tensor in value.items()}} if "lateral0.weight" not in value else {"A": value}
-    if isinstance(value.get("training_set_kwargs"), dict): facts["training_set_kwargs"] = plain_facts(value["training_set_kwargs"])
+    said = value.get("training_set_kwargs")
+    if isinstance(said, dict): facts["training_set_kwargs"] = plain_facts(said)
     if "A" in tensors:
         state = records["A"].state if "A" in records else {}
         options = {**state, **(state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {})}
         about = annotator_from_shapes(_shapes(tensors["A"]), options.get("use_factor") is True)
         annotator = Trained(**about, weights={name: from_tensor(lazy) for name, lazy in tensors["A"].items()})
     if "S" in tensors:
-        tensors["S"] = {name: lazy for name, lazy in tensors["S"].items() if not name.startswith("main_net.aux_classifier.")}  # for training only
+        training_only = "main_net.aux_classifier."
+        tensors["S"] = {name: lazy for name, lazy in tensors["S"].items() if not name.startswith(training_only)}
         segmenter = Trained(**segmenter_from_shapes(_shapes(tensors["S"])), weights={key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
     return annotator, segmenter, facts
 

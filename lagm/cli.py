@@ -173,6 +173,7 @@ def add_checkpoint_commands(
     converting.add_argument("source", metavar="SRC", help="a checkpoint")
     converting.add_argument("target", metavar="DST", help="the file to make, ending in .safetensors")
     converting.add_argument("--half", action="store_true", help="store numbers as float16: half the size, slightly rounded")
+    converting.add_argument("--label", type=int, metavar="N", help="keep one class of a conditional generator, from 0 on")
     converting.add_argument("--force", action="store_true", help="replace DST if it is there")
     converting.set_defaults(command=convert_command)
     for command in (inspecting, converting):

@@ -27,9 +27,10 @@ def read_any(
     path: str | Path,
     avg_latent: str | Path | None = None,  # the mean style of a generator that lacks it
     progress: bool = False,
+    label: int | None = None,  # one class of a conditional generator, counted from 0; None: all of them
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:  # the networks by role, and a header for them
     "Read a checkpoint of any known kind. Raises `InputError`."
-    try: network, header = read_generator(path, avg_latent, progress)
+    try: network, header = read_generator(path, avg_latent, progress, label)
     except InputError as error:
         if "load_results" not in str(error): raise
         results = load_results(path)
@@ -62,7 +63,8 @@ def inspect(
         facts[role] = {"class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters()), "layers": count_layers(network)}
         if role != "generator": facts[role] |= header[role]["arguments"]; continue
         facts[role] |= {"resolution": network.img_resolution, "z_dim": network.z_dim, "style_vectors": network.num_ws, "arguments": network.init_kwargs(),
-                        **({"classes": network.c_dim} if getattr(network, "c_dim", 0) else {}), "feature_maps": [f"{c} × {h} × {w}" for c, h, w in network.feature_shapes]}
+                        "feature_maps": [f"{c} × {h} × {w}" for c, h, w in network.feature_shapes]}
+        if getattr(network, "c_dim", 0): facts[role]["classes"] = network.c_dim
     if header.get("labels"): facts["classes"] = list(header["labels"]["classes"])
     facts |= {name: header[name] for name in ("size", "policy", "step", "metrics") if header.get(name) is not None}
     facts["provenance"] = origin
@@ -79,7 +81,7 @@ LONGEST_LINE = 2000  # characters
 
 
 def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    "Facts as lines of text; long lists are broken, and what a file says is shown without escapes."
+    "Facts as lines of text; long lists are broken."
     lines, width = [], max((len(name) for name, value in facts.items() if not isinstance(value, dict)), default=0)
     for name, value in facts.items():
         if isinstance(value, dict) and indent == "": lines += [f"{printable(name)}:", *as_lines(value, "  ")]
@@ -101,12 +103,13 @@ def convert(
     half: bool = False,  # store floating-point numbers as float16
     avg_latent: str | Path | None = None,
     progress: bool = False,
+    label: int | None = None,  # keep one class of a conditional generator, counted from 0
 ) -> dict[str, Any]:  # the header that was written
     "Turn a checkpoint into a safetensors file of ours, checked after writing and put in place atomically. Raises `InputError`, for a full disk too."
     target = Path(target)
     if target.suffix != ".safetensors": raise InputError(f"the target {target} must end in .safetensors")
     if target.exists() and Path(source).exists() and target.samefile(source): raise InputError(f"source and target are the same file, {target}: give another name")
-    networks, header = read_any(source, avg_latent, progress)
+    networks, header = read_any(source, avg_latent, progress, label)
     header = {**header, "provenance": {**(header.get("provenance") or {}), "converted_from": {"file": Path(source).name, "sha256": checksum(source)}}}
     alone = header["kind"] == "generator"
     if half: networks = {role: rounded(network) for role, network in networks.items()}
@@ -143,7 +146,8 @@ def compare(path: Path, network: nn.Module, again: nn.Module, progress: bool = F
     mine, theirs = network.state_dict(), again.state_dict()
     same = type(network) is type(again) and mine.keys() == theirs.keys()
     for name in tqdm(mine, desc="checking", unit=" tensors", disable=not progress): same = same and torch.equal(mine[name], theirs[name])
-    if same and hasattr(network, "feature_shapes") and network.img_resolution <= 256 and not getattr(network, "c_dim", 0):
+    draws = hasattr(network, "feature_shapes") and not getattr(network, "c_dim", 0)
+    if same and draws and network.img_resolution <= 256:
         one, other = (FrozenGenerator(each, Sampling(noise="none")) for each in (network, again))
         z = one.sample_z(1, torch.Generator().manual_seed(0))
         same = torch.equal(one(z).image, other(z).image)
@@ -159,5 +163,5 @@ def inspect_command(arguments: argparse.Namespace) -> None:
 def convert_command(arguments: argparse.Namespace) -> None:
     "`lagm convert SRC DST`"
     if Path(arguments.target).exists() and not arguments.force: raise InputError(f"{arguments.target} is there already: give another name, or --force to replace it")
-    header = convert(arguments.source, arguments.target, arguments.half, arguments.avg_latent, progress=True)
+    header = convert(arguments.source, arguments.target, arguments.half, arguments.avg_latent, True, arguments.label)
     print(f"wrote {arguments.target}: {header.get('network') or header['kind']}, checked bit by bit")

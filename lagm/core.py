@@ -59,7 +59,7 @@ def _flush_to_disk(path: Path) -> None:
     finally: os.close(handle)
 
 # %% ../nbs/components/00_core.ipynb #07334dbb
-NO_ROOM = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")} - {None}  # the system's numbers for what a full or failing disk says
+NO_ROOM = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")} - {None}  # a full or failing disk
 
 
 @contextlib.contextmanager
@@ -87,7 +87,8 @@ def atomic_path(
         _flush_to_disk(path.parent)
     except OSError as error:
         if path.is_dir(): raise InputError(f"cannot write {path}: it is a folder; give the name of a file") from error
-        if error.errno in NO_ROOM: raise InputError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from error
+        if error.errno in NO_ROOM:
+            raise InputError(f"cannot write {path}: {error.strerror}; make room, or choose another place") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NETWORKS', 'WEIGHT_TYPES', 'Sampling', 'FrozenGenerator', 'generator_header', 'save_generator',
-           'check_tensors', 'as_weight', 'is_finite', 'check_names', 'network_from_tensors', 'check_version',
-           'of_class', 'load_generator']
+           'check_tensors', 'as_weight', 'is_finite', 'check_names', 'of_class', 'network_from_tensors',
+           'check_version', 'load_generator']
 
 # %% ../nbs/components/20_generator.ipynb #820e2ae4
 import math
@@ -160,6 +160,20 @@ def _complain(path: str | Path, what: str, names: list[str]) -> None:
     if names: raise InputError(f"{path} {what} {', '.join(printable(name, 120) for name in names[:4])}{' …' if len(names) > 4 else ''}: "
                                "the file is damaged or belongs to another network; get it again from where it came")
 
+# %% ../nbs/components/20_generator.ipynb #89b3a6b9
+def of_class(
+    network: nn.Module,
+    header: dict[str, Any],  # of its file
+    label: int | Sequence[float] | None,  # None: the network stays as it is
+    path: str | Path,  # named in errors
+) -> tuple[nn.Module, dict[str, Any]]:  # a network that draws this class only, and its header
+    "One class of a conditional generator. Raises `InputError` if it does not have it."
+    if label is None: return network, header
+    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
+    try: network = network.of_class(label)
+    except InputError as error: raise InputError(f"{path}: {error}") from error
+    return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
+
 # %% ../nbs/components/20_generator.ipynb #ecb9806d
 def network_from_tensors(
     path: str | Path,  # named in errors
@@ -187,20 +201,6 @@ def check_version(path: str | Path, header: dict[str, Any]) -> None:
         raise InputError(f"{path} has format version {quoted(version)}; this lagm reads {FORMAT_VERSION}: update it")
 
 
-def of_class(
-    network: nn.Module,
-    header: dict[str, Any],  # of its file
-    label: int | Sequence[float] | None,  # None: the network stays as it is
-    path: str | Path,  # named in errors
-) -> tuple[nn.Module, dict[str, Any]]:  # a network that draws this class only, and its header
-    "One class of a conditional generator. Raises `InputError` if it does not have it."
-    if label is None: return network, header
-    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
-    try: network = network.of_class(label)
-    except InputError as error: raise InputError(f"{path}: {error}") from error
-    return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
-
-
 def load_generator(
     path: str | Path | None = None,  # a generator's file, of any format that `lagm.checkpoints` reads; None means the one of the kit
     sampling: Sampling = Sampling(),
@@ -208,7 +208,7 @@ def load_generator(
     device: str | torch.device = "cpu",
     *,
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
-    label: int | Sequence[float] | None = None,  # the class that a conditional generator draws: its number from 0 on, or a weight for each
+    label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
 ) -> FrozenGenerator:
     """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or rosinality's `.pt`.
 
@@ -218,5 +218,7 @@ def load_generator(
 
     network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent, label=label)
     classes = getattr(network, "c_dim", 0)
-    if classes: raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to {classes - 1}")
+    if classes:
+        raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to "
+                         f"{classes - 1}, or make a file of one with lagm convert --label")
     return FrozenGenerator(network.to(device), sampling, dtype, header)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SQRT2', 'REMEMBERED', 'NOISE_MODES', 'ARCHITECTURES', 'KNOWN_KWARGS', 'IRRELEVANT_KWARGS', 'LARGEST_SIZES',
            'LARGEST_NUMBER', 'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'unit_power',
-           'Mapping', 'class_vector', 'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB',
+           'class_vector', 'Mapping', 'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB',
            'SkipConv', 'SynthesisBlock', 'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
 
 # %% ../nbs/components/22_stylegan2.ipynb #0ab3b680
@@ -36,7 +36,7 @@ def blur(
     more: int,  # pixels that the result has more than `x`: 0, or -1 after a transposed convolution
     gain: float = 1.0,
 ) -> Tensor:  # (B, C, H + more, W + more)
-    "Convolve every channel of `x` with `kernel` (flipped, as a convolution proper); zeros around, more of them before than after."
+    "Convolve every channel of `x` with `kernel` (flipped, as a convolution proper), with zeros around."
     (top, bottom), (left, right) = (((k + 1) // 2 + more, k // 2 - 1) for k in kernel.shape)
     even = top == bottom == left == right
     if not even: x = F.pad(x, (left, right, top, bottom))
@@ -81,7 +81,7 @@ class FullyConnected(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
 
-# %% ../nbs/components/22_stylegan2.ipynb #6493435c
+# %% ../nbs/components/22_stylegan2.ipynb #efff5007
 def unit_power(
     x: Tensor,  # (B, C)
 ) -> Tensor:
@@ -89,6 +89,24 @@ def unit_power(
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
+def class_vector(
+    label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+    classes: int,
+) -> Tensor:  # (1, classes)
+    "A label as conditional generators take it. Raises `InputError` for one that they do not."
+    if isinstance(label, int) and not isinstance(label, bool):
+        if not 0 <= label < classes:
+            raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to "
+                             f"{classes - 1}")
+        label = [float(i == label) for i in range(classes)]
+    try: vector = torch.as_tensor(label, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError): vector = torch.empty(0)
+    if vector.shape != (classes,) or not vector.isfinite().all():
+        raise InputError(f"the label is {printable(label, 40)}: give a whole number from 0 to {classes - 1}, or "
+                         f"{classes} finite numbers")
+    return vector[None]
+
+# %% ../nbs/components/22_stylegan2.ipynb #6493435c
 class Mapping(nn.Module):
     "The mapping network, `z (B, z_dim) -> w (B, w_dim)`; that of a conditional generator takes classes as well."
 
@@ -116,7 +134,9 @@ class Mapping(nn.Module):
     ) -> Tensor:
         w = unit_power(z.float())
         if self.c_dim:
-            if c is None: raise InputError(f"this generator draws {self.c_dim} classes: choose one with label=, 0 to {self.c_dim - 1}")
+            if c is None:
+                raise InputError(f"this generator draws {self.c_dim} classes: choose one with label=, 0 to "
+                                 f"{self.c_dim - 1}")
             w = torch.cat([w, unit_power(self.embed(c.float()))], dim=1)
         for i in range(self.layers): w = leaky_relu(getattr(self, f"fc{i}")(w))
         return w
@@ -131,20 +151,6 @@ class Mapping(nn.Module):
         if psi == 1: return ws
         cutoff = ws.shape[1] if cutoff is None else cutoff
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
-
-def class_vector(
-    label: int | Sequence[float],  # a class, counted from 0, or a weight for each
-    classes: int,
-) -> Tensor:  # (1, classes)
-    "A label as conditional generators take it. Raises `InputError` for one that they do not."
-    if isinstance(label, int) and not isinstance(label, bool):
-        if not 0 <= label < classes: raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to {classes - 1}")
-        label = [float(i == label) for i in range(classes)]
-    try: vector = torch.as_tensor(label, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError): vector = torch.empty(0)
-    if vector.shape != (classes,) or not vector.isfinite().all():
-        raise InputError(f"the label is {printable(label, 40)}: give a whole number from 0 to {classes - 1}, or {classes} finite numbers")
-    return vector[None]
 
 # %% ../nbs/components/22_stylegan2.ipynb #b7ad5abf
 REMEMBERED = WeakTensorKeyDictionary()  # weight -> {what: (the weight's state, the result)}
@@ -306,7 +312,7 @@ class SynthesisBlock(nn.Module):
         layer = dict(w_dim=w_dim, resolution=resolution, conv_clamp=conv_clamp, taps=taps, use_noise=use_noise)
         if self.first: self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
         else: self.conv0 = SynthesisLayer(in_channels, out_channels, up=True, **layer)
-        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer | dict(taps=(1, 3, 3, 1)))  # stored with it, never used
+        self.conv1 = SynthesisLayer(out_channels, out_channels, **layer | dict(taps=(1, 3, 3, 1)))  # which is never used
         if self.has_torgb: self.torgb = ToRGB(out_channels, image_channels, w_dim, conv_clamp)
         if architecture == "resnet" and not self.first: self.skip = SkipConv(in_channels, out_channels, taps)
 
@@ -397,7 +403,9 @@ def _flatten_kwargs(kwargs: dict) -> dict:
     for part, values in parts.items():
         if part and values.pop("activation", "lrelu") != "lrelu": raise InputError(f"unknown activation in {part}: StyleGAN2 uses lrelu")
     unknown = [str(name) for part, values in parts.items() for name in values if name not in KNOWN_KWARGS.get(part, ())]
-    if unknown: raise InputError(f"unknown generator argument(s): {', '.join(printable(name, 60) for name in sorted(unknown)[:5])}{' …' if len(unknown) > 5 else ''}")
+    if unknown:
+        shown = [printable(name, 60) for name in sorted(unknown)[:5]] + ["…"] * (len(unknown) > 5)
+        raise InputError(f"unknown generator argument(s): {', '.join(shown)}")
     if "img_resolution" not in parts[""]: raise InputError("the generator's arguments lack img_resolution")
     return {KNOWN_KWARGS[part][name]: value for part, values in parts.items() for name, value in values.items()}
 
@@ -439,7 +447,8 @@ class StyleGAN2(nn.Module):
 
     `state_dict` names and constructor arguments correspond to those of the released StyleGAN2-ADA PyTorch checkpoints:
     `init_kwargs` and `from_init_kwargs` translate. `features` holds one map per resolution 4, 8, ..., R: the output of the block's
-    last convolution, before `torgb`. A conditional generator draws after `of_class`. Raises `InputError` on an argument that names no network.
+    last convolution, before `torgb`. A conditional generator draws after `of_class`.
+    Raises `InputError` on an argument that names no network.
     """
 
     def __init__(
@@ -487,7 +496,7 @@ class StyleGAN2(nn.Module):
         self,
         label: int | Sequence[float],  # a class, counted from 0, or a weight for each
     ) -> "StyleGAN2":
-        "An unconditional network that draws one class of this conditional one, with whose weights it shares memory. Raises `InputError`."
+        "A network that draws one class of this conditional one, and shares memory with it. Raises `InputError`."
         if not self.c_dim: raise InputError("this generator is not conditional: leave label out")
         state, embed = self.state_dict(), self.mapping.embed
         vector = class_vector(label, self.c_dim).to(embed.weight.device).double()
@@ -497,7 +506,8 @@ class StyleGAN2(nn.Module):
         state["mapping.fc0.weight"] = (for_z * math.sqrt(self.z_dim / fan_in)).float()
         state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
         mapping = {name: value for name, value in self._mapping_kwargs.items() if name != "embed_features"}
-        with torch.device("meta"): network = StyleGAN2.from_init_kwargs(self.init_kwargs() | {"c_dim": 0, "mapping_kwargs": mapping})
+        arguments = self.init_kwargs() | {"c_dim": 0, "mapping_kwargs": mapping}
+        with torch.device("meta"): network = StyleGAN2.from_init_kwargs(arguments)
         network.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
         return network
 

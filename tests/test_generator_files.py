@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from filling import relative_error
 from test_checkpoints import GOLDEN, same_pictures, tiny
 
-from lagm.checkpoints import load_results, read_generator
+from lagm.checkpoints import load_results, mean_style, read_generator
 from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core import InputError, load_tensors, random_generator, save_tensors
 from lagm.generator import Sampling, load_generator, save_generator
 from lagm.run_state import generator_digest
 from lagm.segmenters import DeepLabV3, UNet
+from lagm.stages import open_generator
 from lagm.stylegan2 import StyleGAN2, modulated_conv2d, resampling_filter, upsample2x
 
 
@@ -307,6 +308,9 @@ def test_one_class_of_a_conditional_generator(tmp_path, size):
             assert torch.equal(load_generator(tmp_path / "one.safetensors", Sampling(psi=1, noise="none"))(z).image, G(z).image)
         for wrong in (3, -1, True, 1.5, "cat", [1, 0], [1, 0, math.nan]):
             with pytest.raises(InputError, match="label"): load_generator(path, label=wrong)
+    assert main(["convert", str(paths[0]), str(tmp_path / "two.safetensors"), "--label", "2"]) == 0
+    styles = load_generator(paths[0], label=2).network.styles(z)
+    assert torch.equal(load_generator(tmp_path / "two.safetensors").network.styles(z), styles) and torch.equal(open_generator(str(paths[0]), label=2).network.styles(z), styles)
     with pytest.raises(InputError, match="leave label out"): load_generator(label=0)
     with pytest.raises(InputError, match="draws 3 classes"): read_generator(paths[0])[0](z)
 
@@ -382,3 +386,16 @@ def test_an_auxiliary_head_changes_nothing(tmp_path):
     state = {name: torch.zeros(t.shape, dtype=torch.float16 if t.is_floating_point() else t.dtype) for name, t in names.items()}
     torch.save(state | {"main_net.aux_classifier.0.weight": torch.zeros(2, 2, 3, 3)}, tmp_path / "s.pth")
     assert isinstance(load_results(tmp_path / "s.pth").segmenter, DeepLabV3)
+
+
+def test_the_mean_style_of_very_wide_networks_is_computed_in_parts():
+    seen = []
+
+    def mapping(z):
+        seen.append(tuple(z.shape))
+        return z[:, :2] + 1
+
+    wide = mean_style(mapping, 4096, 2)
+    assert sum(n for n, _ in seen) == 8000 and all(n * 4096 <= 2**24 for n, _ in seen) and len(seen) == 2
+    assert (wide - 1).abs().max() < 0.05
+    assert torch.equal(mean_style(mapping, 8, 2), mapping(torch.randn(8000, 8, generator=random_generator(0, "mean style"))).double().mean(dim=0).float())
