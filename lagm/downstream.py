@@ -187,7 +187,8 @@ class RunFolder:
         """Keep the run after `epoch` epochs."""
         if self.folder is None: return
         save_segmenter(self.folder / f"epoch-{epoch:03d}.safetensors", segmenter, epoch=epoch, validation=history[-1].get("validation"), **about)
-        header = {"kind": "downstream", "format_version": 1, "epoch": epoch, "identity": self.identity, "history": history}
+        header = {"kind": "downstream", "format_version": 1, "epoch": epoch, "identity": self.identity, "history": history,
+                  "labels": about["labels"] and dataclasses.asdict(about["labels"]), "size": about["size"]}
         save_tensors(self.folder / "state.safetensors", _state_tensors(segmenter, optimizer), header)
         (self.folder / f"epoch-{epoch - self.keep:03d}.safetensors").unlink(missing_ok=True)
 
