@@ -582,7 +582,8 @@ def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
     if "S" in tensors:
         training_only = "main_net.aux_classifier."
         tensors["S"] = {name: lazy for name, lazy in tensors["S"].items() if not name.startswith(training_only)}
-        segmenter = Trained(**segmenter_from_shapes(_shapes(tensors["S"])), weights={key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
+        about = segmenter_from_shapes(_shapes(tensors["S"]))
+        segmenter = Trained(**about, weights={key: from_tensor(lazy) for key, lazy in tensors["S"].items()})
     return annotator, segmenter, facts
 
 
@@ -607,7 +608,8 @@ def _own_results(path: str | Path, n_classes: int | None) -> Results:
     found = read_networks(path, n_classes)
     said = dict(kind=found.kind, labels=found.labels and dataclasses.asdict(found.labels), size=found.size, policy=found.policy)
     said |= {name: found.header.get(name) for name in ("metrics", "step", "provenance")}
-    return Results(found.annotator, found.segmenter, dict(source=Path(path).name, **found.networks, **{name: value for name, value in said.items() if value is not None}))
+    known = {name: value for name, value in said.items() if value is not None}
+    return Results(found.annotator, found.segmenter, dict(source=Path(path).name, **found.networks, **known))
 
 # %% ../nbs/components/26_checkpoints.ipynb #3c8ed372
 def read_generator_kwargs(path: str | Path) -> dict:

@@ -36,9 +36,10 @@ def read_any(
         results = load_results(path)
         networks = {name: network for name, network in (("annotator", results.annotator), ("segmenter", results.segmenter)) if network is not None}
         kind = results.facts.get("kind") or ("results" if "annotator" in networks else "segmenter")
-        said = {key: results.facts[key] for key in (*networks, "labels", "size", "policy", "metrics", "step") if key in results.facts}
-        origin = results.facts.get("provenance") or {key: results.facts[key] for key in ("source", "training_set_kwargs") if key in results.facts}
-        return networks, dict(kind=kind, format_version=FORMAT_VERSION, **said, provenance=origin)
+        def said(*keys: str) -> dict[str, Any]: return {key: results.facts[key] for key in keys if key in results.facts}
+        about = said(*networks, "labels", "size", "policy", "metrics", "step")
+        origin = results.facts.get("provenance") or said("source", "training_set_kwargs")
+        return networks, dict(kind=kind, format_version=FORMAT_VERSION, **about, provenance=origin)
     return {"generator": network}, header
 
 # %% ../nbs/components/27_convert.ipynb #8743f5c0
@@ -57,8 +58,10 @@ def inspect(
     "What a checkpoint is. Raises `InputError`."
     networks, header = read_any(path, avg_latent, progress)
     origin = header.get("provenance") or {}
-    form = printable(origin["format"]) if isinstance(origin.get("format"), str) else f"lagm safetensors, version {header['format_version']}"
-    facts: dict[str, Any] = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path), "format": form, "kind": header["kind"]}
+    form = printable(origin["format"]) if isinstance(origin.get("format"), str) else None
+    if form is None: form = f"lagm safetensors, version {header['format_version']}"
+    facts: dict[str, Any] = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path)}
+    facts |= {"format": form, "kind": header["kind"]}
     for role, network in networks.items():
         facts[role] = {"class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters()), "layers": count_layers(network)}
         if role != "generator": facts[role] |= header[role]["arguments"]; continue
@@ -85,7 +88,9 @@ def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines, width = [], max((len(name) for name, value in facts.items() if not isinstance(value, dict)), default=0)
     for name, value in facts.items():
         if isinstance(value, dict) and indent == "": lines += [f"{printable(name)}:", *as_lines(value, "  ")]
-        elif isinstance(value, list) and len(value) > 1: lines += [f"{indent}{printable(name):{width}}  {printable(value[0])}", *(f"{indent}{'':{width}}  {printable(item)}" for item in value[1:])]
+        elif isinstance(value, list) and len(value) > 1:
+            lines.append(f"{indent}{printable(name):{width}}  {printable(value[0])}")
+            lines += [f"{indent}{'':{width}}  {printable(item)}" for item in value[1:]]
         else: lines.append(f"{indent}{printable(name):{width}}  {_in_words(name, value)}")
     return lines
 

@@ -199,7 +199,7 @@ def save_tensors(
 ) -> None:
     """Write named tensors and a header as one safetensors file; views and shared tensors are written out in full. `InputError` if the disk is full."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "lagm": json.dumps(_plain(header or {}), ensure_ascii=False, allow_nan=False)}
+    metadata = {"format": "pt", "lagm": json.dumps(_plain(header or {}), allow_nan=False)}
     with atomic_path(path) as temporary:
         try: safetensors.torch.save_file(own, temporary, metadata)
         except safetensors.SafetensorError as error:  # says in words what the system said in numbers

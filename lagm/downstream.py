@@ -176,18 +176,23 @@ class RunFolder:
         if self.folder is None or not (self.folder / "state.safetensors").exists(): return 0, []
         tensors, header = load_tensors(self.folder / "state.safetensors")
         check_version(self.folder / "state.safetensors", header)
+        known, epoch = header.get("identity"), header.get("epoch")
+        if not isinstance(known, dict) or not isinstance(known.get("recipe", {}), dict) or type(epoch) is not int \
+                or epoch < 1 or not isinstance(header.get("history"), list):
+            raise InputError(f"{self.folder / 'state.safetensors'} does not say which run it is of: its header is damaged")
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | {f"recipe.{k}": v for k, v in d.get("recipe", {}).items()}
-        there, here = flat(header.get("identity", {})), flat(self.identity)
+        there, here = flat(known), flat(self.identity)
         differing = [f"{key} ({there.get(key)} there, {value} here)" for key, value in here.items() if there.get(key) != value]
         if differing: raise InputError(f"{self.folder} holds another run: {'; '.join(differing)}. Go on with that run's settings, or choose another folder")
         _restore(tensors, segmenter, optimizer)
-        return header["epoch"], header["history"]
+        return epoch, header["history"]
 
     def save(self, epoch: int, history: list[dict], segmenter: nn.Module, optimizer: torch.optim.Optimizer, **about: Any) -> None:
         """Keep the run after `epoch` epochs."""
         if self.folder is None: return
         save_segmenter(self.folder / f"epoch-{epoch:03d}.safetensors", segmenter, epoch=epoch, validation=history[-1].get("validation"), **about)
-        header = {"kind": "downstream", "format_version": 1, "epoch": epoch, "identity": self.identity, "history": history}
+        header = {"kind": "downstream", "format_version": 1, "epoch": epoch, "identity": self.identity, "history": history,
+                  "labels": about["labels"] and dataclasses.asdict(about["labels"]), "size": about["size"]}
         save_tensors(self.folder / "state.safetensors", _state_tensors(segmenter, optimizer), header)
         (self.folder / f"epoch-{epoch - self.keep:03d}.safetensors").unlink(missing_ok=True)
 

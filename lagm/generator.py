@@ -181,12 +181,17 @@ def network_from_tensors(
     header: dict[str, Any],
 ) -> nn.Module:
     "The network that a file of ours describes, with its weights. Raises `InputError` when header and tensors do not make one."
-    if header.get("kind") != "generator": raise InputError(f"{path} is a safetensors file, but no generator of ours (its header says {quoted(header.get('kind', 'nothing'))}); make one with lagm convert, or read results with load_results")
+    if header.get("kind") != "generator":
+        said = quoted(header.get("kind", "nothing"))
+        raise InputError(f"{path} is a safetensors file, but no generator of ours (its header says {said}); "
+                         "make one with lagm convert, or read results with load_results")
     check_version(path, header)
-    if header.get("network") not in [*NETWORKS]: raise InputError(f"{path} holds a {quoted(header.get('network'))}; known are {', '.join(NETWORKS)}")
+    if header.get("network") not in [*NETWORKS]:
+        raise InputError(f"{path} holds a {quoted(header.get('network'))}; known are {', '.join(NETWORKS)}")
     kwargs = header.get("init_kwargs")
     if not isinstance(kwargs, dict): raise InputError(f"{path}: its header lacks init_kwargs; write it again with save_generator")
-    if not isinstance(header.get("provenance"), dict | None): raise InputError(f"{path}: the provenance in its header is no dictionary; write it again with save_generator")
+    if not isinstance(header.get("provenance"), dict | None):
+        raise InputError(f"{path}: the provenance in its header is no dictionary; write it again with save_generator")
     try:
         with torch.device("meta"): network = NETWORKS[header["network"]].from_init_kwargs(kwargs)
     except InputError as error: raise InputError(f"{path}: {error}; the file is damaged or made by a newer lagm") from error

@@ -114,7 +114,8 @@ def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any
     if Path(path).is_dir(): path = find_segmenters(path)[-1]
     _, segmenter, facts = load_results(path)
     if segmenter is None: raise InputError(f"{path} holds no segmenter")
-    if facts["segmenter"]["arguments"].get("in_channels", 3) != 3: raise InputError(f"{path} holds a segmenter of pictures with {facts['segmenter']['arguments']['in_channels']} channels; only those of three, red, green and blue, can be used here")
+    channels = facts["segmenter"]["arguments"].get("in_channels", 3)
+    if channels != 3: raise InputError(f"{path} holds a segmenter of pictures with {channels} channels; pictures here have three")
     return segmenter, LabelSet(**facts["labels"]) if facts.get("labels") else None, facts
 
 
@@ -193,18 +194,20 @@ def predict_folder(
 def predict_command(arguments: Any) -> None:
     """`lagm predict`: label a folder of pictures with a trained segmenter."""
     segmenter, labels, facts = _opened(arguments.segmenter)
-    size, policy = tuple(arguments.size or facts.get("size") or ()) or None, arguments.policy or facts.get("policy") or "fit"
+    size, policy = arguments.size or facts.get("size"), arguments.policy or facts.get("policy") or "fit"
     if size is None and policy != "native":
-        raise InputError(f"{arguments.segmenter} does not say what size of pictures it was trained at; give --size HEIGHT WIDTH{_better(arguments.segmenter)}")
-    labels = labels or _numbered(segmenter.n_classes)
+        raise InputError(f"{arguments.segmenter} does not say what size of pictures it was trained at; "
+                         f"give --size HEIGHT WIDTH{_better(arguments.segmenter)}")
+    labels, size = labels or _numbered(segmenter.n_classes), tuple(size) if size else None
     print(predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch, arguments.device))
     print(f"masks, overlays and annotations.json are in {arguments.output}")
 
 
 def _better(path: str | Path) -> str:
     """The file beside a training checkpoint that says more."""
-    beside = Path(path).with_name("segmenter.safetensors")
-    return f", or use {beside}" if beside.is_file() and beside != Path(path) else ""
+    try: found = find_segmenters(Path(path).parent)
+    except InputError: return ""
+    return f", or use {found[-1]}" if Path(path) not in found else ""
 
 # %% ../nbs/components/75_predict.ipynb #1e8087c5
 def evaluate_checkpoint(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import InputError, atomic_path, load_tensors, save_tensors
+from .generator import check_version
 
 # %% ../nbs/components/54_run_state.ipynb #beed4512
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and plain values for the header
@@ -127,12 +128,13 @@ class Checkpoints:
         _write(self.best, tensors, header)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest that can be read, or None if there is none; `InputError` if there are some and all are damaged."""
+        """The newest that can be read, or None if there is none; `InputError` if there are some and all are damaged, or if a newer program wrote them."""
         there, first = [p for p in (self.path, *self.numbered()) if p.is_file()], None
         for p in there:
             try: tensors, header = load_tensors(p)
             except InputError as error: first = first or error
             else:
+                if "format_version" in header: check_version(p, header)
                 if first: warnings.warn(f"{first}; going on from {p.name} instead", stacklevel=2)
                 return tensors, header
         if first: raise first

@@ -470,8 +470,9 @@ class StyleGAN2(nn.Module):
         embed_features: int | None = None,  # size of an embedded class; None: w_dim
     ):
         super().__init__()
+        inside = w_dim if mapping_features is None else mapping_features
         check_sizes(dict(img_resolution=img_resolution, z_dim=z_dim, w_dim=w_dim, img_channels=img_channels, mapping_layers=mapping_layers,
-                         channel_base=channel_base, channel_max=channel_max, mapping_features=w_dim if mapping_features is None else mapping_features))
+                         channel_base=channel_base, channel_max=channel_max, mapping_features=inside))
         check_sizes(dict(c_dim=c_dim, embed_features=embed_features or w_dim), may_be_zero=("c_dim",))
         _check_filter(resample_filter, conv_clamp, mapping_lr)
         if not isinstance(use_noise, bool): raise InputError(f"use_noise is {printable(use_noise, 40)}: it must be true or false")

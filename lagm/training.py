@@ -473,7 +473,9 @@ class Identity:
         """Raise `InputError` unless the checkpoint at `path` with this header belongs to this run."""
         if header.get("kind") != "training": raise InputError(f"{path} is not a training checkpoint; give another path")
         check_version(path, header)
-        if not isinstance(header.get("identity"), dict) or not isinstance(header["identity"].get("recipe"), dict): raise InputError(f"{path} does not say which run it is of: its header is damaged")
+        known = header.get("identity")
+        if not isinstance(known, dict) or not isinstance(known.get("recipe"), dict):
+            raise InputError(f"{path} does not say which run it is of: its header is damaged")
         own, other = ({f"recipe.{key}": value for key, value in identity.pop("recipe").items()} | identity for identity in (self.header(), dict(header["identity"])))
         usual = {f"recipe.{key}": value for key, value in Identity(Recipe(), 0, "", "").header()["recipe"].items()}  # of fields that older checkpoints lack
         differing = [f"{key} ({there} there, {value} here)" for key, value in own.items() if (there := other.get(key, usual.get(key, value))) != value]
@@ -609,7 +611,8 @@ class Keeper:
         self.players, self.stages, self.identity = players, stages, identity
         self.checkpoints = Checkpoints(path, keep) if path else None
         self.resume_from, self.provenance = resume_from, None
-        networks = {role: describe_network(network) for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+        ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+        networks = {role: describe_network(network) for role, network in ours.items()}
         self.about = {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
 
     def state(self, step: int, history: dict[str, list[dict]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -648,9 +651,10 @@ class Keeper:
             self.players.begin(stage.rates, stage.averaged)
             unpack_state(self.players, tensors)
             if "random" in header: restore_random_states(tensors, header["random"])
-            if step < 1 or not all(isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError("no steps")
+            if step < 1 or any(not isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. Give another path, or delete the file") from error
+            raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. "
+                             "Give another path, or delete the file") from error
         return step, history
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
