@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from official_files import nvidia_pytorch
@@ -38,7 +39,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
 PROGRAMS = (".", "lagm", "papermill", "make", "mkdir", "pip", "python", "snakemake", "nbdev_export", "nbdev_clean", "nbdev_install_hooks", "nbdev_test", "git", "cd", "jupyter")
 WORDS = r"lagm (?:list|show|run|doctor|fetch|prepare|inspect|convert|predict)\b|papermill \w+/|make (?:demo|bench|test|readme|clean)\b|pip install|snakemake -"
-NAMES = {"lagm", "make", "git", "papermill", "python", "-small"}  # marked as code, but names of things: a package, a program, an ending
+NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan2"}  # marked as code, but names of things: a package, a program, an ending, another program's option
 ON_PURPOSE = {"-p kk 5"}  # a mistake that an exercise asks for
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
@@ -109,11 +110,14 @@ def things(tmp_path_factory):
     """Stand-ins for what commands call FILE, FOLDER and so on, and for all that the paper's experiments read."""
     root = tmp_path_factory.mktemp("things")
     make_data(root / "data")
-    for source in CHECKPOINTS:
-        (root / source.path).parent.mkdir(parents=True, exist_ok=True)
-        (root / source.path).touch()
     torch.manual_seed(0)
     nvidia_pytorch(root / "network.pkl", StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8))
+    for source in CHECKPOINTS:
+        path = root / source.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if source.kind == "npy": np.save(path, np.zeros(512, np.float32))
+        elif source.kind == "torch": torch.save({}, path)
+        else: shutil.copy(root / "network.pkl", path)
     save_segmenter(root / "segmenter.safetensors", UNet(8, width=2, levels=2), CELEBA8, (16, 16))
     (root / "pictures").mkdir()
     for i in range(2): Image.new("RGB", (20, 16), (90 * i, 80, 70)).save(root / "pictures" / f"{i}.jpg")
@@ -142,11 +146,10 @@ def call(*words, **environment):
 
 def meant(words, things) -> list[str]:
     """The words with things in the place of the names that stand for them."""
-    known = {"FILE": things / "network.pkl", "SEGMENTER": things / "segmenter.safetensors", "faces.safetensors": things / "segmenter.safetensors",
-             "FOLDER": things / "pictures", "PICTURES": things / "pictures", "DIR": things / "data" / "VOC2010", "VOC2010": things / "data" / "VOC2010",
-             "outputs/quickstart/segmenter.safetensors": things / "segmenter.safetensors"}
+    known = {"FILE": things / "network.pkl", "SEGMENTER": things / "segmenter.safetensors",              "FOLDER": things / "pictures", "PICTURES": things / "pictures", "DIR": things / "data" / "VOC2010", "VOC2010": things / "data" / "VOC2010"}
     named = {"show": "quickstart", "run": "quickstart", "doctor": "celeba_30", "fetch": "resnet101"}
     example = {"NAME": named.get(words[1] if len(words) > 1 else ""), "key": "seed", "value": "1"}
+    known |= {word: things / "segmenter.safetensors" for word in words if word.endswith(("segmenter.safetensors", "faces.safetensors"))}
     return [str(known.get(word) or example.get(word) or word) for word in words]
 
 
