@@ -293,11 +293,12 @@ def write_metrics(
 def start_stage(
     parameters: Mapping[str, Any],  # of the run; `threads` and `out_dir` are looked at
     resumable: Sequence[str] = (),  # patterns of the files that a stopped run goes on from
-    **counts: int,  # that must be 1 or more
 ) -> Path:  # the folder for results
-    """Set the number of threads, check numbers, and make the folder. What another run left there to go on from is removed: it had other parameters, or read other files."""
-    for name, value in counts.items():
-        if value < 1: raise InputError(f"{name} is {value}: give 1 or more")
+    """Set the number of threads and make the folder. What another run left there to go on from is removed: it had other parameters, or read other files.
+
+    `InputError` for a size that is not two numbers.
+    """
+    if len(parameters.get("size", (0, 0))) != 2: raise InputError(f"size is {parameters['size']}: give two numbers, width and height")
     if parameters.get("threads"): torch.set_num_threads(parameters["threads"])
     folder = Path(parameters.get("out_dir") or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
