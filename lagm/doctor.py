@@ -210,9 +210,8 @@ def can_run(findings: Iterable[Finding]) -> bool:
     return all(finding.status in ("present", "note") for finding in findings)
 
 # %% ../nbs/components/19_doctor.ipynb #c3b7d1f0
-def _chosen(name: str) -> dict[str, Run]:
+def _chosen(name: str, catalogue: Mapping[str, Run]) -> dict[str, Run]:
     """The runs that `lagm run NAME` would do; `InputError` if nothing is called so."""
-    catalogue = read_catalogue()
     if name in catalogue: return choose_runs(catalogue, [name])
     if name in list_experiments() or name.endswith(".ipynb"): return {name: Run(name, "", find_experiment(name), {}, Path("outputs", name))}
     return choose_runs(catalogue, [name])
@@ -244,12 +243,12 @@ def examine_named(
     """What the runs that a name stands for need; `InputError` if it stands for none."""
     try: return {item.name: examine(item, doctor) for item in match_experiments(name)}
     except InputError as error: unknown = error
-    try: chosen = _chosen(name)
+    catalogue, found = read_catalogue(), {}
+    try: chosen = _chosen(name, catalogue)
     except InputError: raise unknown from None
-    found, whole = {}, read_catalogue()
     for experiment in dict.fromkeys(run.experiment for run in chosen.values()):
         runs = {key: run for key, run in chosen.items() if run.experiment == experiment}
-        entire = all(key in runs for key, run in whole.items() if run.experiment == experiment)
+        entire = all(key in runs for key, run in catalogue.items() if run.experiment == experiment)
         if experiment in EXPERIMENTS: findings = _read_by(runs.values(), examine(EXPERIMENTS[experiment], doctor))
         else: findings = _examine_others(runs)
         found[experiment if entire else list(runs)[-1]] = findings

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from lagm import cli
+from lagm.catalogue import missing_inputs, read_catalogue
 from lagm.core import InputError
 from lagm.datasets import CGPART_MODELS
 from lagm.doctor import Doctor, can_run, examine, report
+from lagm.experiments import list_experiments
 from lagm.picture_files import save_mask
 from lagm.sources import EXPERIMENTS, SOURCES
 
@@ -215,3 +217,74 @@ def test_the_backbone(small, monkeypatch):
 def test_unknown_names(capsys):
     with pytest.raises(InputError, match="no experiment is called 'celeba_3'; there are celeba_2"): report("celeba_3")
     assert cli.main(["doctor", "dog"]) == 2 and "no experiment is called 'dog'" in capsys.readouterr().err
+
+
+# ---- the doctor and `lagm run` say the same
+
+
+def test_what_run_lacks_is_what_the_doctor_misses(small, monkeypatch):
+    data, checkpoints = small
+    monkeypatch.chdir(data.parent)
+    assert (data.name, checkpoints.name) == ("data", "checkpoints")
+    backbone, generator = checkpoints / "torchvision" / "resnet101-63fe2227.pth", checkpoints / "stylegan2" / "celeba0-28k-paper256-ada.pkl"
+    run = read_catalogue()["celeba_2/annotate"]
+
+    def agree(expected):
+        assert [line for line in missing_inputs(run, data.parent) if "CelebA" not in line] == expected
+        assert {need for need in wrong("celeba_2", small) if "CelebA" not in need} == {source.name for source in SOURCES.values() if any(source.path in line for line in expected)}
+
+    agree([])
+    page = generator.read_bytes()
+    generator.write_text("<html>quota</html>")
+    agree(["generator: checkpoints/stylegan2/celeba0-28k-paper256-ada.pkl cannot be used: it is a web page (a download that went wrong)"])
+    generator.write_bytes(page)
+    backbone.unlink()
+    agree(["backbone: there is no checkpoints/torchvision/resnet101-63fe2227.pth"])
+
+
+@pytest.mark.parametrize("name,keys,code", [
+    ("celeba_2", ["celeba_2"], 0), ("celeba_2/annotate", ["celeba_2/annotate"], 0), ("celeba_2/evaluate", ["celeba_2"], 0), ("celeba_1*", ["celeba_10", "celeba_150", "celeba_1500"], 1),
+    ("cat16_stylegan_unet/downstream", ["cat16_stylegan_unet/downstream"], 0), ("quickstart", ["quickstart"], 0), ("annotate", ["annotate"], 0), ("report", ["report"], 0),
+    ("demo_k*", ["demo_k1", "demo_k10", "demo_k2", "demo_k30", "demo_k5"], 0), ("demo_cross_micah/cross_domain", ["demo_cross_micah"], 0), ("cgpart_car/annotate", ["cgpart_car/annotate"], 1)])
+def test_every_name_that_run_takes(small, capsys, name, keys, code):
+    assert cli.main(["doctor", name, "--json", *places(small)]) == code
+    assert list(json.loads(capsys.readouterr().out)["experiments"]) == keys
+
+
+def test_every_name_of_the_list_is_known(small):
+    for name in [*list_experiments(), *list(read_catalogue())[::12]]: assert report(name, *small)["experiments"], name
+
+
+def test_a_stage_needs_what_it_reads(small):
+    shutil.rmtree(small[0] / "CelebAMask-HQ" / "CelebA-HQ-img")
+    entry = report("celeba_2/annotate", *small)["experiments"]["celeba_2/annotate"]
+    assert {finding["need"] for finding in entry["findings"]} == {"CelebAMask-HQ train", "CelebAMask-HQ val", "CelebAMask-HQ splits", "stylegan2-celeba-256", "resnet101"}
+    entry = report("cgpart_car/annotate", *small)["experiments"]["cgpart_car/annotate"]
+    assert {finding["need"] for finding in entry["findings"]} == {"CGPart rendered cars", "CGPart real cars val", "stylegan2-car", "resnet101"}
+
+
+def test_a_reason_is_said_once(tmp_path, capsys):
+    cli.main(["doctor", "celeba", "--data", str(tmp_path), "--checkpoints", str(tmp_path)])
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(lines) == len(set(lines)) and text.count("there is no") == 3  # the data, the generator, the backbone
+    assert "missing  CelebAMask-HQ train, CelebAMask-HQ val, CelebAMask-HQ test: there is no" in text
+
+
+def test_advice_names_what_was_asked(tmp_path):
+    for name in ("celeba_10", "car20_stylegan_unet"):
+        lines = [line for line in missing_inputs(read_catalogue()[f"{name}/annotate"], tmp_path) if "lagm doctor" in line]
+        assert lines and all(f"`lagm doctor {name}`" in line for line in lines)
+
+
+def test_without_a_word_the_projects_own_folders_are_looked_at(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT, tmp_path / "project" / "data")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LAGM_HOME", str(tmp_path / "project"))
+    cli.main(["doctor", "celeba_2"])
+    text = capsys.readouterr().out
+    assert "CelebAMask-HQ train: 2 items" in text and str(tmp_path / "project" / "checkpoints") in text
+    cli.main(["doctor", "celeba_2", "--data", "data"])  # what is given is meant from here
+    assert "there is no data/CelebAMask-HQ" in capsys.readouterr().out
+    assert cli.main(["fetch", "--list"]) == 0 and str(tmp_path / "project" / "data" / "VOC2010") in capsys.readouterr().out

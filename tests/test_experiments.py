@@ -100,6 +100,28 @@ def test_results_go_to_the_current_folder_when_it_is_not_in_the_checkout(toy, tm
     assert str(experiments.default_output(toy, elsewhere)) == os.path.join("outputs", "toy", "toy.ipynb")
 
 
+def test_lagm_home_comes_first(toy, tmp_path_factory, monkeypatch):
+    elsewhere, home = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("home")
+    for value in (home, os.path.relpath(home)):
+        monkeypatch.setenv("LAGM_HOME", str(value))
+        for start in (elsewhere, toy.parent): assert experiments.working_folder(toy, start) == home
+        assert experiments.default_output(toy, elsewhere) == home / "outputs" / "toy" / "toy.ipynb"
+    monkeypatch.setenv("LAGM_HOME", "")
+    assert experiments.working_folder(toy, elsewhere) == elsewhere
+    (home / "file").touch()
+    monkeypatch.setenv("LAGM_HOME", str(home / "file"))
+    with pytest.raises(InputError, match="LAGM_HOME is .*file, a file"): experiments.working_folder(toy, elsewhere)
+
+
+def test_experiments_of_the_package_are_found_without_a_checkout(toy, tmp_path_factory, monkeypatch):
+    package, elsewhere = tmp_path_factory.mktemp("site-packages") / "lagm", tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(experiments.importlib.resources, "files", lambda name: package)
+    write_experiment(package / "_experiments" / "own.ipynb")
+    assert list(experiments.list_experiments(elsewhere)) == ["own"] and list(experiments.list_experiments(toy.parent)) == ["toy"]
+    assert experiments.working_folder(package / "_experiments" / "own.ipynb", elsewhere) == elsewhere
+    assert experiments.working_folder(package / "_experiments" / "own.ipynb", package / "_experiments") == package / "_experiments"
+
+
 # ---- files that cannot be used
 
 
