@@ -22,9 +22,9 @@ from typing import Any
 import yaml
 
 # %% ../nbs/components/91_catalogue.ipynb #d4bca730
-from .core import InputError, asset
+from .core import InputError, asset, read_text
 from .experiments import experiment_folder, experiment_name, fit_parameters, is_finished, named_paths, purpose, working_folder
-from .experiments import read_parameter_file, read_parameters
+from .experiments import read_parameter_file, read_parameters, read_record, read_yaml
 from .sources import EXPERIMENTS, SOURCES, Experiment
 
 # %% ../nbs/components/91_catalogue.ipynb #056ba969
@@ -55,6 +55,13 @@ class Run:
         """The file with its numbers."""
         return self.folder / "metrics.json"
 
+    def odd_record(self, root: str | Path = ".") -> str:
+        """A line about a notebook that lies where its results go and is passed over; empty if there is none such."""
+        if not (Path(root) / self.output).is_file(): return ""
+        try: read_record(Path(root) / self.output)
+        except InputError as error: return f"passed over: {error}"
+        return ""
+
     def finished(self, root: str | Path = ".") -> bool:
         """Whether its results are there, from this code, these parameters and the inputs as they are now."""
         return is_finished(self.notebook, Path(root) / self.output, self.parameters, root)
@@ -62,7 +69,7 @@ class Run:
 # %% ../nbs/components/91_catalogue.ipynb #34060598
 def _first_comment(path: Path) -> str:
     """The comment a file begins with, without its mark."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    first = read_text(path).split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
@@ -303,7 +310,7 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
 # %% ../nbs/components/91_catalogue.ipynb #6ce77af2
 def paper_numbers() -> dict[str, dict[str, Any]]:  # experiment -> metric ("fg_miou" or "miou"), value and perhaps std, in per cent
     """What the paper reports for each experiment; an experiment of which it shows only pictures has no value."""
-    return yaml.safe_load(asset("paper.yaml").read_text(encoding="utf-8"))["experiments"]
+    return read_yaml(asset("paper.yaml"))["experiments"]
 
 # %% ../nbs/components/91_catalogue.ipynb #3cc05533
 def choose_runs(
@@ -377,7 +384,7 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    return found + (_data_problems(run, root) if data else [])
+    return list(dict.fromkeys(found + (_data_problems(run, root) if data else [])))
 
 
 def _source_problem(path: Path, name: str) -> str | None:
@@ -392,5 +399,5 @@ def _data_problems(run: Run, root: Path) -> list[str]:
     """What the readers of a run's datasets have to say; the doctor they send one to is asked about this experiment."""
     from lagm.stages import split_problems
 
-    advice = f"`lagm doctor {run.experiment}`"
-    return [re.sub("`lagm doctor [^`]*`", lambda _: advice, line) for line in split_problems(run.stage, run.parameters, root)]
+    lines, name = split_problems(run.stage, run.parameters, root), run.experiment.partition("-")[0]
+    return [re.sub("`lagm doctor [^`]*`", f"`lagm doctor {name}`", line) for line in lines] if name in EXPERIMENTS else lines

@@ -31,6 +31,7 @@ from .evaluation import evaluate
 from .generator import check_version
 from .labels import IGNORE, LabelSet
 from .parts import PRECISIONS, make_fabric
+from .run_state import checkpoint_lock, forced, set_aside
 from .saved import load_segmenter, save_segmenter, segmenter_options
 
 # %% ../nbs/components/64_downstream.ipynb #6bec42f8
@@ -171,21 +172,40 @@ class RunFolder:
     def __init__(self, folder: str | Path | None, identity: dict[str, Any], keep: int):
         self.folder, self.identity, self.keep = Path(folder) if folder else None, json.loads(json.dumps(identity)), keep
 
-    def load(self, segmenter: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:  # epochs done, history
-        """Restore the run, if there is one; `InputError` if it is another."""
-        if self.folder is None or not (self.folder / "state.safetensors").exists(): return 0, []
-        tensors, header = load_tensors(self.folder / "state.safetensors")
-        check_version(self.folder / "state.safetensors", header)
+    @property
+    def state(self) -> Path | None:
+        """The file that a stopped run goes on from; None without a folder."""
+        return self.folder and self.folder / "state.safetensors"
+
+    def make_room(self) -> None:
+        """Before processes start: `InputError` if the folder holds another run, or, as `forced` allows, that run is set aside."""
+        if self.state is None or not self.state.exists(): return
+        try: self.read()
+        except InputError:
+            if not forced(): raise
+            set_aside([self.state, *sorted(self.folder.glob("epoch-*.safetensors"))])
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is in the state's file; `InputError` if it is another run's."""
+        tensors, header = load_tensors(self.state)
+        check_version(self.state, header)
         known, epoch = header.get("identity"), header.get("epoch")
         if not isinstance(known, dict) or not isinstance(known.get("recipe", {}), dict) or type(epoch) is not int \
                 or epoch < 1 or not isinstance(header.get("history"), list):
-            raise InputError(f"{self.folder / 'state.safetensors'} does not say which run it is of: its header is damaged")
+            raise InputError(f"{self.state} does not say which run it is of: its header is damaged")
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | {f"recipe.{k}": v for k, v in d.get("recipe", {}).items()}
         there, here = flat(known), flat(self.identity)
         differing = [f"{key} ({there.get(key)} there, {value} here)" for key, value in here.items() if there.get(key) != value]
-        if differing: raise InputError(f"{self.folder} holds another run: {'; '.join(differing)}. Go on with that run's settings, or choose another folder")
+        if differing: raise InputError(f"{self.folder} holds another run: {'; '.join(differing)}. Go on with that run's settings, choose another folder, "
+                                        "or let `lagm run --force` set it aside")
+        return tensors, header
+
+    def load(self, segmenter: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:  # epochs done, history
+        """Restore the run, if there is one; `InputError` if it is another."""
+        if self.state is None or not self.state.exists(): return 0, []
+        tensors, header = self.read()
         _restore(tensors, segmenter, optimizer)
-        return epoch, header["history"]
+        return header["epoch"], header["history"]
 
     def save(self, epoch: int, history: list[dict], segmenter: nn.Module, optimizer: torch.optim.Optimizer, **about: Any) -> None:
         """Keep the run after `epoch` epochs."""
@@ -294,12 +314,14 @@ def train_downstream(
     about = {"labels": labels, "size": list(data[0][0].shape[-2:]), "training": identity}
     files = RunFolder(folder, identity, recipe.keep)
     arguments = (segmenter, data, recipe, seed, files, validation, workers, progress, about)
-    if processes == 1: history = run_epochs(OneProcess(device, recipe.precision), *arguments)
-    else:
-        if folder is None: raise InputError("several processes hand over their result by a file; give a folder")
-        make_fabric(processes, device, recipe.precision).launch(functools.partial(_in_fabric, arguments))
-        tensors, header = load_tensors(files.folder / "state.safetensors")
-        segmenter.load_state_dict({k.removeprefix("segmenter."): v for k, v in tensors.items() if k.startswith("segmenter.")})
-        history = header["history"]
+    if processes > 1 and folder is None: raise InputError("several processes hand over their result by a file; give a folder")
+    with checkpoint_lock(files.state):
+        files.make_room()
+        if processes == 1: history = run_epochs(OneProcess(device, recipe.precision), *arguments)
+        else:
+            make_fabric(processes, device, recipe.precision).launch(functools.partial(_in_fabric, arguments))
+            tensors, header = load_tensors(files.state)
+            segmenter.load_state_dict({k.removeprefix("segmenter."): v for k, v in tensors.items() if k.startswith("segmenter.")})
+            history = header["history"]
     kept = [files.folder / f"epoch-{e:03d}.safetensors" for e in range(max(1, recipe.epochs - recipe.keep + 1), recipe.epochs + 1)] if folder else []
     return Downstream(segmenter.eval(), history, [path for path in kept if path.exists()])

@@ -6,12 +6,12 @@
 __all__ = ['DATASETS', 'SIMPLE', 'Resized', 'open_dataset', 'read_labelled', 'read_split', 'has_validation', 'read_validation',
            'splits_of', 'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter',
            'make_recipe', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values',
-           'write_metrics', 'start_stage']
+           'write_metrics', 'check_size', 'start_stage']
 
 # %% ../nbs/components/88_stages.ipynb #fbd94275
 import dataclasses
 import json
-import shutil
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from .data import Avatars, choose_labelled, stack
 from .experiments import SPEED, describe_inputs
 from .generator import FrozenGenerator, Sampling, check_version, load_generator
 from .labels import LabelSet
+from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter
 from .training import Recipe, get_recipe, train_lagm
@@ -289,23 +290,39 @@ def write_metrics(
     write_json(path, record)
     return path
 
+# %% ../nbs/components/88_stages.ipynb #d21afe36
+def check_size(
+    parameters: Mapping[str, Any],  # of a run, by name
+) -> None:
+    """Raise `InputError` unless `size`, if given, is a width and a height that the U-Net's `levels` can halve."""
+    size, levels = parameters.get("size"), parameters.get("levels")
+    if size is None: return
+    if not isinstance(size, list | tuple) or len(size) != 2 or min(size) < 1:
+        raise InputError(f"size is {size!r:.80}: give two numbers, width and height")
+    if levels is not None and parameters.get("segmenter", "unet") == "unet" and min(size) < 2**levels:
+        raise InputError(f"levels is {levels}: pictures of {size[0]} x {size[1]} pixels cannot be halved so often")
+
+# %% ../nbs/components/88_stages.ipynb #cec5f4a1
+def _asked(parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What decides whether two runs are the same: parameters and what the inputs hold."""
+    inputs = {name: {key: value for key, value in record.items() if key != "marks"} for name, record in describe_inputs(parameters, own=folder).items()}
+    return json.loads(json.dumps({"parameters": {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}, "inputs": inputs}))
+
 
 def start_stage(
-    parameters: Mapping[str, Any],  # of the run; `threads` and `out_dir` are looked at
+    parameters: Mapping[str, Any],  # of the run; `size`, `levels`, `threads` and `out_dir` are looked at
     resumable: Sequence[str] = (),  # patterns of the files that a stopped run goes on from
 ) -> Path:  # the folder for results
-    """Set the number of threads and make the folder. What another run left there to go on from is removed: it had other parameters, or read other files.
-
-    `InputError` for a size that is not two numbers.
-    """
-    if len(parameters.get("size", (0, 0))) != 2: raise InputError(f"size is {parameters['size']}: give two numbers, width and height")
+    """Set the number of threads, and make the folder. What another run left there to go on from is set aside: it had
+    other parameters, or inputs that held something else. Raises `InputError` for a size that cannot be, and for a folder that cannot be made."""
+    check_size(parameters)
     if parameters.get("threads"): torch.set_num_threads(parameters["threads"])
     folder = Path(parameters.get("out_dir") or tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = {"parameters": {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}, "inputs": describe_inputs(parameters)}
-    asked, path = json.loads(json.dumps(asked)), folder / "asked.json"
-    if path.is_file() and read_json(path) != asked:
-        for left in (left for pattern in resumable for left in folder.glob(pattern)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another out_dir") from error
+    asked, path = _asked(parameters, folder), folder / "asked.json"
+    try: same = not path.is_file() or read_json(path) == asked
+    except InputError: same = False
+    if not same: set_aside(sorted(left for pattern in resumable for left in folder.glob(pattern)))
     write_json(path, asked)
     return folder

@@ -37,6 +37,7 @@ from .augment import resize_nearest, wide_crop
 from .core import InputError, choose_device, random_generator, read_json, write_json
 from .evaluation import eval_mode
 from .labels import CELEBA8, LabelSet
+from .run_state import forced, set_aside
 
 # %% ../nbs/components/62_synthetic.ipynb #9d162428
 VOTES = ("mean", "majority")
@@ -345,9 +346,14 @@ def _settle(folder: Path, description: dict[str, Any]) -> None:
     if publish(temporary, path): return
     there, here = read_json(path), json.loads(json.dumps(description))
     flat = lambda d: {k: v for k, v in d.items() if k != "plan"} | {f"plan.{k}": v for k, v in d.get("plan", {}).items()}
-    there, here = flat(there), flat(here)
+    there, here = flat(there) if isinstance(there, dict) else {}, flat(here)
     differing = [f"{key} ({there.get(key)} there, {value} here)" for key, value in here.items() if there.get(key) != value]
-    if differing: raise InputError(f"{folder_text} another dataset: {'; '.join(differing)}. Choose another folder, or go on with that dataset's settings")
+    if differing and not forced():
+        raise InputError(f"{folder_text} another dataset: {'; '.join(differing)}. Choose another folder, go on with that dataset's settings, "
+                         "or let `lagm run --force` set it aside")
+    if differing:
+        set_aside([folder])
+        _settle(folder, description)
 
 # %% ../nbs/components/62_synthetic.ipynb #a8d71157
 def generate(

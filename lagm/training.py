@@ -40,7 +40,7 @@ from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients
 from .matching import match_double_backward, match_forward_mode
 from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
-from .run_state import CheckpointError, Checkpoints, digest, generator_digest, random_states, restore_random_states
+from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
 from .saved import NETWORKS, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .watching import Estimate, Watch, Watcher, free_space, measure
@@ -481,7 +481,7 @@ class Identity:
         differing = [f"{key} ({there} there, {value} here)" for key, value in own.items() if (there := other.get(key, usual.get(key, value))) != value]
         if differing:
             raise InputError(f"{path} is a checkpoint of another run: {'; '.join(differing)}. "
-                             "Go on with that run's settings, give another path, or delete the file")
+                             "Go on with that run's settings, give another path, or let `lagm run --force` set it aside")
 
     def header(self) -> dict[str, Any]:
         """As plain values."""
@@ -638,13 +638,26 @@ class Keeper:
         try: self.checkpoints.save_best(*self.state(step, history))
         except CheckpointError as error: warnings.warn(f"{error}. The run goes on", stacklevel=2)
 
+    def own(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest state at the run's path; None if there is none, or if it was another run's and is now set aside, as `forced` allows."""
+        if self.checkpoints is None: return None
+        try:
+            found = self.checkpoints.load()
+            if found: self.identity.check(found[1], self.checkpoints.path)
+            return found
+        except InputError:
+            if not forced() or this_process()[1] > 1: raise
+            self.checkpoints.set_aside()
+            return None
+
     def load(self) -> tuple[int, dict[str, list[dict]]] | None:
         """Put the players into the newest state and return its step and history; None if there is none. `InputError` if it is another run's."""
-        path, found = (self.checkpoints.path, self.checkpoints.load()) if self.checkpoints else (None, None)
-        if found is None and self.resume_from: path, found = self.resume_from, load_tensors(self.resume_from)
+        found = self.own()
+        if found is None and self.resume_from:
+            found = load_tensors(self.resume_from)
+            self.identity.check(found[1], self.resume_from)
         if found is None: return None
         tensors, header = found
-        self.identity.check(header, path)
         step, history = header.get("step"), header.get("history")
         try:
             stage, _ = locate(self.stages, step - 1)
@@ -653,6 +666,7 @@ class Keeper:
             if "random" in header: restore_random_states(tensors, header["random"])
             if step < 1 or any(not isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            path = self.checkpoints.path if self.checkpoints else self.resume_from
             raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. "
                              "Give another path, or delete the file") from error
         return step, history
@@ -731,6 +745,10 @@ class Loop(Course):
     """Runs the stages, from wherever the checkpoint, if there is one, says."""
 
     def run(self) -> Trained:
+        """Do the steps that are left; `InputError` if another process does."""
+        with checkpoint_lock(None if this_process()[0] else self.checkpoint): return self.go_on()
+
+    def go_on(self) -> Trained:
         """Do the steps that are left."""
         random_state = torch.get_rng_state()  # the caller's
         self.step, self.history = self.keeper.load() or (0, self.history)

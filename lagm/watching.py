@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, atomic_path, install_advice
+from .core import InputError, atomic_path, decode_text, install_advice, parse_json
 from .labels import CELEBA8, LabelSet, colourise
 
 # %% ../nbs/components/56_watching.ipynb #efba60c6
@@ -47,11 +47,11 @@ class MetricsLog:
         except OSError as error: print(f"cannot write {self.path}: {error.strerror}", file=sys.stderr)
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records."""
+        """All whole records; a line that is none, because a process was killed or somebody wrote into the file, is passed over."""
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError): found.append(json.loads(line))
-        return found
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(InputError): found.append(parse_json(decode_text(line)))
+        return [record for record in found if isinstance(record, dict) and isinstance(record.get("step"), int | float)]
 
 # %% ../nbs/components/56_watching.ipynb #5708fa40
 def palette_for(
