@@ -11,8 +11,8 @@ __all__ = ['WRONG_KINDS', 'POSITIONS', 'TF_SIZES', 'TF_FIXED', 'TF_TRAINING', 'T
            'plain_facts', 'find_results', 'load_results', 'read_generator_kwargs']
 
 # %% ../nbs/components/26_checkpoints.ipynb #6031829e
-import dataclasses
 import contextlib
+import dataclasses
 import math
 import re
 import struct
