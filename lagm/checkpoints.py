@@ -11,6 +11,7 @@ __all__ = ['WRONG_KINDS', 'POSITIONS', 'TF_SIZES', 'TF_FIXED', 'TF_TRAINING', 'T
            'plain_facts', 'find_results', 'load_results', 'read_generator_kwargs']
 
 # %% ../nbs/components/26_checkpoints.ipynb #6031829e
+import contextlib
 import dataclasses
 import math
 import re
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .annotator import FPNAnnotator
-from .core import InputError, load_tensors, printable, random_generator
-from .generator import check_names, generator_header, is_finite, network_from_tensors, of_class
+from .core import InputError, describe_tensors, load_tensors, printable, random_generator
+from .generator import as_weight, check_names, generator_header, is_finite, network_from_tensors, of_class
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2, resampling_filter
@@ -91,14 +92,9 @@ def fill_network(
     "Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite."
     check_names(path, network, {name: weight.shape for name, weight in weights.items()})
     if sum(weight.nbytes for weight in weights.values()) > 2 * len(data) + 2**20: raise Unreadable("uses the same numbers for many tensors, as no network does")
-    kinds, state = {name: tensor.is_floating_point() for name, tensor in network.state_dict().items()}, {}
+    expected, state = network.state_dict(), {}
     for name in tqdm(weights, desc="reading", unit=" tensors", disable=not progress):
-        tensor = weights[name].read()
-        if tensor.is_floating_point() != kinds[name] or tensor.is_complex() or tensor.dtype is torch.bool:
-            raise Unreadable(f"has {printable(name)} as {str(tensor.dtype).removeprefix('torch.')}, not as "
-                             f"{'floating-point' if kinds[name] else 'whole'} numbers",
-                             "it is of another program")
-        state[name] = tensor.float().contiguous() if kinds[name] else tensor
+        state[name] = as_weight(path, name, weights[name].read(), expected[name])
         if not is_finite(state[name]): raise Unreadable(f"has infinite or NaN numbers in {name}", "training went astray, or the file is damaged: get another snapshot")
         forget_pages(data)
     network.load_state_dict(state, assign=True)
@@ -510,8 +506,10 @@ def read_generator(
     with reading(path) as data:
         if recognise(data) == "safetensors":
             if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")
+            with contextlib.suppress(InputError):  # an unreadable one is named below
+                names, header = describe_tensors(path)
+                if not header: name_other(list(names))
             tensors, header = read_safetensors(path)
-            if not header: name_other(list(tensors))
             return of_class(network_from_tensors(path, tensors, header), header, label, path)
         found = find_generator(read_value(path, data))
         if avg_latent is not None and not found.mean and not isinstance(found.network, StyleGAN1) and "rosinality" not in found.kind:
