@@ -176,12 +176,16 @@ class RunFolder:
         if self.folder is None or not (self.folder / "state.safetensors").exists(): return 0, []
         tensors, header = load_tensors(self.folder / "state.safetensors")
         check_version(self.folder / "state.safetensors", header)
+        known, epoch = header.get("identity"), header.get("epoch")
+        if not isinstance(known, dict) or not isinstance(known.get("recipe", {}), dict) or type(epoch) is not int \
+                or epoch < 1 or not isinstance(header.get("history"), list):
+            raise InputError(f"{self.folder / 'state.safetensors'} does not say which run it is of: its header is damaged")
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | {f"recipe.{k}": v for k, v in d.get("recipe", {}).items()}
-        there, here = flat(header.get("identity", {})), flat(self.identity)
+        there, here = flat(known), flat(self.identity)
         differing = [f"{key} ({there.get(key)} there, {value} here)" for key, value in here.items() if there.get(key) != value]
         if differing: raise InputError(f"{self.folder} holds another run: {'; '.join(differing)}. Go on with that run's settings, or choose another folder")
         _restore(tensors, segmenter, optimizer)
-        return header["epoch"], header["history"]
+        return epoch, header["history"]
 
     def save(self, epoch: int, history: list[dict], segmenter: nn.Module, optimizer: torch.optim.Optimizer, **about: Any) -> None:
         """Keep the run after `epoch` epochs."""

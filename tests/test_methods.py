@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from lagm.downstream import load_segmenter
+
 SIZES = dict(iterations=2, paper_iterations=3, warm_up=2, person_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=6, threads=1)
 
 
@@ -27,6 +29,11 @@ def test_a_row_for_each_method(tmp_path):
         assert row["labelled_on"] == ("generated" if row["method"] == "DatasetGAN" else "real")
     assert {"table.png", "test.png", "curves.png", "methods.ipynb"} <= {p.name for p in tmp_path.iterdir()}
     for line in report["summary"]: assert line in done.stdout
+    files = {path.parent.name: load_segmenter(path)[1] for path in tmp_path.rglob("segmenter.safetensors")}
+    assert {name: header["metrics"] for name, header in files.items() if name != tmp_path.name} == {
+        name.replace(" ", "-").replace("'", ""): metrics for name, metrics in report["metrics"].items()}
+    ours = files[tmp_path.name]
+    assert ours["method"] == "gradient matching" and ours["labels"].n_classes == 8 and ours["size"] == [64, 64] and ours["step"] == 6
 
 
 @pytest.mark.parametrize("change, words", [(dict(methods="magic"), "unknown method 'magic'"), (dict(pairs=0), "pairs is 0")])

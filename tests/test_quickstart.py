@@ -9,6 +9,12 @@ import time
 
 import nbformat
 import pytest
+from PIL import Image
+
+from lagm.cli import main
+from lagm.convert import inspect
+from lagm.data import Avatars
+from lagm.pictures import to_bytes
 
 SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, width=4, threads=1)
 
@@ -45,6 +51,20 @@ def test_it_leaves_notebook_figures_and_metrics_and_says_where(finished):
     assert report["provenance"]["versions"]["torch"] and report["generator"]["trained_with"]
     for line in report["summary"]:
         assert line in printed
+
+
+@pytest.mark.parametrize("name", ["segmenter.safetensors", "matched.safetensors", ""])
+def test_what_it_trained_labels_a_folder_of_pictures(finished, tmp_path, name):
+    """The file that was meant for this, the state of the run, or simply the folder."""
+    (image, _), labels = Avatars("micah", "test")[0], Avatars("micah").labels
+    (tmp_path / "in").mkdir()
+    Image.fromarray(to_bytes(image)).resize((80, 60)).save(tmp_path / "in" / "face.png")
+    assert main(["predict", str(finished[0] / name), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert [entry["name"] for entry in record["categories"]] == list(labels.classes[1:])
+    mask = Image.open(tmp_path / "out" / "masks" / "face.png")
+    assert mask.size == (80, 60) and mask.getpalette()[: 3 * labels.n_classes] == [value for colour in labels.palette for value in colour]
+    if name: assert inspect(finished[0] / name)["size"] == (64, 64)
 
 
 def test_a_second_call_keeps_the_result(finished):

@@ -223,7 +223,12 @@ def test_the_state_of_a_downstream_run_is_used_too(tmp_path, pictures):
     for name in ("state", "epoch-001"):
         network, labels, size = open_segmenter(tmp_path / "run" / f"{name}.safetensors")
         assert alike(network, done.segmenter) and labels == LABELS and size == (16, 16)
-    assert same(open_segmenter(tmp_path / "run")[0], done.segmenter)
+    assert alike(open_segmenter(tmp_path / "run")[0], done.segmenter)
+    tensors, header = load_tensors(tmp_path / "run" / "state.safetensors")
+    for change in ({"format_version": 2}, {"epoch": "1"}, {"identity": [1]}, {"history": None}):
+        save_tensors(tmp_path / "run" / "state.safetensors", tensors, header | change)
+        with pytest.raises(InputError, match="state.safetensors"): train_downstream(
+            tiny_segmenter(), list(zip(images, masks)), DownstreamRecipe(epochs=1, batch=2), folder=tmp_path / "run", labels=LABELS, progress=False)
 
 
 def test_a_segmenter_of_other_channels_is_named(tmp_path):

@@ -12,6 +12,7 @@ from templates import run_cells
 from lagm import segmenters
 from lagm.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
 from lagm.generator import load_generator
+from lagm.saved import read_networks
 from lagm.stages import load_networks
 
 CATALOGUE = read_catalogue(ROOT)
@@ -71,3 +72,5 @@ def check_annotate(project, run, record):
     assert record["recipe"]["wide_crop"] == expected.get("wide_crop", False) and record["step"] == 2
     generator = load_generator(project / expected["generator"], avg_latent=project / expected["avg_latent"] if "avg_latent" in expected else None)
     assert networks.facts["annotator"]["arguments"]["feature_channels"] == generator.feature_channels
+    alone = read_networks(project / run.folder / "segmenter.safetensors", len(record["classes"]))
+    assert alone.labels.classes == tuple(record["classes"]) and alone.size == tuple(record["parameters"]["size"][::-1]) and alone.header["metrics"] == record["metrics"]["segmenter"]
