@@ -205,7 +205,7 @@ class RunFolder:
         if self.state is None or not self.state.exists(): return 0, []
         tensors, header = self.read()
         _restore(tensors, segmenter, optimizer)
-        return header["epoch"], header["history"]
+        return epoch, header["history"]
 
     def save(self, epoch: int, history: list[dict], segmenter: nn.Module, optimizer: torch.optim.Optimizer, **about: Any) -> None:
         """Keep the run after `epoch` epochs."""
