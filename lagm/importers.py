@@ -247,18 +247,24 @@ def _new_names(pictures: Mapping[Path, str]) -> dict[Path, str]:
 class _Import:
     """Brings records together with pictures, and writes the folder."""
 
-    def __init__(self, root: Path, pictures: Pictures, labels: LabelSet, notes: Iterable[str] = ()):
+    def __init__(self, root: Path, pictures: Pictures, labels: LabelSet, notes: Iterable[str] = (), complete=False):
         self.done, self.pictures, self.labels = Imported(root, notes=list(notes)), pictures, labels
+        self.complete = complete  # the pictures are those of the export, and no others
         self.claims: dict[Path, list[_Record]] = {}  # none: the picture is left out
         self.named: set[str] = set()  # all names of the export and their ends, without suffix
+        self.lost: set[str] = set()  # of these, names that no picture was found for
 
     def claim(self, records: Iterable[_Record]) -> None:
         """Find the pictures of the records. If two names that are no paths here mean one picture, both are left out."""
         loose: dict[Path, set[str]] = {}
         for record in records:
-            self.named.update(_tails(_bare(_key(_without_address(record.source)))))
+            tails = _tails(_bare(_key(_without_address(record.source))))
+            self.named.update(tails)
             try: path, exact = record.find()
-            except InputError as error: self.done.skip(record.name, str(error)); continue
+            except InputError as error:
+                self.done.skip(record.name, str(error))
+                self.lost.update(tails)
+                continue
             self.claims.setdefault(path, []).append(record)
             if not exact: loose.setdefault(path, set()).add(record.source)
         for path, names in loose.items():
@@ -279,7 +285,7 @@ class _Import:
         labelled, good, mask = [record for record in claims or () if record.draw], [], None
         for record in labelled:
             try:
-                if len(good) < 2: mask = _fitting(record.draw(path, picture.size), path, picture.size)  # two are too many
+                if len(good) < 2: mask = _fitting(record.draw(path, picture.size), path, picture.size)  # two: too many
                 good.append(record.name)
             except InputError as error: self.done.skip(record.name, str(error))
         if len(good) > 1:
@@ -306,6 +312,7 @@ def _others(work: _Import) -> list[Path]:
     ends = work.named.union(*map(_tails, named))
     rest = {path: _bare(key) for path, key in work.pictures.paths.items() if path not in work.claims}
     copies = {path for path, key in rest.items() if key in ends or not named.isdisjoint(_tails(key))}
+    if work.complete: copies = {path for path, key in rest.items() if key in work.lost}
     if copies:
         shown = _some(work.pictures.paths[path] for path in copies)
         work.done.notes.append(f"not taken along, since the export names others whose paths end alike: {shown}")
@@ -360,7 +367,7 @@ def _check_place(root: str | Path) -> Path:
 
 def _write(work: _Import, made: Path, only_labelled: bool) -> None:
     """Write pictures and masks to the folder `made`, and say so in `work.done`."""
-    others, done = _others(work), work.done
+    others, done, renamed = _others(work), work.done, []
     stems, behind = _new_names({path: work.pictures.paths[path] for path in (*work.claims, *others)}), 0
 
     def put(path: Path) -> None:
@@ -370,8 +377,7 @@ def _write(work: _Import, made: Path, only_labelled: bool) -> None:
         if mask is not None: save_mask(made / "masks" / f"{stem}.png", mask, work.labels)
         shutil.copyfile(path, made / "images" / f"{stem}{path.suffix}")
         (done.unlabelled if mask is None else done.names).append(stem)
-        if stem == PurePosixPath(key).stem: return
-        done.notes.append(f"{printable(key)} is {printable(stem)}{path.suffix} here")
+        if stem != PurePosixPath(key).stem: renamed.append(f"{key} is {stem}{path.suffix}")
 
     for sub in ("images", "masks"): (made / sub).mkdir(parents=True)
     for path, claims in work.claims.items():
@@ -381,6 +387,7 @@ def _write(work: _Import, made: Path, only_labelled: bool) -> None:
     elif only_labelled: behind += len(others)
     else:
         for path in others: put(path)
+    if renamed: done.notes.append(f"names that would not differ here: {_some(renamed)}")
     if behind: done.notes.append(f"not taken along, as asked for: {behind} pictures without labels")
     write_classes(made, work.labels)
 
@@ -708,7 +715,7 @@ def import_cvat(
         labels = read_label_map(folder / "labelmap.txt")
         colours = {colour: value for value, colour in enumerate(labels.palette)}
         masks = Pictures(folder / "SegmentationClass", IMAGE_SUFFIXES)
-        work = _Import(root, Pictures(images or folder / "JPEGImages", but=root), labels)
+        work = _Import(root, Pictures(images or folder / "JPEGImages", but=root), labels, complete=images is None)
         stems = {path: path.relative_to(masks.folder).with_suffix("").as_posix() for path in masks.paths}
         find = Finder(work.pictures, list(stems.values()), stems=True)
         work.done.notes += find.notes()
