@@ -165,7 +165,7 @@ def _restore(tensors: dict[str, Tensor], segmenter: nn.Module, optimizer: torch.
     whole["state"] = {i: state for i in range(len(whole["param_groups"][0]["params"])) if (state := part(f"optimizer.{i}."))}
     optimizer.load_state_dict(whole)
 
-
+# %% ../nbs/components/64_downstream.ipynb #fa06353d
 class RunFolder:
     """The files of a run: state.safetensors, and epoch-NNN.safetensors for the last epochs. Without a folder nothing is kept."""
 
@@ -205,7 +205,7 @@ class RunFolder:
         if self.state is None or not self.state.exists(): return 0, []
         tensors, header = self.read()
         _restore(tensors, segmenter, optimizer)
-        return epoch, header["history"]
+        return header["epoch"], header["history"]
 
     def save(self, epoch: int, history: list[dict], segmenter: nn.Module, optimizer: torch.optim.Optimizer, **about: Any) -> None:
         """Keep the run after `epoch` epochs."""

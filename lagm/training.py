@@ -7,9 +7,9 @@ __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'Recipe', 'get_recipe'
            'SyntheticBatches', 'balanced_weights', 'make_optimizer', 'learning_rate', 'compile_networks',
            'memory_layouts', 'Players', 'surroundings', 'phase_annotator', 'phase_segmenter', 'matching_step',
            'supervised_step', 'imitation_step', 'pack_state', 'unpack_state', 'Identity', 'data_digest', 'Stage',
-           'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt', 'require_finite', 'validated', 'Keeper',
-           'Course', 'Loop', 'check_labelled', 'check_sides', 'lagm_stages', 'in_processes', 'train_lagm',
-           'train_supervised']
+           'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt', 'require_finite', 'validated', 'describe_run',
+           'restore_players', 'Keeper', 'Course', 'Loop', 'check_labelled', 'check_sides', 'lagm_stages',
+           'in_processes', 'train_lagm', 'train_supervised']
 
 # %% ../nbs/components/60_training.ipynb #e7c5064a
 import contextlib
@@ -593,6 +593,38 @@ def validated(
     segmenter.train(training)
     return {"fg_miou": float(metrics.fg_miou), "miou": float(metrics.miou)}
 
+# %% ../nbs/components/60_training.ipynb #40eea094
+def describe_run(
+    players: Players,
+    labels: LabelSet | None = None,  # what the classes mean
+    size: tuple[int, int] | None = None,  # height and width of the labelled pictures
+) -> dict[str, Any]:  # for the header of a state
+    """What it takes to use the networks of a state by themselves."""
+    ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+    networks = {role: describe_network(network) for role, network in ours.items()}
+    return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
+
+
+def restore_players(
+    players: Players,
+    stages: Sequence[Stage],
+    tensors: dict[str, Tensor],  # of a state
+    header: dict[str, Any],
+    path: str | Path,  # named in errors
+) -> tuple[int, dict[str, list[dict]]]:  # step and history
+    """Put the players into a state; `InputError` if it does not fit them."""
+    step, history = header.get("step"), header.get("history")
+    try:
+        stage, _ = locate(stages, step - 1)
+        players.begin(stage.rates, stage.averaged)
+        unpack_state(players, tensors)
+        if "random" in header: restore_random_states(tensors, header["random"])
+        if step < 1 or any(not isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. "
+                         "Give another path, or delete the file") from error
+    return step, history
+
 # %% ../nbs/components/60_training.ipynb #f36c6cc8
 class Keeper:
     """Writes and reads the checkpoints of one run."""
@@ -611,9 +643,7 @@ class Keeper:
         self.players, self.stages, self.identity = players, stages, identity
         self.checkpoints = Checkpoints(path, keep) if path else None
         self.resume_from, self.provenance = resume_from, None
-        ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
-        networks = {role: describe_network(network) for role, network in ours.items()}
-        self.about = {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
+        self.about = describe_run(players, labels, size)
 
     def state(self, step: int, history: dict[str, list[dict]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, and what the run was made from."""
@@ -643,7 +673,7 @@ class Keeper:
         if self.checkpoints is None: return None
         try:
             found = self.checkpoints.load()
-            if found: self.identity.check(found[1], self.checkpoints.path)
+            if found: self.check(found[1], self.checkpoints.path)
             return found
         except InputError:
             if not forced() or this_process()[1] > 1: raise
@@ -652,24 +682,18 @@ class Keeper:
 
     def load(self) -> tuple[int, dict[str, list[dict]]] | None:
         """Put the players into the newest state and return its step and history; None if there is none. `InputError` if it is another run's."""
-        found = self.own()
+        path, found = self.checkpoints and self.checkpoints.path, self.own()
         if found is None and self.resume_from:
-            found = load_tensors(self.resume_from)
-            self.identity.check(found[1], self.resume_from)
-        if found is None: return None
-        tensors, header = found
-        step, history = header.get("step"), header.get("history")
-        try:
-            stage, _ = locate(self.stages, step - 1)
-            self.players.begin(stage.rates, stage.averaged)
-            unpack_state(self.players, tensors)
-            if "random" in header: restore_random_states(tensors, header["random"])
-            if step < 1 or any(not isinstance(history[kind], list) for kind in ("losses", "validation")): raise ValueError
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            path = self.checkpoints.path if self.checkpoints else self.resume_from
-            raise InputError(f"{path} holds another state than this run's: networks of other sizes, or it is damaged. "
-                             "Give another path, or delete the file") from error
-        return step, history
+            path, found = self.resume_from, load_tensors(self.resume_from)
+            self.check(found[1], path)
+        return None if found is None else restore_players(self.players, self.stages, *found, path)
+
+    def check(self, header: dict[str, Any], path: str | Path) -> None:
+        """Raise `InputError` unless a state is of this run and its networks."""
+        self.identity.check(header, path)
+        if header.get("networks", self.about["networks"]) != self.about["networks"]:  # older states do not say
+            raise InputError(f"{path} is a checkpoint of another run, with networks of other sizes. "
+                             "Go on with that run's networks, give another path, or delete the file")
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
 LONG = 2000  # steps; a run of so many tells its estimate first
