@@ -38,7 +38,7 @@ def unpack(
     return image, mask.to(torch.int64, copy=True)
 
 # %% ../nbs/components/16_cache.ipynb #8cdbc119
-FORMAT = "lagm-cache-1"  # changed when what readers make of the same files changes
+FORMAT = "lagm-cache-2"  # changed when what readers make of the same files changes
 
 
 def item_key(
@@ -102,10 +102,18 @@ class Cached(Dataset):
         if path.is_file():
             try:
                 packed, header = load_tensors(path)
-                if header.get("format") == FORMAT and set(packed) == {"image", "mask"}:
+                if header.get("format") == FORMAT and _is_item(packed):
                     self.hits["disk"] += 1
                     return packed
             except InputError: pass  # damaged: decoded again, and replaced
         packed = self._decoded(index)
         save_tensors(path, packed, {"format": FORMAT, "settings": self.dataset.settings()})
         return packed
+
+
+def _is_item(packed: dict[str, Tensor]) -> bool:
+    """Whether tensors from a file are what `pack` makes."""
+    if set(packed) != {"image", "mask"}: return False
+    image, mask = packed["image"], packed["mask"]
+    kinds = image.dtype in (torch.uint8, torch.float32) and mask.dtype in (torch.uint8, torch.int64)
+    return kinds and image.ndim == 3 and mask.ndim == 2 and image.shape == (3, *mask.shape)

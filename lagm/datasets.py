@@ -18,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import VisionDataset
 
-from .core import InputError
+from .core import InputError, inside, printable, read_lines
 from .label_maps import CELEBA_19, LABEL_MAPS, LabelMap, get_labels
 from .labels import IGNORE, Labelled, LabelSet
-from .picture_files import check_classes, check_same_shape, check_size, describe_file, read_image, read_mask, to_item
+from .picture_files import (
+    by_name, check_classes, check_size, describe_file, list_files, read_image, read_mask, read_pair, to_item)
+from .unpickling import read_arrays
 
 # %% ../nbs/components/14_datasets.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):
@@ -66,11 +68,11 @@ def _need(path: Path, what: str, layout: str, remedy: str) -> Path:
     raise InputError(f"{what} not found: there is no {path}. Expected layout:\n  {layout}\n{remedy}")
 
 
-def _read_lines(path: Path) -> list[str]:
-    """The lines of a list file without blank ones; `InputError` if it is no text."""
-    try: lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error: raise InputError(f"cannot read the list {path}: {error}; it is {describe_file(path)}") from error
-    return [line.strip() for line in lines if line.strip()]
+def _names_in(path: Path, folder: Path) -> list[str]:
+    """The names in a list of files of a folder; `InputError` if it is no text, or a name leads out of the folder."""
+    names = read_lines(path)
+    for name in names: inside(folder, name)
+    return names
 
 
 def _choose_split(split: str, known: Sequence[str], what: str) -> str:
@@ -114,10 +116,10 @@ def celeba_numbers(
     """The pictures of a split: `celeba_split/<split>.txt` if there is one, else the official range."""
     path = Path(root) / "celeba_split" / f"{split}.txt"
     if not path.is_file(): return [str(number) for number in CELEBA_SPLITS[split]]
-    lines = _read_lines(path)
-    wrong = [line for line in lines if not line.isdecimal()]
-    if wrong: raise InputError(f"{path} should hold one picture number a line, but has {wrong[0]!r}")
-    return [str(int(line)) for line in lines]
+    lines = read_lines(path)
+    wrong = next((line for line in lines if not line.isdecimal() or len(line) > 9), None)
+    if wrong is None: return [str(int(line)) for line in lines]
+    raise InputError(f"{path} should hold one picture number a line, but has {printable(wrong, 40)!r}")
 
 # %% ../nbs/components/14_datasets.ipynb #3359a1f2
 class CelebAMaskHQ(PartDataset):
@@ -166,10 +168,11 @@ class CelebAMaskHQ(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         path = self._images / f"{self.names[index]}.jpg"
-        image = read_image(path)
-        if self.split == "unlabelled": return to_item(image, np.full(image.size[::-1], IGNORE, np.uint8), self.size)
-        mask = merge_parts(self.part_files(index))
-        check_same_shape(image, mask, path, f"the mask of face {self.names[index]}", scaled=True)
+        if self.split == "unlabelled":
+            image = read_image(path, upright=True)
+            return to_item(image, np.full(image.size[::-1], IGNORE, np.uint8), self.size)
+        name = f"the mask of face {self.names[index]}"
+        image, mask = read_pair(path, merge_parts(self.part_files(index)), name, scaled=True)
         return to_item(image, self._map(mask) if self._map else mask, self.size or mask.shape[::-1])
 
 # %% ../nbs/components/14_datasets.ipynb #285e3512
@@ -193,11 +196,14 @@ def read_array_mask(
     path: str | Path,  # a .npy file with (H, W), or with more planes of which the first counts
 ) -> np.ndarray:  # (H, W) uint8
     """Read a mask from a numpy file; `InputError` if it is damaged or holds other things."""
-    try: values = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is not a readable numpy array ({error}); it is {describe_file(path)}. Get the file again") from error
-    if not isinstance(values, np.ndarray): raise InputError(f"{path} holds several arrays; a mask is one")
-    if values.ndim == 3: values = values[0] if values.shape[0] < min(values.shape[1:]) else values[..., 0]
+    try: arrays = read_arrays(path)
+    except InputError as error:
+        why = f"it {str(error).removeprefix(f'{path} ')} (it is {describe_file(path)})"
+        raise InputError(f"{path} is not a readable numpy array: {why}") from error
+    if list(arrays) != [""]: raise InputError(f"{path} is an archive of arrays; a mask is one array, in a .npy file")
+    values = arrays[""]
+    if values.ndim == 3 and values.size:
+        values = values[0] if values.shape[0] < min(values.shape[1:]) else values[..., 0]
     return check_classes(values, None, path)
 
 # %% ../nbs/components/14_datasets.ipynb #1ed535a4
@@ -255,10 +261,10 @@ class DatasetGAN(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         image_path, mask_path = self.sources(index)
-        image, mask = read_image(image_path), read_array_mask(mask_path)
+        mask = read_array_mask(mask_path)
         if self.clean: mask = remove_specks(mask)
         mask = check_classes(mask, self._native.n_classes, mask_path)
-        check_same_shape(image, mask, image_path, mask_path, scaled=True)
+        image, mask = read_pair(image_path, mask, mask_path, scaled=True)
         return to_item(image, self._map(mask) if self._map else mask, self.size or mask.shape[::-1])
 
 # %% ../nbs/components/14_datasets.ipynb #be2fd238
@@ -282,8 +288,10 @@ class PascalPart(PartDataset):
         layout, remedy = self.layout.format(object=object_class), self.remedy.format(object=object_class)
         self._folder = _need(Path(root) / "PascalPart" / object_class / ("test" if split == "test" else "train"), f"Pascal-Part ({object_class})", layout, remedy)
         masks = _need(self._folder / "CroppedSegmentation", f"the crops of Pascal-Part ({object_class})", layout, remedy)
-        if split == "test": names = sorted(path.stem for path in masks.glob("*.png") if not path.name.startswith("."))
-        else: names = _read_lines(_need(self._folder / f"{split}_set.txt", f"the list of {split} crops", layout, remedy))
+        if split == "test": names = sorted(by_name(list_files(masks, (".png",))[0], masks))
+        else:
+            listed = _need(self._folder / f"{split}_set.txt", f"the list of {split} crops", layout, remedy)
+            names = _names_in(listed, masks)
         super().__init__(root, names, get_labels(f"PascalPart_{object_class}"), size, transforms, k)
 
     def sources(self, index: int) -> list[Path]:
@@ -293,8 +301,7 @@ class PascalPart(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         image_path, mask_path = self.sources(index)
-        image, mask = read_image(image_path), read_mask(mask_path, self.n_classes)
-        check_same_shape(image, mask, image_path, mask_path)
+        image, mask = read_pair(image_path, read_mask(mask_path, self.n_classes), mask_path)
         return to_item(image, mask, self.size)
 
 # %% ../nbs/components/14_datasets.ipynb #4f11a49b
@@ -339,9 +346,11 @@ class CGPartRendered(PartDataset):
         folder = _need(Path(root) / "CGPart_render" / object_class, f"rendered CGPart ({object_class})", layout, remedy)
         masks = _need(folder / "seg", "the masks of rendered CGPart", layout, remedy)
         _need(folder / "image", "the images of rendered CGPart", layout, remedy)
-        ids = [CGPART_MODELS[object_class].get(name, name) for name in models] if models is not None else sorted(path.name for path in masks.iterdir() if path.is_dir())
-        for name in ids: _need(masks / name, f"model {name} of rendered CGPart", layout, remedy)
-        files = sorted(path.relative_to(masks).as_posix() for name in ids for path in (masks / name).glob("*.png"))
+        ids = sorted(path.name for path in masks.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if models is not None: ids = [CGPART_MODELS[object_class].get(name, name) for name in models]
+        for name in ids: _need(inside(masks, name), f"model {name} of rendered CGPart", layout, remedy)
+        found = (path for name in ids for path in list_files(masks / name, (".png",))[0])
+        files = sorted(path.relative_to(masks).as_posix() for path in found)
         self.chosen = choose_subset(len(files), length, seed)
         self._folder, native = folder, get_labels(f"CGPart_{object_class}")
         label_set, self._map = find_map(native, labels)
@@ -356,8 +365,7 @@ class CGPartRendered(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         image_path, mask_path = self.sources(index)
-        image, mask = read_image(image_path), read_mask(mask_path, self._native.n_classes)
-        check_same_shape(image, mask, image_path, mask_path)
+        image, mask = read_pair(image_path, read_mask(mask_path, self._native.n_classes), mask_path)
         return to_item(image, self._map(mask) if self._map else mask, self.size, "lanczos")
 
 
@@ -396,7 +404,9 @@ class CGPartReal(PartDataset):
         check_size(short_side)
         layout = self.layout.format(object=object_class, split=split)
         self._base = _need(Path(root) / "CGPart_real", "real CGPart", layout, self.remedy)
-        names = _read_lines(_need(self._base / "Image_sets" / f"{object_class}_imagenet_{split}.txt", f"the list of {split} pictures of real CGPart", layout, self.remedy))
+        listed = self._base / "Image_sets" / f"{object_class}_imagenet_{split}.txt"
+        _need(listed, f"the list of {split} pictures of real CGPart", layout, self.remedy)
+        names = _names_in(listed, self._base)
         label_set, self._map = find_map(get_labels(f"CGPart_{object_class}"), labels)
         self._native, self.short_side = get_labels(f"CGPart_{object_class}"), short_side
         super().__init__(root, names, label_set, None, transforms, k)
@@ -413,8 +423,7 @@ class CGPartReal(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         image_path, mask_path = self.sources(index)
-        image, mask = read_image(image_path), read_mask(mask_path, self._native.n_classes)
-        check_same_shape(image, mask, image_path, mask_path)
+        image, mask = read_pair(image_path, read_mask(mask_path, self._native.n_classes), mask_path)
         size = short_side_size(image.size, self.short_side) if self.short_side else None
         return to_item(image, self._map(mask) if self._map else mask, size, "bilinear")
 

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from .core import InputError
 from .datasets import CELEBA_SPLITS, CGPartReal, CGPartRendered, CelebAMaskHQ, DatasetGAN, PascalPart, PartDataset, celeba_numbers
@@ -24,6 +22,7 @@ from .experiments import find_experiment, list_experiments, named_paths
 from .picture_files import describe_file, open_picture
 from .sources import EXPERIMENTS, SOURCES, Experiment, Source, file_problem, get_source, match_experiments
 from .stages import splits_of
+from .unpickling import read_arrays
 
 # %% ../nbs/components/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
@@ -62,9 +61,11 @@ def picture_problem(
 
 
 def array_problem(path: Path) -> str | None:
-    """What is wrong with a .npy file, by its header and length."""
-    try: np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error: return "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({' '.join(str(error).split())[:60]}); it is {describe_file(path)}"
+    """What is wrong with a .npy file."""
+    if not path.is_file(): return "is not there"
+    try: read_arrays(path)
+    except InputError as error:
+        return f"is damaged ({str(error).removeprefix(f'{path} ').split('; ')[0]}); it is {describe_file(path)}"
     return None
 
 # %% ../nbs/components/19_doctor.ipynb #79f10fd1
@@ -139,7 +140,8 @@ def _latent_problem(path: Path) -> str | None:
     """What is wrong with an average latent, if it is a numpy file."""
     problem = array_problem(path)
     if problem: return problem
-    shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    shapes = [array.shape for array in read_arrays(path).values()]
+    shape = shapes[0] if len(shapes) == 1 else ()
     good = shape[-1:] == (512,) and all(side in (1, 12, 14, 16, 18) for side in shape[:-1])
     return None if good else f"it has the shape {shape}, not (512,) or (18, 512)"
 

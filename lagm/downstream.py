@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import Augment
-from .core import InputError, choose_device, load_tensors, random_generator, save_tensors
+from .core import InputError, choose_device, load_tensors, random_generator, read_text, save_tensors
 from .evaluation import evaluate
 from .generator import check_version
 from .labels import IGNORE, LabelSet
@@ -145,7 +145,7 @@ def data_identity(data: Dataset) -> str:  # sixteen hexadecimal digits
     """Something that differs when the training pairs differ: from the description of a synthetic dataset, else from its length and first and last item."""
     facts = [type(data).__name__, len(data), getattr(data, "soft", None), getattr(data, "confidence", None)]
     if hasattr(data, "folder") and (Path(data.folder) / "dataset.json").is_file():
-        facts += [(Path(data.folder) / "dataset.json").read_text(encoding="utf-8"), [r["index"] for r in data.records]]
+        facts += [read_text(Path(data.folder) / "dataset.json"), [r["index"] for r in data.records]]
     else:
         for i in (0, len(data) - 1): facts += [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in data[i]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

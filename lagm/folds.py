@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .core import InputError
+from .datasets import read_array_mask
 from .evaluation import picture_counts, predict, scores
+from .picture_files import IMAGE_SUFFIXES, read_pair, to_item
 
 # %% ../nbs/components/72_folds.ipynb #ec64b18d
 @dataclass(frozen=True)
@@ -89,6 +90,31 @@ def number_in(name: str) -> int:
     return int(found[-1])
 
 
+def _paired(folder: Path) -> list[tuple[Path, Path]]:
+    """Pictures and labels of a folder, by the pictures' names; `InputError` unless each has just one partner."""
+    if not folder.is_dir(): raise InputError(f"there are no pictures in {folder}: it is no folder")
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    pictures = _by_number([path for path in files if path.suffix.lower() in IMAGE_SUFFIXES])
+    labels = _by_number([path for path in files if path.suffix.lower() == ".npy"])
+    if not pictures: raise InputError(f"there are no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+    lacking = sorted(pictures.keys() - labels.keys())
+    if lacking:
+        name = pictures[lacking[0]].name
+        raise InputError(f"there is no label file, such as image_mask{lacking[0]}.npy, for {name} in {folder}")
+    lonely = sorted(labels.keys() - pictures.keys())
+    if lonely: raise InputError(f"there is no picture for the label {labels[lonely[0]].name} in {folder}")
+    return sorted(((pictures[number], labels[number]) for number in pictures), key=lambda pair: pair[0].name)
+
+
+def _by_number(paths: Sequence[Path]) -> dict[int, Path]:
+    """Files by the number in their name; `InputError` if two have the same."""
+    found: dict[int, Path] = {}
+    for path in paths:
+        other = found.setdefault(number_in(path.name), path)
+        if other != path: raise InputError(f"{other} and {path} have the same number; remove one")
+    return found
+
+# %% ../nbs/components/72_folds.ipynb #c74787e9
 @dataclass(frozen=True)
 class TestFolder:
     """Test pictures and labels, in the order of `names`."""
@@ -102,23 +128,22 @@ def read_test_folder(
     folder: str | Path,
     size: tuple[int, int] | None = None,  # height and width to resize to (pictures bicubic, labels nearest); None: as they are, if all are alike
 ) -> TestFolder:
-    """Read a folder of pictures and label arrays, without removing specks. `InputError` if a label is missing or does not fit."""
-    folder = Path(folder)
-    pictures = sorted((p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")), key=lambda p: p.name)
-    labels = {number_in(p.name): p for p in sorted(folder.glob("*.npy"))}
-    if not pictures: raise InputError(f"there are no pictures (png, jpg, jpeg) in {folder}")
-    lacking = [p.name for p in pictures if number_in(p.name) not in labels]
-    if lacking: raise InputError(f"there is no label file, such as image_mask{number_in(lacking[0])}.npy, for {lacking[0]} in {folder}")
-    images, masks = [], []
-    for path in pictures:
-        mask = np.load(labels[number_in(path.name)], allow_pickle=False)
-        mask, picture = Image.fromarray((mask[..., 0] if mask.ndim == 3 else mask).astype(np.int32)), Image.open(path).convert("RGB")
-        if size is not None: picture, mask = picture.resize(size[::-1], Image.Resampling.BICUBIC), mask.resize(size[::-1], Image.Resampling.NEAREST)
-        if picture.size != mask.size: raise InputError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its label {mask.size[0]} x {mask.size[1]}; give a size to resize both to")
-        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
-        masks.append(torch.from_numpy(np.array(mask)).long())
-    if len({mask.shape for mask in masks}) > 1: raise InputError(f"the pictures in {folder} differ in size; give a size to resize them to")
-    return TestFolder([p.name for p in pictures], torch.stack(images), torch.stack(masks))
+    """Read a folder of pictures and label arrays, without removing specks.
+
+    Raises `InputError` if they cannot be paired, or if one does not fit its picture.
+    """
+    pairs, images, masks = _paired(Path(folder)), [], []
+    for path, label in pairs:
+        picture, mask = read_pair(path, read_array_mask(label), label, scaled=True)
+        if size is None and picture.size != mask.shape[::-1]:
+            sizes = f"{picture.width} x {picture.height} pixels, its label {mask.shape[1]} x {mask.shape[0]}"
+            raise InputError(f"{path} has {sizes}; give a size to resize both to")
+        image, mask = to_item(picture, mask, size and size[::-1])
+        images.append(image)
+        masks.append(mask)
+    if len({mask.shape for mask in masks}) > 1:
+        raise InputError(f"the pictures in {folder} differ in size; give a size to resize them to")
+    return TestFolder([path.name for path, _ in pairs], torch.stack(images), torch.stack(masks))
 
 # %% ../nbs/components/72_folds.ipynb #4ab87f34
 def sorted_checkpoints(

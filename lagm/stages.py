@@ -28,7 +28,7 @@ from .core import InputError, load_tensors, provenance, read_json, write_json
 from .data import Avatars, choose_labelled, stack
 from .experiments import SPEED, describe_inputs
 from .generator import FrozenGenerator, Sampling, check_version, load_generator
-from .labels import LabelSet
+from .labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter
@@ -89,7 +89,10 @@ def read_labelled(
     if len(opened) == 0: raise InputError(f"{dataset} has no labelled pictures")
     chosen = choose_labelled(opened, k or len(opened), seed) if chooses else list(range(len(opened)))
     names = getattr(opened, "names", None)
-    return *stack(opened, chosen), opened.labels, [names[i] for i in chosen] if names else chosen
+    images, masks = stack(opened, chosen)
+    warned = chooses or dataset.startswith("folder")  # the avatars' k is ours, and a folder warns itself
+    if not warned: warn_of_absent(masks.unique().tolist(), opened.labels, dataset)
+    return images, masks, opened.labels, [names[i] for i in chosen] if names else chosen
 
 
 def read_split(
