@@ -282,7 +282,8 @@ def install_advice(
     extra: str,  # e.g. "pascal": a name of settings.ini's NAME_requirements
 ) -> str:  # e.g. "python -m pip install 'scipy>=1.11' 'pycocotools>=2.0.8'"
     """The command that installs what an extra needs. It names the packages themselves, so that it works wherever lagm came from."""
-    wanted = [Requirement(line) for line in importlib.metadata.requires("lagm") or []]
+    try: wanted = [Requirement(line) for line in importlib.metadata.requires("lagm") or []]
+    except importlib.metadata.PackageNotFoundError: return f"install lagm itself, with its extra {extra!r}"
     wanted = [r for r in wanted if r.marker and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})]
     if not wanted: raise ValueError(f"lagm has no extra {extra!r}")
     return "python -m pip install " + " ".join(f"'{r.name}{r.specifier}'" for r in wanted)

@@ -43,7 +43,7 @@ from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 # %% ../nbs/components/90_experiments.ipynb #c7b4309e
-from .core import InputError, atomic_path, checksum, decode_text, inside, parse_json, printable, provenance, read_text
+from .core import InputError, atomic_path, checksum, inside, parse_json, printable, provenance, read_text
 from .run_state import folder_lock, set_aside
 
 # %% ../nbs/components/90_experiments.ipynb #e15195c9

@@ -11,7 +11,6 @@ __all__ = ['DATASETS', 'SIMPLE', 'Resized', 'open_dataset', 'read_labelled', 're
 # %% ../nbs/components/88_stages.ipynb #fbd94275
 import dataclasses
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -6,7 +6,7 @@ import re
 import nbformat
 import pytest
 import torch
-from sync import ROOT, notebooks
+from sync import notebooks
 from templates import run_cells
 
 from lagm.core import InputError

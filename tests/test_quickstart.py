@@ -94,20 +94,6 @@ def test_what_it_trained_labels_a_folder_of_pictures(finished, tmp_path, name):
     if name: assert inspect(finished[0] / name)["size"] == (64, 64)
 
 
-@pytest.mark.parametrize("name", ["segmenter.safetensors", "matched.safetensors", ""])
-def test_what_it_trained_labels_a_folder_of_pictures(finished, tmp_path, name):
-    """The file that was meant for this, the state of the run, or simply the folder."""
-    (image, _), labels = Avatars("micah", "test")[0], Avatars("micah").labels
-    (tmp_path / "in").mkdir()
-    Image.fromarray(to_bytes(image)).resize((80, 60)).save(tmp_path / "in" / "face.png")
-    assert main(["predict", str(finished[0] / name), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    record = json.loads((tmp_path / "out" / "annotations.json").read_text())
-    assert [entry["name"] for entry in record["categories"]] == list(labels.classes[1:])
-    mask = Image.open(tmp_path / "out" / "masks" / "face.png")
-    assert mask.size == (80, 60) and mask.getpalette()[: 3 * labels.n_classes] == [value for colour in labels.palette for value in colour]
-    if name: assert inspect(finished[0] / name)["size"] == (64, 64)
-
-
 def test_a_second_call_keeps_the_result(finished):
     folder, _ = finished
     before = (folder / "metrics.json").stat().st_mtime_ns
