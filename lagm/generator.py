@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .convolutions import FastConvolutions
 from .core import InputError, asset, printable, save_tensors
 from .stylegan1 import StyleGAN1
-from .stylegan2 import NOISE_MODES, Generated, StyleGAN2
+from .stylegan2 import NOISE_MODES, Generated, StyleGAN2, one_class
 from .unpickling import quoted
 
 # %% ../nbs/components/20_generator.ipynb #f40271eb
@@ -170,7 +170,7 @@ def of_class(
     "One class of a conditional generator. Raises `InputError` if it does not have it."
     if label is None: return network, header
     if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
-    try: network = network.of_class(label)
+    try: network = one_class(network, label)
     except InputError as error: raise InputError(f"{path}: {error}") from error
     return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
 

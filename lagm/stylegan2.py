@@ -6,7 +6,7 @@
 __all__ = ['SQRT2', 'REMEMBERED', 'NOISE_MODES', 'ARCHITECTURES', 'KNOWN_KWARGS', 'IRRELEVANT_KWARGS', 'LARGEST_SIZES',
            'LARGEST_NUMBER', 'resampling_filter', 'blur', 'upsample2x', 'leaky_relu', 'FullyConnected', 'unit_power',
            'class_vector', 'Mapping', 'remembered', 'demodulation', 'modulated_conv2d', 'SynthesisLayer', 'ToRGB',
-           'SkipConv', 'SynthesisBlock', 'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2']
+           'SkipConv', 'SynthesisBlock', 'Generated', 'Synthesis', 'check_sizes', 'StyleGAN2', 'one_class']
 
 # %% ../nbs/components/22_stylegan2.ipynb #0ab3b680
 import math
@@ -430,7 +430,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
-def _check_filter(taps: list[float], conv_clamp: float | None, mapping_lr: float) -> None:
+def _check_filter(taps: list[float], conv_clamp: float | None, mapping_lr: float, use_noise: bool) -> None:
     "Raise `InputError` unless these arguments of a layer are numbers that make sense."
     rows = taps if isinstance(taps, list | tuple) and taps and isinstance(taps[0], list | tuple) else [taps]
     even = all(isinstance(row, list | tuple) and len(row) == len(rows[0]) for row in rows)
@@ -440,6 +440,15 @@ def _check_filter(taps: list[float], conv_clamp: float | None, mapping_lr: float
     for name, value in dict(conv_clamp=conv_clamp, mapping_lr=mapping_lr).items():
         if value is not None and not (_is_number(value) and value > 0):
             raise InputError(f"{name} is {printable(value, 40)}: it must be a positive number")
+    if not isinstance(use_noise, bool): raise InputError(f"use_noise is {printable(use_noise, 40)}: it must be true or false")
+
+# %% ../nbs/components/22_stylegan2.ipynb #0ef8007c
+def _mapping_kwargs(w_dim: int, layers: int, features: int | None, lr: float, embedding: int | None) -> dict:
+    "The arguments of a mapping network, under the names of the released checkpoints. Raises `InputError` for impossible sizes."
+    widths = {name: width for name, width in dict(layer_features=features, embed_features=embedding).items() if width is not None}
+    check_sizes(widths)
+    widths = {name: width for name, width in widths.items() if width != w_dim}
+    return dict(num_layers=layers, **widths, **({} if lr == 0.01 else {"lr_multiplier": lr}))
 
 # %% ../nbs/components/22_stylegan2.ipynb #995bd242
 class StyleGAN2(nn.Module):
@@ -447,8 +456,7 @@ class StyleGAN2(nn.Module):
 
     `state_dict` names and constructor arguments correspond to those of the released StyleGAN2-ADA PyTorch checkpoints:
     `init_kwargs` and `from_init_kwargs` translate. `features` holds one map per resolution 4, 8, ..., R: the output of the block's
-    last convolution, before `torgb`. A conditional generator draws after `of_class`.
-    Raises `InputError` on an argument that names no network.
+    last convolution, before `torgb`. Raises `InputError` on an argument that names no network.
     """
 
     def __init__(
@@ -470,47 +478,17 @@ class StyleGAN2(nn.Module):
         embed_features: int | None = None,  # size of an embedded class; None: w_dim
     ):
         super().__init__()
-        inside = w_dim if mapping_features is None else mapping_features
         check_sizes(dict(img_resolution=img_resolution, z_dim=z_dim, w_dim=w_dim, img_channels=img_channels, mapping_layers=mapping_layers,
-                         channel_base=channel_base, channel_max=channel_max, mapping_features=inside))
-        check_sizes(dict(c_dim=c_dim, embed_features=embed_features or w_dim), may_be_zero=("c_dim",))
-        _check_filter(resample_filter, conv_clamp, mapping_lr)
-        if not isinstance(use_noise, bool): raise InputError(f"use_noise is {printable(use_noise, 40)}: it must be true or false")
-        self.z_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, w_dim, img_resolution, img_channels
-        special = dict(layer_features=mapping_features if mapping_features != w_dim else None, lr_multiplier=mapping_lr if mapping_lr != 0.01 else None)
-        if c_dim and embed_features not in (None, w_dim): special["embed_features"] = embed_features
-        self._mapping_kwargs = dict(num_layers=mapping_layers, **{name: value for name, value in special.items() if value is not None})
+                         channel_base=channel_base, channel_max=channel_max, c_dim=c_dim), may_be_zero=("c_dim",))
+        _check_filter(resample_filter, conv_clamp, mapping_lr, use_noise)
+        self.z_dim, self.c_dim, self.w_dim, self.img_resolution, self.img_channels = z_dim, c_dim, w_dim, img_resolution, img_channels
+        self._mapping_kwargs = _mapping_kwargs(w_dim, mapping_layers, mapping_features, mapping_lr, embed_features if c_dim else None)
         self._synthesis_kwargs = dict(channel_base=channel_base, channel_max=channel_max, architecture=architecture,
                                       conv_clamp=conv_clamp, resample_filter=list(resample_filter))
         if not use_noise: self._synthesis_kwargs["use_noise"] = False
         self.mapping = Mapping(z_dim, w_dim, mapping_layers, mapping_features, mapping_lr, c_dim, embed_features)
         self.synthesis = Synthesis(w_dim, img_resolution, img_channels, channel_base, channel_max, architecture, conv_clamp, resample_filter, use_noise)
         self.num_ws = self.synthesis.num_ws
-
-    @property
-    def c_dim(self) -> int:
-        "The number of classes, 0 if it is not conditional."
-        return self.mapping.c_dim
-
-    @torch.no_grad()
-    def of_class(
-        self,
-        label: int | Sequence[float],  # a class, counted from 0, or a weight for each
-    ) -> "StyleGAN2":
-        "A network that draws one class of this conditional one, and shares memory with it. Raises `InputError`."
-        if not self.c_dim: raise InputError("this generator is not conditional: leave label out")
-        state, embed = self.state_dict(), self.mapping.embed
-        vector = class_vector(label, self.c_dim).to(embed.weight.device).double()
-        y = unit_power(F.linear(vector, embed.weight.double() * embed.weight_gain, embed.bias.double()))[0]
-        for_z, for_y = state["mapping.fc0.weight"].double().split([self.z_dim, len(y)], dim=1)
-        fan_in = self.z_dim + len(y)
-        state["mapping.fc0.weight"] = (for_z * math.sqrt(self.z_dim / fan_in)).float()
-        state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
-        mapping = {name: value for name, value in self._mapping_kwargs.items() if name != "embed_features"}
-        arguments = self.init_kwargs() | {"c_dim": 0, "mapping_kwargs": mapping}
-        with torch.device("meta"): network = StyleGAN2.from_init_kwargs(arguments)
-        network.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
-        return network
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
@@ -542,3 +520,24 @@ class StyleGAN2(nn.Module):
     def from_init_kwargs(cls, kwargs: dict) -> "StyleGAN2":
         "A network with the arguments that `init_kwargs` gave, or that a released checkpoint holds. Raises `InputError` on those that we do not know."
         return cls(**_flatten_kwargs(kwargs))
+
+# %% ../nbs/components/22_stylegan2.ipynb #1f28529a
+@torch.no_grad()
+def one_class(
+    network: StyleGAN2,  # conditional
+    label: int | Sequence[float],  # a class, counted from 0, or a weight for each
+) -> StyleGAN2:  # shares memory with it
+    "A generator that draws one class of a conditional one. Raises `InputError`."
+    if not network.c_dim: raise InputError("this generator is not conditional: leave label out")
+    state, embed = network.state_dict(), network.mapping.embed
+    vector = class_vector(label, network.c_dim).to(embed.weight.device).double()
+    y = unit_power(F.linear(vector, embed.weight.double() * embed.weight_gain, embed.bias.double()))[0]
+    for_z, for_y = state["mapping.fc0.weight"].double().split([network.z_dim, len(y)], dim=1)
+    fan_in = network.z_dim + len(y)
+    state["mapping.fc0.weight"] = (for_z * math.sqrt(network.z_dim / fan_in)).float()
+    state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
+    arguments = network.init_kwargs() | {"c_dim": 0}
+    arguments["mapping_kwargs"].pop("embed_features", None)
+    with torch.device("meta"): alone = StyleGAN2.from_init_kwargs(arguments)
+    alone.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
+    return alone
