@@ -263,7 +263,7 @@ def describe_tensors(
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, _header(path, file)
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+        raise InputError(f"{path} is not a readable safetensors file: {error}; it is damaged or of another kind: get it again") from error
 
 # %% ../nbs/components/00_core.ipynb #a9ae75bc
 def asset(
