@@ -43,7 +43,7 @@ NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan
 ON_PURPOSE = {"-p kk 5"}  # a mistake that an exercise asks for
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
-FEW = r"items here; k is|cannot choose \d+ of|it needs \w+/"  # the stand-ins are fewer than the experiment's pictures
+FEW = r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|the same as \w+/"  # the stand-ins are fewer than the experiment's pictures
 CODE = "import sys; from lagm.cli import main; sys.exit(main())"
 
 
@@ -157,6 +157,9 @@ def run_lagm(words, clean, things):
     """`lagm`: a name alone, such as `lagm predict`, must be a command; all else is run."""
     _, command, *rest = words
     bare = not rest or command == "prepare" and len(rest) == 1
+    if "|" in words:
+        call("sh", "-c", " ".join([shlex.join([sys.executable, "-c", CODE]), *(word if word == "|" else shlex.quote(word) for word in words[1:])]))
+        return
     if bare and command != "list":
         with pytest.raises(SystemExit) as end: cli.main([*words[1:], "--help"])
         assert end.value.code == 0
@@ -208,13 +211,13 @@ def run_make(words, clean, things):
 
 
 def run_pip(words, clean, things):
-    """`pip install`: the folder is a checkout, the extras are ours, the packages those that settings.ini names (test_project looks at those)."""
-    assert words[1] == "install"
+    """`pip install` and `pip wheel`, which test_wheel walks: the folder is a checkout, the extras are ours, the packages those that settings.ini names (test_project looks at those)."""
+    assert words[1] in ("install", "wheel")
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     extras = {key.removesuffix("_requirements") for key in settings["DEFAULT"] if key.endswith("_requirements")}
     required = {Requirement(line).name for line in importlib.metadata.requires("lagm")}
-    for word in (word for word in words[2:] if word != "-e"):
+    for word in (word for word in words[2:] if word not in ("-e", "--no-deps")):
         place, _, asked = word.partition("[")
         if place in (".", "./lagm", "lagm"): assert set(asked.rstrip("]").split(",")) - {""} <= extras, f"no such extra: {word}"
         else: assert word == "lagm-*.whl" or Requirement(word).name in required, f"not ours: {word}"
