@@ -43,7 +43,7 @@ NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan
 ON_PURPOSE = {"-p kk 5"}  # a mistake that an exercise asks for
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
-FEW = r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|blocked +the same as \w+/"  # the stand-ins are fewer than the experiment's pictures
+FEW = r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|the same as \w+/"  # the stand-ins are fewer than the experiment's pictures
 CODE = "import sys; from lagm.cli import main; sys.exit(main())"
 
 

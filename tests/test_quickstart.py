@@ -119,7 +119,7 @@ def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"), (dict(k=0), "a whole number 1..40, got 0"),
+    (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"), (dict(k=0), "give a whole number from 1 to 40"),
     (dict(recipe="slow"), "slow"), (dict(style="manga"), "manga"), (dict(generator="no/such.safetensors"), "no/such.safetensors"),
     (dict(iterations=0), "iterations is 0")])
 def test_a_mistake_gives_one_line_and_no_results(tmp_path, change, words):
