@@ -693,7 +693,7 @@ class Keeper:
         self.identity.check(header, path)
         if header.get("networks", self.about["networks"]) != self.about["networks"]:  # older states do not say
             raise InputError(f"{path} is a checkpoint of another run, with networks of other sizes. "
-                             "Go on with that run's networks, give another path, or delete the file")
+                             "Go on with that run's networks, give another path, or let `lagm run --force` set it aside")
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
 LONG = 2000  # steps; a run of so many tells its estimate first
