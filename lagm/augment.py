@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError
+from .core import InputError, check_fields
 from .labels import IGNORE
 
 # %% ../nbs/components/45_augment.ipynb #9e653daa
@@ -118,6 +118,7 @@ class Augment:
     clip: bool = True  # recoloured pictures are clipped to [-1, 1], as a camera clips what is too bright
 
     def __post_init__(self):
+        check_fields(self, "Augment")
         for name in ("scale", "saturation", "brightness"):
             low, high = getattr(self, name)
             if not 0 <= low <= high or (name == "scale" and low == 0):

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .annotator import FPNAnnotator
-from .core import InputError, describe_tensors, load_tensors, printable, random_generator
-from .generator import as_weight, check_names, generator_header, is_finite, network_from_tensors, of_class
+from .core import InputError, all_finite, describe_tensors, load_tensors, printable, random_generator
+from .generator import as_weight, check_names, generator_header, network_from_tensors, of_class
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2, resampling_filter
@@ -95,7 +95,7 @@ def fill_network(
     expected, state = network.state_dict(), {}
     for name in tqdm(weights, desc="reading", unit=" tensors", disable=not progress):
         state[name] = as_weight(path, name, weights[name].read(), expected[name])
-        if not is_finite(state[name]): raise Unreadable(f"has infinite or NaN numbers in {name}", "training went astray, or the file is damaged: get another snapshot")
+        if not all_finite([state[name]]): raise Unreadable(f"has infinite or NaN numbers in {name}", "training went astray, or the file is damaged: get another snapshot")
         forget_pages(data)
     network.load_state_dict(state, assign=True)
     return network

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'MAX_TEXT', 'MOST_LEVELS', 'InputError', 'atomic_path', 'decode_text', 'read_text', 'read_lines', 'inside',
-           'printable', 'same_name', 'checksum', 'write_json', 'parse_json', 'read_json', 'save_tensors',
-           'load_tensors', 'describe_tensors', 'asset', 'install_advice', 'random_generator', 'seed_everything',
-           'choose_device', 'provenance']
+           'printable', 'same_name', 'plain_value', 'declared_value', 'check_field_names', 'check_fields', 'checksum',
+           'write_json', 'parse_json', 'read_json', 'save_tensors', 'load_tensors', 'describe_tensors', 'all_finite',
+           'asset', 'install_advice', 'random_generator', 'seed_everything', 'choose_device', 'provenance']
 
 # %% ../nbs/components/00_core.ipynb #8e8e19c4
 import codecs
 import contextlib
+import dataclasses
+import difflib
 import errno
 import hashlib
 import importlib.metadata
@@ -22,8 +24,10 @@ import platform
 import random
 import secrets
 import subprocess
+import types
+import typing
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -154,6 +158,67 @@ def same_name(name: str) -> str:
     """The name in one spelling (Unicode normal form C), for comparing names that look the same."""
     return unicodedata.normalize("NFC", name)
 
+# %% ../nbs/components/00_core.ipynb #1bf658d3
+_WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def plain_value(
+    value: Any,
+    kind: type,  # bool, int, float or str
+    what: str,  # for the error message, e.g. "recipe: steps"
+) -> Any:
+    """`value` as a plain value of its kind; numbers may be text (YAML reads 1e-4 as text) or numpy's.
+
+    `InputError` for anything else, NaN and infinity included.
+    """
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str) and kind in (int, float):
+        with contextlib.suppress(ValueError): number = float(value)
+        if kind is int and isinstance(number, float) and number.is_integer(): number = int(number)
+    accepted = (int, float) if kind is float else kind
+    right = isinstance(number, accepted) and (kind is bool or not isinstance(number, bool))
+    if not right or (isinstance(number, float) and not math.isfinite(number)):
+        raise InputError(f"{what} is {printable(repr(value))}; give {_WANTED[kind]}")
+    return number
+
+# %% ../nbs/components/00_core.ipynb #15b1a418
+def declared_value(value: Any, kind: Any, what: str) -> Any:
+    """`value` as a field of this type wants it, a dataclass perhaps from its fields. `InputError` if it cannot be."""
+    choices = [choice for choice in typing.get_args(kind) if choice is not type(None)]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(kind): return None
+        return declared_value(value, choices[0], what) if len(choices) == 1 else value
+    if typing.get_origin(kind) is tuple:
+        if choices[-1] is ... and isinstance(value, list | tuple): choices = choices[:1] * len(value)
+        if not isinstance(value, list | tuple) or len(value) != len(choices):
+            raise InputError(f"{what} is {printable(repr(value))}; give {len(choices)} values")
+        return tuple(declared_value(item, choice, what) for item, choice in zip(value, choices))
+    if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{what} is {printable(repr(value))}; give the fields of {kind.__name__}")
+        return kind(**check_field_names(value, kind, what))
+    return plain_value(value, kind, what) if kind in _WANTED else value
+
+
+def check_field_names(fields: Mapping[str, Any], kind: type, what: str) -> Mapping[str, Any]:
+    """`fields`, if the dataclass `kind` has them all; else `InputError`, with the nearest name."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in fields:
+        if name in known: continue
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]}? It has" if near else "it has"
+        raise InputError(f"{what} has no field {printable(name)}; {hint} {', '.join(known)}")
+    return fields
+
+
+def check_fields(
+    record: Any,  # a dataclass, frozen or not; its fields are changed in place
+    what: str,  # for the error message, e.g. "recipe"
+) -> None:
+    """Make every field what its annotation says, or raise `InputError`; for `__post_init__`."""
+    for name, kind in typing.get_type_hints(type(record)).items():
+        object.__setattr__(record, name, declared_value(getattr(record, name), kind, f"{what}: {name}"))
+
 # %% ../nbs/components/00_core.ipynb #b161cbb1
 def _plain(value: Any) -> Any:
     """`value` in terms of dict, list, str, int, float, bool and None."""
@@ -264,6 +329,14 @@ def describe_tensors(
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, _header(path, file)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}; it is damaged or of another kind: get it again") from error
+
+# %% ../nbs/components/00_core.ipynb #37d95966
+def all_finite(
+    tensors: Iterable[torch.Tensor],  # of any type
+) -> bool:
+    """Whether every number in the tensors is finite."""
+    floats = (tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel())
+    return all(math.isfinite(value) for tensor in floats for value in tensor.aminmax())
 
 # %% ../nbs/components/00_core.ipynb #a9ae75bc
 def asset(

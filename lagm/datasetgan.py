@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import InputError, choose_device, random_generator
-from .evaluation import eval_mode
+from .evaluation import eval_mode, resting_modules, train_mode
+from .generator import check_generated
 from .labels import IGNORE
 
 # %% ../nbs/components/68_datasetgan.ipynb #b90a3734
@@ -206,7 +207,7 @@ def train_pixels(
     if not len(known) or flat[known].max() >= ensemble.n_classes or flat[known].min() < 0:
         raise InputError(f"the masks must name classes 0..{ensemble.n_classes - 1}, and at least one pixel must have a label")
     device = choose_device(device)
-    ensemble = ensemble.to(device).train()
+    ensemble = train_mode(ensemble.to(device), resting_modules(ensemble))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
     for step in tqdm(range(steps), disable=not progress, desc="pixels", dynamic_ncols=True):
         drawn = known[torch.randint(len(known), (ensemble.members * batch,), generator=random_generator(seed, "pixels", step))]
@@ -233,6 +234,7 @@ def label_generated(
     for i in range(k):
         rng = random_generator(seed, "pictures to label", i)
         image, features = generator(generator.sample_z(1, rng), rng)
+        check_generated(image, features)
         images.append(image.clamp(-1, 1))  # as a person is shown it
         if store is None: store = FeatureStore(features, image.shape[-2:], dtype)
         else: store.add(features)

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import Augment
-from .core import InputError, choose_device, load_tensors, random_generator, read_text, save_tensors
-from .evaluation import evaluate
+from .core import (
+    InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
+from .evaluation import check_pictures, evaluate, resting_modules, train_mode
 from .generator import check_version
 from .labels import IGNORE, LabelSet
 from .parts import PRECISIONS, make_fabric
@@ -49,12 +50,14 @@ class DownstreamRecipe:
     keep: int = 20  # the networks of so many last epochs stay on disk
 
     def __post_init__(self):
+        check_fields(self, "recipe")
         for name, least in dict(epochs=1, batch=1, keep=1).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least: raise InputError(f"recipe: {name} is {value!r}; give a whole number, {least} or more")
+            if value < least: raise InputError(f"recipe: {name} is {value!r}; give a whole number, {least} or more")
         if not 0 <= self.lr < math.inf: raise InputError(f"recipe: lr is {self.lr!r}; give a number, 0 or more")
         for name, allowed in dict(schedule=("constant", "cosine"), precision=tuple(PRECISIONS)).items():
-            if getattr(self, name) not in allowed: raise InputError(f"recipe: {name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+            if (value := getattr(self, name)) in allowed: continue
+            raise InputError(f"recipe: {name} is {printable(repr(value))}; choose one of {', '.join(allowed)}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step number `step`, from 0."""
@@ -229,12 +232,30 @@ class Diverged(RuntimeError):
     """The loss is not a finite number; the message names epoch and step."""
 
 
-def train_epoch(runtime: Any, segmenter: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, recipe: DownstreamRecipe, seed: int, epoch: int, workers: int, bar: tqdm) -> float:
+def _reason(images: Tensor) -> str:
+    """What to do about a loss that is no number, at a step with these pictures."""
+    try: check_pictures(images, "step's")
+    except InputError as error: return str(error)
+    return "lower the learning rate, or use float32"
+
+
+def train_epoch(
+    runtime: Any,
+    segmenter: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    recipe: DownstreamRecipe,
+    seed: int,
+    epoch: int,
+    workers: int,
+    bar: tqdm,
+    resting: Sequence[nn.Module] = (),  # modules that stay in eval mode
+) -> float:
     """One epoch; gives the mean loss."""
     if hasattr(data, "set_epoch"): data.set_epoch(epoch)
     batches = epoch_batches(len(data), recipe.batch, seed, epoch, runtime.rank, runtime.processes)
     loader, losses = DataLoader(data, batch_sampler=batches, num_workers=workers), []
-    segmenter.train()
+    train_mode(segmenter, resting)
     for i, batch in enumerate(loader):
         rng = random_generator(seed, "downstream augment", epoch, i)
         images, target, *weights = change_batch(recipe.augment, [part.to(runtime.device) for part in batch], rng, runtime.rank, runtime.processes)
@@ -243,7 +264,8 @@ def train_epoch(runtime: Any, segmenter: nn.Module, optimizer: torch.optim.Optim
         total, weight = pair_loss(logits, target, *weights)
         loss = total / runtime.mean(weight.detach()).clamp(min=1e-6)
         value = runtime.mean(loss.detach()).item()
-        if not math.isfinite(value): raise Diverged(f"epoch {epoch + 1}, step {i + 1}: the loss is {value}; lower the learning rate, or use float32")
+        if not math.isfinite(value):
+            raise Diverged(f"epoch {epoch + 1}, step {i + 1}: the loss is {value}; {_reason(images)}")
         optimizer.param_groups[0]["lr"] = recipe.rate(epoch * len(batches) + i, recipe.epochs * len(batches))
         optimizer.zero_grad(set_to_none=True)
         runtime.backward(loss)
@@ -259,12 +281,12 @@ def run_epochs(runtime: Any, segmenter: nn.Module, data: Dataset, recipe: Downst
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     segmenter = segmenter.to(runtime.device, memory_format=layout)
     optimizer = torch.optim.Adam(segmenter.parameters(), lr=recipe.lr)
-    done, history = files.load(segmenter, optimizer)
+    resting, (done, history) = resting_modules(segmenter), files.load(segmenter, optimizer)
     wrapped, wrapped_optimizer = runtime.setup(segmenter, optimizer)
     steps = len(epoch_batches(len(data), recipe.batch, seed, 0))
     with tqdm(total=recipe.epochs * steps, initial=done * steps, disable=not progress or runtime.rank > 0, dynamic_ncols=True) as bar:
         for epoch in range(done, recipe.epochs):
-            loss = train_epoch(runtime, wrapped, wrapped_optimizer, data, recipe, seed, epoch, workers, bar)
+            loss = train_epoch(runtime, wrapped, wrapped_optimizer, data, recipe, seed, epoch, workers, bar, resting)
             record = {"epoch": epoch + 1, "loss": loss}
             if runtime.rank == 0:
                 if validation is not None:
@@ -285,6 +307,7 @@ def check_pairs(data: Dataset, segmenter: nn.Module, processes: int, batch: int)
     """Raise `InputError` unless the pairs fit the network and the processes."""
     if not len(data): raise InputError("there are no pairs to train on")
     image, target = data[0][:2]
+    if image.isfinite().all(): check_pictures(image[None], "training")  # else the step that meets it says so
     wrong = (target.shape[0] != segmenter.n_classes) if target.is_floating_point() else bool(((target >= segmenter.n_classes) & (target != IGNORE)).any())
     if image.ndim != 3 or target.shape[-2:] != image.shape[-2:] or wrong:
         raise InputError(f"a pair has a picture {tuple(image.shape)} and a label {tuple(target.shape)}; for {segmenter.n_classes} classes they must be (3, H, W) and class indices "
@@ -307,8 +330,14 @@ def train_downstream(
     workers: int = 0,  # processes that read pairs, for each that trains
     progress: bool = True,
 ) -> Downstream:
-    """Train a segmenter on pairs (paper, section 4: downstream task). Raises `InputError` on what does not fit together, `Diverged` if the loss is not finite."""
+    """Train a segmenter on pairs (paper, section 4: downstream task).
+
+    Raises `InputError` on what does not fit together, `Diverged` if the loss is not finite.
+
+    A submodule in eval mode while the network is in train mode, a frozen batch norm, stays so.
+    """
     check_pairs(data, segmenter, processes, recipe.batch)
+    if validation is not None: check_pictures(validation[0], "validation")
     device, labels = choose_device(device), labels or getattr(data, "labels", None)
     identity = {"recipe": dataclasses.asdict(recipe), "seed": seed, "data": data_identity(data), "network": segmenter_options(segmenter)}
     about = {"labels": labels, "size": list(data[0][0].shape[-2:]), "training": identity}

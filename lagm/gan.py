@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from .core import InputError, load_tensors, provenance, save_tensors
+from .core import InputError, check_fields, load_tensors, provenance, save_tensors
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
 
 # %% ../nbs/components/24_gan.ipynb #9562ae9f
@@ -132,6 +132,7 @@ class GANRecipe:
     discriminator_channels: tuple[int, ...] = (64, 96, 128, 128)
 
     def __post_init__(self):
+        check_fields(self, "GAN recipe")
         for name in ("images", "batch", "r1_interval"):
             if getattr(self, name) < 1: raise InputError(f"{name} is {getattr(self, name)}: choose 1 or more")
 

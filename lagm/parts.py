@@ -122,7 +122,7 @@ def phase_annotator_in_parts(
     parts: int,
 ) -> dict[str, Tensor]:  # loss_gm, loss_syn
     """Phase A in two sweeps."""
-    recipe, annotator = players.recipe, players.annotator.train()
+    recipe, annotator = players.recipe, players.train("annotator")
 
     def first(part):
         with players.passes():
@@ -168,8 +168,8 @@ def matching_step_in_parts(
     learn: bool = True,
 ) -> dict[str, Tensor]:
     """`lagm.training.matching_step`, part by part."""
-    recipe, segmenter, losses = players.recipe, players.segmenter.train(), {}
-    everything, taught, shared = [name for name, _ in segmenter.named_parameters()], learn and recipe.label_weight > 0, fresh is None
+    recipe, segmenter, losses = players.recipe, players.train("segmenter"), {}
+    everything, taught, shared = players.trained["segmenter"], learn and recipe.label_weight > 0, fresh is None
     if match or taught:
         wanted = everything if taught else list(names)
         gradients_l, losses["loss_label"] = labelled_gradient_in_parts(players, wanted, labelled, parts)
@@ -196,8 +196,8 @@ def matching_step_in_parts(
 
 def supervised_step_in_parts(players: Any, labelled: Callable[[int], tuple[Tensor, Tensor]], parts: int) -> dict[str, Tensor]:
     """`lagm.training.supervised_step`, part by part."""
-    names = [name for name, _ in players.segmenter.train().named_parameters()]
-    gradients, loss = labelled_gradient_in_parts(players, names, labelled, parts)
+    players.train("segmenter")
+    gradients, loss = labelled_gradient_in_parts(players, players.trained["segmenter"], labelled, parts)
     players.update("segmenter", gradients)
     players.update_average()
     return {"loss_label": loss}
@@ -205,7 +205,7 @@ def supervised_step_in_parts(players: Any, labelled: Callable[[int], tuple[Tenso
 
 def imitation_step_in_parts(players: Any, synthetic: Callable[[int], Any], parts: int) -> dict[str, Tensor]:
     """`lagm.training.imitation_step`, part by part."""
-    segmenter, annotator = players.segmenter.eval(), players.annotator.train()
+    segmenter, annotator = players.segmenter.eval(), players.train("annotator")
 
     def one(part):
         batch = synthetic(part)

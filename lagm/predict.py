@@ -7,6 +7,7 @@ __all__ = ['Placement', 'place', 'predict_pictures', 'overlay', 'open_segmenter'
            'predict_command', 'evaluate_checkpoint', 'export_program', 'export_onnx', 'write_model_card']
 
 # %% ../nbs/components/75_predict.ipynb #62053637
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from .checkpoints import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
-from .evaluation import evaluation_report, metrics_from_counts, predict
+from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
 from .labels import CELEBA8, LabelSet, colourise
 from .picture_files import IMAGE_SUFFIXES, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
@@ -68,7 +69,7 @@ def place(
 # %% ../nbs/components/75_predict.ipynb #fd1cbfd4
 @torch.no_grad()
 def predict_pictures(
-    segmenter: nn.Module,  # in eval mode
+    segmenter: nn.Module,  # asked in eval mode
     pictures: Sequence[Image.Image],  # RGB, of any sizes
     policy: str = "fit",
     size: tuple[int, int] | None = None,
@@ -78,7 +79,7 @@ def predict_pictures(
     placed, masks = [place(picture, policy, size) for picture in pictures], [None] * len(pictures)
     for outer in sorted({p.outer for _, p in placed}):
         chosen = [i for i, (_, p) in enumerate(placed) if p.outer == outer]
-        logits = segmenter(torch.stack([placed[i][0] for i in chosen]).to(device)).cpu()
+        with eval_mode(segmenter): logits = segmenter(torch.stack([placed[i][0] for i in chosen]).to(device)).cpu()
         for i, own in zip(chosen, logits, strict=True): masks[i] = placed[i][1].back(own).argmax(0).to(torch.uint8).numpy()
     return masks
 
@@ -181,7 +182,7 @@ def predict_folder(
     if any(str(place) in folders for place in (out.resolve(), *out.resolve().parents)):
         raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
                          "choose another place")
-    segmenter, images, annotations = segmenter.to(device).eval(), [], []
+    segmenter, images, annotations = segmenter.to(device), [], []
     bar = tqdm(total=len(paths), disable=not progress, desc="pictures", dynamic_ncols=True)
     for group in _readable(paths, folder, result, batch):
         for (name, picture), mask in zip(group, predict_pictures(segmenter, [p for _, p in group], policy, size, device), strict=True):
@@ -250,7 +251,7 @@ def export_program(
     size: tuple[int, int],  # height and width
 ) -> float:  # largest difference of the logits, relative to the largest logit
     """Save as a `torch.export` program: `torch.export.load(path).module()(pictures)`. Raises `InputError` if it does not give the network's logits."""
-    segmenter = segmenter.cpu().eval()
+    segmenter = copy.deepcopy(segmenter).cpu().eval()
     program = torch.export.export(segmenter, (torch.zeros(2, 3, *size),), dynamic_shapes=_free_batch())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the archive format, which concern weights on several devices
@@ -270,7 +271,7 @@ def export_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error: raise InputError(f"the export needs onnx, onnxscript and onnxruntime: {install_advice('onnx')}") from error
-    segmenter = segmenter.cpu().eval()
+    segmenter = copy.deepcopy(segmenter).cpu().eval()
     with atomic_path(path) as temporary:
         torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, input_names=["pictures"], output_names=["logits"], dynamic_shapes=_free_batch(),
                           dynamo=True, external_data=False, verbose=False)

@@ -9,7 +9,6 @@ __all__ = ['DATASETS', 'SIMPLE', 'Resized', 'open_dataset', 'read_labelled', 're
            'write_metrics', 'check_size', 'start_stage']
 
 # %% ../nbs/components/88_stages.ipynb #fbd94275
-import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -206,16 +205,8 @@ def make_recipe(
     changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training.Recipe`; numbers may be text, as YAML reads 1e-4
 ) -> Recipe:
     """A recipe from parameters; `InputError` for an unknown field or an impossible value."""
-    numbers = {field.name for field in dataclasses.fields(Recipe) if field.type in (float, "float")}
-    values = {name: float(value) if name in numbers and isinstance(value, str) and _is_number(value) else value for name, value in (changes or {}).items()}
     steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})
-    return get_recipe(recipe, **(steps | values))
-
-
-def _is_number(text: str) -> bool:
-    try: float(text)
-    except ValueError: return False
-    return True
+    return get_recipe(recipe, **(steps | dict(changes or {})))
 
 # %% ../nbs/components/88_stages.ipynb #54acb032
 def load_networks(

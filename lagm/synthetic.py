@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 from .augment import resize_nearest, wide_crop
 from .core import (
-    InputError, choose_device, decode_text, parse_json, printable, random_generator, read_json, write_json)
+    InputError, check_fields, choose_device, decode_text, parse_json, printable, random_generator, read_json, write_json)
 from .evaluation import eval_mode
+from .generator import check_generated
 from .labels import CELEBA8, LabelSet
 from .picture_files import decode_picture
 from .run_state import forced, set_aside
@@ -57,13 +58,13 @@ class Plan:
     shard_size: int = 250  # pictures per shard
 
     def __post_init__(self):
+        check_fields(self, "plan")
         for name in ("n", "shard_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1: raise InputError(f"plan: {name} is {value!r}; give a whole number, 1 or more")
+            if value < 1: raise InputError(f"plan: {name} is {value!r}; give a whole number, 1 or more")
         if self.vote not in VOTES: raise InputError(f"plan: vote is {self.vote!r}; choose one of {', '.join(VOTES)}")
-        if self.size is not None:
-            if len(self.size) != 2 or min(self.size) < 1: raise InputError(f"plan: size is {self.size!r}; give height and width in pixels")
-            object.__setattr__(self, "size", tuple(self.size))
+        if self.size is not None and min(self.size) < 1:
+            raise InputError(f"plan: size is {self.size!r}; give height and width in pixels")
 
     @property
     def shards(self) -> range:
@@ -122,14 +123,16 @@ class Pair:
 @torch.no_grad()
 def make_pair(
     generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generator
-    annotators: Sequence[Callable],  # each: features -> logits (1, C, H, W); they should be in eval mode
+    annotators: Sequence[Callable],  # each: features -> logits (1, C, H, W); asked in eval mode
     index: int,
     plan: Plan = Plan(),
 ) -> Pair:
     """Picture number `index` of a plan."""
     rng = random_generator(plan.seed, "synthetic dataset", index)
     image, features = generator(generator.sample_z(1, rng), rng)
-    probabilities = torch.cat([annotator(features).float().softmax(1) for annotator in annotators])
+    check_generated(image, features)
+    with eval_mode(*(annotator for annotator in annotators if isinstance(annotator, nn.Module))):
+        probabilities = torch.cat([annotator(features).float().softmax(1) for annotator in annotators])
     size = plan.size or tuple((wide_crop(image) if plan.wide_crop else image).shape[-2:])
     fit = lambda maps: resize_nearest(wide_crop(maps) if plan.wide_crop else maps, size).cpu()
     image, probabilities = fit(image)[0], fit(probabilities)
@@ -160,12 +163,12 @@ class GeneratedPairs(Dataset):
     def __init__(
         self,
         generator: Callable,
-        annotators: Sequence[nn.Module],  # put in eval mode
+        annotators: Sequence[nn.Module],
         plan: Plan = Plan(),
         soft: bool = False,  # probabilities instead of labels
         confidence: bool = False,  # items have a third part
     ):
-        self.generator, self.annotators, self.plan = generator, [annotator.eval() for annotator in annotators], plan
+        self.generator, self.annotators, self.plan = generator, list(annotators), plan
         self.soft, self.confidence, self.epoch = soft, confidence, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -313,7 +316,7 @@ def work(worker: int, workers: int, generator: Callable, annotators: Sequence[nn
     for annotator in annotators: annotator.to(device)
     order = [s for first in range(workers) for s in plan.shards if s % workers == (worker + first) % workers]
     bar = tqdm(total=plan.n, disable=not progress or worker > 0, desc="pictures", dynamic_ncols=True)
-    with bar, one_thread(), eval_mode(*annotators):
+    with bar, one_thread():
         for shard in order:
             if not write_shard(generator, annotators, folder, shard, plan, labels, bar.update): bar.update(len(plan.indices(shard)))
 

@@ -44,7 +44,7 @@ def without_norm(network):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("label_weight", [0.0, 1.0])
+@pytest.mark.parametrize("label_weight", [0.0, 0.5, 1.0])
 def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     """Ignored pixels make the labelled parts count differently."""
     torch.manual_seed(0)
