@@ -196,5 +196,5 @@ def test_mistakes(call, message):
 
 def test_without_the_renderer_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(avatars, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(ImportError, match=r"pip install 'lagm\[avatars\]'"):
+    with pytest.raises(ImportError, match=r"python -m pip install 'dicebear-styles.*' 'resvg-py.*'"):
         avatars.rasterise("<svg/>", 8)
