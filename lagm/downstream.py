@@ -238,7 +238,7 @@ def _reason(images: Tensor) -> str:
     except InputError as error: return str(error)
     return "lower the learning rate, or use float32"
 
-
+# %% ../nbs/components/64_downstream.ipynb #ff612150
 def train_epoch(
     runtime: Any,
     segmenter: nn.Module,
@@ -275,7 +275,7 @@ def train_epoch(
         bar.update()
     return sum(losses) / len(losses)
 
-
+# %% ../nbs/components/64_downstream.ipynb #0f02edf5
 def run_epochs(runtime: Any, segmenter: nn.Module, data: Dataset, recipe: DownstreamRecipe, seed: int, files: RunFolder, validation: tuple | None, workers: int, progress: bool, about: dict) -> list[dict]:
     """All epochs that are left, in each of the processes; gives the history."""
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format

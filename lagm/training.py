@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'OWN', 'RUN_OPTIONS', 'SUPERVISED_FIELDS', 'Recipe', 'get_recipe',
            'LabelledBatches', 'SyntheticBatch', 'SyntheticBatches', 'balanced_weights', 'make_optimizer',
-           'learning_rate', 'compile_networks', 'memory_layouts', 'Players', 'frozen_note', 'surroundings',
+           'learning_rate', 'compile_networks', 'memory_layouts', 'Networks', 'Players', 'frozen_note', 'surroundings',
            'phase_annotator', 'phase_segmenter', 'matching_step', 'supervised_step', 'imitation_step', 'pack_state',
            'unpack_state', 'Identity', 'data_digest', 'Stage', 'locate', 'Diverged', 'Trained',
            'finish_step_on_interrupt', 'require_finite', 'validated', 'describe_run', 'restore_players', 'Keeper',
@@ -259,8 +259,8 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
     return {"segmenter": usual, "annotator": torch.contiguous_format if contiguous else usual}
 
 # %% ../nbs/components/60_training.ipynb #fa68ed95
-class Players:
-    """The networks of a run, their optimisers, and the running average of the segmenter. The networks are trained in place."""
+class Networks:
+    """The networks of a run, where and how they compute, and what of them is trained. They are trained in place."""
 
     def __init__(
         self,
@@ -297,16 +297,6 @@ class Players:
         own = dict(self.networks[role].named_parameters())
         return [own[name] for name in self.trained[role]]
 
-    def begin(self, rates: dict[str, float], averaged: bool) -> None:
-        """Start a stage: new optimisers for the networks named in `rates`, and a new average, if the recipe has one."""
-        self.optimizers = {role: make_optimizer(self.parameters(role), self.recipe, lr) for role, lr in rates.items()}
-        self.average = copy.deepcopy(self.segmenter).requires_grad_(False).eval() if averaged and self.recipe.average else None
-
-    def set_rates(self, stage: "Stage", step: int) -> None:
-        """Set the learning rates of step number `step`, from 0, of `stage`."""
-        for role, rate in stage.rates.items():
-            self.optimizers[role].param_groups[0]["lr"] = learning_rate(rate, step, stage.steps, self.recipe.schedule)
-
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
         """The recipe's number format and convolutions, as a context for passes of the networks."""
@@ -316,6 +306,20 @@ class Players:
     def arrange(self, tensor: Tensor, role: str = "segmenter") -> Tensor:
         """Pictures or maps in the memory layout of the network that will see them."""
         return tensor if self.layouts[role] is None else tensor.contiguous(memory_format=self.layouts[role])
+
+# %% ../nbs/components/60_training.ipynb #2e542a6f
+class Players(Networks):
+    """The networks of a run with their optimisers, and the running average of the segmenter."""
+
+    def begin(self, rates: dict[str, float], averaged: bool) -> None:
+        """Start a stage: new optimisers for the networks named in `rates`, and a new average, if the recipe has one."""
+        self.optimizers = {role: make_optimizer(self.parameters(role), self.recipe, lr) for role, lr in rates.items()}
+        self.average = copy.deepcopy(self.segmenter).requires_grad_(False).eval() if averaged and self.recipe.average else None
+
+    def set_rates(self, stage: "Stage", step: int) -> None:
+        """Set the learning rates of step number `step`, from 0, of `stage`."""
+        for role, rate in stage.rates.items():
+            self.optimizers[role].param_groups[0]["lr"] = learning_rate(rate, step, stage.steps, self.recipe.schedule)
 
     def update(self, role: str, gradients: Sequence[Tensor] | None = None) -> None:
         """One optimiser step of a network, from `gradients`, or from those that a backward pass has left in `.grad`."""
