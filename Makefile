@@ -37,8 +37,9 @@ sync: install-dev
 notebooks: install-dev
 	@$(RUN) $(ONE_THREAD) nbdev_test --path nbs --skip_file_glob quickstart.ipynb --n_workers 2 --do_print --timing
 
+# Two workers, a file of tests in one of them: most tests wait for processes, and one thread each is enough.
 unit: install-dev
-	@$(RUN) python -m pytest -q tests
+	@$(RUN) $(ONE_THREAD) python -m pytest -q -n 2 --dist loadfile tests
 
 readme: install-dev
 	@$(RUN) python -m lagm.readme

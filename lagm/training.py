@@ -726,9 +726,6 @@ class Keeper:
                              "Go on with that run's networks, give another path, or let `lagm run --force` set it aside")
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
-LONG = 2000  # steps; a run of so many tells its estimate first
-
-
 class Course:
     """A run's players, stages and appointments: what is due at which step."""
 
@@ -798,6 +795,9 @@ class Course:
         self.watcher.add_snapshot(self.step, batch.images, labels, predictions)
 
 # %% ../nbs/components/60_training.ipynb #dfed0116
+LONG = 2000  # steps; a run of so many tells its estimate first
+
+
 class Loop(Course):
     """Runs the stages, from wherever the checkpoint, if there is one, says."""
 
