@@ -5,9 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from lagm import core
 from lagm.core import InputError
 from lagm.folders import Folder
+from lagm.generator import check_names
 from lagm.importers import import_label_studio
 from lagm.pascal import listed
 from lagm.training import get_recipe
@@ -89,3 +91,9 @@ def test_a_picture_turned_in_label_studio_is_refused_whichever_result_says_so(tm
     (tmp_path / "x.json").write_text(json.dumps(tasks))
     done = import_label_studio(tmp_path / "x.json", tmp_path / "in", tmp_path / "out")
     assert done.names == ["b"] and "image_rotation 90" in done.skipped["task 1"]
+
+
+def test_a_shape_of_a_thousand_sides_makes_no_long_message():
+    with pytest.raises(InputError, match=r"wrong shapes: weight \(1, 1, 1.*… instead of \(2, 3\)") as error:
+        check_names("x.safetensors", torch.nn.Linear(3, 2, bias=False), {"weight": (1,) * 1000})
+    assert len(str(error.value)) < 400
