@@ -4,14 +4,17 @@ import os
 import warnings
 
 import numpy as np
+import official_files
 import pytest
 import torch
 from lagm import core
+from lagm.checkpoints import read_generator
 from lagm.core import InputError
 from lagm.folders import Folder
 from lagm.generator import check_names
 from lagm.importers import import_label_studio
 from lagm.pascal import listed
+from lagm.stylegan2 import StyleGAN2
 from lagm.training import get_recipe
 from PIL import Image
 
@@ -97,3 +100,11 @@ def test_a_shape_of_a_thousand_sides_makes_no_long_message():
     with pytest.raises(InputError, match=r"wrong shapes: weight \(1, 1, 1.*… instead of \(2, 3\)") as error:
         check_names("x.safetensors", torch.nn.Linear(3, 2, bias=False), {"weight": (1,) * 1000})
     assert len(str(error.value)) < 400
+
+
+def test_a_generator_without_its_average_is_no_classifier(tmp_path):
+    weights = official_files.rosinality_state(StyleGAN2(16, 16, 16, 3, 2, 64, 16))
+    torch.save({"g": weights, "d": {"convs.0.0.weight": torch.zeros(2, 3, 1, 1)}}, tmp_path / "g.pt")
+    with pytest.raises(InputError, match="without its running average"): read_generator(tmp_path / "g.pt")
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match="mean style"): read_generator(tmp_path / "weights.pt")
