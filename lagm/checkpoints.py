@@ -399,6 +399,8 @@ def _tensor(lazy: Any) -> LazyTensor:
 
 # %% ../nbs/components/26_checkpoints.ipynb #ab78b458
 OTHERS = [  # a key, what has it, and what to do
+    (r"to_rgb1\.conv\.modulation\.weight", "a generator of rosinality's program without its running average (g_ema)",
+     "use a file that its training saved whole, or save the dict of weights by itself"),
     (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
      "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
      "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import random
+import re
 import secrets
 import subprocess
 import types
@@ -43,15 +44,26 @@ class InputError(ValueError):
     """The caller gave something unusable; the message says what, where, and what to do about it."""
 
 # %% ../nbs/components/00_core.ipynb #eff131e8
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of `path` whose process, on this machine, lives no more (POSIX only)."""
+_until_next_look: dict[str, int] = {}  # folder -> so many files are written before it is looked through again
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose process, on this machine, lives no more (POSIX only).
+
+    After a look at n files the next n / 16 writes do without: writing n files takes time in proportion to n.
+    """
     if os.name != "posix": return
-    prefix = f".{path.name}.{platform.node()}-"
-    for name in os.listdir(path.parent):
-        owner = name.removeprefix(prefix).split("-")[0]
-        if not name.startswith(prefix) or not owner.isdigit(): continue
-        try: os.kill(int(owner), 0)  # signal 0 only asks whether the process exists
-        except ProcessLookupError: (path.parent / name).unlink(missing_ok=True)
+    key = os.fspath(folder)
+    _until_next_look[key] = _until_next_look.get(key, 0) - 1
+    if _until_next_look[key] > 0: return
+    names = os.listdir(folder)
+    _until_next_look[key] = len(names) // 16
+    form = re.compile(rf"\..+\.{re.escape(platform.node())}-([0-9]{{1,9}})-[0-9a-f]{{8}}(\.[^.]*)?")
+    for name in names:
+        owner = form.fullmatch(name)
+        if not owner: continue
+        try: os.kill(int(owner[1]), 0)  # signal 0 only asks whether the process exists
+        except ProcessLookupError: (folder / name).unlink(missing_ok=True)
         except OSError: pass
 
 # %% ../nbs/components/00_core.ipynb #341cb2d1
@@ -80,7 +92,7 @@ def atomic_path(
     temporary = path.with_name(f".{path.name}.{token}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        _remove_leftovers(path.parent)
         temporary.touch()
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror} ({error.filename}); choose another folder") from error
@@ -169,7 +181,7 @@ def plain_value(
 ) -> Any:
     """`value` as a plain value of its kind; numbers may be text (YAML reads 1e-4 as text) or numpy's.
 
-    `InputError` for anything else, NaN and infinity included.
+    `InputError` for anything else, NaN, infinity and numbers beyond 64 bits included.
     """
     number = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str) and kind in (int, float):
@@ -177,6 +189,8 @@ def plain_value(
         if kind is int and isinstance(number, float) and number.is_integer(): number = int(number)
     accepted = (int, float) if kind is float else kind
     right = isinstance(number, accepted) and (kind is bool or not isinstance(number, bool))
+    if isinstance(number, int) and abs(number) >= 2**63:
+        raise InputError(f"{what} is a number of more than 18 digits; give a smaller one")
     if not right or (isinstance(number, float) and not math.isfinite(number)):
         raise InputError(f"{what} is {printable(repr(value))}; give {_WANTED[kind]}")
     return number

@@ -8,6 +8,7 @@ __all__ = ['LAYOUT', 'read_classes', 'Folder', 'save_folder', 'write_classes']
 # %% ../nbs/components/15_folders.ipynb #a542bcff
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,7 +69,7 @@ class _Looked:
 
     def __init__(self, names: Sequence[str], labels: LabelSet, masks: Mapping[str, Path], where: Path):
         self.unread, self.shown, self.labels, self.masks, self.where = set(names), set(), labels, masks, where
-        self.has_classes = labels.n_classes == 1
+        self.has_classes, self.told = labels.n_classes == 1, labels.n_classes == 1
 
     def at(self, name: str, mask: np.ndarray) -> None:
         """An error if all classes were saved as 255; a warning, after the last picture, of classes that none shows."""
@@ -76,9 +77,18 @@ class _Looked:
         if len(self.shown) < n: self.shown |= set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)[:n]))
         self.has_classes = self.has_classes or bool(self.shown - {0})
         if not self.has_classes and (mask == IGNORE).any(): self.look_for_classes()
+        if not self.told: self.look_at_255(name, mask)
         if not self.unread: return
         self.unread.discard(name)
         if not self.unread: warn_of_absent(self.shown, self.labels, str(self.where))
+
+    def look_at_255(self, name: str, mask: np.ndarray) -> None:
+        """A warning of the first mask that holds 0 and 255 alone while others show classes."""
+        self.told = set(np.unique(mask).tolist()) == {0, IGNORE}
+        if not self.told: return
+        text = (f"{self.masks[name]} holds only 0 and {IGNORE}, and {IGNORE} means 'no label'; others show classes. "
+                f"If {IGNORE} stands for a class there, save the mask with the number of the class in its place")
+        warnings.warn(text, stacklevel=3)
 
     def look_for_classes(self) -> None:
         """`InputError` if no mask of the folder shows a class but the background."""

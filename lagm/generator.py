@@ -158,7 +158,9 @@ def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[in
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     _complain(path, "lacks", sorted(expected.keys() - shapes.keys()))
     _complain(path, "has unexpected", sorted(shapes.keys() - expected.keys()))
-    _complain(path, "has wrong shapes:", [f"{k} {tuple(shapes[k])} instead of {expected[k]}" for k in expected if tuple(shapes[k]) != expected[k]])
+    wrong = [name for name in expected if tuple(shapes[name]) != expected[name]]
+    texts = [f"{name} {printable(tuple(shapes[name]), 60)} instead of {expected[name]}" for name in wrong]
+    _complain(path, "has wrong shapes:", texts)
 
 
 def _complain(path: str | Path, what: str, names: list[str]) -> None:

@@ -777,11 +777,21 @@ def _group(results: Sequence[Any]) -> tuple[list[tuple[dict, str, list]], dict[A
     return shapes, given, times
 
 # %% ../nbs/components/15_importers.ipynb #74ced9d2
+def _check_upright(results: Sequence[dict]) -> None:
+    """Raise `InputError` if one of the results was made while the picture was turned."""
+    for where in (part for result in results for part in (result, result.get("value"))):
+        for turn in ("image_rotation", "orientation"):
+            if isinstance(where, dict) and where.get(turn) not in (None, 0):
+                raise InputError(f"its picture was turned in Label Studio ({turn} {shown(where[turn])}); turn the file "
+                                 "itself, and label it upright")
+
+
 def _studio_shapes(results: Any) -> list[_Shape]:
     """The regions of an annotation; `InputError` if one of them cannot be drawn, or has no label, or several."""
     if not isinstance(results, list):
         raise InputError(f"its annotation has {shown(results)} in the place of the list of results")
     found, given, times = _group(results)
+    if found: _check_upright(results)
     shapes = []
     for result, kind, own in found:
         key = result.get("id") if isinstance(result.get("id"), int | str) else None
@@ -791,11 +801,6 @@ def _studio_shapes(results: Any) -> list[_Shape]:
         if len(names) != 1:
             many = f"{len(names)} labels" if names else "no label"
             raise InputError(f"one of its regions (tool {kind}) has {many}; give it one")
-        for where in (result, result.get("value", {})):
-            for turn in ("image_rotation", "orientation"):
-                if isinstance(where, dict) and where.get(turn) not in (None, 0):
-                    raise InputError(f"its picture was turned in Label Studio ({turn} {shown(where[turn])}); turn the "
-                                     "file itself, and label it upright")
         if result.get("item_index"):
             raise InputError("its regions are on several pages or pictures; make one task of each")
         sides = ("original_width", "original_height")

@@ -303,11 +303,15 @@ def listed(
     object_class: str,
     split: str,  # train or test
 ) -> list[str]:  # names of pictures, in the order of the list
-    """The pictures of VOC that show a class; `InputError` if there is no such list."""
+    """The pictures of VOC that show a class; `InputError` if there is no such list, or a line has another form."""
     path = inside(_below(voc, "ImageSets/Main"), f"{object_class}_{SPLITS[split]}.txt")
     try: rows = [line.split() for line in read_lines(path)]
     except InputError as error: raise InputError(f"cannot read the list {path}: {error}. Expected: {VOC_LAYOUT}") from error
-    return [row[0] for row in rows if len(row) > 1 and row[-1] == "1"]
+    wrong = next((row for row in rows if len(row) != 2 or row[1] not in ("1", "0", "-1")), None)
+    if wrong:
+        line = printable(" ".join(wrong), 80)
+        raise InputError(f"the list {path} has the line {line!r}; each line needs the name of a picture and 1, 0 or -1")
+    return [row[0] for row in rows if row[1] == "1"]
 
 
 def part_presence(
