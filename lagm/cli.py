@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_LINES', 'list_command', 'show_command', 'describe_results', 'run_one', 'chosen_runs', 'run_command',
-           'inspect_command', 'convert_command', 'add_checkpoint_commands', 'add_data_commands', 'add_predict_command',
-           'add_run_parser', 'build_parser', 'explain_error', 'main']
+           'inspect_command', 'convert_command', 'add_checkpoint_commands', 'at_least_one', 'add_data_commands',
+           'add_predict_command', 'add_run_parser', 'build_parser', 'short_warnings', 'explain_error', 'main']
 
 # %% ../nbs/components/92_cli.ipynb #96f330a1
 import argparse
@@ -17,7 +17,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,12 @@ class _Version(argparse.Action):
         print(f"lagm {importlib.metadata.version('lagm')}")
         parser.exit()
 
+
+def at_least_one(text: str) -> int:
+    """A whole number, 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
 # %% ../nbs/components/92_cli.ipynb #42646951
 def _call(module: str, function: str) -> Callable[[argparse.Namespace], int | None]:
     """A command that imports its module only when it is used."""
@@ -219,8 +226,8 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     pascal.add_argument("--object", action="append", dest="objects", metavar="CLASS", help="horse, aeroplane or another class; repeat for more (default: horse)")
     pascal.add_argument("--out", metavar="FOLDER", help="where the crops go (default: data/PascalPart)")
     pascal.add_argument("--step", choices=("all", "parse", "copy", "crop"), default="all", help="one step only; parse alone reads every annotation")
-    pascal.add_argument("--minpx", type=int, metavar="N", help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
-    pascal.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    pascal.add_argument("--minpx", type=at_least_one, metavar="N", help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
+    pascal.add_argument("--workers", type=at_least_one, metavar="N", help="processes (default: one per core)")
     pascal.set_defaults(command=_call("pascal", "prepare_command"))
 
     for name, text in (("coco", "COCO instances or panoptic, a JSON file"), ("cvat", "CVAT 'Segmentation mask 1.1', the zip or a folder"), ("label-studio", "Label Studio, a JSON export")):
@@ -259,7 +266,7 @@ def add_predict_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where masks/, overlays/ and annotations.json go")
     parser.add_argument("--policy", choices=("fit", "stretch", "native"), help="how a picture is brought to the size of training (default: as the file says, else fit, in proportion)")
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="the size of training (default: as the file says)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures at a time (default: 16)")
+    parser.add_argument("--batch", type=at_least_one, default=16, metavar="N", help="pictures at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.set_defaults(command=_call("predict", "predict_command"))
 
@@ -277,7 +284,7 @@ def add_run_parser(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="once for each seed, into outputs/NAME-seedSEED")
     run.add_argument("--small", action="store_true", help="a few steps with the real files, into outputs/NAME-small: to see that everything fits")
     run.add_argument("--dry-run", action="store_true", help="check everything, say what would be run and what is missing, and run nothing")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs at a time (default: 1)")
+    run.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="so many runs at a time (default: 1)")
     run.add_argument("--devices", default="", metavar="0,1", help="numbers of the GPUs that the jobs get in turn")
     run.add_argument("--only", action="store_true", help="not what they need, which must be there")
     run.add_argument("--force", action="store_true", help="run again even if finished runs with these parameters are there")
@@ -315,6 +322,14 @@ def _add_everywhere(parser: argparse.ArgumentParser) -> None:
     for below in {id(below): below for action in inner for below in action.choices.values()}.values(): _add_everywhere(below)
 
 # %% ../nbs/components/92_cli.ipynb #1743fdf4
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code."""
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"lagm: warning: {message}\n"
+    try: yield
+    finally: warnings.formatwarning = before
+
+
 def explain_error(
     error: BaseException,
 ) -> tuple[str, int]:  # one line, and the exit code
@@ -349,7 +364,7 @@ def main(
         if home := os.environ.get("LAGM_HOME"): os.environ["LAGM_HOME"] = str(Path(home).expanduser().absolute())  # for kernels, which run elsewhere
         with contextlib.suppress(AttributeError, ValueError): sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
         arguments = build_parser().parse_args(argv)
-        code = arguments.command(arguments) or 0
+        with short_warnings(): code = arguments.command(arguments) or 0
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that was given up
         print("lagm: interrupted; the same command goes on from what is saved", file=sys.stderr)

@@ -136,7 +136,7 @@ class Folder(PartDataset):
         if split is None: return sorted(self._masks)
         if split == "unlabelled": return sorted(set(self._images) - set(self._masks))
         path = root / f"{split}.txt"
-        if not path.is_file(): raise InputError(f"there is no list {path}; write one name a line, or leave out the split")
+        if not path.is_file(): raise InputError(f"there is no list {path}; write one name a line, or leave the split empty")
         names = [self._named(line) for line in read_lines(path)]
         missing = [name for name in names if name not in self._masks]
         if missing: raise InputError(f"{path} lists {missing[0]}, which has no mask in {root / 'masks'}")

@@ -358,8 +358,10 @@ def _workplace(root: Path) -> Iterator[Path]:
                          "or make room") from error
 
 # %% ../nbs/components/15_importers.ipynb #f4e1ec6f
-def _check_place(root: str | Path) -> Path:
-    """The folder to make; `InputError` if it holds a data set."""
+def _check_place(root: str | Path, images: str | Path | None) -> Path:
+    """The folder to make; `InputError` if it holds a data set, or is the folder of the pictures."""
+    if images is not None and Path(root).resolve() == Path(images).resolve():
+        raise InputError(f"{root} is the folder of the pictures, and would hold each of them twice; choose another folder to make")
     if (Path(root) / "classes.txt").exists():
         raise InputError(f"{root} holds a data set already; choose another folder, or remove it")
     return Path(root)
@@ -585,7 +587,7 @@ def import_coco(
 
     Raises `InputError` if the JSON is of another kind, or the folder cannot be made.
     """
-    content, root = read_json(annotations), _check_place(root)
+    content, root = read_json(annotations), _check_place(root, images)
     lists = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in lists):
         raise InputError(f"{annotations} is not a COCO file: it needs the lists images, annotations and categories")
@@ -705,7 +707,7 @@ def import_cvat(
 
     Raises `InputError` if it is none, or the folder cannot be made.
     """
-    root = _check_place(root)
+    root = _check_place(root, images)
     with _opened(Path(export), root) as (folder, bad):
         if not (folder / "SegmentationClass").is_dir():
             raise InputError(f"there is no SegmentationClass in {export}; export from CVAT as 'Segmentation mask 1.1'")
@@ -940,7 +942,7 @@ def import_label_studio(
 
     The newest annotation of a task that was not cancelled counts.
     """
-    tasks, root = read_json(export), _check_place(root)
+    tasks, root = read_json(export), _check_place(root, images)
     if not isinstance(tasks, list) or not any(isinstance(task, dict) and "data" in task for task in tasks):
         raise InputError(f"{export} is not a Label Studio export: choose the format 'JSON' (not JSON-MIN)")
     pictures = Pictures(images, but=root)

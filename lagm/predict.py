@@ -25,7 +25,7 @@ from .checkpoints import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
 from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
 from .labels import CELEBA8, LabelSet, colourise
-from .picture_files import IMAGE_SUFFIXES, by_name, list_files, read_image
+from .picture_files import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
 from .synthetic import coco_annotations, coco_categories, png
 
@@ -165,6 +165,15 @@ def _readable(paths: Sequence[Path], folder: Path, result: Predicted, batch: int
     if group: yield group
 
 # %% ../nbs/components/75_predict.ipynb #6897fd54
+def _check_request(folder: Path, size: tuple[int, int] | None, batch: int) -> None:
+    """`InputError` for a batch or a size that cannot be, and for a folder that holds masks beside its pictures."""
+    if batch < 1: raise InputError(f"batch is {batch}: give 1 or more")
+    if size is not None and not (min(size) >= 1 and size[0] * size[1] <= MAX_PIXELS):
+        raise InputError(f"size is {size[0]} x {size[1]}: give height and width in pixels, {MAX_PIXELS:,} pixels at most")
+    if all((folder / name).exists() for name in ("images", "masks", "classes.txt")):
+        raise InputError(f"{folder} holds masks beside its pictures, which would be labelled, too; give {folder / 'images'}")
+
+
 def predict_folder(
     segmenter: nn.Module,
     folder: str | Path,  # pictures, also in folders below
@@ -176,8 +185,9 @@ def predict_folder(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Predicted:
-    """Label every picture of a folder. `InputError` if there is none, or if `out` lies in `folder`."""
+    """Label every picture of a folder. `InputError` if there is none, if `out` lies in `folder`, or for an impossible size or batch."""
     folder, out, device, result = Path(folder), Path(out), choose_device(device), Predicted()
+    _check_request(folder, size, batch)
     paths, folders = _look_for_pictures(folder)
     if any(str(place) in folders for place in (out.resolve(), *out.resolve().parents)):
         raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
