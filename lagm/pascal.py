@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_DEPTH', 'VOC_LAYOUT', 'SPLITS', 'MOST_OVERLAP', 'LEAST_AREA', 'N_LABELLED', 'MIN_PIXELS',
-           'MOST_EDGE', 'Box', 'STEPS', 'Unusable', 'unpacked_mat', 'read_annotation', 'encode_mask', 'run_lengths',
-           'decode_mask', 'paint_parts', 'Report', 'run_over', 'parse_one', 'parse', 'listed', 'part_presence',
-           'labelled_share', 'read_objects', 'copy_one', 'copy', 'read_xml', 'read_boxes', 'overlap', 'crowded',
-           'usable_boxes', 'square_around', 'cut_square', 'crop_one', 'crop', 'prepare_pascal', 'prepare_command']
+           'MOST_EDGE', 'Box', 'STEPS', 'Unusable', 'unpacked_mat', 'read_annotation', 'encode_mask', 'decode_mask',
+           'paint_parts', 'Report', 'run_over', 'parse_one', 'parse', 'listed', 'part_presence', 'labelled_share',
+           'read_objects', 'copy_one', 'copy', 'read_xml', 'read_boxes', 'overlap', 'crowded', 'usable_boxes',
+           'square_around', 'cut_square', 'crop_one', 'crop', 'prepare_pascal', 'prepare_command']
 
 # %% ../nbs/components/17_pascal.ipynb #f64a28b8
 import contextlib
@@ -35,6 +35,7 @@ from .core import (
     InputError, atomic_path, inside, install_advice, printable, read_json, read_lines, read_text, write_json)
 from .label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts, pascal_part_id
 from .picture_files import read_image, read_mask, save_mask
+from .regions import unpack_counts
 
 # %% ../nbs/components/17_pascal.ipynb #860bb08f
 class Unusable(InputError):
@@ -147,22 +148,6 @@ def encode_mask(
     return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
 
 
-def run_lengths(
-    text: str,  # "counts" of a mask
-) -> list[int]:
-    """The lengths of the runs: six bits a character, five of them a number's, low ones first; from the fourth on they are differences to the last but one."""
-    lengths, value, place = [], 0, 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or place > 60: raise Unusable("the run lengths of a mask are damaged")
-        value, place = value | (bits & 31) << place, place + 5
-        if bits & 32: continue
-        if bits & 16: value -= 1 << place
-        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-        value, place = 0, 0
-    return lengths
-
-
 def decode_mask(
     runs: dict[str, Any],  # {"size": [H, W], "counts": text}
     shape: tuple[int, int] | None = None,  # what the size should be, (H, W)
@@ -172,7 +157,8 @@ def decode_mask(
     if not isinstance(counts, str) or not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and 0 < side < 2**16 for side in size):
         raise Unusable("a mask has no size or no run lengths")
     if shape is not None and tuple(size) != tuple(shape): raise Unusable(f"the picture is {shape[1]} x {shape[0]}, its masks are {size[1]} x {size[0]}")
-    lengths = run_lengths(counts)
+    try: lengths = unpack_counts(counts)
+    except InputError as error: raise Unusable(f"a mask cannot be used: {error}") from error
     if sum(lengths) != size[0] * size[1] or min(lengths) < 0: raise Unusable(f"the run lengths of a mask do not add up to {size[1]} x {size[0]} pixels")
     return np.repeat(np.arange(len(lengths)) % 2, lengths).astype(np.uint8).reshape(size, order="F")
 

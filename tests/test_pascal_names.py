@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lagm.core import InputError
-from lagm.pascal import Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes, run_lengths
+from lagm.pascal import Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes
+from lagm.regions import unpack_counts
 
 pytest.importorskip("scipy.io")
 mask_of = pytest.importorskip("pycocotools.mask")
@@ -72,7 +73,7 @@ def test_a_report_shows_no_escapes():
 
 
 def test_run_lengths():
-    assert run_lengths("02203ON0") == [0, 2, 2, 2, 5, 1, 3, 1]  # 0, 2, 2, 0 + 2, 3 + 2, -1 + 2, -2 + 5, 0 + 1
+    assert unpack_counts("02203ON0") == [0, 2, 2, 2, 5, 1, 3, 1]  # 0, 2, 2, 0 + 2, 3 + 2, -1 + 2, -2 + 5, 0 + 1
     for seed in range(5):
         mask = (np.random.RandomState(seed).rand(37, 61) > (0.5, 0.02, 0.98, 1, -1)[seed]).astype(np.uint8)
         runs = json.loads(json.dumps(encode_mask(mask)))
