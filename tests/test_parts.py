@@ -75,7 +75,7 @@ def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     assert not close(parts.annotator, annotator, 1e-6)
 
 
-PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, parts=2, lr_segmenter=1e-3)
+PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=1.0, finish_anchor=2.0, parts=2, lr_segmenter=1e-3)
 
 
 @pytest.mark.parametrize("name", ["shared", "two batches", "bfloat16", "intervals", "paper"])
@@ -83,7 +83,7 @@ def test_runs_in_parts(name):
     recipe = {"shared": PARTS, "two batches": dataclasses.replace(PARTS, shared_batch=False), "bfloat16": dataclasses.replace(PARTS, precision="bfloat16"),
               "intervals": dataclasses.replace(PARTS, interval_annotator=2, interval_segmenter=2), "paper": dataclasses.replace(PAPER, steps=3, parts=2)}[name]
     first = run(recipe)
-    assert same(first, run(recipe)) and first.step == recipe.total_steps
+    assert same(first, run(recipe)) and first.step == recipe.total_steps(2)
     assert first.segmenter.inc.bn1.num_batches_tracked == run(dataclasses.replace(recipe, parts=1)).segmenter.inc.bn1.num_batches_tracked
 
 
@@ -131,7 +131,7 @@ def test_two_processes_are_one_with_two_parts(tmp_path):
     try: one = run(PARTS)
     finally: torch.set_num_threads(threads)
     tensors, header = load_tensors(path)
-    assert header["step"] == 8
+    assert header["step"] == PARTS.total_steps(2)
     for prefix, network in (("average.", one.segmenter), ("annotator.", one.annotator)):
         for key, value in network.state_dict().items():
             # batch norm takes a constant away again: such a bias moves by rounding alone, and the running mean follows it
@@ -150,7 +150,7 @@ def test_several_processes_by_fabric_are_one_with_as_many_parts(tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     tensors, header = load_tensors(tmp_path / "result.safetensors")
-    assert header["step"] == 8 and header["losses"] == 1  # the history came along, too
+    assert header["step"] == PARTS.total_steps(2) and header["losses"] == 1  # the history came along, too
     for key, value in one.annotator.state_dict().items(): torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 

@@ -50,7 +50,7 @@ def test_it_leaves_notebook_figures_and_metrics_and_says_where(finished):
     for name in ("quickstart.ipynb", "metrics.json", "test.png", "curves.png"):
         assert (folder / name).is_file() and str(folder / name) in printed
     report = json.loads((folder / "metrics.json").read_text())
-    assert set(report["metrics"]) == {"supervised only", "A never matched", "gradient matching"}
+    assert set(report["metrics"]) == {"supervised only", "A never matched", "gradient matching", "matching, finished"}
     assert report["parameters"]["k"] == len(report["labelled"]) == 2
     assert report["provenance"]["versions"]["torch"] and report["generator"]["trained_with"]
     for line in report["summary"]:

@@ -1,0 +1,150 @@
+"""The finish: its length and shares by hand, its step by plain autograd, the same bits in one go or by itself, and signs of a lost class."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import CLASSES, RECIPES, ToyGenerator, labelled, networks, run, same
+from torch import nn
+
+from lagm.core import InputError
+from lagm.finishing import anchor_labels, finish_step, labels_say
+from lagm.signs import class_shares, signs, warning_sign
+from lagm.training import PAPER, Players, SyntheticBatches, get_recipe, train_finish, train_lagm
+
+CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
+
+
+def test_length_and_share_by_hand():
+    recipe = get_recipe("fast", steps=1000, finish=2.5, finish_anchor=4)
+    assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [500, 833, 1250, 1500, 2250]
+    assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 1250
+    assert labels_say(2, 6) == 0.25 and labels_say(3, 0) == 1
+    assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
+    assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4
+
+
+@pytest.mark.parametrize("name", ["finish", "finish_anchor", "lr_finish"])
+def test_impossible_values_are_named(name):
+    for value in (-1, float("inf"), "much"):
+        with pytest.raises(InputError, match=f"recipe: {name} is|{name}"): get_recipe("fast", **{name: value})
+
+
+def test_the_step_is_the_gradient_of_the_weighted_sum():
+    """Against plain autograd, with SGD of rate 1 and no momentum: the weights move by minus the gradient."""
+    recipe = get_recipe("fast", optimizer="sgd", momentum=0.0, average=0.0, channels_last=False, augment=None, batch_synthetic=2)
+    annotator, segmenter = networks()
+    reference, share = copy.deepcopy(segmenter), 0.3
+    weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    players = Players(segmenter, annotator, recipe, CPU, weights)
+    players.begin({"segmenter": 1.0}, averaged=False)
+    batch = SyntheticBatches(ToyGenerator(), 2, (16, 16), 0)(0)
+    images, masks = labelled()
+    losses = finish_step(players, lambda part: (images, masks), lambda part: batch, lambda b: anchor_labels([], annotator, b), share)
+
+    with torch.no_grad(): q = annotator.eval()(batch.features).softmax(1)
+    known = F.cross_entropy(reference.train()(images), masks, weight=weights)
+    soft = -(q * reference(batch.images).log_softmax(1)).sum(1).mean()
+    (share * known + (1 - share) * soft).backward()
+    with torch.no_grad():
+        for p in reference.parameters(): p -= p.grad
+    for (name, a), b in zip(segmenter.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert losses["loss_label"].item() == pytest.approx(known.item(), rel=1e-5)
+    assert losses["loss_anchor"].item() == pytest.approx(soft.item(), rel=1e-5)
+
+
+def test_the_anchor_is_the_mean_of_what_the_teachers_say():
+    annotator, segmenter = networks()
+    batch = SyntheticBatches(ToyGenerator(), 3, (16, 16), 0, get_recipe("fast").augment)(0)
+    modes = [m.training for n in (annotator, segmenter) for m in n.modules()]
+    one, other = anchor_labels([segmenter], None, batch), anchor_labels([], annotator, batch)
+    torch.testing.assert_close(anchor_labels([segmenter], annotator, batch), (one + other) / 2)
+    assert modes == [m.training for n in (annotator, segmenter) for m in n.modules()]
+    with torch.no_grad(): said = segmenter.eval()(batch.plain).softmax(1)
+    torch.testing.assert_close(one, batch.follow(said))
+
+
+def test_in_one_go_or_by_itself_the_same_bits():
+    whole = run(FAST)
+    matched = run(dataclasses.replace(FAST, finish=0.0))
+    before = copy.deepcopy(matched.annotator.state_dict())
+    finished = train_finish(copy.deepcopy(matched.segmenter), ToyGenerator(), *labelled(), FAST, annotator=matched.annotator, progress=False)
+    assert same(whole, finished) and finished.step == FAST.finish_steps(2) and whole.step == FAST.total_steps(2)
+    assert not torch.equal(matched.segmenter.outc.weight, finished.segmenter.outc.weight)
+    for (name, a), b in zip(before.items(), finished.annotator.state_dict().values()): assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_stopped_finish_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
+    """The anchor of a network without annotator is how it came; it is kept with the state."""
+    import lagm.training as training
+
+    _, start = networks(3)
+    options = dict(checkpoint_every=1, progress=False)
+    whole = train_finish(copy.deepcopy(start), ToyGenerator(), *labelled(), FAST, **options)
+    advance, count = training.Loop.advance, [0]
+
+    def counted(self, bar):
+        if count[0] == stop: raise KeyError
+        count[0] += 1
+        advance(self, bar)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(training.Loop, "advance", counted)
+        train_finish(copy.deepcopy(start), ToyGenerator(), *labelled(), FAST, checkpoint=tmp_path / "f.safetensors", **options)
+    _, other = networks(9)
+    again = train_finish(other, ToyGenerator(), *labelled(), FAST, checkpoint=tmp_path / "f.safetensors", **options)
+    for a, b in zip(whole.segmenter.state_dict().values(), again.segmenter.state_dict().values()): assert torch.equal(a, b)
+
+
+def test_without_an_anchor_no_picture_is_generated():
+    class Asleep(ToyGenerator):
+        def __call__(self, z, rng=None): raise AssertionError("it was asked for a picture")
+
+    done = train_finish(networks()[1], Asleep(), *labelled(), dataclasses.replace(FAST, finish_anchor=0.0), progress=False)
+    assert done.step == round(FAST.finish * FAST.steps)
+
+
+def test_in_parts_and_estimated():
+    recipe = dataclasses.replace(FAST, parts=2)
+    assert same(run(recipe), run(recipe))
+    estimate = train_lagm(ToyGenerator(), *networks(), *labelled(), FAST, dry_run=True, progress=False)
+    assert estimate.steps["finish"][0] == FAST.finish_steps(2)
+
+
+def test_no_finish_is_refused_by_itself():
+    with pytest.raises(InputError, match="finish is 0.0 of 6 steps"): train_finish(networks()[1], ToyGenerator(), *labelled(), dataclasses.replace(PAPER, steps=6), progress=False)
+    with pytest.raises(InputError, match="no option valdation; did you mean validation"): train_finish(networks()[1], ToyGenerator(), *labelled(), FAST, valdation=1)
+
+
+# --- signs -----------------------------------------------------------------------------------------------------------
+
+def test_shares_and_signs_by_hand():
+    masks = torch.tensor([[[0, 0, 0, 1], [1, 2, 255, 255]]])
+    assert class_shares(masks, 4).tolist() == [0.5, 2 / 6, 1 / 6, 0]
+    named = torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 3]]])
+    found = signs(named, torch.tensor([[[0, 0, 0, 0], [1, 1, 2, 2]]]), masks, 4)
+    assert found["agreement"] == 0.75 and found["shares"] == pytest.approx([1.0, 1.125, 0.0, None])
+    assert warning_sign(found) == warning_sign(found, ["a", "b", "c", "d"]).replace("c (0.00)", "class 2 (0.00)") != ""
+    assert warning_sign({"agreement": 0.4, "shares": [1.0, None]}).startswith("annotator and segmenter agree on 40 % of the pixels only")
+    assert warning_sign({"agreement": 0.6, "shares": [0.3, None]}) == ""
+
+
+def test_a_run_says_when_a_class_is_lost():
+    """An annotator that cannot name the last class, in a run that is long enough to be told."""
+    class Blind(nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner, self.n_classes = inner, inner.n_classes
+        def forward(self, features): return self.inner(features) - 50.0 * F.one_hot(torch.tensor(CLASSES - 1), CLASSES)[:, None, None]
+
+    annotator, segmenter = networks()
+    recipe = get_recipe("fast", steps=100, warm_segmenter=1, warm_annotator=1, finish=0.0, batch_labelled=1, batch_synthetic=1)
+    with pytest.warns(UserWarning, match=r"names too little of .*class 3 \(0.00\)"):
+        done = run(recipe, nets=(Blind(annotator), segmenter))
+    assert [record["step"] for record in done.history["signs"]] == [102] and done.history["signs"][0]["shares"][-1] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(FAST).history["signs"] == []  # too short to be judged
