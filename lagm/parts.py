@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'make_fabric', 'check_shares', 'this_process', 'own_parts', 'sum_over_processes', 'each_part',
            'mean_over_parts', 'labelled_gradient_in_parts', 'phase_annotator_in_parts', 'each_part_of_annotator',
-           'matching_step_in_parts', 'supervised_step_in_parts', 'imitation_step_in_parts']
+           'matching_step_in_parts', 'supervised_step_in_parts', 'reweighed', 'imitation_step_in_parts']
 
 # %% ../nbs/components/58_parts.ipynb #faf67276
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,14 +203,29 @@ def supervised_step_in_parts(players: Any, labelled: Callable[[int], tuple[Tenso
     return {"loss_label": loss}
 
 
-def imitation_step_in_parts(players: Any, synthetic: Callable[[int], Any], parts: int) -> dict[str, Tensor]:
+def reweighed(
+    probabilities: Tensor,  # (B, C, H, W)
+    factors: Tensor | None,  # (C,); None: as they are
+) -> Tensor:  # (B, C, H, W), sum 1 over the classes
+    """Probabilities, each class multiplied by its factor."""
+    if factors is None: return probabilities
+    changed = probabilities * factors[:, None, None]
+    return changed / changed.sum(dim=1, keepdim=True)
+
+
+def imitation_step_in_parts(
+    players: Any,
+    synthetic: Callable[[int], Any],
+    parts: int,
+    factors: Tensor | None = None,  # (C,), from `lagm.training.alignment`
+) -> dict[str, Tensor]:
     """`lagm.training.imitation_step`, part by part."""
     segmenter, annotator = players.segmenter.eval(), players.train("annotator")
 
     def one(part):
         batch = synthetic(part)
         with players.passes():
-            with torch.no_grad(): target = segmenter(batch.images).float().softmax(dim=1)
+            with torch.no_grad(): target = reweighed(segmenter(batch.images).float().softmax(dim=1), factors)
             logits = batch.warp(annotator(batch.features).float())
         loss = nn.functional.cross_entropy(logits, target) / parts
         loss.backward()

@@ -18,9 +18,9 @@ from .labels import IGNORE
 def class_shares(
     labels: Tensor,  # class indices, any shape; 255 = ignored
     n_classes: int,
-) -> Tensor:  # (C,), float64, sum 1 (all zero if nothing is known)
+) -> Tensor:  # (C,), float64, on the CPU, sum 1 (all zero if nothing is known)
     """The share of the known pixels that each class fills."""
-    counts = torch.bincount(labels[labels != IGNORE].flatten(), minlength=n_classes).double()
+    counts = torch.bincount(labels[labels != IGNORE].flatten().cpu(), minlength=n_classes).double()
     return counts / counts.sum().clamp(min=1)
 
 # %% ../nbs/components/55_signs.ipynb #62ed40d1
@@ -33,7 +33,7 @@ def signs(
     """How annotator and segmenter stand to each other and to the labelled masks."""
     wanted, found = class_shares(masks, n_classes).tolist(), class_shares(named, n_classes).tolist()
     shares = [have / want if want else None for have, want in zip(found, wanted)]
-    return {"agreement": (named == predicted).double().mean().item(), "shares": shares}
+    return {"agreement": (named == predicted).float().mean().item(), "shares": shares}
 
 # %% ../nbs/components/55_signs.ipynb #a3e9df49
 LOST, APART = 0.25, 0.5  # a class that fills less than this of its labelled share; networks that agree on fewer pixels

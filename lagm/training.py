@@ -7,10 +7,10 @@ __all__ = ['CHOICES', 'PAPER', 'FAST', 'RECIPES', 'LONG', 'SIGNS_EVERY', 'OWN', 
            'FINISH_FIELDS', 'Recipe', 'get_recipe', 'LabelledBatches', 'SyntheticBatch', 'SyntheticBatches',
            'balanced_weights', 'make_optimizer', 'learning_rate', 'compile_networks', 'memory_layouts', 'Networks',
            'Players', 'frozen_note', 'surroundings', 'phase_annotator', 'phase_segmenter', 'matching_step',
-           'supervised_step', 'imitation_step', 'pack_state', 'unpack_state', 'Identity', 'data_digest', 'Stage',
-           'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt', 'require_finite', 'validated', 'describe_run',
-           'restore_players', 'Keeper', 'Course', 'Loop', 'check_labelled', 'check_sides', 'check_options',
-           'check_counting', 'finish_stage', 'lagm_stages', 'signs_of', 'in_processes', 'train_lagm',
+           'supervised_step', 'imitation_step', 'alignment', 'pack_state', 'unpack_state', 'Identity', 'data_digest',
+           'Stage', 'locate', 'Diverged', 'Trained', 'finish_step_on_interrupt', 'require_finite', 'validated',
+           'describe_run', 'restore_players', 'Keeper', 'Course', 'Loop', 'check_labelled', 'check_sides',
+           'check_options', 'check_counting', 'finish_stage', 'lagm_stages', 'signs_of', 'in_processes', 'train_lagm',
            'train_supervised', 'train_finish']
 
 # %% ../nbs/components/60_training.ipynb #e7c5064a
@@ -46,11 +46,12 @@ from .labels import IGNORE, LabelSet
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
 from .memory import kept_memory
-from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, supervised_step_in_parts, this_process
+from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
+from .parts import supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
 from .saved import NETWORKS, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
-from .signs import signs, warning_sign
+from .signs import class_shares, signs, warning_sign
 from .watching import Estimate, Watch, Watcher, free_space, measure
 from .winograd import can_compile, fused_winograd
 
@@ -88,6 +89,7 @@ class Recipe:
     warm_segmenter: int = 0  # steps of S on the labelled pictures before all else
     warm_annotator: int = 0  # steps of A towards S's predictions on generated pictures, after that
     lr_warm: float = 1e-3  # learning rate of both warm starts
+    align: float = 0.0  # A's warm start: S's predictions are multiplied, by this at most, so that each class fills its labelled share; 0: not
     finish: float = 0.0  # length of the finish, in units of `steps`, were there any number of labelled pictures; see `finish_steps`
     finish_anchor: float = 4.0  # the matched networks count as much as so many labelled pictures in the finish; 0: it learns from the labelled ones alone
     lr_finish: float = 1e-3  # learning rate of the finish
@@ -106,7 +108,7 @@ class Recipe:
         for name, least in dict(steps=0, batch_labelled=1, batch_synthetic=1, interval_annotator=1, interval_segmenter=1, parts=1, warm_segmenter=0, warm_annotator=0).items():
             value = getattr(self, name)
             self._require(name, value >= least, f"give a whole number, {least} or more")
-        for name in ("lr_annotator", "lr_segmenter", "lr_warm", "lr_finish", "label_weight", "balance", "finish", "finish_anchor"):
+        for name in ("lr_annotator", "lr_segmenter", "lr_warm", "lr_finish", "align", "label_weight", "balance", "finish", "finish_anchor"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "give a number, 0 or more")
         for name in ("momentum", "average"):
             self._require(name, 0 <= getattr(self, name) < 1, "give a number from 0 up to, not including, 1")
@@ -139,7 +141,7 @@ PAPER = Recipe()
 FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
-    warm_segmenter=300, warm_annotator=300, finish=2.5, channels_last=True, keep_memory=True,
+    warm_segmenter=300, warm_annotator=300, align=20.0, finish=2.0, finish_anchor=2.0, channels_last=True, keep_memory=True,
 )
 
 RECIPES = {"paper": PAPER, "fast": FAST}
@@ -478,16 +480,36 @@ def supervised_step(
 def imitation_step(
     players: Players,
     synthetic: SyntheticBatch,  # not augmented
+    factors: Tensor | None = None,  # (C,), from `alignment`
 ) -> dict[str, Tensor]:  # loss_imitation
     """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities."""
     segmenter, annotator = players.segmenter.eval(), players.train("annotator")
     with players.passes():
-        with torch.no_grad(): target = segmenter(synthetic.images).float().softmax(dim=1)
+        with torch.no_grad(): target = reweighed(segmenter(synthetic.images).float().softmax(dim=1), factors)
         logits = synthetic.warp(annotator(synthetic.features).float())
     loss = F.cross_entropy(logits, target)
     loss.backward()
     players.update("annotator")
     return {"loss_imitation": loss.detach()}
+
+# %% ../nbs/components/60_training.ipynb #f2d47a6c
+@torch.no_grad()
+def alignment(
+    players: Players,
+    pictures: SyntheticBatches,  # not augmented
+    masks: Tensor,  # of the labelled pictures
+    batches: int = 16,
+) -> Tensor:  # (C,), from 1 / align to align
+    """What S's probabilities are to be multiplied by for each class to fill its labelled share of generated pictures, on average."""
+    found = []
+    with eval_mode(players.segmenter), players.passes():
+        for i in range(batches):
+            said = players.segmenter(pictures(i, "align").images).float().softmax(dim=1)
+            found.append(said.mean(dim=(0, 2, 3)).cpu())
+    wanted = class_shares(masks, players.segmenter.n_classes)
+    most = max(1.0, players.recipe.align)
+    factors = wanted / torch.stack(found).double().mean(dim=0).clamp(min=1e-12)
+    return factors.clamp(1 / most, most).float().to(players.device)
 
 # %% ../nbs/components/60_training.ipynb #3c966738
 def pack_state(players: Players) -> dict[str, Tensor]:
@@ -1030,6 +1052,9 @@ def lagm_stages(
     plain, changed = [SyntheticBatches(generator, recipe.batch_synthetic // parts, images.shape[2:], seed, augment, recipe.wide_crop, players.arrange, recipe.clip)
                       for augment in (None, recipe.augment)]
 
+    @functools.cache
+    def factors() -> Tensor | None: return alignment(players, plain, masks) if recipe.align else None
+
     def part_of(batches: Callable, step: int, stage: str): return lambda part: batches(step * parts + part, stage)
 
     def warm_segmenter(step: int) -> dict[str, Tensor]:
@@ -1037,8 +1062,8 @@ def lagm_stages(
         return supervised_step(players, labelled(step, "warm"))
 
     def warm_annotator(step: int) -> dict[str, Tensor]:
-        if parts > 1: return imitation_step_in_parts(players, part_of(plain, step, "warm"), parts)
-        return imitation_step(players, plain(step, "warm"))
+        if parts > 1: return imitation_step_in_parts(players, part_of(plain, step, "warm"), parts, factors())
+        return imitation_step(players, plain(step, "warm"), factors())
 
     def match_once(step: int) -> dict[str, Tensor]:
         act, learn = match and step % recipe.interval_annotator == 0, step % recipe.interval_segmenter == 0

@@ -12,8 +12,9 @@ from torch import nn
 
 from lagm.core import InputError
 from lagm.finishing import anchor_labels, finish_step, labels_say
+from lagm.parts import reweighed
 from lagm.signs import class_shares, signs, warning_sign
-from lagm.training import PAPER, Players, SyntheticBatches, get_recipe, train_finish, train_lagm
+from lagm.training import PAPER, Players, SyntheticBatches, alignment, get_recipe, train_finish, train_lagm
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
@@ -148,3 +149,39 @@ def test_a_run_says_when_a_class_is_lost():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(FAST).history["signs"] == []  # too short to be judged
+
+
+# --- the annotator's warm start --------------------------------------------------------------------------------------
+
+def test_alignment_by_hand():
+    class Constant(nn.Module):
+        """Says the same everywhere: 80, 15, 4 and 1 per cent."""
+        n_classes = CLASSES
+        def forward(self, images): return torch.tensor([0.80, 0.15, 0.04, 0.01]).log()[None, :, None, None].expand(len(images), -1, 16, 16)
+
+    masks = torch.tensor([0] * 40 + [1] * 30 + [2] * 28 + [3] * 2).reshape(1, 10, 10)
+    players = Players(Constant(), networks()[0], get_recipe("fast", align=5.0), CPU)
+    factors = alignment(players, SyntheticBatches(ToyGenerator(), 2, (16, 16), 0), masks)
+    assert factors.tolist() == pytest.approx([0.5, 2.0, 5.0, 2.0], rel=1e-5)  # the third: 7, but 5 at most
+    q = torch.tensor([0.80, 0.15, 0.04, 0.01]).reshape(1, 4, 1, 1)
+    assert reweighed(q, factors).flatten().tolist() == pytest.approx([0.4 / 0.92, 0.3 / 0.92, 0.2 / 0.92, 0.02 / 0.92], rel=1e-5)
+    assert reweighed(q, None) is q
+    none = alignment(players, SyntheticBatches(ToyGenerator(), 2, (16, 16), 0), masks.clamp(max=2))
+    assert none[3].item() == pytest.approx(0.2)  # a class that no mask shows
+
+
+def test_an_aligned_warm_start_names_what_the_segmenter_hardly_finds():
+    """S finds the last class in a thousandth of the pixels' probability; the masks show it in a quarter."""
+    class Shy(nn.Module):
+        n_classes = CLASSES
+        def __init__(self): super().__init__(); self.outc = nn.Conv2d(3, CLASSES, 1)
+        def forward(self, images): return self.outc(images) * 0.01 - 5.0 * F.one_hot(torch.tensor(CLASSES - 1), CLASSES)[:, None, None]
+
+    def share(align):
+        recipe = get_recipe("fast", steps=0, warm_segmenter=0, warm_annotator=60, lr_warm=1e-2, align=align, matched="all")
+        torch.manual_seed(0)
+        done = run(recipe, nets=(networks()[0], Shy()))
+        with torch.no_grad(): q = done.annotator(ToyGenerator()(torch.zeros(8, 4), torch.Generator().manual_seed(0))[1]).softmax(1)
+        return q.mean((0, 2, 3))[-1].item()
+
+    assert share(0.0) < 0.02 < 0.04 < share(20.0)  # 0.002 and 0.045 are said to it
