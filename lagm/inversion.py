@@ -355,7 +355,7 @@ def train_handsoff(
 ) -> Trained:
     """Invert the labelled pictures, let an ensemble label generated ones from their features, and learn from both.
 
-    Raises as `train_lagm` and `invert` do.
+    A finish is `lagm.training.train_finish`'s. Raises as `train_lagm` and `invert` do.
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
@@ -366,7 +366,7 @@ def train_handsoff(
     drawn = as_generated(masks, generator.resolution, wide)
     ensemble = learn_pixels(inverted, drawn, n_classes, handsoff, device=device, **shared)
     plan = Plan(handsoff.pairs, seed, tuple(images.shape[2:]), wide, "majority", shard_size=100)
-    own = dataclasses.replace(recipe, warm_annotator=0)
+    own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _place(folder) as place:
         made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)], progress)
         kept = SyntheticDataset(made.folder, select(made.records, handsoff.keep).indices)
@@ -477,7 +477,7 @@ def train_prototypes(
 ) -> Trained:
     """Invert the labelled pictures, take prototypes from their features, and learn from what they say of generated pictures.
 
-    Raises as `train_lagm` and `invert` do.
+    A finish is `lagm.training.train_finish`'s. Raises as `train_lagm` and `invert` do.
     """
     check_options(options, recipe, train_prototypes)
     check_labelled(images, masks, segmenter.n_classes)
@@ -486,6 +486,7 @@ def train_prototypes(
     inverted = invert(generator, images, prototyping.inversion, wide=recipe.wide_crop, **shared)
     drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), prototyping.layers(generator)
     annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, prototyping.temperature)
-    source, own = Annotated(generator, annotator, prototyping), dataclasses.replace(recipe, warm_annotator=0)
+    source = Annotated(generator, annotator, prototyping)
+    own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,
                       weigh_labels=prototyping.weigh_labels, **options)
