@@ -384,7 +384,16 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    return list(dict.fromkeys(found + (_data_problems(run, root) if data else [])))
+    return list(dict.fromkeys(found + _generator_problems(run) + (_data_problems(run, root) if data else [])))
+
+
+def _generator_problems(run: Run) -> list[str]:
+    """Whether a generator that is given by a name, not as a file, is one of the kit's."""
+    from lagm.generator import generator_file
+
+    try: generator_file(run.parameters.get("generator"))
+    except InputError as error: return [f"generator: {error}"]
+    return []
 
 
 def _source_problem(path: Path, name: str) -> str | None:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DATASETS', 'SIMPLE', 'Resized', 'open_dataset', 'read_labelled', 'read_split', 'has_validation', 'read_validation',
            'splits_of', 'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter',
-           'make_recipe', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values',
-           'write_metrics', 'check_size', 'start_stage']
+           'make_recipe', 'without_finish', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best',
+           'simple_values', 'write_metrics', 'check_size', 'start_stage']
 
 # %% ../nbs/components/88_stages.ipynb #fbd94275
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from .labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter
-from .training import Recipe, get_recipe, train_lagm
+from .training import PAPER, Recipe, get_recipe, train_lagm
 
 # %% ../nbs/components/88_stages.ipynb #c6ae15dc
 DATASETS = ("avatars", "celeba", "pascal", "datasetgan", "cgpart-render", "cgpart-real", "folder")
@@ -159,7 +160,7 @@ def split_problems(
 
 # %% ../nbs/components/88_stages.ipynb #c0c0ecc6
 def open_generator(
-    generator: str = "",  # file of any format that `lagm.checkpoints` reads; empty: the one of the kit
+    generator: str = "",  # file of any format that `lagm.checkpoints` reads, or the name of one of the kit's (`lagm.generator.kit_generators`); empty: big-ears
     avg_latent: str = "",  # file of the mean style, for StyleGAN1 files
     psi: float = 0.7,
     cutoff: int = 8,  # style vectors that are truncated; 0: all
@@ -207,6 +208,12 @@ def make_recipe(
     """A recipe from parameters; `InputError` for an unknown field or an impossible value."""
     steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})
     return get_recipe(recipe, **(steps | dict(changes or {})))
+
+
+def without_finish(recipe: Recipe) -> Recipe:
+    """The same recipe up to its finish: whatever says how to finish is as in the paper's recipe, which has none."""
+    off = {field.name: getattr(PAPER, field.name) for field in dataclasses.fields(recipe) if field.name.startswith("finish")}
+    return dataclasses.replace(recipe, **off)
 
 # %% ../nbs/components/88_stages.ipynb #54acb032
 def load_networks(
