@@ -197,7 +197,7 @@ def generator_file(
     known, text = kit_generators(), str(given or "big-ears")
     if not isinstance(given, Path) and text in known: return known[text]
     path = Path(text)
-    if isinstance(given, Path) or path.suffix or len(path.parts) > 1 or path.exists(): return path
+    if isinstance(given, Path) or path.suffix or any(mark in text for mark in "/\\") or path.exists(): return path
     raise InputError(f"there is no generator {printable(text, 60)!r}: the kit has {', '.join(known)}; or give a file")
 
 # %% ../nbs/components/20_generator.ipynb #ecb9806d
