@@ -267,7 +267,7 @@ DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=15_000, vali
 DEMO_STYLES, DEMO_LABELS = ("big-ears", "toon-head", "micah"), (1, 2, 5, 10, 30)
 DEMO_STEPS = {  # of each method: as many as still help it on the validation pictures of big-ears
     "supervised": 2400, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000, "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
-DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
+DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000, inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
 
@@ -357,8 +357,9 @@ def choose_runs(
 
 # %% ../nbs/components/91_catalogue.ipynb #e4e39e5b
 SMALL = {  # of each stage: a size that only shows that everything fits together
-    "annotate": dict(iterations=2, warm_up=2, validation_pictures=2, validate_every=2), "downstream": dict(pictures=8, epochs=2, batch=4, validation_pictures=2),
-    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, pictures=2),
+    "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2, inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
+    "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2), "downstream": dict(pictures=8, epochs=2, batch=4, finish_on=0, validation_pictures=2),
+    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, finish=False, pictures=2),
 }
 
 

@@ -243,7 +243,7 @@ def hasty_networks(
     """A small annotator and U-Net after two steps of everything."""
     torch.manual_seed(seed)
     annotator, segmenter = FPNAnnotator(generator.feature_channels, n_classes, channels=16), new_segmenter("unet", n_classes, width=8, levels=2)
-    trained = train_lagm(generator, annotator, segmenter, images, masks, make_recipe("fast", 2, 2), seed=seed, device=device, progress=False)
+    trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)), seed=seed, device=device, progress=False)
     return Results(trained.annotator, trained.segmenter, {"hasty": True})
 
 # %% ../nbs/components/88_stages.ipynb #27caf7c7

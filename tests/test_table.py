@@ -249,7 +249,7 @@ def test_a_record_with_a_line_a_row(tmp_path):
 
 
 FINISH = {f.name: 2 for f in dataclasses.fields(FAST) if f.name.startswith("finish") and type(getattr(FAST, f.name)) is int}
-SIZES = dict(iterations=2, warm_up=2, person_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=13, threads=1, changes=FINISH)
+SIZES = dict(iterations=2, warm_up=2, person_steps=2, pretraining_steps=2, inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=13, threads=1, changes=FINISH)
 
 
 def test_one_cell_with_all_methods(tmp_path):
