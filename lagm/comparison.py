@@ -272,10 +272,10 @@ def minutes_table(
         table.append([method, *(number(statistics.fmean(values), 1) if values else "–" for values in known)])
     return table
 
-# %% ../nbs/components/95_comparison.ipynb #7aa42b9d
+# %% ../nbs/components/95_comparison.ipynb #084469d6
 BEFORE, AFTER = METHOD_COLOURS[1], METHOD_COLOURS[5]  # ours before and after the finish
 GREYS = ("#4d4d4d", "#9c9c9c", "#707070", "#b4b4b4", "#868686")  # rivals, so that neighbours differ
-FAR_BELOW = 20  # points
+FAR_BELOW = 15  # points
 
 
 def _lines(cells: Cells, domain: str) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:

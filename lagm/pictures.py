@@ -317,7 +317,7 @@ def curves(
     """Lines over iterations or time, named at their right ends."""
     if ax is None: ax = panels(1, 6.4, 3.4)[1][0]
     ends = []
-    for (name, (x, y)), colour in zip(history.items(), _colours(len(history)), strict=True):
+    for i, ((name, (x, y)), colour) in enumerate(zip(history.items(), _colours(len(history)), strict=True)):
         x, y = (np.asarray(torch.as_tensor(v).detach().cpu(), float) for v in (x, y))
         if x.shape != y.shape: raise InputError(f"curve {name!r} has {x.size} values of x and {y.size} of y; they must be as many")
         if not x.size: continue
@@ -326,7 +326,7 @@ def curves(
             ax.plot(x, y, color=colour, alpha=0.22, linewidth=1)
             y = moving_average(y, smooth)
         marker = "o" if len(x) <= 30 else None
-        ax.plot(x, y, color=colour, marker=marker, markersize=3.5)
+        ax.plot(x, y, color=colour, marker=marker, markersize=3.5, linestyle="-" if i < len(METHOD_COLOURS) else "--")
         ends.append((plain_label(name), y[-1], colour))
     if log_y: ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel + " (%)" * percent, title=plain_label(title))
@@ -336,7 +336,7 @@ def curves(
 
 # %% ../nbs/components/80_pictures.ipynb #97a4d20a
 def _colours(n: int) -> list[str]:
-    """n colours for methods; they repeat after eight."""
+    """n colours for methods; they repeat after eight, when `curves` draws dashes."""
     return [METHOD_COLOURS[i % len(METHOD_COLOURS)] for i in range(n)]
 
 def _darker(colour: str) -> tuple[float, ...]:

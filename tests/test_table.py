@@ -302,3 +302,39 @@ def test_the_finish_can_be_left_out(tmp_path):
     table = run_cells(METHODS, SIZES | dict(out_dir=str(tmp_path), methods="gradient matching", finish=False, changes=dict(metric="l2")))["table"]
     assert [*table] == ["gradient matching"] and load_segmenter(tmp_path / "segmenter.safetensors")[1]["method"] == "gradient matching"
     assert read_json(tmp_path / "metrics.json")["recipe"]["metric"] == "l2" == get_recipe("fast", metric="l2").metric
+
+
+@pytest.fixture
+def quick_finish(monkeypatch):
+    """A finish that takes no step, and what it was called with."""
+    calls = []
+
+    def train_finish(segmenter, generator, images, masks, recipe, *, checkpoint, **options):
+        calls.append((checkpoint.name, len(images)))
+        return training.Trained(segmenter.eval(), None, {"losses": [], "validation": []}, 0, options["labels"], tuple(images.shape[2:]))
+
+    monkeypatch.setattr(training, "train_finish", train_finish)
+    return calls
+
+
+def test_cross_domain_finishes_every_network(tmp_path, quick_finish):
+    small = dict(k=2, pictures=2, supervised_steps=1, teacher_steps=1, width=2, threads=1)
+    run_cells(METHODS.with_name("cross_domain.ipynb"), small | dict(finish=True, out_dir=str(tmp_path)))
+    record = read_json(tmp_path / "metrics.json")
+    names = ["gradient matching", "labelled domain alone", "mean teacher"]
+    assert [*record["metrics"]] == [row for name in names for row in (name, f"{name}, finished")] and "each network also finished on them" in record["summary"][0]
+    assert quick_finish == [(f"finish-{name.replace(' ', '-')}.safetensors", 2) for name in names]
+    assert all(record["metrics"][name] == record["metrics"][f"{name}, finished"] for name in names), "a finish without a step changes nothing"
+
+
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_the_downstream_network_is_finished_if_asked_for(tmp_path, quick_finish, labelled):
+    run_cells(METHODS.with_name("downstream.ipynb"), dict(pictures=2, epochs=1, width=2, validation_pictures=2, threads=1, finish_on=labelled, out_dir=str(tmp_path)))
+    said = read_json(tmp_path / "metrics.json")["summary"][0]
+    assert quick_finish == [("finish.safetensors", 2)] * bool(labelled) and said.endswith("finished on 2 labelled pictures:" if labelled else "without a finish:")
+
+
+def test_annotate_says_whether_there_is_a_finish(tmp_path):
+    run_cells(METHODS.with_name("annotate.ipynb"), dict(iterations=1, warm_up=1, width=1, channels=1, layers=1, validation_pictures=2, finish=False, threads=1, out_dir=str(tmp_path)))
+    record = read_json(tmp_path / "metrics.json")
+    assert "recipe fast without a finish, state of step 3" in record["summary"][0] and record["recipe"] == json.loads(json.dumps(dataclasses.asdict(without_finish(get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1)))))
