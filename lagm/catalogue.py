@@ -266,8 +266,10 @@ DEMO_TRAINING = dict(channels=32, layers=3, recipe="fast", iterations=1000, warm
 DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=15_000, validate_every=1000, checkpoint_every=500)
 DEMO_STYLES, DEMO_LABELS = ("big-ears", "toon-head", "micah"), (1, 2, 5, 10, 30)
 DEMO_STEPS = {  # of each method: as many as still help it on the validation pictures of big-ears
-    "supervised": 2400, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000, "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
-DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000, inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
+    "supervised": 2400, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000,
+    "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
+DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
+                    inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
 
@@ -279,13 +281,16 @@ def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[s
 
 
 def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
-    """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after that."""
+    """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after
+    that."""
     name, count = f"demo_downstream_k{k}", _faces(k)
     stages = _demo(name, k, DEMO_TRAINING)
-    stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"], "pictures": 1000, "epochs": 10, "finish_on": k, "out_dir": f"outputs/{name}/downstream"}
+    stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"],
+                            "pictures": 1000, "epochs": 10, "finish_on": k, "out_dir": f"outputs/{name}/downstream"}
     stages["evaluate"]["networks"] = f"outputs/{name}/downstream/segmenters"
     after, finished = f"Demo, {count}, our recipe, then downstream training", f"demo_downstream_finished_k{k}"
-    test = {**DEMO_TEST, "networks": f"outputs/{name}/downstream/segmenter.safetensors", "out_dir": f"outputs/{finished}/evaluate"}
+    test = {**DEMO_TEST, "networks": f"outputs/{name}/downstream/segmenter.safetensors",
+            "out_dir": f"outputs/{finished}/evaluate"}
     return {name: (after, stages), finished: (f"{after}, finished", {"evaluate": test})}
 
 
@@ -295,11 +300,14 @@ def _faces(k: int) -> str:
 
 
 def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
-    """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested before and after."""
+    """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested
+    before and after."""
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
     annotate = {**source, **DEMO_TRAINING, "finish": False, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
-        "target": "avatars:big-ears", "pictures": 0, "finish": True, "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": DEMO_STEPS["supervised"], "teacher_steps": DEMO_STEPS["mean teacher"], "out_dir": f"outputs/{name}/cross_domain"}
+        "target": "avatars:big-ears", "pictures": 0, "finish": True,
+        "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": DEMO_STEPS["supervised"],
+        "teacher_steps": DEMO_STEPS["mean teacher"], "out_dir": f"outputs/{name}/cross_domain"}
     return {"annotate": annotate, "cross_domain": figure}
 
 # %% ../nbs/components/91_catalogue.ipynb #e587d48f
@@ -315,14 +323,18 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
         first = style == DEMO_STYLES[0]
         for k in DEMO_LABELS:
             name = f"demo_{'' if first else style.replace('-', '_') + '_'}k{k}"
-            found[name] = (f"Demo, {_faces(k)}{'' if first else f' of {style}'}, all methods", _demo_methods(name, k, **({} if first else {"style": style})))
+            found[name] = (f"Demo, {_faces(k)}{'' if first else f' of {style}'}, all methods",
+                           _demo_methods(name, k, **({} if first else {"style": style})))
     for k in DEMO_LABELS: found |= _demo_downstream(k)
-    for k in DEMO_LABELS: found[f"demo_paper_k{k}"] = (f"Demo, {_faces(k)}, the paper's recipe", _demo(f"demo_paper_k{k}", k, DEMO_PAPER))
+    for k in DEMO_LABELS: found[f"demo_paper_k{k}"] = (f"Demo, {_faces(k)}, the paper's recipe",
+                                                       _demo(f"demo_paper_k{k}", k, DEMO_PAPER))
     for ablation, changes in ABLATIONS.items():
         name, what = f"demo_ablation_{ablation}", ", ".join(f"{key} {value}" for key, value in changes.items())
-        found[name] = (f"Demo, {_faces(2)}, {what}, before and after the finish", _demo_methods(name, 2, methods="gradient matching", changes=changes))
+        found[name] = (f"Demo, {_faces(2)}, {what}, before and after the finish",
+                       _demo_methods(name, 2, methods="gradient matching", changes=changes))
     name = "demo_ablation_generated_labels"
-    found[name] = (f"Demo, {_faces(2)}, real ones or generated ones", _demo_methods(name, 2, methods="gradient matching, matching on generated labels"))
+    found[name] = (f"Demo, {_faces(2)}, real ones or generated ones",
+                   _demo_methods(name, 2, methods="gradient matching, matching on generated labels"))
     for style in DEMO_STYLES[1:]:
         name = f"demo_cross_{style.replace('-', '_')}"
         found[name] = (f"Demo, {_faces(30)} of the style {style}, generator of big-ears", _demo_cross(name, style))
@@ -357,8 +369,10 @@ def choose_runs(
 
 # %% ../nbs/components/91_catalogue.ipynb #e4e39e5b
 SMALL = {  # of each stage: a size that only shows that everything fits together
-    "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2, inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
-    "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2), "downstream": dict(pictures=8, epochs=2, batch=4, finish_on=0, validation_pictures=2),
+    "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2,
+                    inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
+    "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2),
+    "downstream": dict(pictures=8, epochs=2, batch=4, finish_on=0, validation_pictures=2),
     "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, finish=False, pictures=2),
 }
 
@@ -369,7 +383,8 @@ def change_runs(
     moves: Mapping[str, str] | None = None,  # experiment -> new folder, in place of outputs/EXPERIMENT
     small: bool = False,  # apply SMALL first
 ) -> dict[str, Run]:
-    """The runs with other values, or elsewhere; `InputError` for a name that none of them has, or a value that does not fit."""
+    """The runs with other values, or elsewhere; `InputError` for a name that none of them has, or a value that does
+    not fit."""
     known = {name: declared_parameters(run.notebook) for name, run in runs.items()}
     nobody = [value for value in values if not any(value in parameters for parameters in known.values())]
     if nobody:
@@ -410,7 +425,8 @@ def missing_inputs(
 
 
 def _generator_problems(run: Run) -> list[str]:
-    """Whether a generator that is given by a name, not as a file, is one of the kit's; a comparison of methods takes that of its style."""
+    """Whether a generator that is given by a name, not as a file, is one of the kit's; a comparison of methods takes
+    that of its style."""
     from lagm.generator import generator_file
 
     try: generator_file(run.parameters.get("generator") or run.parameters.get("style"))

@@ -257,8 +257,10 @@ def _json_lines(value: Any, levels: int, depth: int = 1) -> str:
     """Plain values as JSON, indented by a space for each of the outer `levels`."""
     if not levels or not value or not isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
-    items = [_json_lines(item, levels - 1, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+    keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value,
+        dict) else [""] * len(value)
+    items = [_json_lines(item, levels - 1, depth + 1)
+             for item in (value.values() if isinstance(value, dict) else value)]
     begin, end = "{}" if isinstance(value, dict) else "[]"
     lines = ",\n".join(" " * depth + key + item for key, item in zip(keys, items, strict=True))
     return f"{begin}\n{lines}\n{' ' * (depth - 1)}{end}"

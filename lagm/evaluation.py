@@ -268,11 +268,13 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over pictures. `InputError` if the pictures of two methods are not as many, or for a level that is no share."""
+    """Percentile bootstrap over pictures. `InputError` if the pictures of two methods are not as many, or for a level
+    that is no share."""
     if not 0 < level < 1 or draws < 1: raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")
     if versus is not None and versus.shape != counts.shape: raise InputError(f"the methods were tested on {len(counts)} and {len(versus)} pictures; a paired bootstrap needs the same pictures")
     value, values = scores(counts.sum(0), score), resampled_scores(counts, score, draws, seed)
-    if versus is not None: value, values = value - scores(versus.sum(0), score), values - resampled_scores(versus, score, draws, seed)
+    if versus is not None: value, values = value - scores(versus.sum(0), score), values - resampled_scores(versus,
+        score, draws, seed)
     low, high = values.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Interval(value.item(), low, high, level)
 

@@ -233,7 +233,7 @@ def check_version(path: str | Path, header: dict[str, Any]) -> None:
 
 
 def load_generator(
-    path: str | Path | None = None,  # a generator's file, of any format that `lagm.checkpoints` reads; or the name of one of the kit's, see `kit_generators`; None: big-ears
+    path: str | Path | None = None,  # a file of any format that `lagm.checkpoints` reads, or a name of `kit_generators`; None: big-ears
     sampling: Sampling = Sampling(),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -241,7 +241,8 @@ def load_generator(
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
 ) -> FrozenGenerator:
-    """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or rosinality's `.pt`.
+    """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or
+    rosinality's `.pt`.
 
     Nothing in the file is executed. Raises `InputError` when there is none such, when the file is not a generator, is conditional and no label is given, is damaged, or holds other tensors than it says.
     """

@@ -376,7 +376,8 @@ def name_the_ends(
     heights = [ax.transData.transform((ax.get_xlim()[1], y))[1] * to_points for _, y, _ in ends]
     for (name, y, colour), height, place in zip(ends, heights, spread(heights, distance), strict=True):
         line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=1, shrinkB=0) if leaders else None
-        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(16 if leaders else 7, place - height), textcoords="offset points",
+        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(16 if leaders else 7, place - height),
+                    textcoords="offset points",
                     color=_darker(colour), va="center", fontsize=size, annotation_clip=False, arrowprops=line)
 
 # %% ../nbs/components/80_pictures.ipynb #9effb79e

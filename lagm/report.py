@@ -277,7 +277,9 @@ def own_table(
 # %% ../nbs/components/94_report.ipynb #d22888cc
 DOMAINS = {"": "big-ears", "toon_head": "toon-head", "micah": "micah"}  # in the name of an experiment: its style
 FIRST_DOMAIN, FINISHED = "big-ears", ", finished"
-LONGER = {"paper": f"paper's recipe, {DEMO_PAPER['iterations']:,} steps", "downstream": "gradient matching, then downstream", "downstream_finished": f"gradient matching, then downstream{FINISHED}"}
+LONGER = {"paper": f"paper's recipe, {DEMO_PAPER['iterations']:,} steps",
+          "downstream": "gradient matching, then downstream",
+          "downstream_finished": f"gradient matching, then downstream{FINISHED}"}
 
 
 def cell_of(
@@ -304,7 +306,8 @@ def benchmark_table(
     minutes: Mapping[tuple[str, str], float] = {},
     domain: str = FIRST_DOMAIN,
 ) -> list[list[str]]:
-    """The demo benchmark in one domain: a row for each method, a column for each number of labels; mean ± standard deviation, and the number of seeds in brackets."""
+    """The demo benchmark in one domain: a row for each method, a column for each number of labels; mean ± standard
+    deviation, and the number of seeds in brackets."""
     found, cost = _benchmark(groups, domain), _benchmark(minutes, domain)
     ks = sorted({k for points in found.values() for k in points})
     table = [["method", *(f"k = {k}" for k in ks), "minutes"]]
@@ -320,10 +323,12 @@ WHOLE_RECIPE = ("demo_k2", "gradient matching")  # what ablations are set beside
 def ablation_table(
     results: Iterable[Result],
 ) -> list[list[str]]:
-    """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from the whole recipe, finished if this is, over the seeds that both have."""
+    """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from
+    the whole recipe, finished if this is, over the seeds that both have."""
     results = list(results)
     whole = {(r.variant or "seed0", ending): value for r in results for ending in ("", FINISHED)
-             if r.experiment == WHOLE_RECIPE[0] and "small" not in r.variant and (value := r.value("fg_miou", WHOLE_RECIPE[1] + ending)) is not None}
+             if r.experiment == WHOLE_RECIPE[0] and "small" not in r.variant
+             and (value := r.value("fg_miou", WHOLE_RECIPE[1] + ending)) is not None}
     found: dict[tuple[str, str], dict[str, float]] = {}
     for r in results:
         if not r.experiment.startswith("demo_ablation_") or r.stage not in TESTED or "small" in r.variant: continue
@@ -334,8 +339,10 @@ def ablation_table(
     for (name, method), values in sorted(found.items()):
         ending = FINISHED if method.endswith(FINISHED) else ""
         both = [(value, whole[seed, ending]) for seed, value in values.items() if (seed, ending) in whole]
-        change, beside = (statistics.fmean(value - other for value, other in both), statistics.fmean(other for _, other in both)) if both else (None, None)
-        table.append([name, method, _mean([*values.values()]), number(beside, 1), number(change, 1, sign=True), str(len(values))])
+        change, beside = (statistics.fmean(value - other for value, other in both),
+                          statistics.fmean(other for _, other in both)) if both else (None, None)
+        table.append([name, method, _mean([*values.values()]), number(beside, 1), number(change, 1, sign=True),
+                      str(len(values))])
     return table
 
 # %% ../nbs/components/94_report.ipynb #f6144c41
@@ -360,7 +367,8 @@ def learning_curves_figure(
     results: Iterable[Result],
     k: int = 2,  # labelled pictures
 ) -> Figure | None:
-    """Validation FG-mIoU over the steps of every method of the demo benchmark, before its finish, from its first seed; None if there is no record of them."""
+    """Validation FG-mIoU over the steps of every method of the demo benchmark, before its finish, from its first seed;
+    None if there is no record of them."""
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         validation, benchmark = result.record.get("validation"), _benchmark({(_group(result), ""): None})
@@ -383,7 +391,8 @@ MOST_BARS = 8  # methods in one figure: as many as there are colours
 def class_figures(
     results: Iterable[Result],
 ) -> dict[str, Figure]:  # experiment -> bars
-    """IoU by class of every experiment whose record has one, a bar per method, if these are not too many to be told apart; the newest variant counts."""
+    """IoU by class of every experiment whose record has one, a bar per method, if these are not too many to be told
+    apart; the newest variant counts."""
     figures = {}
     for result in results:
         classes = result.record.get("classes")
@@ -391,7 +400,8 @@ def class_figures(
         known = {name: content for name, content in result.record.get("metrics", {}).items() if isinstance(content, dict) and len(content.get("iou", [])) == len(classes)}
         whole = {name: content for name, content in known.items() if all(_number(content.get(key)) for key in NUMBERS)}
         scores = {name: Metrics(iou=[math.nan if value is None else value for value in content["iou"]], **{key: content[key] for key in NUMBERS}) for name, content in whole.items() if "iou" in content}
-        if 0 < len(scores) <= MOST_BARS and len(scores) * len(classes) <= 2000: figures[_group(result)] = iou_bars(scores, classes, title=f"{_group(result)}: IoU by class")
+        if 0 < len(scores) <= MOST_BARS and len(scores) * len(classes) <= 2000: figures[_group(result)] = iou_bars(
+            scores, classes, title=f"{_group(result)}: IoU by class")
     return figures
 
 

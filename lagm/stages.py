@@ -160,7 +160,7 @@ def split_problems(
 
 # %% ../nbs/components/88_stages.ipynb #c0c0ecc6
 def open_generator(
-    generator: str = "",  # file of any format that `lagm.checkpoints` reads, or the name of one of the kit's (`lagm.generator.kit_generators`); empty: big-ears
+    generator: str = "",  # a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
     avg_latent: str = "",  # file of the mean style, for StyleGAN1 files
     psi: float = 0.7,
     cutoff: int = 8,  # style vectors that are truncated; 0: all
@@ -212,7 +212,8 @@ def make_recipe(
 
 def without_finish(recipe: Recipe) -> Recipe:
     """The same recipe up to its finish: whatever says how to finish is as in the paper's recipe, which has none."""
-    off = {field.name: getattr(PAPER, field.name) for field in dataclasses.fields(recipe) if field.name.startswith("finish")}
+    off = {field.name: getattr(PAPER, field.name) for field in dataclasses.fields(recipe)
+           if field.name.startswith("finish")}
     return dataclasses.replace(recipe, **off)
 
 # %% ../nbs/components/88_stages.ipynb #54acb032
@@ -243,7 +244,8 @@ def hasty_networks(
     """A small annotator and U-Net after two steps of everything."""
     torch.manual_seed(seed)
     annotator, segmenter = FPNAnnotator(generator.feature_channels, n_classes, channels=16), new_segmenter("unet", n_classes, width=8, levels=2)
-    trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)), seed=seed, device=device, progress=False)
+    trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
+                         seed=seed, device=device, progress=False)
     return Results(trained.annotator, trained.segmenter, {"hasty": True})
 
 # %% ../nbs/components/88_stages.ipynb #27caf7c7

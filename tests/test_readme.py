@@ -112,8 +112,10 @@ def test_the_tables_are_those_of_the_committed_results(published):
     cells, groups, minutes = read_cells(published), group_results(published), group_minutes(published)
     for domain in dict.fromkeys(domain for domain, _ in cells):
         table = benchmark_table(groups, minutes, domain)
-        assert len(table) > 5 and as_markdown(table) in text, f"README lacks the table of {domain}, as it is in outputs/report/report.md"
-    resampled = any(score.draws is not None for methods in cells.values() for scores in methods.values() for score in scores.values())
+        assert len(table) > 5 and as_markdown(
+            table) in text, f"README lacks the table of {domain}, as it is in outputs/report/report.md"
+    resampled = any(score.draws is not None for methods in cells.values() for scores in methods.values()
+                    for score in scores.values())
     if resampled:  # older records cannot be compared picture by picture
         for table in (comparison_table(cells), saved_table(cells)): assert as_markdown(table) in text
 

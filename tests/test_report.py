@@ -28,7 +28,8 @@ def test_no_result(tmp_path):
     found = rows(tmp_path)
     assert len(found) == 28 and not any(row.values for row in found.values())
     assert all(row.note.startswith("cannot be run here: ") for row in found.values())
-    assert [line[3] for line in paper_table(found.values())[1:]] == ["–"] * 28 and number_of_labels_figure(found.values()) and quality_figure({}) is None
+    assert [line[3] for line in paper_table(found.values())[1:]] == ["–"] * 28 and number_of_labels_figure(
+        found.values()) and quality_figure({}) is None
 
 
 def test_all_results(tmp_path):
