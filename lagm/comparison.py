@@ -48,7 +48,7 @@ class Score:
 Methods = Mapping[str, Mapping[str, Score]]  # method -> seed -> score
 Cells = Mapping[tuple[str, int], Methods]  # domain and number of labelled pictures
 
-
+# %% ../nbs/components/95_comparison.ipynb #cb62ed63
 def _numbers(values: Any, most: int) -> bool:
     """Whether it is a list of numbers, and not too long."""
     if not isinstance(values, list) or not 1 < len(values) <= most: return False
@@ -201,7 +201,7 @@ def compare(
         if len(own) > 1 and (over := _over_all(domain, own, cells)): found.append(over)
     return found
 
-
+# %% ../nbs/components/95_comparison.ipynb #b90d0a79
 def _over_all(domain: str, own: Sequence[Comparison], cells: Cells) -> Comparison | None:
     """The mean over the numbers of labels, of the seeds that all cells have."""
     pairs = [(cells[domain, c.k][c.method], cells[domain, c.k][c.rival]) for c in own]
@@ -306,7 +306,7 @@ def _lines(cells: Cells, domain: str) -> tuple[dict[str, dict[int, float]], dict
               for name in names}
     return {row: line for row, line in ours.items() if line}, rivals
 
-
+# %% ../nbs/components/95_comparison.ipynb #21dd376d
 def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float, str]]:
     """The lines of one domain; their names, right ends and colours."""
     ours, rivals = _lines(cells, domain)
