@@ -31,7 +31,7 @@ from .labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter
-from .training import PAPER, Recipe, get_recipe, train_lagm
+from .training import Recipe, get_recipe, train_lagm
 
 # %% ../nbs/components/88_stages.ipynb #c6ae15dc
 DATASETS = ("avatars", "celeba", "pascal", "datasetgan", "cgpart-render", "cgpart-real", "folder")
@@ -211,10 +211,8 @@ def make_recipe(
 
 
 def without_finish(recipe: Recipe) -> Recipe:
-    """The same recipe up to its finish: whatever says how to finish is as in the paper's recipe, which has none."""
-    off = {field.name: getattr(PAPER, field.name) for field in dataclasses.fields(recipe)
-           if field.name.startswith("finish")}
-    return dataclasses.replace(recipe, **off)
+    """The same recipe up to its finish."""
+    return dataclasses.replace(recipe, finish=0.0)
 
 # %% ../nbs/components/88_stages.ipynb #54acb032
 def load_networks(

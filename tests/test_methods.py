@@ -1,6 +1,5 @@
 """The comparison of all methods, as it runs from the command line at its small size."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +8,8 @@ import sys
 import pytest
 
 from lagm.downstream import load_segmenter
-from lagm.training import FAST
 
-FINISH = {f.name: 2 for f in dataclasses.fields(FAST) if f.name.startswith("finish")
-          and type(getattr(FAST, f.name)) is int}
-SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}", changes=json.dumps(FINISH),
+SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
              methods="supervised, DatasetGAN, gradient matching, paper's recipe", warm_up=2, person_steps=2,
              pretraining_steps=2, inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=6,
              threads=1)
