@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TRAINING', 'NATIVE', 'LABEL_SETS', 'ABOUT', 'KINDS', 'DEMO', 'DEMO_GENERATOR', 'DEMO_TRAINING',
-           'DEMO_PAPER', 'DEMO_TEST', 'ABLATIONS', 'SMALL', 'Run', 'declared_parameters', 'read_run', 'connect',
-           'read_catalogue', 'project_folder', 'project_path', 'paper_experiments', 'parameter_text',
-           'write_parameter_files', 'demo_experiments', 'paper_numbers', 'choose_runs', 'change_runs', 'missing_inputs']
+           'DEMO_PAPER', 'DEMO_STYLES', 'DEMO_LABELS', 'DEMO_STEPS', 'DEMO_METHODS', 'DEMO_TEST', 'ABLATIONS', 'SMALL',
+           'Run', 'declared_parameters', 'read_run', 'connect', 'read_catalogue', 'project_folder', 'project_path',
+           'paper_experiments', 'parameter_text', 'write_parameter_files', 'demo_experiments', 'paper_numbers',
+           'choose_runs', 'change_runs', 'missing_inputs']
 
 # %% ../nbs/components/91_catalogue.ipynb #5a2f7645
 import difflib
@@ -263,6 +264,12 @@ DEMO = dict(dataset="avatars:big-ears", size=[64, 64], validation_pictures=0, se
 DEMO_GENERATOR = dict(psi=1.0)  # this generator draws well without truncation
 DEMO_TRAINING = dict(channels=32, layers=3, recipe="fast", iterations=1000, warm_up=300, validate_every=100, checkpoint_every=100)
 DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=15_000, validate_every=1000, checkpoint_every=500)
+DEMO_STYLES, DEMO_LABELS = ("big-ears", "toon-head", "micah"), (1, 2, 5, 10, 30)
+DEMO_STEPS = {  # of each method: as many as still help it on the validation pictures of big-ears
+    "supervised": 2400, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000,
+    "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
+DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
+                    inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
 
@@ -273,38 +280,64 @@ def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[s
             "evaluate": {**DEMO_TEST, "networks": f"outputs/{name}/annotate/results.safetensors", "out_dir": f"outputs/{name}/evaluate"}}
 
 
-def _demo_downstream(name: str, k: int) -> dict[str, dict[str, Any]]:
-    """Annotator, pairs and a fresh segmenter, test."""
+def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
+    """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after
+    that."""
+    name, count = f"demo_downstream_k{k}", _faces(k)
     stages = _demo(name, k, DEMO_TRAINING)
-    stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"], "pictures": 1000, "epochs": 10, "out_dir": f"outputs/{name}/downstream"}
+    stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"],
+                            "pictures": 1000, "epochs": 10, "finish_on": k, "out_dir": f"outputs/{name}/downstream"}
     stages["evaluate"]["networks"] = f"outputs/{name}/downstream/segmenters"
-    return stages
+    after, finished = f"Demo, {count}, our recipe, then downstream training", f"demo_downstream_finished_k{k}"
+    test = {**DEMO_TEST, "networks": f"outputs/{name}/downstream/segmenter.safetensors",
+            "out_dir": f"outputs/{finished}/evaluate"}
+    return {name: (after, stages), finished: (f"{after}, finished", {"evaluate": test})}
+
+
+def _faces(k: int) -> str:
+    """So many labelled pictures, in words."""
+    return f"{k} labelled face{'s' * (k > 1)}"
 
 
 def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
-    """Labels of another style, the generator of ours."""
+    """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested
+    before and after."""
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
-    annotate = {**source, **DEMO_TRAINING, "out_dir": f"outputs/{name}/annotate"}
+    annotate = {**source, **DEMO_TRAINING, "finish": False, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
-        "target": "avatars:big-ears", "pictures": 0, "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": 1200, "teacher_steps": 1000, "out_dir": f"outputs/{name}/cross_domain"}
+        "target": "avatars:big-ears", "pictures": 0, "finish": True,
+        "networks": f"outputs/{name}/annotate/results.safetensors", "supervised_steps": DEMO_STEPS["supervised"],
+        "teacher_steps": DEMO_STEPS["mean teacher"], "out_dir": f"outputs/{name}/cross_domain"}
     return {"annotate": annotate, "cross_domain": figure}
 
 # %% ../nbs/components/91_catalogue.ipynb #e587d48f
+def _demo_methods(name: str, k: int, **more: Any) -> dict[str, dict[str, Any]]:
+    """The comparison of methods."""
+    return {"methods": {"k": k, **more, **DEMO_METHODS, "out_dir": f"outputs/{name}/methods"}}
+
+
 def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # as `paper_experiments`
     """The experiments on the faces that come with the kit."""
-    full = dict(iterations=1000, warm_up=300, person_steps=900, pixel_steps=1500, members=10, paper_iterations=1600, pairs=500, width=16, test_pictures=240)
-    found, ks = {}, (1, 2, 5, 10, 30)
-    count = lambda k: f"{k} labelled face{'s' * (k > 1)}"
-    for k in ks: found[f"demo_k{k}"] = (f"Demo, {count(k)}, all methods", {"methods": {"k": k, **full, "out_dir": f"outputs/demo_k{k}/methods"}})
-    for k in ks: found[f"demo_downstream_k{k}"] = (f"Demo, {count(k)}, our recipe, then downstream training", _demo_downstream(f"demo_downstream_k{k}", k))
-    for k in ks: found[f"demo_paper_k{k}"] = (f"Demo, {count(k)}, the paper's recipe", _demo(f"demo_paper_k{k}", k, DEMO_PAPER))
-    for name, changes in ABLATIONS.items():
-        found[f"demo_ablation_{name}"] = (f"Demo, 2 labelled faces, {', '.join(f'{key} {value}' for key, value in changes.items())}", _demo(f"demo_ablation_{name}", 2, DEMO_TRAINING, changes=changes))
-    found["demo_ablation_generated_labels"] = ("Demo, 2 labelled faces, real ones or generated ones", {"methods": {
-        "k": 2, "methods": "gradient matching, matching on generated labels", **full, "out_dir": "outputs/demo_ablation_generated_labels/methods"}})
-    for style in ("toon-head", "micah"):
+    found = {}
+    for style in DEMO_STYLES:
+        first = style == DEMO_STYLES[0]
+        for k in DEMO_LABELS:
+            name = f"demo_{'' if first else style.replace('-', '_') + '_'}k{k}"
+            found[name] = (f"Demo, {_faces(k)}{'' if first else f' of {style}'}, all methods",
+                           _demo_methods(name, k, **({} if first else {"style": style})))
+    for k in DEMO_LABELS: found |= _demo_downstream(k)
+    for k in DEMO_LABELS: found[f"demo_paper_k{k}"] = (f"Demo, {_faces(k)}, the paper's recipe",
+                                                       _demo(f"demo_paper_k{k}", k, DEMO_PAPER))
+    for ablation, changes in ABLATIONS.items():
+        name, what = f"demo_ablation_{ablation}", ", ".join(f"{key} {value}" for key, value in changes.items())
+        found[name] = (f"Demo, {_faces(2)}, {what}, before and after the finish",
+                       _demo_methods(name, 2, methods="gradient matching", changes=changes))
+    name = "demo_ablation_generated_labels"
+    found[name] = (f"Demo, {_faces(2)}, real ones or generated ones",
+                   _demo_methods(name, 2, methods="gradient matching, matching on generated labels"))
+    for style in DEMO_STYLES[1:]:
         name = f"demo_cross_{style.replace('-', '_')}"
-        found[name] = (f"Demo, 30 labelled faces of the style {style}, generator of big-ears", _demo_cross(name, style))
+        found[name] = (f"Demo, {_faces(30)} of the style {style}, generator of big-ears", _demo_cross(name, style))
     return found
 
 # %% ../nbs/components/91_catalogue.ipynb #6ce77af2
@@ -336,8 +369,11 @@ def choose_runs(
 
 # %% ../nbs/components/91_catalogue.ipynb #e4e39e5b
 SMALL = {  # of each stage: a size that only shows that everything fits together
-    "annotate": dict(iterations=2, warm_up=2, validation_pictures=2, validate_every=2), "downstream": dict(pictures=8, epochs=2, batch=4, validation_pictures=2),
-    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, pictures=2),
+    "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2,
+                    inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
+    "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2),
+    "downstream": dict(pictures=8, epochs=2, batch=4, finish_on=0, validation_pictures=2),
+    "evaluate": dict(pictures=5), "cross_domain": dict(supervised_steps=2, teacher_steps=2, finish=False, pictures=2),
 }
 
 
@@ -347,7 +383,8 @@ def change_runs(
     moves: Mapping[str, str] | None = None,  # experiment -> new folder, in place of outputs/EXPERIMENT
     small: bool = False,  # apply SMALL first
 ) -> dict[str, Run]:
-    """The runs with other values, or elsewhere; `InputError` for a name that none of them has, or a value that does not fit."""
+    """The runs with other values, or elsewhere; `InputError` for a name that none of them has, or a value that does
+    not fit."""
     known = {name: declared_parameters(run.notebook) for name, run in runs.items()}
     nobody = [value for value in values if not any(value in parameters for parameters in known.values())]
     if nobody:
@@ -384,7 +421,17 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    return list(dict.fromkeys(found + (_data_problems(run, root) if data else [])))
+    return list(dict.fromkeys(found + _generator_problems(run) + (_data_problems(run, root) if data else [])))
+
+
+def _generator_problems(run: Run) -> list[str]:
+    """Whether a generator that is given by a name, not as a file, is one of the kit's; a comparison of methods takes
+    that of its style."""
+    from lagm.generator import generator_file
+
+    try: generator_file(run.parameters.get("generator") or run.parameters.get("style"))
+    except InputError as error: return [f"generator: {error}"]
+    return []
 
 
 def _source_problem(path: Path, name: str) -> str | None:

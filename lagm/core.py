@@ -253,12 +253,28 @@ def checksum(
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _json_lines(value: Any, levels: int, depth: int = 1) -> str:
+    """Plain values as JSON, indented by a space for each of the outer `levels`."""
+    if not levels or not value or not isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value,
+        dict) else [""] * len(value)
+    items = [_json_lines(item, levels - 1, depth + 1)
+             for item in (value.values() if isinstance(value, dict) else value)]
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    lines = ",\n".join(" " * depth + key + item for key, item in zip(keys, items, strict=True))
+    return f"{begin}\n{lines}\n{' ' * (depth - 1)}{end}"
+
+
 def write_json(
     path: str | Path,  # the file to make or replace, atomically
     value: Any,  # dicts, lists, numbers, strings, arrays, tensors; numbers that are not finite become null
+    levels: int | None = None,  # of nesting that are broken into lines: what lies deeper shares one; None: all
 ) -> None:
     """Write `value` as indented JSON; the keys keep their order."""
-    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    value = _plain(value)
+    if levels is not None: text = _json_lines(value, levels)
+    else: text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../nbs/components/00_core.ipynb #68a0fca2

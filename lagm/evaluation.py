@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST_VALUE', 'SCORES', 'Metrics', 'ConfusionMatrix', 'metrics_from_counts', 'kept_modes', 'eval_mode',
            'resting_modules', 'train_mode', 'check_pictures', 'predict', 'evaluate', 'picture_counts', 'scores',
-           'worst_pictures', 'Interval', 'bootstrap', 'borders', 'within', 'BoundaryScore', 'evaluation_report']
+           'worst_pictures', 'Interval', 'resampled_scores', 'bootstrap', 'borders', 'within', 'BoundaryScore',
+           'evaluation_report']
 
 # %% ../nbs/components/70_evaluation.ipynb #7be86aaa
 from collections.abc import Iterator, Sequence
@@ -244,10 +245,17 @@ class Interval:
         return f"{self.value:.2%} ({self.level:.0%}: {self.low:.2%} to {self.high:.2%})"
 
 
-def _drawn(counts: Tensor, score: str, draws: int, seed: int) -> Tensor:
-    """Scores of `draws` sets of pictures, drawn with replacement."""
+def resampled_scores(
+    counts: Tensor,  # (n, C, C), of `picture_counts`
+    score: str = "fg_miou",
+    draws: int = 200,
+    seed: int = 0,
+    of: str = "",  # which pictures these are, such as the name of the test set
+) -> Tensor:  # (draws,) float64, 0 to 1
+    """Scores of sets of pictures drawn with replacement, as many as there are. Which are drawn follows from their
+    number, `seed` and `of` alone: so draw i of one method is of the same pictures as draw i of any other."""
     n = len(counts)
-    chosen = torch.randint(n, (draws, n), generator=random_generator(seed, "bootstrap"))
+    chosen = torch.randint(n, (draws, n), generator=random_generator(seed, "bootstrap", *[of] * bool(of)))
     weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, chosen, torch.ones(draws, n, dtype=torch.float64))
     return scores((weights @ counts.double().flatten(1)).unflatten(1, counts.shape[1:]), score)
 
@@ -260,11 +268,13 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap over pictures. `InputError` if the pictures of two methods are not as many, or for a level that is no share."""
+    """Percentile bootstrap over pictures. `InputError` if the pictures of two methods are not as many, or for a level
+    that is no share."""
     if not 0 < level < 1 or draws < 1: raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")
     if versus is not None and versus.shape != counts.shape: raise InputError(f"the methods were tested on {len(counts)} and {len(versus)} pictures; a paired bootstrap needs the same pictures")
-    value, values = scores(counts.sum(0), score), _drawn(counts, score, draws, seed)
-    if versus is not None: value, values = value - scores(versus.sum(0), score), values - _drawn(versus, score, draws, seed)
+    value, values = scores(counts.sum(0), score), resampled_scores(counts, score, draws, seed)
+    if versus is not None: value, values = value - scores(versus.sum(0), score), values - resampled_scores(versus,
+        score, draws, seed)
     low, high = values.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Interval(value.item(), low, high, level)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NETWORKS', 'WEIGHT_TYPES', 'Sampling', 'FrozenGenerator', 'check_generated', 'generator_header',
-           'save_generator', 'check_tensors', 'as_weight', 'check_names', 'of_class', 'network_from_tensors',
-           'check_version', 'load_generator']
+           'save_generator', 'check_tensors', 'as_weight', 'check_names', 'of_class', 'kit_generators',
+           'generator_file', 'network_from_tensors', 'check_version', 'load_generator']
 
 # %% ../nbs/components/20_generator.ipynb #820e2ae4
 from collections.abc import Iterable, Sequence
@@ -182,6 +182,24 @@ def of_class(
     except InputError as error: raise InputError(f"{path}: {error}") from error
     return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})
 
+# %% ../nbs/components/20_generator.ipynb #b9199272
+def kit_generators() -> dict[str, Path]:  # name -> file
+    """The generators that come with the kit, big-ears first."""
+    first = asset("generator.safetensors")
+    others = sorted(first.parent.glob("generator_*.safetensors"))
+    return {"big-ears": first} | {path.stem.removeprefix("generator_"): path for path in others}
+
+
+def generator_file(
+    given: str | Path | None = None,  # a name, a file, or None (or an empty text): big-ears
+) -> Path:  # of a file; whether it is there is looked at for a name only
+    """Where a generator is; `InputError` for a word that is neither the name of one of the kit's nor a file."""
+    known, text = kit_generators(), str(given or "big-ears")
+    if not isinstance(given, Path) and text in known: return known[text]
+    path = Path(text)
+    if isinstance(given, Path) or path.suffix or any(mark in text for mark in "/\\") or path.exists(): return path
+    raise InputError(f"there is no generator {printable(text, 60)!r}: the kit has {', '.join(known)}; or give a file")
+
 # %% ../nbs/components/20_generator.ipynb #ecb9806d
 def network_from_tensors(
     path: str | Path,  # named in errors
@@ -215,7 +233,7 @@ def check_version(path: str | Path, header: dict[str, Any]) -> None:
 
 
 def load_generator(
-    path: str | Path | None = None,  # a generator's file, of any format that `lagm.checkpoints` reads; None means the one of the kit
+    path: str | Path | None = None,  # a file of any format that `lagm.checkpoints` reads, or a name of `kit_generators`; None: big-ears
     sampling: Sampling = Sampling(),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -223,13 +241,14 @@ def load_generator(
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
 ) -> FrozenGenerator:
-    """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or rosinality's `.pt`.
+    """Read a generator of any known format: ours, NVIDIA's PyTorch or TensorFlow pickles, DatasetGAN's or
+    rosinality's `.pt`.
 
-    Nothing in the file is executed. Raises `InputError` when the file is not a generator, is conditional and no label is given, is damaged, or holds other tensors than it says.
+    Nothing in the file is executed. Raises `InputError` when there is none such, when the file is not a generator, is conditional and no label is given, is damaged, or holds other tensors than it says.
     """
     from lagm.checkpoints import read_generator
 
-    network, header = read_generator(asset("generator.safetensors") if path is None else Path(path), avg_latent=avg_latent, label=label)
+    network, header = read_generator(generator_file(path), avg_latent=avg_latent, label=label)
     classes = getattr(network, "c_dim", 0)
     if classes:
         raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to "

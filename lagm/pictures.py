@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'INK', 'MUTED', 'GRID', 'STYLE', 'CLUSTER_COLOURS', 'to_bytes', 'fit_tile', 'plain_label',
            'image_grid', 'labelled_grid', 'comparison_grid', 'principal_components', 'pca_colours', 'k_means',
-           'feature_clusters', 'feature_pyramid', 'moving_average', 'curves', 'spread', 'panels', 'iou_bars',
-           'iou_table', 'confusion_figure', 'worst_gallery']
+           'feature_clusters', 'feature_pyramid', 'moving_average', 'curves', 'spread', 'name_the_ends', 'panels',
+           'iou_bars', 'iou_table', 'confusion_figure', 'worst_gallery']
 
 # %% ../nbs/components/80_pictures.ipynb #a15e1cf2
 import math
@@ -317,7 +317,7 @@ def curves(
     """Lines over iterations or time, named at their right ends."""
     if ax is None: ax = panels(1, 6.4, 3.4)[1][0]
     ends = []
-    for (name, (x, y)), colour in zip(history.items(), _colours(len(history)), strict=True):
+    for i, ((name, (x, y)), colour) in enumerate(zip(history.items(), _colours(len(history)), strict=True)):
         x, y = (np.asarray(torch.as_tensor(v).detach().cpu(), float) for v in (x, y))
         if x.shape != y.shape: raise InputError(f"curve {name!r} has {x.size} values of x and {y.size} of y; they must be as many")
         if not x.size: continue
@@ -326,17 +326,17 @@ def curves(
             ax.plot(x, y, color=colour, alpha=0.22, linewidth=1)
             y = moving_average(y, smooth)
         marker = "o" if len(x) <= 30 else None
-        ax.plot(x, y, color=colour, marker=marker, markersize=3.5)
+        ax.plot(x, y, color=colour, marker=marker, markersize=3.5, linestyle="-" if i < len(METHOD_COLOURS) else "--")
         ends.append((plain_label(name), y[-1], colour))
     if log_y: ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel + " (%)" * percent, title=plain_label(title))
     ax.margins(x=0.01)
-    _name_the_ends(ax, ends)
+    name_the_ends(ax, ends)
     return ax.figure
 
 # %% ../nbs/components/80_pictures.ipynb #97a4d20a
 def _colours(n: int) -> list[str]:
-    """n colours for methods; they repeat after eight."""
+    """n colours for methods; they repeat after eight, when `curves` draws dashes."""
     return [METHOD_COLOURS[i % len(METHOD_COLOURS)] for i in range(n)]
 
 def _darker(colour: str) -> tuple[float, ...]:
@@ -362,15 +362,23 @@ def spread(
     return result.tolist()
 
 # %% ../nbs/components/80_pictures.ipynb #4b7501c2
-def _name_the_ends(ax: Axes, ends: Sequence[tuple], distance: float = 13.5) -> None:
-    """Write names beside the right ends of lines, `distance` points apart or more."""
+def name_the_ends(
+    ax: Axes,
+    ends: Sequence[tuple],  # name, height in data units, colour
+    distance: float = 13.5,  # least distance between two names, in points
+    leaders: bool = False,  # lines from the ends to names that had to move
+    size: float = 10,  # of the letters, in points
+) -> None:
+    """Write names beside the right ends of lines."""
     ax.figure.draw_without_rendering()
     to_points = 72 / ax.figure.dpi
     ends = [(name, y, colour) for name, y, colour in ends if np.isfinite(ax.transData.transform((ax.get_xlim()[1], y))[1])]
     heights = [ax.transData.transform((ax.get_xlim()[1], y))[1] * to_points for _, y, _ in ends]
     for (name, y, colour), height, place in zip(ends, heights, spread(heights, distance), strict=True):
-        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(7, place - height), textcoords="offset points",
-                    color=_darker(colour), va="center", fontsize=10, annotation_clip=False)
+        line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=1, shrinkB=0) if leaders else None
+        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(16 if leaders else 7, place - height),
+                    textcoords="offset points",
+                    color=_darker(colour), va="center", fontsize=size, annotation_clip=False, arrowprops=line)
 
 # %% ../nbs/components/80_pictures.ipynb #9effb79e
 @mpl.rc_context(STYLE)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DATASETS', 'SIMPLE', 'Resized', 'open_dataset', 'read_labelled', 'read_split', 'has_validation', 'read_validation',
            'splits_of', 'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter',
-           'make_recipe', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values',
-           'write_metrics', 'check_size', 'start_stage']
+           'make_recipe', 'without_finish', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best',
+           'simple_values', 'write_metrics', 'check_size', 'start_stage']
 
 # %% ../nbs/components/88_stages.ipynb #fbd94275
+import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -159,7 +160,7 @@ def split_problems(
 
 # %% ../nbs/components/88_stages.ipynb #c0c0ecc6
 def open_generator(
-    generator: str = "",  # file of any format that `lagm.checkpoints` reads; empty: the one of the kit
+    generator: str = "",  # a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
     avg_latent: str = "",  # file of the mean style, for StyleGAN1 files
     psi: float = 0.7,
     cutoff: int = 8,  # style vectors that are truncated; 0: all
@@ -208,6 +209,11 @@ def make_recipe(
     steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})
     return get_recipe(recipe, **(steps | dict(changes or {})))
 
+
+def without_finish(recipe: Recipe) -> Recipe:
+    """The same recipe up to its finish."""
+    return dataclasses.replace(recipe, finish=0.0)
+
 # %% ../nbs/components/88_stages.ipynb #54acb032
 def load_networks(
     path: str | Path,  # a file of `lagm.saved`, or the authors' network-snapshot-*.pkl or segmentator-*.pth
@@ -236,7 +242,8 @@ def hasty_networks(
     """A small annotator and U-Net after two steps of everything."""
     torch.manual_seed(seed)
     annotator, segmenter = FPNAnnotator(generator.feature_channels, n_classes, channels=16), new_segmenter("unet", n_classes, width=8, levels=2)
-    trained = train_lagm(generator, annotator, segmenter, images, masks, make_recipe("fast", 2, 2), seed=seed, device=device, progress=False)
+    trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
+                         seed=seed, device=device, progress=False)
     return Results(trained.annotator, trained.segmenter, {"hasty": True})
 
 # %% ../nbs/components/88_stages.ipynb #27caf7c7

@@ -78,7 +78,7 @@ def test_as_many_pictures_as_the_ends_say():
 # What is small where there is no upper end
 SMALL = {
     "quickstart": dict(iterations=1, warm_up=1, supervised_steps=1, width=2),
-    "methods": dict(iterations=1, warm_up=1, person_steps=1, pixel_steps=1, members=1, paper_iterations=1, pairs=1, width=1),
+    "methods": dict(iterations=1, warm_up=1, person_steps=1, pixel_steps=1, pretraining_steps=1, inversion_steps=1, members=1, pairs=1, width=1),
     "annotate": dict(iterations=1, warm_up=1, width=1, channels=1, layers=1),
     "cross_domain": dict(supervised_steps=1, teacher_steps=1, width=1, k=1, pictures=2),
     "downstream": dict(width=1, epochs=1, pictures=2, validation_pictures=2),

@@ -7,7 +7,8 @@ from sync import ROOT
 from templates import run_cells
 
 from lagm.catalogue import paper_numbers, read_catalogue
-from lagm.report import Row, Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_results, methods_figure, number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages
+from lagm.comparison import quality_figure, read_cells
+from lagm.report import Row, Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_results, number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages
 
 CATALOGUE, NUMBERS = read_catalogue(ROOT), paper_numbers()
 
@@ -27,7 +28,8 @@ def test_no_result(tmp_path):
     found = rows(tmp_path)
     assert len(found) == 28 and not any(row.values for row in found.values())
     assert all(row.note.startswith("cannot be run here: ") for row in found.values())
-    assert [line[3] for line in paper_table(found.values())[1:]] == ["–"] * 28 and number_of_labels_figure(found.values()) and methods_figure({}) is None
+    assert [line[3] for line in paper_table(found.values())[1:]] == ["–"] * 28 and number_of_labels_figure(
+        found.values()) and quality_figure({}) is None
 
 
 def test_all_results(tmp_path):
@@ -77,9 +79,10 @@ def test_the_demo_is_grouped_by_method(tmp_path):
         put(tmp_path, f"demo_downstream_k2{ending}/annotate", {"segmenter": scores(0.9)})
         put(tmp_path, f"demo_downstream_k2{ending}/evaluate", {"segmenter": scores(0.8)})
     put(tmp_path, "quickstart", {"supervised only": scores(0.5)})
-    groups = group_results(find_results(tmp_path / "outputs")[0])
+    results = find_results(tmp_path / "outputs")[0]
+    groups = group_results(results)
     assert groups["demo_k2", "LAGM"] == pytest.approx([70, 80]) and groups["demo_downstream_k2", "segmenter"] == pytest.approx([80, 80]), "validation numbers must stay out"
-    assert groups["quickstart", "supervised only"] == [50] and methods_figure(groups) is not None
+    assert groups["quickstart", "supervised only"] == [50] and quality_figure(read_cells(results)) is not None
 
 
 def test_pages_hold_text_as_text_and_figures(tmp_path):
