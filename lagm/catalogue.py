@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TRAINING', 'NATIVE', 'LABEL_SETS', 'ABOUT', 'KINDS', 'DEMO', 'DEMO_GENERATOR', 'DEMO_TRAINING',
-           'DEMO_PAPER', 'DEMO_STYLES', 'DEMO_LABELS', 'DEMO_STEPS', 'DEMO_METHODS', 'DEMO_TEST', 'ABLATIONS', 'SMALL',
-           'Run', 'declared_parameters', 'read_run', 'connect', 'read_catalogue', 'project_folder', 'project_path',
-           'paper_experiments', 'parameter_text', 'write_parameter_files', 'demo_experiments', 'paper_numbers',
-           'choose_runs', 'change_runs', 'missing_inputs']
+           'DEMO_PAPER', 'DEMO_STYLES', 'DEMO_LABELS', 'DEMO_STEPS', 'DEMO_METHODS', 'DEMO_TEST', 'ABLATIONS', 'STURDY',
+           'SMALL', 'Run', 'declared_parameters', 'read_run', 'connect', 'read_catalogue', 'project_folder',
+           'project_path', 'paper_experiments', 'parameter_text', 'write_parameter_files', 'demo_experiments',
+           'paper_numbers', 'choose_runs', 'change_runs', 'missing_inputs']
 
 # %% ../nbs/components/91_catalogue.ipynb #5a2f7645
 import difflib
@@ -272,6 +272,18 @@ DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps
                     inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
+STURDY = {  # settings that somebody might reasonably choose instead, scored on validation pictures
+    "mild_hue": dict(augment=dict(hue=15.0)),
+    "mild_augmentation": dict(augment=dict(hue=15.0, saturation=[0.8, 1.2], brightness=[0.8, 1.2], scale=[0.9, 1.1],
+                                           rotate=5.0, shift=0.05)),
+    "strong_augmentation": dict(augment=dict(scale=[0.5, 1.6], rotate=30.0, shift=0.2)),
+    "low_rates": dict(lr_annotator=3e-4, lr_segmenter=3e-4, lr_finish=3e-4),
+    "high_rates": dict(lr_annotator=2e-3, lr_segmenter=2e-3, lr_finish=2e-3),
+    "small_batches": dict(batch_labelled=2, batch_synthetic=2),
+    "large_batches": dict(batch_labelled=8, batch_synthetic=8),
+    "short_warm_up": dict(warm_segmenter=100, warm_annotator=100),
+    "long_warm_up": dict(warm_segmenter=900, warm_annotator=900),
+}
 
 
 def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[str, dict[str, Any]]:
@@ -335,6 +347,11 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
     name = "demo_ablation_generated_labels"
     found[name] = (f"Demo, {_faces(2)}, real ones or generated ones",
                    _demo_methods(name, 2, methods="gradient matching, matching on generated labels"))
+    for setting, changes in STURDY.items():
+        for k in (2, 10):
+            name, what = f"demo_sturdy_{setting}_k{k}", setting.replace("_", " ")
+            found[name] = (f"Demo, {_faces(k)}, {what}, on validation pictures", _demo_methods(
+                name, k, methods="supervised, gradient matching", changes=changes, tested_on="val"))
     for style in DEMO_STYLES[1:]:
         name = f"demo_cross_{style.replace('-', '_')}"
         found[name] = (f"Demo, {_faces(30)} of the style {style}, generator of big-ears", _demo_cross(name, style))
