@@ -221,7 +221,7 @@ def taught_step(
         for view in views:
             with dropped_channels(segmenter, view.dropout): log_probs = log_probabilities(segmenter, view.pictures)
             losses.append(view.share * soft_cross_entropy(log_probs, view.labels))
-    loss_s = sum(losses)
+    loss_s = sum(losses[1:], losses[0])
     (loss_label + weight * loss_s).backward()
     players.update("segmenter")
     players.update_average()
