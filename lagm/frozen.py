@@ -134,7 +134,7 @@ class TimmSegmenter(HeadedEncoder):
         if side < 1 or side % max(strides):
             raise InputError(f"the maps of {model} are up to {max(strides)} times coarser than its pictures; {side=} is no multiple of that")
         super().__init__(encoder, widths[::-1], n_classes, channels, layers, frozen)
-        self.model, self.side, self.widths = model, side, widths
+        self.model, self.side = model, side
         for name in ("mean", "std"):
             self.register_buffer(f"input_{name}", torch.tensor(getattr(about, name), dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -142,4 +142,4 @@ class TimmSegmenter(HeadedEncoder):
         """The encoder's maps, with channels first, coarse to fine."""
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         maps = self.encoder(((x + 1) / 2 - self.input_mean) / self.input_std)
-        return [f if f.shape[1] == c else f.movedim(-1, 1) for f, c in zip(maps, self.widths, strict=True)][::-1]
+        return [f.movedim(-1, 1) if self.encoder.output_fmt == "NHWC" else f for f in maps][::-1]
