@@ -6,6 +6,7 @@
 __all__ = ['HeadedEncoder', 'EncoderSegmenter', 'import_timm', 'timm_errors', 'TimmSegmenter']
 
 # %% ../nbs/components/41_frozen.ipynb #7f3b3e0a
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -92,7 +93,8 @@ class EncoderSegmenter(HeadedEncoder):
 # %% ../nbs/components/41_frozen.ipynb #b7a519b5
 def import_timm():
     """timm; `InputError` if it is not installed."""
-    try: import timm
+    try:
+        with warnings.catch_warnings(action="ignore"): import timm  # it tells of progress bars that notebooks could have
     except ImportError as error: raise InputError(f"encoders of timm need timm: {install_advice('encoders')}") from error
     return timm
 
