@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'STEPS', 'OUTPUTS', 'ENCODER_FIELDS', 'Pretraining', 'matching_points', 'read_points', 'contrast_loss',
            'contrast_step', 'denoise_step', 'encoder_stages', 'train_frozen_encoder']
 
-# %% ../nbs/components/69_encoders.ipynb #580e014a
+# %% ../nbs/components/69_encoders.ipynb #bb7a48c0
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from .training import SyntheticBatches, Trained
 from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
 from .training import supervised_step
 
-# %% ../nbs/components/69_encoders.ipynb #f56478c2
+# %% ../nbs/components/69_encoders.ipynb #e4f44560
 TASKS = ("contrast", "denoise")
 
 
@@ -50,7 +50,7 @@ class Pretraining:
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"pretraining: {name} is {getattr(self, name)}; give a number above 0")
 
-# %% ../nbs/components/69_encoders.ipynb #569e067d
+# %% ../nbs/components/69_encoders.ipynb #bca7f48a
 def matching_points(
     first: Tensor,  # (B, 2, 3): maps of the first changed pictures, from `lagm.augment.affine_maps`
     second: Tensor,  # (B, 2, 3): of the second ones
@@ -71,7 +71,7 @@ def read_points(
     """What maps hold at places, bilinearly."""
     return F.grid_sample(maps, places[:, :, None], padding_mode="border", align_corners=False)[..., 0].mT
 
-# %% ../nbs/components/69_encoders.ipynb #e4690f97
+# %% ../nbs/components/69_encoders.ipynb #e2f19c35
 def contrast_loss(
     first: Tensor,  # (B, n, C): features of points
     second: Tensor,  # (B, n, C): of the same points in the other picture
@@ -86,7 +86,7 @@ def contrast_loss(
         loss = loss - rows[both].sum() / 2
     return loss / both.sum().clamp(min=1)
 
-# %% ../nbs/components/69_encoders.ipynb #035d8735
+# %% ../nbs/components/69_encoders.ipynb #c89ba181
 def contrast_step(players: Players, images: Tensor, how: Pretraining, augment: Augment, rng: torch.Generator) -> Tensor:
     """Change the pictures twice, and the loss of telling their points apart."""
     changes = [augment.draw(images, rng) for _ in range(2)]
@@ -107,7 +107,7 @@ def denoise_step(players: Players, images: Tensor, how: Pretraining, augment: Au
 STEPS = {"contrast": contrast_step, "denoise": denoise_step}
 OUTPUTS = {"contrast": 32, "denoise": 3}  # channels of the encoder's last layer
 
-# %% ../nbs/components/69_encoders.ipynb #94e7d734
+# %% ../nbs/components/69_encoders.ipynb #44390ec6
 def encoder_stages(
     players: Players,
     generator: Callable,
@@ -135,7 +135,7 @@ def encoder_stages(
     return [Stage("pretrain", how.steps, pretrain, {"encoder": how.lr}),
             Stage("head", recipe.steps, learn, {"segmenter": recipe.lr_segmenter}, averaged=True)]
 
-# %% ../nbs/components/69_encoders.ipynb #4223a374
+# %% ../nbs/components/69_encoders.ipynb #94feabd8
 ENCODER_FIELDS = (*SUPERVISED_FIELDS, "wide_crop", "clip")
 
 
