@@ -38,7 +38,7 @@ TEACHERS = ("fixed", "average", "student")
 @dataclass(frozen=True)
 class Teaching:
     """Where the labels of generated pictures come from. Raises `InputError` on values that make no sense."""
-    teacher: str = "fixed"  # "fixed": as the supervised stage left it; "average": the student's average; "student": itself
+    teacher: str = "fixed"  # "fixed": from the supervised stage; "average": of the student; "student": itself
     hard: bool = True  # the teacher's classes; False: its probabilities
     threshold: float = 0.0  # pixels where the teacher's highest probability is lower do not count
     weight: float = 1.0  # of the loss on generated pictures; the labelled loss has 1
@@ -171,7 +171,7 @@ def taught_pictures(
     change = augment.draw(images, rng)
     return players.arrange(change.pictures(images)), change.labels(q)
 
-
+# %% ../nbs/components/66_baselines.ipynb #8360a334
 def weak_to_strong_views(
     players: Players,
     teacher: nn.Module,
@@ -372,7 +372,7 @@ def train_mean_teacher(
     check_options(options, recipe, train_mean_teacher)
     return train_taught(segmenter, generator, images, masks, teaching, recipe, seed=seed, device=device, **options)
 
-
+# %% ../nbs/components/66_baselines.ipynb #eea55bc7
 def train_weak_to_strong(
     segmenter: nn.Module,  # trained in place
     generator: Callable,

@@ -36,7 +36,8 @@ SEGMENTERS = {"unet": "UNet", "deeplabv3": "DeepLabV3", "deeplab": "DeepLabV3", 
               "encoder": "EncoderSegmenter", "timm": "TimmSegmenter"}
 CLASSES = (1, 255)  # a mask has 256 values, one of which is "no label"
 HEAD = {"channels": (1, 16384), "layers": (1, 64), "frozen": bool}
-ARGUMENTS: dict[str, dict[str, Any]] = {  # least and most; in a list: of each of its items; bool: true or false; a pattern: text like it
+# least and most; in a list: of each of its items; bool: true or false; a pattern: text like it
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "UNet": {"n_classes": CLASSES, "in_channels": (1, 64), "width": (1, 4096), "levels": (1, 8)},
     "DeepLabV3": {"n_classes": CLASSES},
     "EncoderSegmenter": {"n_classes": CLASSES, "width": (1, 4096), "levels": (1, 8), "outputs": (1, 16384), **HEAD},
@@ -331,7 +332,7 @@ def _filled(path: str | Path, part: Part, shapes: dict[str, tuple[int, ...]], de
     tensors = {name.removeprefix(part.prefix): tensor for name, tensor in tensors.items()}
     tensors = check_tensors(path, network, tensors)
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in own):
-        network = NETWORKS[part.name](**part.arguments).to(device)  # tables that no file holds, such as a transformer's places
+        network = NETWORKS[part.name](**part.arguments).to(device)  # tables that no file holds: of a transformer's places
     network.load_state_dict(tensors, assign=True)
     return network.eval()
 

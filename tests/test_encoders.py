@@ -1,4 +1,4 @@
-"""Encoders that learn without labels, and heads: points by hand, what is frozen stays, resuming, files, timm with random weights."""
+"""Encoders that learn without labels, and heads: points by hand, what is frozen stays, resuming, files, timm."""
 
 import dataclasses
 import sys
@@ -76,7 +76,8 @@ def test_denoising_by_hand():
     players.networks["encoder"], players.resting["encoder"] = players.segmenter, []
     images, rng = tiny_pictures(2)[0], random_generator(0)
     noise = torch.randn(images.shape, generator=rng) * 0.3 * torch.rand(2, 1, 1, 1, generator=rng)
-    assert denoise_step(players, images, Pretraining("denoise", noise=0.3), None, random_generator(0)).item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
+    found = denoise_step(players, images, Pretraining("denoise", noise=0.3), None, random_generator(0)).item()
+    assert found == pytest.approx(noise.square().mean().item(), rel=1e-4)
 
 
 # ---- what is frozen
@@ -87,7 +88,8 @@ def test_a_frozen_encoder_stays_whatever_is_asked():
     images, masks = tiny_pictures(3)
     before, head = part(segmenter, "encoder."), part(segmenter, "head.")
     first = train_supervised(segmenter, images, masks, RECIPE, 3, progress=False).segmenter
-    again = train_supervised(first, images, masks, RECIPE, 3, progress=False).segmenter  # an average: nothing of it asks for gradients
+    assert not any(p.requires_grad for p in first.parameters())  # an average
+    again = train_supervised(first, images, masks, RECIPE, 3, progress=False).segmenter
     for network in (segmenter, first, again): assert part(network, "encoder.").equal(before)
     assert not part(first, "head.").equal(head) and not part(again, "head.").equal(part(first, "head."))
     assert not segmenter.train().encoder.training and segmenter.head.training
@@ -116,7 +118,8 @@ def test_any_size(size):
 def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finetune):
     images, masks = tiny_pictures(3)
     pretraining = dataclasses.replace(SHORT, task=task)
-    arguments = dict(pretraining=pretraining, finetune=finetune, recipe=RECIPE, seed=1, progress=False, checkpoint_every=2, **SIZE)
+    arguments = dict(pretraining=pretraining, finetune=finetune, recipe=RECIPE, seed=1, progress=False, **SIZE)
+    arguments["checkpoint_every"] = 2
     random_state = torch.get_rng_state()
     whole = train_frozen_encoder(generator, images, masks, 3, **arguments)
     assert torch.get_rng_state().equal(random_state)
@@ -130,13 +133,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finet
                 if len(calls) == fails_at: raise ZeroDivisionError
                 return generator(*a)
 
-        with pytest.raises(ZeroDivisionError): train_frozen_encoder(Fails(), images, masks, 3, checkpoint=path, **arguments)
+        with pytest.raises(ZeroDivisionError):
+            train_frozen_encoder(Fails(), images, masks, 3, checkpoint=path, **arguments)
         again = train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
         assert part(again.segmenter, "").equal(part(whole.segmenter, "")) and again.step == whole.step == 7
-    with pytest.raises(InputError, match="another run"):
-        train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments | dict(finetune=not finetune))
-    with pytest.raises(InputError, match="another run"):
-        train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments | dict(pretraining=dataclasses.replace(pretraining, lr=1e-4)))
+    for change in (dict(finetune=not finetune), dict(pretraining=dataclasses.replace(pretraining, lr=1e-4))):
+        with pytest.raises(InputError, match="another run"):
+            train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments | change)
 
 
 def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
@@ -151,31 +154,34 @@ def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
         return step(*a)
 
     monkeypatch.setattr(module, "supervised_step", fails)
-    with pytest.raises(ZeroDivisionError): train_frozen_encoder(generator, images, masks, 3, checkpoint=tmp_path / "run.safetensors", **arguments)
-    found = read_networks(tmp_path / "run.safetensors").segmenter  # the state of a run is a trained network like any other
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(ZeroDivisionError):
+        train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
+    found = read_networks(path).segmenter  # the state of a run is a trained network like any other
     assert type(found) is EncoderSegmenter and part(found, "encoder.").equal(part(whole.segmenter, "encoder."))
     monkeypatch.undo()
-    again = train_frozen_encoder(generator, images, masks, 3, checkpoint=tmp_path / "run.safetensors", **arguments)
+    again = train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
     assert part(again.segmenter, "").equal(part(whole.segmenter, ""))
 
 
 def test_the_second_stage_leaves_the_encoder_alone(generator):
     images, masks = tiny_pictures(3)
-    runs = {steps: train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=dataclasses.replace(RECIPE, steps=steps, average=a), seed=2,
-                                        progress=False, **SIZE) for steps, a in ((1, 0.0), (4, 0.9))}
+    arguments = dict(pretraining=SHORT, seed=2, progress=False, record_every=1, **SIZE)
+    recipes = {steps: dataclasses.replace(RECIPE, steps=steps, average=a) for steps, a in ((1, 0.0), (4, 0.9))}
+    run = lambda recipe: train_frozen_encoder(generator, images, masks, 3, recipe=recipe, **arguments)
+    runs = {steps: run(recipe) for steps, recipe in recipes.items()}
     encoders = [part(run.segmenter, "encoder.") for run in runs.values()]
-    assert encoders[0].equal(encoders[1]) and not part(runs[1].segmenter, "head.").equal(part(runs[4].segmenter, "head."))
+    assert encoders[0].equal(encoders[1])
+    assert not part(runs[1].segmenter, "head.").equal(part(runs[4].segmenter, "head."))
     assert {name.split(".")[0] for name, p in runs[1].segmenter.named_parameters() if p.requires_grad} == {"head"}
-    stages = [record["stage"] for record in train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=RECIPE, record_every=1,
-                                                                 progress=False, **SIZE).history["losses"]]
-    assert stages == ["pretrain"] * 3 + ["head"] * 4
+    assert [record["stage"] for record in runs[4].history["losses"]] == ["pretrain"] * 3 + ["head"] * 4
 
 
 def test_in_parts(generator):
     images, masks = tiny_pictures(3)
     recipe = dataclasses.replace(RECIPE, parts=2, batch_labelled=4, batch_synthetic=4)
-    run = train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=recipe, progress=False, **SIZE)
-    one = train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=dataclasses.replace(recipe, parts=1), progress=False, **SIZE)
+    run, one = (train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, progress=False, recipe=r, **SIZE)
+                for r in (recipe, dataclasses.replace(recipe, parts=1)))
     assert part(run.segmenter, "encoder.").equal(part(one.segmenter, "encoder.")) and run.step == 7
 
 
@@ -187,21 +193,24 @@ def test_it_learns():
 
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, lr_segmenter=1e-2, average=0.9, augment=Augment(rotate=5, hue=5))
-    trained = train_frozen_encoder(Pictures(), images, masks, 3, pretraining=Pretraining(steps=30, batch=4, points=50, lr=1e-2), recipe=recipe,
-                                   width=4, levels=2, progress=False, record_every=1)
+    how = Pretraining(steps=30, batch=4, points=50, lr=1e-2)
+    trained = train_frozen_encoder(Pictures(), images, masks, 3, pretraining=how, recipe=recipe, width=4, levels=2,
+                                   progress=False, record_every=1)
     learnt = [record["loss_contrast"] for record in trained.history["losses"] if record["stage"] == "pretrain"]
     assert sum(learnt[-5:]) < 0.8 * sum(learnt[:5])
     assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.5
 
 
-@pytest.mark.parametrize("change", [dict(task="rotate"), dict(steps=-1), dict(batch=0), dict(points=1), dict(temperature=0.0), dict(lr=0.0), dict(noise=-1.0)])
+@pytest.mark.parametrize("change", [dict(task="rotate"), dict(steps=-1), dict(batch=0), dict(points=1),
+                                    dict(temperature=0.0), dict(lr=0.0), dict(noise=-1.0)])
 def test_pretraining_that_makes_no_sense(change):
     with pytest.raises(InputError, match=next(iter(change))): Pretraining(**change)
 
 
 def test_mistakes(generator):
     images, masks = tiny_pictures(2)
-    run = lambda images=images, masks=masks, n=3, **options: train_frozen_encoder(generator, images, masks, n, **dict(recipe=RECIPE, progress=False) | options)
+    usual = dict(recipe=RECIPE, progress=False)
+    run = lambda n=3, **options: train_frozen_encoder(generator, images, masks, n, **usual | options)
     with pytest.raises(InputError, match="augment"): run(recipe=dataclasses.replace(RECIPE, augment=None))
     with pytest.raises(InputError, match="classes"): run(n=2)
     with pytest.raises(InputError, match="did you mean finetune"): run(fine_tune=True)
@@ -214,18 +223,21 @@ def test_mistakes(generator):
 
 def test_what_a_run_left_predicts(generator, tmp_path):
     images, masks = tiny_pictures(3)
-    trained = train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=RECIPE, labels=LABELS, progress=False,
-                                   checkpoint=tmp_path / "state.safetensors", **SIZE)
+    trained = train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=RECIPE, labels=LABELS,
+                                   progress=False, checkpoint=tmp_path / "state.safetensors", **SIZE)
     trained.save(tmp_path / "segmenter.safetensors")
     x = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     for name in ("segmenter", "state"):
         found, header = load_segmenter(tmp_path / f"{name}.safetensors")
-        assert part(found, "").equal(part(trained.segmenter, "")) and found(x).allclose(trained.segmenter(x), atol=1e-5)
+        assert part(found, "").equal(part(trained.segmenter, ""))
+        assert found(x).allclose(trained.segmenter(x), atol=1e-5)
         assert header["labels"].classes == LABELS.classes and found.frozen
-    assert header["network"] == dict(name="encoder", n_classes=3, width=2, levels=2, outputs=32, channels=32, layers=2, frozen=True)
+    own = dict(width=2, levels=2, outputs=32, channels=32, layers=2, frozen=True)
+    assert header["network"] == dict(name="encoder", n_classes=3, **own)
     (tmp_path / "faces").mkdir()
     Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "faces" / "face.png")
-    assert main(["predict", str(tmp_path / "segmenter.safetensors"), str(tmp_path / "faces"), "-o", str(tmp_path / "out")]) in (0, None)
+    order = ["predict", tmp_path / "segmenter.safetensors", tmp_path / "faces", "-o", tmp_path / "out"]
+    assert main([str(word) for word in order]) in (0, None)
     assert list((tmp_path / "out").rglob("face.png"))
 
 
@@ -238,8 +250,9 @@ def test_a_described_encoder_is_built_again(tmp_path, options):
     assert describe_network(load_segmenter(tmp_path / "s.safetensors")[0]) == about
 
 
-@pytest.mark.parametrize("change", [dict(frozen=1), dict(outputs=0), dict(width=10**6), dict(channels="4"), dict(encoder="x"), dict(name="timm"),
-                                    dict(name="timm", model="../x"), dict(name="timm", model=["resnet18"])])
+@pytest.mark.parametrize("change", [
+    dict(frozen=1), dict(outputs=0), dict(width=10**6), dict(channels="4"), dict(encoder="x"),
+    dict(name="timm"), dict(name="timm", model="../x"), dict(name="timm", model=["resnet18"])])
 def test_a_header_is_believed_only_where_it_is_harmless(tmp_path, change):
     save_segmenter(tmp_path / "s.safetensors", small())
     tensors, header = load_tensors(tmp_path / "s.safetensors")
@@ -262,7 +275,8 @@ def timm():
     return pytest.importorskip("timm")
 
 
-TIMM = ("test_resnet", "test_vit", "test_vit_relpos", "test_mambaout")  # convolutions, a transformer, one with tables no file holds, channels last
+# convolutions, a transformer, one with tables that no file holds, one with channels last
+TIMM = ("test_resnet", "test_vit", "test_vit_relpos", "test_mambaout")
 
 
 @pytest.mark.parametrize("model", TIMM)
@@ -287,7 +301,7 @@ def test_pictures_come_as_the_encoder_knows_them(timm, monkeypatch):
     segmenter.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     segmenter(torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 20, 40))
     expected = (torch.tensor([0.0, 0.5, 1.0]) - torch.tensor(about.mean)) / torch.tensor(about.std)
-    assert seen[0].shape == (1, 3, 64, 64) and seen[0].allclose(expected.view(1, 3, 1, 1).expand(1, 3, 64, 64), atol=1e-5)
+    assert seen[0].allclose(expected.view(1, 3, 1, 1).expand(1, 3, 64, 64), atol=1e-5)
 
 
 def test_maps_come_coarse_to_fine_with_channels_first(timm):
@@ -306,8 +320,8 @@ def test_an_encoder_of_timm_that_goes_on_learning(timm):
     assert not part(segmenter, "encoder.").equal(before)
 
 
-@pytest.mark.parametrize("arguments, told", [(("resnet18000", 3), "list_models"), (("hf-hub:a/b", 3), "list_models"), ((None, 3), "list_models"),
-                                             (("test_resnet", 3, False, 33), "multiple")])
+@pytest.mark.parametrize("arguments, told", [(("resnet18000", 3), "list_models"), (("hf-hub:a/b", 3), "list_models"),
+                                             ((None, 3), "list_models"), (("test_resnet", 3, False, 33), "multiple")])
 def test_mistakes_with_timm(timm, arguments, told):
     with pytest.raises(InputError, match=told): TimmSegmenter(*arguments)
 
@@ -315,4 +329,5 @@ def test_mistakes_with_timm(timm, arguments, told):
 def test_weights_that_cannot_be_had(timm, monkeypatch):
     def fails(*a, **o): raise ConnectionError("no network")
     monkeypatch.setattr(timm, "create_model", fails)
-    with pytest.raises(InputError, match="no network.*pretrained=False"): TimmSegmenter("test_resnet", 3, pretrained=True)
+    with pytest.raises(InputError, match="no network.*pretrained=False"):
+        TimmSegmenter("test_resnet", 3, pretrained=True)
