@@ -22,7 +22,7 @@ def requirements(key: str) -> list[str]:
 
 
 extras = {key.removesuffix(SUFFIX): requirements(key) for key in cfg if key.endswith(SUFFIX)}
-extras["dev"] += extras["avatars"] + extras["pascal"] + extras["fetch"]  # their notebooks are run by the tests
+extras["dev"] += extras["avatars"] + extras["pascal"] + extras["fetch"] + extras["encoders"]  # their notebooks are run by the tests
 
 
 

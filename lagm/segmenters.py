@@ -90,7 +90,8 @@ class UNet(nn.Module):
             below = out
         self.outc = nn.Conv2d(below, n_classes, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The deepest map and those of the way up, coarse to fine; the last one is what the logits are read from."""
         if min(x.shape[-2:]) < 2**self.levels:
             raise InputError(f"a U-Net of {self.levels} levels needs pictures of {2**self.levels} pixels or more on each side; "
                              f"got {x.shape[-2]}x{x.shape[-1]}; choose fewer levels")
@@ -98,9 +99,14 @@ class UNet(nn.Module):
         for i in range(1, self.levels + 1):
             maps.append(self.get_submodule(f"down{i}")(F.max_pool2d(maps[-1], 2)))
         x = maps.pop()
+        found = [x]
         for j in range(1, self.levels + 1):
             x = self.get_submodule(f"up{j}")(upsample_beside(x, maps.pop()))
-        return self.outc(x)
+            found.append(x)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outc(self.features(x)[-1])
 
 # %% ../nbs/components/40_segmenters.ipynb #60bc1ac2
 class DeepLabV3(nn.Module):
