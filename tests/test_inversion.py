@@ -1,4 +1,4 @@
-"""Inversion: known latents are found again, pictures are independent, files; prototypes by hand; HandsOff on planted features."""
+"""Inversion finds known latents again, picture by picture, and goes on; annotators by hand and on planted features."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ import lagm.inversion
 from lagm.core import InputError, load_tensors, save_tensors
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.inversion import (
-    HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert, learn_pixels,
-    picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
+    HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
+    learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
 from lagm.labels import IGNORE
 from lagm.stylegan1 import StyleGAN1
 from lagm.training import FAST
@@ -45,7 +45,8 @@ def weights(network):
 # ---- inversion
 
 
-@pytest.mark.parametrize("make, bound", [(lambda: faint(tiny_generator()), 0.01), (first_generation, 0.15)], ids=["StyleGAN2", "StyleGAN1"])
+@pytest.mark.parametrize(
+    "make, bound", [(lambda: faint(tiny_generator()), 0.01), (first_generation, 0.15)], ids=["StyleGAN2", "StyleGAN1"])
 def test_a_generated_picture_gives_back_its_features(make, bound):
     generator = make()
     space, before = StyleSpace(generator), weights(generator.network)
@@ -53,7 +54,8 @@ def test_a_generated_picture_gives_back_its_features(make, bound):
     found = invert(generator, picture, Inversion(steps=150, pull=0.0, samples=40), progress=False)
     assert (found.images - picture).square().mean() < bound * picture.var()
     if bound < 0.1:  # untrained, the older network hides its coarse maps behind instance norms
-        assert (found.features[0] - features[0]).square().mean() < 0.3 * (features[0] - features[0].mean(0)).square().mean()
+        wanted = features[0]
+        assert (found.features[0] - wanted).square().mean() < 0.3 * (wanted - wanted.mean(0)).square().mean()
     assert found.losses.shape == (3, 150) and (found.losses[:, -1] < 0.3 * found.losses[:, 0]).all()
     assert weights(generator.network).equal(before) and not generator.network.training
     assert all(p.grad is None and not p.requires_grad for p in generator.network.parameters())
@@ -74,11 +76,13 @@ def test_a_picture_does_not_depend_on_its_neighbours():
     plan = Inversion(steps=12, samples=6, batch=5)
     all_at_once, again = (invert(generator, images, plan, seed=3, progress=False) for _ in range(2))
     assert all_at_once.latents.equal(again.latents)
-    for other in (dataclasses.replace(plan, batch=2), dataclasses.replace(plan, batch=1)):
-        assert torch.allclose(invert(generator, images, other, seed=3, progress=False).latents, all_at_once.latents, atol=1e-3)
+    for batch in (1, 2):
+        other = invert(generator, images, dataclasses.replace(plan, batch=batch), seed=3, progress=False)
+        assert torch.allclose(other.latents, all_at_once.latents, atol=1e-3)
     alone = invert(generator, images[3:4], plan, seed=3, progress=False)
     assert torch.allclose(alone.latents, all_at_once.latents[3:4], atol=1e-3)
-    assert not torch.allclose(invert(generator, images, plan, seed=4, progress=False).latents, all_at_once.latents, atol=1e-3)
+    other = invert(generator, images, plan, seed=4, progress=False)
+    assert not torch.allclose(other.latents, all_at_once.latents, atol=1e-3)
 
 
 def test_the_state_of_the_caller_stays():
@@ -96,7 +100,8 @@ def test_the_start_is_the_nearest_and_the_pull_keeps_it_near():
     with torch.no_grad(): images = space(points).image
     assert best_start(space, images[[4, 2]], points, Inversion(batch=3)).equal(points[[4, 2]])
     noise = tiny_pictures(2)[0]
-    far, near = (invert(generator, noise, Inversion(steps=30, pull=pull, samples=0), progress=False) for pull in (0.0, 10.0))
+    plans = (Inversion(steps=30, pull=pull, samples=0) for pull in (0.0, 10.0))
+    far, near = (invert(generator, noise, plan, progress=False) for plan in plans)
     assert (near.latents - space.mean).norm() < 0.2 * (far.latents - space.mean).norm()
     start = invert(generator, noise, Inversion(steps=0, samples=0), progress=False)
     assert start.losses.shape == (2, 0) and torch.allclose(start.latents, space.mean.expand_as(start.latents))
@@ -115,7 +120,8 @@ def test_other_sizes_and_wide_pictures():
     picture = torch.arange(16.0).view(1, 1, 16, 1).expand(1, 3, 16, 16)
     assert as_labelled(picture, (12, 16), wide=True)[0, 0, :, 0].tolist() == list(range(2, 14))
     drawn = as_generated(masks[:, 3:21], 16, wide=True)
-    assert drawn.shape == (2, 16, 16) and (drawn[:, [0, 1, 14, 15]] == IGNORE).all() and (drawn[:, 2:14] != IGNORE).all()
+    assert drawn.shape == (2, 16, 16) and (drawn[:, 2:14] != IGNORE).all()
+    assert (drawn[:, [0, 1, 14, 15]] == IGNORE).all()
     assert as_generated(masks, 16, wide=False) is masks
 
 
@@ -125,13 +131,16 @@ def test_other_sizes_and_wide_pictures():
     (dict(images=torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), "uint8"),
     (dict(images=torch.full((1, 3, 16, 16), torch.nan)), "NaN")])
 def test_what_cannot_be_inverted(wrong, words):
-    with pytest.raises(InputError, match=words): invert(**dict(generator=tiny_generator(), images=torch.zeros(1, 3, 16, 16), plan=QUICK) | wrong)
+    right = dict(generator=tiny_generator(), images=torch.zeros(1, 3, 16, 16), plan=QUICK)
+    with pytest.raises(InputError, match=words): invert(**right | wrong)
 
 
-@pytest.mark.parametrize("make", [lambda: Inversion(steps=-1), lambda: Inversion(pull=-1), lambda: Inversion(batch=0), lambda: Inversion(lr="fast"),
-                                  lambda: HandsOff(keep=0), lambda: HandsOff(pairs=0), lambda: Prototyping(temperature=0), lambda: HandsOff({"step": 1})])
-def test_settings_that_mean_nothing(make):
-    with pytest.raises(InputError): make()
+@pytest.mark.parametrize("kind, wrong", [
+    (Inversion, dict(steps=-1)), (Inversion, dict(pull=-1)), (Inversion, dict(batch=0)), (Inversion, dict(lr="fast")),
+    (HandsOff, dict(keep=0)), (HandsOff, dict(pairs=0)), (HandsOff, dict(inversion={"step": 1})),
+    (Prototyping, dict(temperature=0))])
+def test_settings_that_mean_nothing(kind, wrong):
+    with pytest.raises(InputError): kind(**wrong)
 
 
 # ---- files
@@ -160,9 +169,11 @@ def test_a_stopped_inversion_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_files_of_another_run_are_refused(tmp_path, monkeypatch):
     generator, (images, _) = tiny_generator(), tiny_pictures(2)
-    run = lambda seed=0, images=images, generator=generator, plan=QUICK: invert(generator, images, plan, seed=seed, folder=tmp_path, progress=False)
+    usual = dict(generator=generator, images=images, plan=QUICK, folder=tmp_path, progress=False)
+    run = lambda **more: invert(**usual | more)
     run()
-    for other, words in ((dict(seed=1), "seed"), (dict(images=images[:1]), "pictures"), (dict(generator=tiny_generator(1)), "generator"),
+    for other, words in ((dict(seed=1), "seed"), (dict(images=images[:1]), "pictures"),
+                         (dict(generator=tiny_generator(1)), "generator"),
                          (dict(plan=dataclasses.replace(QUICK, pull=0.5)), "pull")):
         with pytest.raises(InputError, match=f"of another run .*{words}"): run(**other)
     path = tmp_path / "inversion.safetensors"
@@ -200,11 +211,12 @@ def test_the_ensemble_finds_planted_classes(tmp_path):
     kept = learn_pixels(inverted, masks, 3, plan, folder=tmp_path, progress=False)
     fresh = learn_pixels(inverted, masks, 3, plan, progress=False)
     assert weights(kept).equal(weights(ensemble)) and weights(fresh).equal(weights(ensemble)) and not kept.training
-    with pytest.raises(InputError, match="of another run .*data"): learn_pixels(inverted, 2 - masks.clamp(max=2), 3, plan, folder=tmp_path)
+    with pytest.raises(InputError, match="of another run .*data"):
+        learn_pixels(inverted, 2 - masks.clamp(max=2), 3, plan, folder=tmp_path)
 
 
 def test_prototypes_by_hand():
-    f = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # two places: (3, 4) and (0, 2), with unit vectors (0.6, 0.8) and (0, 1)
+    f = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # at two places (3, 4) and (0, 2): unit vectors (0.6, 0.8), (0, 1)
     made = prototypes_of([f], torch.tensor([[[0, 1]]]), 3, temperature=0.5)
     logits = made([f])[0, :, 0]
     half = torch.tensor(0.5).log().item()
@@ -219,7 +231,8 @@ def test_prototypes_by_hand():
 def test_prototypes_of_several_maps():
     features, masks = planted(3)
     masks[:, :4, :4] = IGNORE
-    unit = torch.cat([F.interpolate(F.normalize(f, dim=1), (16, 16), mode="bilinear", align_corners=False) for f in features], 1) / 2**0.5
+    unit = [F.normalize(f, dim=1) for f in features]
+    unit = torch.cat([F.interpolate(f, (16, 16), mode="bilinear", align_corners=False) for f in unit], 1) / 2**0.5
     rows = unit.movedim(1, -1)
     expected = torch.stack([F.normalize(rows[masks == c].mean(0), dim=0) for c in range(3)])
     share = torch.stack([(masks == c).sum() for c in range(3)]) / (masks != IGNORE).sum()
@@ -243,7 +256,8 @@ def test_prototypes_that_cannot_be():
     with pytest.raises(InputError, match="name classes 0..1"): prototypes_of(features, masks, 2)
     with pytest.raises(InputError, match="masks have shape"): prototypes_of(features, masks[:1], 3)
     with pytest.raises(InputError, match="their own generator"): prototypes_of(features, masks, 3)(features[:1])
-    assert Prototyping(coarsest=9).layers(tiny_generator()) == [2] and Prototyping(coarsest=99).layers(tiny_generator()) is None
+    assert Prototyping(coarsest=9).layers(tiny_generator()) == [2]
+    assert Prototyping(coarsest=99).layers(tiny_generator()) is None
 
 
 # ---- whole runs
@@ -253,23 +267,28 @@ def test_prototypes_that_cannot_be():
 def test_a_run_learns_and_is_repeatable(name, tmp_path):
     train, plan = TRAINERS[name]
     generator, (images, masks) = tiny_generator(), tiny_pictures(3)
-    run = lambda folder=None, **more: train(tiny_segmenter(), generator, images, masks, recipe=RECIPE, seed=1, folder=folder, progress=False, **plan | more)
-    first, kept = run(), run(tmp_path)
-    again = run(tmp_path, labels=LABELS) if name == "prototypes" else run(tmp_path)
-    assert weights(first.segmenter).equal(weights(kept.segmenter)) and weights(again.segmenter).equal(weights(kept.segmenter))
-    assert first.step == 7 and {"loss_label", "loss_s"} <= first.history["losses"][-1].keys() and not first.segmenter.training
-    assert {path.name for path in tmp_path.iterdir()} == {"inversion.safetensors"} | ({"ensemble.safetensors", "pairs"} if name == "HandsOff" else set())
+    usual = dict(labels=LABELS, recipe=RECIPE, seed=1, progress=False, **plan)
+    run = lambda folder: train(tiny_segmenter(), generator, images, masks, folder=folder, **usual)
+    runs = [run(folder) for folder in (None, tmp_path, tmp_path)]
+    assert all(weights(run.segmenter).equal(weights(runs[0].segmenter)) for run in runs)
+    assert runs[0].step == 7 and {"loss_label", "loss_s"} <= runs[0].history["losses"][-1].keys()
+    assert not runs[0].segmenter.training and runs[0].labels == LABELS
+    more = {"ensemble.safetensors", "pairs"} if name == "HandsOff" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"inversion.safetensors"} | more
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_checkpoint_of_other_labels_is_refused(name, tmp_path):
     train, plan = TRAINERS[name]
     generator, (images, masks) = tiny_generator(), tiny_pictures(2)
-    run = lambda plan: train(tiny_segmenter(), generator, images, masks, recipe=RECIPE, checkpoint=tmp_path / "run.safetensors", progress=False, **plan)
+    usual = dict(recipe=RECIPE, checkpoint=tmp_path / "run.safetensors", progress=False)
+    run = lambda plan: train(tiny_segmenter(), generator, images, masks, **usual, **plan)
     done, again = run(plan), run(plan)
     assert weights(done.segmenter).equal(weights(again.segmenter))
     (key, value), = plan.items()
-    for other in (dataclasses.replace(value, inversion=dataclasses.replace(QUICK, pull=3.0)), dataclasses.replace(value, **({"keep": 1} if key == "handsoff" else {"weigh_labels": False}))):
+    changed = {"keep": 1} if key == "handsoff" else {"weigh_labels": False}
+    for change in ({"inversion": dataclasses.replace(QUICK, pull=3.0)}, changed):
+        other = dataclasses.replace(value, **change)
         with pytest.raises(InputError, match="another run: .*generator"): run({key: other})
 
 
@@ -278,10 +297,12 @@ def test_wide_pictures_and_wrong_arguments(name):
     train, plan = TRAINERS[name]
     generator, (images, masks) = tiny_generator(), tiny_pictures(2)
     wide = dataclasses.replace(RECIPE, wide_crop=True, steps=1, warm_segmenter=1, augment=None)
-    assert train(tiny_segmenter(), generator, images[:, :, 2:14], masks[:, 2:14], recipe=wide, progress=False, **plan).step == 2
-    with pytest.raises(InputError, match="did you mean validation"): train(tiny_segmenter(), generator, images, masks, validaton=None, **plan)
-    with pytest.raises(InputError, match="no style vectors"): train(tiny_segmenter(), object(), images, masks, **plan)
-    with pytest.raises(InputError, match="classes 0 to 7"): train(tiny_segmenter(), generator, images, masks + 5 * (masks == 2), **plan)
-    if name == "HandsOff":
-        other = dataclasses.replace(LABELS, classes=LABELS.classes[:2], palette=LABELS.palette[:2])
-        with pytest.raises(InputError, match="has 2 classes, the segmenter 3"): train(tiny_segmenter(), generator, images, masks, labels=other, **plan)
+    run = lambda generator=generator, images=images, masks=masks, **more: train(
+        tiny_segmenter(), generator, images, masks, progress=False, **plan | more)
+    assert run(images=images[:, :, 2:14], masks=masks[:, 2:14], recipe=wide).step == 2
+    with pytest.raises(InputError, match="did you mean validation"): run(validaton=None)
+    with pytest.raises(InputError, match="no style vectors"): run(generator=object())
+    with pytest.raises(InputError, match="classes 0 to 7"): run(masks=masks + 5 * (masks == 2))
+    if name == "prototypes": return
+    other = dataclasses.replace(LABELS, classes=LABELS.classes[:2], palette=LABELS.palette[:2])
+    with pytest.raises(InputError, match="has 2 classes, the segmenter 3"): run(labels=other)
