@@ -193,7 +193,7 @@ def matching_step_in_parts(
     players.update_average()
     return losses
 
-
+# %% ../nbs/components/58_parts.ipynb #38601b27
 def supervised_step_in_parts(players: Any, labelled: Callable[[int], tuple[Tensor, Tensor]], parts: int) -> dict[str, Tensor]:
     """`lagm.training.supervised_step`, part by part."""
     players.train("segmenter")
