@@ -357,7 +357,7 @@ def test_each_process_changes_its_own_pictures_of_a_batch():
 
 def test_an_interval_holds_its_share_of_the_draws(monkeypatch):
     """Of draws spread evenly from 0 to 1, the middle 95 and 60 per cent."""
-    monkeypatch.setattr(evaluation, "_drawn", lambda *a: torch.linspace(0, 1, 1001, dtype=torch.float64))
+    monkeypatch.setattr(evaluation, "resampled_scores", lambda *a: torch.linspace(0, 1, 1001, dtype=torch.float64))
     for level, low, high in ((0.95, 0.025, 0.975), (0.6, 0.2, 0.8)):
         found = evaluation.bootstrap(torch.eye(2)[None], level=level)
         assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9) and found.value == 1

@@ -262,13 +262,13 @@ def test_force_sets_another_runs_checkpoints_aside(tmp_path, monkeypatch, capsys
     with pytest.raises(InputError, match="checkpoint of another run: recipe.steps .1 there, 2 here.*--force"): training_tests.run(other, checkpoint=path)
     assert path.read_bytes() == before
     monkeypatch.setenv("LAGM_FORCE", "1")
-    assert training_tests.run(other, checkpoint=path).step == 4 and (tmp_path / "aside-1" / "run.safetensors").read_bytes() == before
+    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and (tmp_path / "aside-1" / "run.safetensors").read_bytes() == before
     said = capsys.readouterr().out
     assert said.startswith("set aside, of another run: run.safetensors") and said.endswith(f", now in {tmp_path / 'aside-1'}\n") and said.count("\n") == 1
-    assert training_tests.run(other, checkpoint=path).step == 4 and not (tmp_path / "aside-2").exists(), "its own checkpoint is gone on from"
+    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and not (tmp_path / "aside-2").exists(), "its own checkpoint is gone on from"
     path.write_bytes(b"rubbish")
     for numbered in Checkpoints(path).numbered(): numbered.write_bytes(b"rubbish")
-    assert training_tests.run(other, checkpoint=path).step == 4 and (tmp_path / "aside-2" / "run.safetensors").read_bytes() == b"rubbish"
+    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and (tmp_path / "aside-2" / "run.safetensors").read_bytes() == b"rubbish"
 
 
 def test_force_sets_downstream_runs_and_pairs_aside(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_notebooks_need_only_what_the_package_needs():
     wanted = [Requirement(line) for line in importlib.metadata.requires("lagm")]
     names = {"pillow": "PIL", "pyyaml": "yaml", "ipykernel": "IPython", "lightning-fabric": "lightning_fabric", "dicebear-styles": "dicebear_styles", "resvg-py": "resvg_py"}
     needed = {names.get(item.name, item.name) for item in wanted if not item.marker} | {"IPython", "jupyter_client"}  # the latter come with ipykernel
-    extras = {names.get(item.name, item.name) for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch") for item in wanted if item.marker and item.marker.evaluate({"extra": extra})}
+    extras = {names.get(item.name, item.name) for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders") for item in wanted if item.marker and item.marker.evaluate({"extra": extra})}
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"fastcore|\btest_(eq|fail|close)\(", text), f"{path.name}: fastcore is a package of the makers; say assert, or try/except/else"
