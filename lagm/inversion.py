@@ -71,7 +71,7 @@ class StyleSpace:
 @dataclass(frozen=True)
 class Inversion:
     """How pictures are inverted. Raises `InputError` on values that make no sense."""
-    steps: int = 100
+    steps: int = 250
     lr: float = 0.12  # of Adam, in standard deviations; it falls to zero along a cosine
     pull: float = 0.1  # weight of the squared distance from the mean style
     samples: int = 200  # random latents, of which the best is the start; 0: the mean style
