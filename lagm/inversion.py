@@ -450,7 +450,7 @@ class Prototyping:
     inversion: Inversion = field(default_factory=Inversion)
     coarsest: int = 8  # maps of fewer pixels a side are left out; if that leaves none, all are used
     temperature: float = 0.05  # see `Prototypes`
-    weigh_labels: bool = True  # whether their labels get the recipe's class weights, too
+    weigh_labels: bool = False  # whether their labels get the recipe's class weights, too
 
     def __post_init__(self):
         check_fields(self, "prototyping")

@@ -286,7 +286,7 @@ def test_a_checkpoint_of_other_labels_is_refused(name, tmp_path):
     done, again = run(plan), run(plan)
     assert weights(done.segmenter).equal(weights(again.segmenter))
     (key, value), = plan.items()
-    changed = {"keep": 1} if key == "handsoff" else {"weigh_labels": False}
+    changed = {"keep": 1} if key == "handsoff" else {"weigh_labels": True}
     for change in ({"inversion": dataclasses.replace(QUICK, pull=3.0)}, changed):
         other = dataclasses.replace(value, **change)
         with pytest.raises(InputError, match="another run: .*generator"): run({key: other})
