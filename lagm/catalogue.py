@@ -269,7 +269,7 @@ DEMO_STEPS = {  # of each method: as many as still help it on the validation pic
     "supervised": 2400, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000,
     "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
 DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
-                    inversion_steps=100, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
+                    inversion_steps=250, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
 ABLATIONS = {"last_layer": dict(matched="outc"), "up_layers": dict(matched="up"), "euclidean": dict(metric="l2"), "inner_product": dict(metric="dotprod"), "no_labelled_loss": dict(label_weight=0.0)}
 STURDY = {  # settings that somebody might reasonably choose instead, scored on validation pictures
