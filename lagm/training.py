@@ -91,7 +91,7 @@ class Recipe:
     lr_warm: float = 1e-3  # learning rate of both warm starts
     align: float = 0.0  # A's warm start: S's predictions are multiplied, by this at most, so that each class fills its labelled share; 0: not
     finish: float = 0.0  # length of the finish, in units of `steps`, were there any number of labelled pictures; see `finish_steps`
-    finish_anchor: float = 4.0  # the matched networks count as much as so many labelled pictures in the finish; 0: it learns from the labelled ones alone
+    finish_anchor: float = 2.0  # the matched networks count as much as so many labelled pictures in the finish; 0: it learns from the labelled ones alone
     lr_finish: float = 1e-3  # learning rate of the finish
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
@@ -154,7 +154,7 @@ PAPER = Recipe()
 FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam", lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all",
     schedule="cosine", shared_batch=True, label_weight=1.0, balance=0.5, average=0.98, augment=Augment(),
-    warm_segmenter=300, warm_annotator=300, align=20.0, finish=2.0, finish_anchor=2.0, channels_last=True, keep_memory=True,
+    warm_segmenter=300, warm_annotator=300, align=20.0, finish=2.0, channels_last=True, keep_memory=True,
 )
 
 RECIPES = {"paper": PAPER, "fast": FAST}
@@ -883,7 +883,7 @@ class Observed(Course):
 
 # %% ../nbs/components/60_training.ipynb #dfed0116
 LONG = 2000  # steps; a run of so many tells its estimate first
-SIGNS_EVERY = 100  # steps of matching
+SIGNS_EVERY = 100  # steps of matching, or a twentieth of them if that is more
 
 
 class Loop(Observed):
@@ -928,8 +928,9 @@ class Loop(Observed):
         record = {"step": self.step, "stage": stage.name}
         if self.due(self.record_every): self.note("losses", record | losses)
         if self.validation is not None and self.due(self.validate_every): self.validate(record)
-        if self.signs and stage.name == "match" and (within + 1) % SIGNS_EVERY == 0:
-            self.look_for_signs(record, last=within + 1 > stage.steps - SIGNS_EVERY)
+        look = max(SIGNS_EVERY, stage.steps // 20)
+        if self.signs and stage.name == "match" and (within + 1) % look == 0:
+            self.look_for_signs(record, last=within + 1 > stage.steps - look)
         if cosines: self.watcher.add("cosines", record | cosines)
         if self.watcher and self.pictures and self.due(self.watch.snapshot_every): self.snapshot()
         if self.due(self.checkpoint_every): self.keeper.save(self.step, self.history, last=self.step == self.total)
@@ -1071,6 +1072,7 @@ def lagm_stages(
 
     @functools.cache
     def factors() -> Tensor | None: return alignment(players, plain, masks) if recipe.align else None
+    # S does not move in the annotator's warm start; before it, it does: an estimate must leave no factors behind
 
     def part_of(batches: Callable, step: int, stage: str): return lambda part: batches(step * parts + part, stage)
 
@@ -1093,7 +1095,7 @@ def lagm_stages(
     both = {"segmenter": recipe.lr_segmenter} | ({"annotator": recipe.lr_annotator} if match else {})
     return [
         Stage("warm segmenter", recipe.warm_segmenter, warm_segmenter, {"segmenter": recipe.lr_warm}),
-        Stage("warm annotator", recipe.warm_annotator, warm_annotator, {"annotator": recipe.lr_warm}),
+        Stage("warm annotator", recipe.warm_annotator, warm_annotator, {"annotator": recipe.lr_warm}, start=factors.cache_clear),
         Stage("match", recipe.steps, match_once, both, averaged=True),
         finish_stage(players, generator, images, masks, seed),
     ]
@@ -1114,7 +1116,7 @@ def signs_of(
                 batch = pictures(i, "signs")
                 named.append(batch.labels(players.annotator).argmax(1))
                 predicted.append(players.result(batch.images).argmax(1))
-        return signs(torch.cat(named), torch.cat(predicted), masks.to(named[0].device), players.segmenter.n_classes)
+        return signs(torch.cat(named), torch.cat(predicted), masks, players.segmenter.n_classes)
 
     return look
 
