@@ -515,10 +515,11 @@ def alignment(
 ) -> Tensor:  # (C,), from 1 / align to align
     """What S's probabilities are to be multiplied by for each class to fill its labelled share of generated pictures, on average."""
     found = []
-    with eval_mode(players.segmenter), players.passes():
-        for i in range(batches):
-            said = players.segmenter(pictures(i, "align").images).float().softmax(dim=1)
-            found.append(said.mean(dim=(0, 2, 3)).cpu())
+    for i in range(batches):
+        images = pictures(i, "align").images  # the generator is never run under autocast
+        with eval_mode(players.segmenter), players.passes():
+            said = players.segmenter(images).float().softmax(dim=1)
+        found.append(said.mean(dim=(0, 2, 3)).cpu())
     wanted = class_shares(masks, players.segmenter.n_classes)
     most = max(1.0, players.recipe.align)
     factors = wanted / torch.stack(found).double().mean(dim=0).clamp(min=1e-12)

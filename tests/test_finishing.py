@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_training import CLASSES, RECIPES, ToyGenerator, labelled, networks, run, same
+from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 
 from lagm.core import InputError
@@ -26,6 +27,16 @@ def test_length_and_share_by_hand():
     assert labels_say(2, 6) == 0.25 and labels_say(3, 0) == 1
     assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
     assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4
+
+
+@pytest.mark.parametrize("match", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_stages_in_bfloat16_with_a_real_generator(parts, match):
+    """The generator is never run under autocast: truncation mixes its float32 mean style with styles from a linear layer."""
+    generator, (images, masks) = tiny_generator(), tiny_pictures()
+    recipe = get_recipe("fast", steps=2, warm_segmenter=1, warm_annotator=2, batch_labelled=2, batch_synthetic=2, parts=parts, precision="bfloat16")
+    trained = train_lagm(generator, tiny_annotators(generator)[0], tiny_segmenter(), images, masks, recipe, match=match, progress=False)
+    assert trained.history["losses"][-1]["stage"] == "finish"
 
 
 @pytest.mark.parametrize("name", ["finish", "finish_anchor", "lr_finish"])
