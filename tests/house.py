@@ -53,7 +53,8 @@ MOST_CHARACTERS = 120
 WITHIN = 3  # cells after a definition in which it must be shown
 DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*(\w+)", re.M)
 FIGURE = re.compile(r"!\[[^\]]*\]\(|<img\b|<svg\b")
-CHECK = re.compile(r"^\s*(?:assert\b|test_\w+\(|with (?:pytest\.raises|expect_fail|ExceptionExpected))|raise AssertionError", re.M)
+CHECK = re.compile(r"^\s*(?:assert\b|test_\w+\(|with (?:pytest\.raises|expect_fail|ExceptionExpected))"
+                   r"|raise AssertionError", re.M)
 
 
 @dataclass
@@ -146,7 +147,8 @@ def runs(paths: Iterable[Path], sort: str) -> Found:
 
 def exported(paths: Iterable[Path]) -> Found:
     """Every exported cell that holds code, and its lines."""
-    return [(cell.notebook, cell.id, cell.lines) for path in paths for cell in read(path) if cell.exported and cell.lines]
+    return [(cell.notebook, cell.id, cell.lines) for path in paths for cell in read(path)
+            if cell.exported and cell.lines]
 
 
 def definitions(paths: Iterable[Path], shown: bool | None = None) -> Found:
@@ -156,7 +158,8 @@ def definitions(paths: Iterable[Path], shown: bool | None = None) -> Found:
         cells = read(path)
         for i, cell in enumerate(cells):
             is_shown = any(c.shows for c in cells[i:i + WITHIN + 1])
-            if cell.definitions and shown in (None, is_shown): found.append((cell.notebook, cell.id, len(cell.definitions)))
+            if cell.definitions and shown in (None, is_shown):
+                found.append((cell.notebook, cell.id, len(cell.definitions)))
     return found
 
 
@@ -169,7 +172,7 @@ def without_links(paths: Iterable[Path]) -> Found:
     """The notebooks that lack the line of links which lagm.readme writes."""
     wanted = link_lines(ROOT)
     return [(path.relative_to(ROOT).as_posix(), "", 1) for path in paths
-            if path.resolve() in wanted and not any(cell.source.strip() == wanted[path.resolve()] for cell in read(path))]
+            if not any(cell.source.strip() == wanted.get(path.resolve()) for cell in read(path))]
 
 
 def long_prose(text: str) -> list[int]:
@@ -180,9 +183,10 @@ def long_prose(text: str) -> list[int]:
         if re.match(r"(```|~~~)", bare): fenced = not fenced
         inside = fenced or mathematics
         if not fenced and bare.count("$$") % 2: mathematics, inside = not mathematics, True
-        if inside or len(line) <= MOST_CHARACTERS or bare.startswith(("|", "#", "<", "$$")) or line.startswith("    "): continue
-        indent = len(line) - len(line.lstrip())
-        if any(indent < place <= MOST_CHARACTERS for place in (m.start() for m in re.finditer(r"(?<=\S) ", line))): found.append(number)
+        kept = bare.startswith(("|", "#", "<", "$$")) or line.startswith("    ")
+        if inside or kept or len(line) <= MOST_CHARACTERS: continue
+        blanks = [match.start() for match in re.finditer(r"(?<=\S) ", line)]
+        if any(place <= MOST_CHARACTERS for place in blanks): found.append(number)
     return found
 
 
@@ -221,7 +225,8 @@ def answered() -> frozenset[tuple[str, int]]:
 
 def unanswered(paths: Iterable[Path], every: bool = False) -> Found:
     """The exercises without an answer: notebook, cell, the exercise's number. All of them if `every` is true."""
-    return [(path.relative_to(ROOT).as_posix(), cell, number) for path in paths for cell, number, here in exercises(path)
+    return [(path.relative_to(ROOT).as_posix(), cell, number) for path in paths
+            for cell, number, here in exercises(path)
             if every or not here and (path.stem, number) not in answered()]
 
 
@@ -299,7 +304,8 @@ def package(sort: str) -> Found:
     """The rooms, arrows, floors or circles, one by one."""
     graph = imports()
     if sort == "rooms": return [(room, "", 1) for room in sorted(graph)]
-    if sort == "arrows": return [(room, to, len(set(by))) for room in sorted(graph) for to, by in sorted(graph[room].items())]
+    if sort == "arrows":
+        return [(room, to, len(set(by))) for room in sorted(graph) for to, by in sorted(graph[room].items())]
     if sort == "floors": return [(room, "", level) for room, level in floors(graph).items()]
     return [(" - ".join(group), "", len(group)) for group in circles(graph)]
 
@@ -330,7 +336,8 @@ class Measure:
 
 
 OF_NOTEBOOKS = {
-    "first_output": Measure("lines of code before the first output, median", "15 (40)", lambda p: first(p, "output"), _middle),
+    "first_output": Measure("lines of code before the first output, median", "15 (40)", lambda p: first(p, "output"),
+                            _middle),
     "first_figure": Measure("lines of code before the first figure, median", "", lambda p: first(p, "figure"), _middle),
     "run_cells": Measure("exported cells in a row, nothing shown", "2 (3)", lambda p: runs(p, "cells"), _most),
     "run_lines": Measure("lines of them", "50 (90)", lambda p: runs(p, "lines"), _most),
@@ -351,13 +358,13 @@ OF_THE_PACKAGE = {
     "floors": Measure("floors", "7", lambda: package("floors"), _most),
     "circles": Measure("circles", "0", lambda: package("circles"), len),
 }
-SORTS = {"first_output": None, "first_figure": None, "cell_median": None, "floors": None}  # no offenders, only numbers
 
 
 def groups() -> dict[str, list[Path]]:
     """The notebooks, by group. Answers are no chapter, and so is what exports nothing in the reference."""
     paths = [path for path in notebooks() if "answers" not in path.stem and "glossary" not in path.stem]
-    named = {name: [p for p in paths if p.relative_to(ROOT).parts[1] == name] for name in ("book", "reference", "components")}
+    named = {name: [p for p in paths if p.relative_to(ROOT).parts[1] == name]
+             for name in ("book", "reference", "components")}
     named["others"] = [p for p in paths if not any(p in group for group in named.values())]
     return {name: group for name, group in named.items() if group}
 
@@ -369,9 +376,8 @@ def measured(name: str, paths: list[Path] | None = None) -> float:
 
 
 def _shown(measure: Measure, paths: list[Path]) -> str:
-    number = measure.number(measure.found(paths))
-    return f"{number:g}" + (f" of {len(measure.of(paths)) if measure.number is len else measure.number(measure.of(paths)):g}"
-                            if measure.of else "")
+    number = f"{measure.number(measure.found(paths)):g}"
+    return f"{number} of {measure.number(measure.of(paths)):g}" if measure.of else number
 
 
 def table() -> str:
@@ -389,7 +395,8 @@ def table() -> str:
 def long_tests() -> Found:
     """The lines of the tests that are too long, one by one, and their lengths."""
     return [(path.relative_to(ROOT).as_posix(), str(number), 1) for path in sorted((ROOT / "tests").glob("*.py"))
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > MOST_CHARACTERS]
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > MOST_CHARACTERS]
 
 
 def listed(name: str) -> str:
