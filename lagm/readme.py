@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, parse_json, read_text
 
 # %% ../nbs/components/95_readme.ipynb #1fe470d7
 _LINK = re.compile(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""")
@@ -171,7 +171,7 @@ def link_lines(
 # %% ../nbs/components/95_readme.ipynb #c4a9e011
 def _with_links(text: str, line: str) -> str:
     """A notebook file's text with the line of links as its last cell."""
-    notebook = json.loads(text)
+    notebook = parse_json(text)
     cells = [cell for cell in notebook["cells"] if cell.get("id") != LINKS]
     cell = {"cell_type": "markdown", "id": LINKS, "metadata": {}, "source": line.splitlines(keepends=True)}
     notebook["cells"] = [*cells, cell]
@@ -185,7 +185,7 @@ def write_links(
     """Write the line of links at the end of every chapter."""
     stale = []
     for path, line in link_lines(root).items():
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         wanted = _with_links(text, line)
         if wanted == text: continue
         stale.append(path)
@@ -214,7 +214,7 @@ def _write_readme(root: Path, check: bool) -> bool:
     source, readme = root / "nbs" / "index.ipynb", root / "README.md"
     try: wanted = to_markdown(source, root)
     except InputError as error: raise InputError(f"{source}: {error}") from None
-    found = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    found = read_text(readme) if readme.is_file() else ""
     if found == wanted: return True
     if check:
         lines = difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "README.md", "nbs/index.ipynb")
