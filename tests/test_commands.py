@@ -171,7 +171,8 @@ def run_lagm(words, clean, things):
         return
     more = {"run": ["--dry-run"], "fetch": ["--dry-run"], "prepare": ["--minpx", "5", "--workers", "1", "--out", "crops"]}.get(command, [])  # test_quickstart, test_methods, test_templates, test_fetch
     if command == "run":
-        for name in ("data", "checkpoints"): (clean / name).symlink_to(things / name)
+        for name in ("data", "checkpoints"):
+            if not (clean / name).is_symlink(): (clean / name).symlink_to(things / name)
     with contextlib.redirect_stdout(io.StringIO()) as said: code = cli.main([*words[1:], *more])
     if command == "doctor": assert code == 1  # nothing is there for it in a fresh clone
     elif command == "run" and code == 2:

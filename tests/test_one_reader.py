@@ -40,7 +40,6 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "importers:_unpack*": "the reader of archives with annotations",
     "run_state:folder_lock": "a lock, which holds nothing",
     "cli:_heard": "a stream of the process itself",
-    "readme:main": "the kit's own README",
     "report:write_pages": "pictures of our own, as bytes",
     "segmenters:load_backbone": "torchvision's weights, tensors only",
 }

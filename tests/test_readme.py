@@ -8,7 +8,7 @@ import subprocess
 import nbformat
 import pytest
 from nbformat import v4
-from sync import ROOT
+from sync import ROOT, notebooks
 
 from lagm import readme
 from lagm.comparison import comparison_table, read_cells, saved_table
@@ -22,6 +22,7 @@ def project(tmp_path):
     for name in ("LICENSE", "nbs/images/faces.png", "nbs/components/00_core.ipynb", "tests/test_core.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    nbformat.write(v4.new_notebook(), tmp_path / "nbs" / "components" / "00_core.ipynb")
 
     def write(*cells):
         nbformat.write(v4.new_notebook(cells=list(cells)), tmp_path / "nbs" / "index.ipynb")
@@ -47,7 +48,8 @@ def test_links_lead_to_the_same_place_from_one_folder_up(project, link, moved):
     assert convert(project(v4.new_markdown_cell(link))) == (moved or link) + "\n"
 
 
-@pytest.mark.parametrize("link", ["[a](none.ipynb)", "![a](images/none.png)", '<img src="none.png">', "[a](../README.txt#x)"])
+@pytest.mark.parametrize("link", ["[a](none.ipynb)", "![a](images/none.png)", '<img src="none.png">',
+                                  "[a](../README.txt#x)"])
 def test_links_to_nothing_are_refused(project, link):
     with pytest.raises(InputError, match="leads to no file"): convert(project(v4.new_markdown_cell(link)))
 
@@ -62,7 +64,8 @@ def test_code_is_fenced_with_what_it_printed_and_hidden_cells_are_left_out(proje
 
 
 def test_pictures_drawn_by_cells_are_refused(project):
-    cell = v4.new_code_cell("plot()", outputs=[v4.new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})])
+    cell = v4.new_code_cell("plot()",
+                            outputs=[v4.new_output("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"})])
     with pytest.raises(InputError, match="draws a picture"): convert(project(cell))
 
 
@@ -86,13 +89,100 @@ def test_problems_of_the_notebook_are_told(project, tmp_path, capsys):
     assert not (folder / "README.md").exists()
 
 
+# ---- the links of the chapters
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A function that writes notebooks {name: (title, code cells)} into nbs/ of a folder, and returns the folder."""
+    def write(**notebooks):
+        for name, (title, *sources) in notebooks.items():
+            path = tmp_path / "nbs" / f"{name.replace('__', '/')}.ipynb"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cells = [v4.new_markdown_cell(f"# {title}"), *map(v4.new_code_cell, sources)]
+            nbformat.write(v4.new_notebook(cells=cells), path)
+        return tmp_path
+    return write
+
+
+def last(path) -> str:
+    return nbformat.read(path, 4).cells[-1].source
+
+
+def test_a_chapter_ends_with_links_to_its_neighbours_and_to_what_it_needs(book):
+    folder = book(book__00_glossary=("Glossary",), book__01_labels=("Labels", "#| default_exp data.labels"),
+                  book__02_steps=("Steps", "#| default_exp training.steps", "from lagm.core import shown_only",
+                                  "#| export\nimport torch\nfrom lagm.core.seeds import a\nfrom lagm.data import "
+                                  "labels"),
+                  reference__core__seeds=("Seeds", "#| default_exp core.seeds"))
+    assert len(readme.write_links(folder)) == 4
+    assert last(folder / "nbs/book/02_steps.ipynb") == (
+        "---\n\nprevious: [01 Labels](01_labels.ipynb) ·\nneeds: [01 Labels](01_labels.ipynb),\n"
+        "[Seeds](../reference/core/seeds.ipynb) ·\nwords: [00 Glossary](00_glossary.ipynb)")
+    assert "next: [01 Labels](01_labels.ipynb)" in last(folder / "nbs/book/00_glossary.ipynb")
+    assert "previous" not in last(folder / "nbs/reference/core/seeds.ipynb")  # the book and the reference are apart
+
+
+def test_links_are_written_once_and_follow_the_chapters(book):
+    folder = book(book__01_a=("A",), book__02_b=("B",))
+    assert len(readme.write_links(folder, check=True)) == 2 and last(folder / "nbs/book/01_a.ipynb") == "# A"
+    assert len(readme.write_links(folder)) == 2
+    before = (folder / "nbs/book/01_a.ipynb").read_bytes()
+    assert readme.write_links(folder) == [] and (folder / "nbs/book/01_a.ipynb").read_bytes() == before
+    book(book__03_c=("C",))
+    assert [path.stem for path in readme.write_links(folder)] == ["02_b", "03_c"]
+    assert "next: [03 C](03_c.ipynb)" in last(folder / "nbs/book/02_b.ipynb")
+    cells = nbformat.read(folder / "nbs/book/02_b.ipynb", 4).cells
+    assert [cell.id for cell in cells].count(readme.LINKS) == 1 and len(cells) == 2
+
+
+def test_the_reference_is_read_room_by_room(book):
+    folder = book(reference__training__loop=("Loop",), reference__core__files=("Files",), reference__zoo=("Zoo",),
+                  reference__data__cache=("Cache",))
+    assert [path.stem for path in readme.chapters(folder)["reference"]] == ["files", "cache", "loop", "zoo"]
+
+
+def test_check_tells_of_stale_links_and_of_links_to_nothing(book, capsys):
+    folder = book(index=("front",), book__01_a=("A\n\nSee [b](02_b.ipynb)",), book__02_b=("B",))
+    assert readme.main(["--root", str(folder)]) == 0 and readme.main(["--root", str(folder), "--check"]) == 0
+    (folder / "nbs/book/02_b.ipynb").unlink()
+    capsys.readouterr()
+    assert readme.main(["--root", str(folder), "--check"]) == 1
+    said = capsys.readouterr().err
+    assert "leads to no file: 02_b.ipynb" in said
+    (folder / "nbs/book/01_a.ipynb").write_text("")
+    assert readme.main(["--root", str(folder), "--check"]) == 1 and "no notebook" in capsys.readouterr().err
+
+
+def test_all_links_of_the_notebooks_lead_somewhere():
+    assert readme.broken_links(ROOT) == []
+
+
+def test_the_glossary_explains_each_term_once_in_one_sentence():
+    text = "\n".join(cell.source for cell in nbformat.read(ROOT / "nbs/book/00_glossary.ipynb", 4).cells)
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith("| ")][1:]
+    terms = [term.lower() for term, *_ in rows]
+    assert len(terms) >= 25 and terms == sorted(set(terms))
+    for term, sentence, chapter in rows:
+        assert sentence.endswith(".") and sentence.count(". ") == 0, f"{term}: one sentence, please"
+        assert chapter.startswith("["), f"{term}: name the chapter that explains it"
+
+
 # ---- the numbers in it
+
+
+def prose_of_notebooks() -> str:
+    """README, and the prose of all notebooks: the tables stand in the chapters they belong to."""
+    cells = (cell for path in notebooks() for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    return "\n\n".join([(ROOT / "README.md").read_text(encoding="utf-8"), *(cell.source for cell in cells)])
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The committed results alone, whatever else was run here."""
-    listed = subprocess.run(["git", "ls-files", "-z", "outputs/**/metrics.json", "outputs/*/metrics.json"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "-z", "outputs/**/metrics.json", "outputs/*/metrics.json"], cwd=ROOT,
+                            capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("published")
     for name in filter(None, listed.stdout.split("\0")):
@@ -102,34 +192,47 @@ def published(tmp_path_factory):
 
 
 def test_the_tables_are_those_of_the_committed_results(published):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text, everything = (ROOT / "README.md").read_text(encoding="utf-8"), prose_of_notebooks()
     methods = ("supervised only", "A never matched", "gradient matching")
-    scores = {int(r.variant.removeprefix("seed")): [r.value("fg_miou", m) for m in methods] for r in published if r.experiment == "quickstart"}
+    scores = {int(r.variant.removeprefix("seed")): [r.value("fg_miou", m) for m in methods] for r in published
+              if r.experiment == "quickstart"}
     assert sorted(scores) == [0, 1, 2, 3, 4]
-    for seed, values in scores.items(): assert f"| {seed} | " + " | ".join(f"{v:.1f}" for v in values) + " |" in text
+    for seed, values in scores.items():
+        assert f"| {seed} | " + " | ".join(f"{v:.1f}" for v in values) + " |" in everything
     means = [statistics.fmean(column) for column in zip(*scores.values())]
-    assert f"| mean | {means[0]:.1f} | {means[1]:.1f} | **{means[2]:.1f}** |" in text
+    assert f"| mean | {means[0]:.1f} | {means[1]:.1f} | **{means[2]:.1f}** |" in everything
     cells, groups, minutes = read_cells(published), group_results(published), group_minutes(published)
-    for domain in dict.fromkeys(domain for domain, _ in cells):
-        table = benchmark_table(groups, minutes, domain)
-        assert len(table) > 5 and as_markdown(
-            table) in text, f"README lacks the table of {domain}, as it is in outputs/report/report.md"
+    domains = dict.fromkeys(domain for domain, _ in cells)
+    tables = {domain: as_markdown(benchmark_table(groups, minutes, domain)) for domain in domains}
+    for domain, table in tables.items():
+        assert len(table.splitlines()) > 6 and table in everything, f"no notebook has the table of {domain}"
+    assert any(table in text for table in tables.values()), "README lacks a table as it is in outputs/report/report.md"
     resampled = any(score.draws is not None for methods in cells.values() for scores in methods.values()
                     for score in scores.values())
     if resampled:  # older records cannot be compared picture by picture
-        for table in (comparison_table(cells), saved_table(cells)): assert as_markdown(table) in text
+        for table in (comparison_table(cells), saved_table(cells)): assert as_markdown(table) in everything
 
 
 def test_the_costs_are_those_of_the_committed_benchmarks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    listed = subprocess.run(["git", "ls-files", "outputs/benchmarks/matching*/metrics.json"], cwd=ROOT, capture_output=True, text=True)
+    text = " ".join(prose_of_notebooks().split())  # wherever its lines break
+    listed = subprocess.run(["git", "ls-files", "outputs/benchmarks/matching*/metrics.json"], cwd=ROOT,
+                            capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
-    rows = [row for name in listed.stdout.split() for row in json.loads((ROOT / name).read_text(encoding="utf-8"))["results"]]
+    rows = [row for name in listed.stdout.split()
+            for row in json.loads((ROOT / name).read_text(encoding="utf-8"))["results"]]
     works = {work: {row["variant"]: row for row in rows if row["work"] == work} for work in ("a", "b", "c", "a256")}
     for work in "abc":
         variants = works[work]
-        assert list(variants) == ["plain", "tangents", "fast convolutions", "kept memory", "compiled convolutions", "shared batch", "bfloat16"]
+        assert list(variants) == ["plain", "tangents", "fast convolutions", "kept memory", "compiled convolutions",
+                                  "shared batch", "bfloat16"]
         ours = list(variants.values())[1:]
-        assert "| " + " | ".join(f"{row['times_faster']:.2f}" for row in ours) + f" | {ours[3]['memory_ratio']:.2f} | {ours[-1]['memory_ratio']:.2f} |" in text
+        assert (
+            "| "
+            + " | ".join(f"{row['times_faster']:.2f}" for row in ours)
+            + f" | {ours[3]['memory_ratio']:.2f} | {ours[-1]['memory_ratio']:.2f} |"
+            in text
+        )
     large = works["a256"]
-    for variant in ("compiled convolutions", "bfloat16"): assert f"{large[variant]['times_faster']:.1f} times as fast with {large[variant]['memory_ratio']:.2f} of the memory" in text
+    for variant in ("compiled convolutions", "bfloat16"):
+        assert (f"{large[variant]['times_faster']:.1f} times as fast with {large[variant]['memory_ratio']:.2f} of the "
+                "memory" in text)
