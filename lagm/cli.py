@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_LINES', 'list_command', 'show_command', 'describe_results', 'run_one', 'chosen_runs', 'run_command',
            'inspect_command', 'convert_command', 'add_checkpoint_commands', 'at_least_one', 'add_data_commands',
-           'add_predict_command', 'add_run_parser', 'build_parser', 'short_warnings', 'explain_error', 'main']
+           'add_predict_command', 'add_run_parser', 'add_project_commands', 'build_parser', 'short_warnings',
+           'explain_error', 'main']
 
 # %% ../nbs/components/92_cli.ipynb #96f330a1
 import argparse
@@ -138,6 +139,9 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     names = arguments.names
     if arguments.all == bool(names): raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
+    if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
+        from lagm.labelling_project import project_command
+        return project_command(names[0], arguments.folds)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()): return run_one(arguments, find_experiment(names[0]))
     runs, repeat = chosen_runs(arguments)
     root = Path(os.path.relpath(project_folder()))
@@ -276,7 +280,7 @@ def add_run_parser(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser(
         "run", help="run experiments", description="Run a notebook, or an experiment with all its stages and what they need; what is finished is kept.",
         epilog="Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of -p goes to every stage that has such a parameter. A wrong name lists them.")
-    run.add_argument("names", metavar="NAME", nargs="*", help="a name of `lagm list`, a stage such as celeba_10/annotate, a pattern such as 'cat16_*', or the path of a notebook")
+    run.add_argument("names", metavar="NAME", nargs="*", help="a project's folder, a name of `lagm list`, a stage such as celeba_10/annotate, a pattern such as 'cat16_*', or the path of a notebook")
     run.add_argument("--all", action="store_true", help="all experiments, then the report")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], dest="parameters", metavar=("KEY", "VALUE"), help="set one parameter (repeat for more)")
     run.add_argument("-f", "--file", action="append", default=[], dest="files", metavar="FILE", help="take parameters from a YAML file")
@@ -287,8 +291,32 @@ def add_run_parser(commands: argparse._SubParsersAction) -> None:
     run.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="so many runs at a time (default: 1)")
     run.add_argument("--devices", default="", metavar="0,1", help="numbers of the GPUs that the jobs get in turn")
     run.add_argument("--only", action="store_true", help="not what they need, which must be there")
+    run.add_argument("--folds", type=int, default=0, metavar="N", help="of a project: a score by cross-validation with N folds")
     run.add_argument("--force", action="store_true", help="run again even if finished runs with these parameters are there")
     run.set_defaults(command=run_command)
+
+# %% ../nbs/components/92_cli.ipynb #59c1f336
+def add_project_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `new` and `label`."""
+    new = commands.add_parser("new", help="begin a project with pictures of your own",
+                              description="Make a project: a folder with copies of your pictures, a list of classes, and project.yaml.")
+    new.add_argument("project", metavar="PROJECT", help="the folder to make")
+    new.add_argument("--images", required=True, metavar="FOLDER", help="the pictures, also in folders below it")
+    new.add_argument("--classes", required=True, metavar="A,B,C", help="the parts, the background first, with commas between")
+    new.add_argument("--generator", default="", metavar="FILE", help="a generator of such pictures, if you have one")
+    new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side of the pictures in training (default: 64)")
+    new.set_defaults(command=_call("labelling_project", "new_command"))
+
+    label = commands.add_parser("label", help="paint labels in a browser",
+                                description="Paint part labels on the pictures of a folder, in a page of this machine. "
+                                            "Every stroke is saved at once into masks/; called again, it goes on.")
+    label.add_argument("folder", metavar="FOLDER", help="a project, or a folder with pictures (or with images/)")
+    label.add_argument("--classes", default="", metavar="A,B,C", help="the parts, the background first (default: those of classes.txt)")
+    label.add_argument("--segmenter", default="", metavar="FILE", help="start from its predictions (default: the project's own)")
+    label.add_argument("--generator", default="", metavar="FILE", help="the generator that drew the pictures: clusters of its features")
+    label.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any that is free)")
+    label.add_argument("--no-browser", action="store_true", help="print the address only")
+    label.set_defaults(command=_call("labelling_project", "label_command"))
 
 # %% ../nbs/components/92_cli.ipynb #c234d8ab
 def build_parser() -> argparse.ArgumentParser:
@@ -310,6 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_parser(commands)
     add_checkpoint_commands(commands)
     add_data_commands(commands)
+    add_project_commands(commands)
     add_predict_command(commands)
     _add_everywhere(parser)
     return parser

@@ -1,0 +1,158 @@
+"""From a folder of pictures to a folder of masks by the commands a newcomer types, and the mistakes on that road."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lagm.core import InputError
+from lagm.data import Avatars, stack
+from lagm.labelling_album import Album, labelled_shares, save_painted
+from lagm.labelling_project import (
+    Settings, disagreement, missing, new_project, next_step, read_settings, run_project, settings_text)
+from lagm.labelling_proposals import cluster, draw_for_labelling, feature_clusters
+from lagm.picture_files import read_mask
+
+CLASSES = Avatars().classes
+
+
+def lagm(folder, *words, code=0):
+    done = subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", *map(str, words)], cwd=folder,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "pics"
+    (folder / "more").mkdir(parents=True)
+    for i, picture in enumerate(stack(Avatars(), range(5))[0]):
+        pixels = ((picture + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+        Image.fromarray(pixels).save(folder / ("more" if i > 2 else "") / f"f{i}.png")
+    return folder
+
+
+def paint(project, numbers):
+    masks = stack(Avatars(), range(5))[1].numpy().astype(np.uint8)
+    album = Album(project)
+    for i in numbers: save_painted(album, album.names.index(f"f{i}"), masks[i])
+
+
+def test_the_road_in_a_shell(pictures, tmp_path):
+    said = lagm(tmp_path, "new", "faces", "--images", pictures, "--classes", ",".join(CLASSES), "--size", 32)
+    assert "5 pictures" in said and "Next: lagm label faces" in said
+    assert "no picture is labelled yet" in lagm(tmp_path, "run", "faces", code=2)
+    paint(tmp_path / "faces", (0, 1))
+    settings = tmp_path / "faces" / "project.yaml"
+    settings.write_text(settings.read_text().replace("steps: 1000", "steps: 3").replace("width: 16", "width: 4"))
+    said = lagm(tmp_path, "run", "faces", "--folds", 2)
+    assert "learnt from 2 pictures, without a generator" in said and "2 folds" in said and "lagm predict faces/results/segmenter.safetensors" in said
+    facts = json.loads((tmp_path / "faces" / "results" / "metrics.json").read_text())
+    assert facts["labelled"] == ["f0", "f1"] and set(facts["label_next"]) == {"f2", "more/f3", "more/f4"}
+    lagm(tmp_path, "predict", "faces/results/segmenter.safetensors", pictures, "-o", "labelled")
+    assert read_mask(tmp_path / "labelled" / "masks" / "more" / "f4.png", len(CLASSES)).shape == (64, 64)
+
+
+def test_with_a_generator(pictures, tmp_path):
+    from tiny import tiny_generator
+
+    from lagm.generator import save_generator
+
+    new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=2, width=4, generator="g.safetensors"))
+    paint(tmp_path / "p", (0, 1))
+    assert "the generator g.safetensors is not there" in missing(tmp_path / "p")
+    with pytest.raises(InputError, match="the generator g.safetensors is not there"): run_project(tmp_path / "p", progress=False)
+    save_generator(tmp_path / "p" / "g.safetensors", tiny_generator().network)
+    facts = run_project(tmp_path / "p", progress=False)
+    assert facts["generator"] == "g.safetensors" and (tmp_path / "p" / "results" / "look.png").is_file()
+
+
+def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
+    new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=1, width=4))
+    paint(tmp_path / "p", (0,))
+    run_project(tmp_path / "p", progress=False)
+    before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
+    (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
+    monkeypatch.setattr("lagm.labelling_project.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+    with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
+    assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
+
+
+def test_a_changed_project_is_trained_anew(pictures, tmp_path):
+    """Another label or setting must neither resume the old run nor stop at its checkpoint."""
+    new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=2, width=4))
+    paint(tmp_path / "p", (0,))
+    run_project(tmp_path / "p", progress=False)
+    first = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
+    paint(tmp_path / "p", (1,))
+    assert run_project(tmp_path / "p", progress=False)["labelled"] == ["f0", "f1"]
+    second = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
+    (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=3, width=8)))
+    run_project(tmp_path / "p", progress=False)
+    assert sorted(path.name for path in (tmp_path / "p" / "results").iterdir()) == ["look.png", "metrics.json", "segmenter.safetensors"]
+    assert first != second != (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("content, words", [
+    ("size: 30", "size is 30"), ("sise: 64", "no setting 'sise'"), ("size: [", "not YAML"), ("- 1", "list"), ("steps: many", "steps"), ("psi: 3", "psi is 3")])
+def test_mistakes_in_the_settings(tmp_path, content, words):
+    (tmp_path / "project.yaml").write_text(content)
+    with pytest.raises(InputError, match=words): read_settings(tmp_path)
+
+
+def test_settings_come_back():
+    for settings in (Settings(), Settings(generator="a: 'b' #c.pkl", psi=0.5, device="cuda:1", seed=7)):
+        assert Settings(**yaml.safe_load(settings_text(settings))) == settings
+
+
+def test_mistakes_at_the_start(pictures, tmp_path):
+    (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "x.png").write_bytes(b"<html>")
+    for images, classes, words in ((tmp_path / "no", CLASSES, "there is no folder"), (tmp_path / "empty", CLASSES, "no picture"),
+                                   (tmp_path / "bad", CLASSES, "a web page"), (pictures, ["background"], "one class only"), (pictures, ["a", "a"], "repeats")):
+        with pytest.raises(InputError, match=words): new_project(tmp_path / "p", images, classes)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
+    new_project(tmp_path / "p", pictures, CLASSES)
+    with pytest.raises(InputError, match="is there already.*lagm label"): new_project(tmp_path / "p", pictures, CLASSES)
+
+
+def test_a_class_that_nobody_painted_is_said(pictures, tmp_path):
+    new_project(tmp_path / "p", pictures, ["background", "skin", "wing"])
+    album = Album(tmp_path / "p")
+    save_painted(album, 0, np.eye(64, dtype=np.uint8))
+    assert missing(tmp_path / "p") == ["no mask shows wing: nothing can be learnt about it"] and "wing" in next_step(tmp_path / "p")
+    assert labelled_shares(album)[0] == 1.0
+
+
+def test_disagreement_by_hand():
+    """A network that calls the left half 1 wherever it is disagrees with its mirror image everywhere; a symmetric one nowhere."""
+    class Left(torch.nn.Module):
+        def forward(self, x):
+            left = torch.zeros(len(x), 2, *x.shape[2:])
+            left[:, 1, :, : x.shape[3] // 2] = 1
+            left[:, 0, :, x.shape[3] // 2:] = 1
+            return left
+
+    class Bright(torch.nn.Module):
+        def forward(self, x): return torch.cat([-x[:, :1], x[:, :1]], 1)
+
+    images = torch.randn(3, 3, 8, 8).clamp(-1, 1)
+    assert disagreement(Left(), images).tolist() == [1, 1, 1] and disagreement(Bright(), images).tolist() == [0, 0, 0]
+
+
+def test_clusters_of_drawn_pictures(tmp_path):
+    from tiny import tiny_generator
+
+    generator = tiny_generator()
+    album = Album(draw_for_labelling(generator, tmp_path / "d", 2, seed=3), ["a", "b"])
+    regions = feature_clusters(generator, k=5)(album, 1)
+    assert regions.shape == (16, 16) and 2 <= len(np.unique(regions)) <= 5
+    with pytest.raises(InputError, match="holds images already"): draw_for_labelling(generator, tmp_path / "d", 2)
+    points = torch.cat([torch.randn(50, 3) * 0.01 + c for c in torch.eye(3)])
+    found = cluster(points, 3)
+    assert all(len(found[50 * i:50 * i + 50].unique()) == 1 for i in range(3)) and len(found.unique()) == 3
