@@ -24,7 +24,8 @@ from .augment import Augment, recolour, warp_images
 from .core import InputError, check_fields, choose_device, random_generator
 from .evaluation import eval_mode
 from .labels import IGNORE
-from .matching import SyntheticPass, log_probabilities, soft_cross_entropy, uncompiled
+from .matching_forward import SyntheticPass
+from .matching_gradients import log_probabilities, soft_cross_entropy, uncompiled
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts, supervised_step_in_parts
 from .training import FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage
 from .training import SyntheticBatches, Trained

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluation import eval_mode
-from .matching import SyntheticPass
+from .matching_forward import SyntheticPass
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts
 
 # %% ../nbs/components/59_finishing.ipynb #c0ce0bea

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from .core import InputError, install_advice
 from .labels import IGNORE
-from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient
+from .matching_distance import distance_and_derivative
+from .matching_forward import SyntheticPass, directional_derivative
+from .matching_gradients import labelled_gradient
 
 # %% ../nbs/components/58_parts.ipynb #2f61a962
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name

@@ -43,8 +43,11 @@ from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting
 from .finishing import anchor_labels, finish_step, labels_say
 from .generator import check_generated, check_version
 from .labels import IGNORE, LabelSet
-from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
-from .matching import match_double_backward, match_forward_mode
+from .matching_distance import METRICS, REDUCTIONS, layer_cosines
+from .matching_forward import SyntheticPass
+from .matching_gradients import Match, clean_gradients, labelled_gradient
+from .matching_forward import match_forward_mode
+from .matching_gradients import match_double_backward
 from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
 from .parts import supervised_step_in_parts, this_process

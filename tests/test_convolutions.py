@@ -16,10 +16,11 @@ from lagm.convolutions import FastConvolutions, can_winograd, live_share, trimme
 from lagm.core import InputError
 from lagm.cost import WORKS, make_step, set_up, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
-from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode
+from lagm.matching_forward import directional_derivative, match_forward_mode
+from lagm.matching_gradients import labelled_gradient, match_double_backward
 from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 from lagm.stylegan2 import StyleGAN2
-from lagm.tangents import record
+from lagm.matching_tangents import record
 from lagm.training import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")

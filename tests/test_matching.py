@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lagm.core import InputError
-from lagm.matching import (METRICS, REDUCTIONS, SyntheticPass, clean_gradients, directional_derivative, distance, distance_and_derivative,
-                           labelled_gradient, match_double_backward, match_forward_mode, soft_cross_entropy)
+from lagm.matching_distance import METRICS, REDUCTIONS, distance, distance_and_derivative
+from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
+from lagm.matching_gradients import clean_gradients, labelled_gradient, match_double_backward, soft_cross_entropy
 from lagm.segmenters import UNet, matched_parameter_names
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "matching_distances.safetensors")

@@ -20,16 +20,16 @@ from lagm.downstream import DownstreamRecipe, change_batch
 from lagm.evaluation import BoundaryScore, within
 from lagm.folds import number_in
 from lagm.gan import GANRecipe, GANTrainer
-from lagm.matching import (
-    SyntheticPass, directional_derivative, distance, distance_and_derivative, graph_of, labelled_gradient,
-    log_probabilities)
+from lagm.matching_distance import distance, distance_and_derivative
+from lagm.matching_forward import SyntheticPass, directional_derivative
+from lagm.matching_gradients import graph_of, labelled_gradient, log_probabilities
 from lagm.parts import each_part, imitation_step_in_parts, labelled_gradient_in_parts, mean_over_parts
 from lagm.run_state import digest
 from lagm.stylegan1 import NoiseLayer
 from lagm.stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.sweep import last_error
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair
-from lagm.tangents import record
+from lagm.matching_tangents import record
 from lagm.training import (
     PAPER, Players, SyntheticBatch, Trained, get_recipe, imitation_step, learning_rate, phase_segmenter,
     train_supervised)
