@@ -436,17 +436,25 @@ class Registry(typing.Generic[Entry]):
     def get(self, name: str) -> Entry:
         """The entry of this name, which a person gave: `package.module:name` is imported. Raises `InputError`."""
         if name in self or ":" not in name: return self.known(name)
-        found = self._accept(name, from_package(name))
+        try: found = self._accept(name, from_package(name))
+        except InputError as error:
+            absent = error.__cause__
+            top = name.partition(":")[0].partition(".")[0]
+            if not isinstance(absent, ModuleNotFoundError) or absent.name != top: raise
+            raise InputError(f"{self._none_such(name)}; nor is there a package {top!r}") from error
         if found is None: raise InputError(f"{name} is there, but cannot be a {self.what}")
         self._outside[name] = found
         return found
 
     def known(self, name: str) -> Entry:
         """The entry of this name, wherever the name is from: nothing is imported. `InputError` says what there is."""
-        if name in self: return self._entries.get(name) or self._outside[name]
-        near = difflib.get_close_matches(name, self._entries, 1)
+        if name in self: return {**self._outside, **self._entries}[name]
+        raise InputError(self._none_such(name))
+
+    def _none_such(self, name: str) -> str:
+        near = difflib.get_close_matches(name.partition(":")[0], self._entries, 1)
         hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
-        raise InputError(f"there is no {self.what} {printable(name, 100)!r}{hint} {', '.join(self._entries)}")
+        return f"there is no {self.what} {printable(name, 100)!r}{hint} {', '.join(self._entries)}"
 
     def __contains__(self, name: object) -> bool: return name in self._entries or name in self._outside
     def __iter__(self) -> Iterator[str]: return iter(self._entries)
