@@ -459,9 +459,14 @@ class Registry(typing.Generic[Entry]):
     def __contains__(self, name: object) -> bool: return name in self._entries or name in self._outside
     def __iter__(self) -> Iterator[str]: return iter(self._entries)
     def __len__(self) -> int: return len(self._entries)
+
+    def items(self) -> list[tuple[str, Entry]]:
+        """Names and entries: those that were registered, then those of other packages that were asked for."""
+        return [*self._entries.items(), *self._outside.items()]
+
     def values(self) -> list[Entry]:
-        """All entries: those of the kit, then those of other packages that were asked for."""
-        return [*self._entries.values(), *self._outside.values()]
+        """The entries of `items`."""
+        return [entry for _, entry in self.items()]
 
 # %% ../nbs/components/00_core.ipynb #df298175
 def _checked_seed(seed: int) -> int:

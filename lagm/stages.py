@@ -30,7 +30,7 @@ from .generator import FrozenGenerator, Sampling, check_version, load_generator
 from .labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
-from .segmenters import build_segmenter
+from .segmenters import SEGMENTERS, build_segmenter
 from .training import Recipe, get_recipe, train_lagm
 
 # %% ../nbs/components/88_stages.ipynb #1e48307b
@@ -135,19 +135,20 @@ def open_generator(
     sampling = Sampling(psi, cutoff or None)
     return load_generator(generator or None, sampling, device=device, avg_latent=avg_latent or None, label=label)
 
-
+# %% ../nbs/components/88_stages.ipynb #88a00005
 def resize_policy(dataset: str) -> str:
     """How a dataset brings its pictures to the size of a run, for the files of networks that were trained on it."""
     return dataset_entry(dataset)[0].policy
 
 
 def segmenter_arguments(
-    segmenter: str,  # "unet" or "deeplabv3"
+    segmenter: str,  # a name of `SEGMENTERS`, or package.module:Class
     width: int = 64,  # of the U-Net
     levels: int = 4,  # of the U-Net
+    backbone: str = "none",  # of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
 ) -> dict[str, Any]:
-    """Constructor arguments of a segmenter, besides the number of classes."""
-    return dict(width=width, levels=levels) if segmenter == "unet" else {}
+    """Constructor arguments of a segmenter, besides the number of classes; `InputError` if there is none such."""
+    return SEGMENTERS.get(segmenter).options(width, levels, backbone)
 
 
 def new_segmenter(
@@ -158,10 +159,7 @@ def new_segmenter(
     backbone: str = "none",  # of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
 ) -> nn.Module:
     """A fresh segmenter; its random weights depend on torch's seed."""
-    options = segmenter_arguments(segmenter, width, levels)
-    if segmenter != "unet" and backbone == "imagenet": options["pretrained_backbone"] = True
-    elif segmenter != "unet" and backbone not in ("", "none"): options["backbone_path"] = backbone
-    return build_segmenter(segmenter, n_classes, **options)
+    return build_segmenter(segmenter, n_classes, **segmenter_arguments(segmenter, width, levels, backbone))
 
 # %% ../nbs/components/88_stages.ipynb #0507a831
 def make_recipe(
@@ -259,12 +257,13 @@ def write_metrics(
 def check_size(
     parameters: Mapping[str, Any],  # of a run, by name
 ) -> None:
-    """Raise `InputError` unless `size`, if given, is a width and a height that the U-Net's `levels` can halve."""
+    """Raise `InputError` unless `size`, if given, is a width and a height that a segmenter's `levels` can halve."""
     size, levels = parameters.get("size"), parameters.get("levels")
     if size is None: return
     if not isinstance(size, list | tuple) or len(size) != 2 or min(size) < 1:
         raise InputError(f"size is {size!r:.80}: give two numbers, width and height")
-    if levels is not None and parameters.get("segmenter", "unet") == "unet" and min(size) < 2**levels:
+    halves = "levels" in segmenter_arguments(parameters.get("segmenter") or "unet")
+    if levels is not None and halves and min(size) < 2**levels:
         raise InputError(f"levels is {levels}: pictures of {size[0]} x {size[1]} pixels cannot be halved so often")
 
 # %% ../nbs/components/88_stages.ipynb #cec5f4a1

@@ -49,7 +49,7 @@ from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
 from .parts import supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
-from .saved import NETWORKS, describe_network, save_segmenter
+from .saved import can_be_saved, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .signs import class_shares, signs, warning_sign
 from .watching import Estimate, Watch, Watcher, free_space, measure
@@ -690,7 +690,7 @@ def describe_run(
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
     """What it takes to use the networks of a state by themselves."""
-    ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+    ours = {role: network for role, network in players.networks.items() if can_be_saved(network)}
     networks = {role: describe_network(network) for role, network in ours.items()}
     return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
 
