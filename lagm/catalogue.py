@@ -447,15 +447,24 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    return list(dict.fromkeys(found + _generator_problems(run) + (_data_problems(run, root) if data else [])))
+    named = _name_problems(run) + _generator_problems(run)
+    return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
+
+
+def _name_problems(run: Run) -> list[str]:
+    """What is wrong with the names of a segmenter and of entries of other packages."""
+    from lagm.stages import name_problems
+
+    return name_problems(run.parameters)
 
 
 def _generator_problems(run: Run) -> list[str]:
-    """Whether a generator that is given by a name, not as a file, is one of the kit's; a comparison of methods takes
-    that of its style."""
-    from lagm.generator import generator_file
+    """Whether a generator that is given by a name, not as a file, is there; a comparison of methods takes that of its
+    style."""
+    from lagm.generators_load import from_elsewhere, generator_file, is_outside
 
-    try: generator_file(run.parameters.get("generator") or run.parameters.get("style"))
+    given = run.parameters.get("generator") or run.parameters.get("style")
+    try: from_elsewhere(given) if is_outside(given) else generator_file(given)
     except InputError as error: return [f"generator: {error}"]
     return []
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from .annotator import FPNAnnotator
 from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
 from .frozen import HeadedEncoder
-from .generator import FORMAT_VERSION, check_names, check_tensors, check_version
+from .generators_weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .label_maps import distinct_colours
 from .labels import LabelSet
-from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, count_numbered, tensor_shape
+from .generators_formats import count_numbered
+from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
 from .unpickling import Unreadable, quoted
 
 # %% ../nbs/components/42_saved.ipynb #f6e8f56a
@@ -275,7 +276,7 @@ def _parts(path: str | Path, header: dict[str, Any], shapes: dict[str, tuple[int
     if kind is not None or not shapes:
         said = quoted(header.get("kind", "nothing"))
         raise InputError(f"{path} is a safetensors file, but holds no segmenter or annotator (its header says {said}); "
-                         "read a generator with lagm.generator.load_generator")
+                         "read a generator with lagm.generators_load.load_generator")
     role = "annotator" if "lateral0.weight" in shapes else "segmenter"
     about = annotator_from_shapes(shapes) if role == "annotator" else segmenter_from_shapes(shapes)
     return "weights", {role: Part(**about, prefix="")}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'HEAD', 'Shapes', 'SEGMENTERS', 'DOUBLING', 'ConvBlock', 'upsample_beside', 'unet_widths', 'UNet',
-           'DeepLabV3', 'load_backbone', 'NetworkEntry', 'as_network_entry', 'tensor_shape', 'count_numbered',
-           'network_entry', 'resolve_group', 'matched_parameter_names', 'build_segmenter']
+           'DeepLabV3', 'load_backbone', 'NetworkEntry', 'as_network_entry', 'tensor_shape', 'network_entry',
+           'resolve_group', 'matched_parameter_names', 'build_segmenter']
 
 # %% ../nbs/components/40_segmenters.ipynb #5e0b1fd2
 import re
@@ -22,6 +22,7 @@ from torchvision.models import ResNet101_Weights
 from torchvision.models.segmentation import deeplabv3_resnet101
 
 from .core import InputError, Registry, printable
+from .generators_formats import count_numbered
 from .unpickling import Unreadable
 
 # %% ../nbs/components/40_segmenters.ipynb #116f8b7e
@@ -205,17 +206,6 @@ def tensor_shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in shapes: raise Unreadable(f"lacks {name}")
     if len(shapes[name]) == dimensions: return tuple(shapes[name])
     raise Unreadable(f"has {name} with the shape {tuple(shapes[name])}, where {dimensions} dimensions are expected")
-
-
-def count_numbered(
-    shapes: Shapes,
-    pattern: str,  # with one group, the number
-) -> int:
-    """How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one."""
-    numbers = {int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))}
-    start = min(numbers, default=0)
-    if numbers == set(range(start, start + len(numbers))): return len(numbers)
-    raise Unreadable(f"lacks some of the layers {pattern.split('(')[0]}…")
 
 # %% ../nbs/components/40_segmenters.ipynb #5e600008
 DOUBLING = r"up\d{1,2}\.(?!(conv|bn)[12]\.)[\w.]+\.weight"  # what doubles a map, where that is learnt

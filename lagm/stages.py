@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_validation', 'splits_of', 'split_problems',
            'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter', 'make_recipe', 'without_finish',
-           'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values', 'write_metrics',
-           'check_size', 'start_stage']
+           'use_entries', 'name_problems', 'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best',
+           'simple_values', 'write_metrics', 'check_size', 'start_stage']
 
 # %% ../nbs/components/88_stages.ipynb #fbd94275
 import dataclasses
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 # %% ../nbs/components/88_stages.ipynb #f695f046
 from .annotator import FPNAnnotator
-from .checkpoints import Results, load_results
+from .models_results import Results, load_results
 from .core import InputError, load_tensors, provenance, read_json, write_json
 from .data import choose_labelled, stack
 from .data_registry import DATASETS, dataset_entry, open_dataset
 from .experiments import SPEED, describe_inputs
-from .generator import FrozenGenerator, Sampling, check_version, load_generator
+from .generator import FrozenGenerator, Sampling
+from .generators_formats import FORMATS
+from .generators_load import load_generator
+from .generators_weights import check_version
 from .labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
@@ -177,6 +180,29 @@ def without_finish(recipe: Recipe) -> Recipe:
     """The same recipe up to its finish."""
     return dataclasses.replace(recipe, finish=0.0)
 
+# %% ../nbs/components/88_stages.ipynb #88b00002
+def use_entries(
+    names: Sequence[str],  # package.module:NAME, of entries or classes
+) -> None:
+    """Import entries of other packages, so that files may name them. `InputError` for what is in no registry."""
+    for name in names:
+        found, problems = False, []
+        for registry in (FORMATS, SEGMENTERS, DATASETS):
+            try: found = bool(registry.get(name)) or found
+            except InputError as error: problems.append(str(error))
+        if not found: raise InputError(f"uses: {problems[0]}; nor a segmenter, nor a dataset")
+
+
+def name_problems(
+    parameters: Mapping[str, Any],  # of a run
+) -> list[str]:  # a line each
+    """What is wrong with the names in `uses` and `segmenter`."""
+    found = []
+    for check, name in ((use_entries, "uses"), (segmenter_arguments, "segmenter")):
+        try: check(parameters.get(name) or ([] if name == "uses" else "unet"))
+        except InputError as error: found.append(str(error) if name == "uses" else f"segmenter: {error}")
+    return found
+
 # %% ../nbs/components/88_stages.ipynb #54acb032
 def load_networks(
     path: str | Path,  # a file of `lagm.saved`, or the authors' network-snapshot-*.pkl or segmentator-*.pth
@@ -220,7 +246,8 @@ def restore_best(
     if not path.is_file(): return None
     tensors, header = load_tensors(path)
     check_version(path, header)
-    def part(prefix: str) -> dict[str, Tensor]: return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     annotator.load_state_dict(part("annotator."))
     segmenter.load_state_dict(part("average.") or part("segmenter."))
     return header.get("step")
@@ -269,21 +296,28 @@ def check_size(
 # %% ../nbs/components/88_stages.ipynb #cec5f4a1
 def _asked(parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What decides whether two runs are the same: parameters and what the inputs hold."""
-    inputs = {name: {key: value for key, value in record.items() if key != "marks"} for name, record in describe_inputs(parameters, own=folder).items()}
-    return json.loads(json.dumps({"parameters": {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}, "inputs": inputs}))
+    found = describe_inputs(parameters, own=folder).items()
+    inputs = {name: {key: value for key, value in record.items() if key != "marks"} for name, record in found}
+    decisive = {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}
+    return json.loads(json.dumps({"parameters": decisive, "inputs": inputs}))
 
 
 def start_stage(
     parameters: Mapping[str, Any],  # of the run; `size`, `levels`, `threads` and `out_dir` are looked at
     resumable: Sequence[str] = (),  # patterns of the files that a stopped run goes on from
 ) -> Path:  # the folder for results
-    """Set the number of threads, and make the folder. What another run left there to go on from is set aside: it had
-    other parameters, or inputs that held something else. Raises `InputError` for a size that cannot be, and for a folder that cannot be made."""
+    """Import what the run uses, set the number of threads, and make the folder.
+
+    What another run left there to go on from is set aside: it had other parameters, or inputs that held something else.
+    Raises `InputError` for names and sizes that cannot be, and for a folder that cannot be made.
+    """
+    for problem in name_problems(parameters): raise InputError(problem)
     check_size(parameters)
     if parameters.get("threads"): torch.set_num_threads(parameters["threads"])
     folder = Path(parameters.get("out_dir") or tempfile.mkdtemp())
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another out_dir") from error
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; choose another out_dir") from error
     asked, path = _asked(parameters, folder), folder / "asked.json"
     try: same = not path.is_file() or read_json(path) == asked
     except InputError: same = False

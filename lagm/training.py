@@ -41,7 +41,8 @@ from .core import InputError, all_finite, check_field_names, check_fields, choos
 from .core import printable, provenance, random_generator
 from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
 from .finishing import anchor_labels, finish_step, labels_say
-from .generator import check_generated, check_version
+from .generator import check_generated
+from .generators_weights import check_version
 from .labels import IGNORE, LabelSet
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode

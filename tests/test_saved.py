@@ -17,14 +17,15 @@ from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm import saved, segmenters
 from lagm.annotator import FPNAnnotator
-from lagm.checkpoints import load_results
+from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
 from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.saved import load_segmenter, save_segmenter
 from lagm.folders import save_folder
-from lagm.generator import load_generator, save_generator
+from lagm.generators_load import load_generator
+from lagm.generators_weights import save_generator
 from lagm.predict import open_segmenter
 from lagm.saved import describe_network, find_segmenters, read_networks, save_networks
 from lagm.segmenters import DeepLabV3, UNet
