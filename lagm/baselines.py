@@ -27,6 +27,7 @@ from .labels import IGNORE
 from .matching_forward import SyntheticPass
 from .matching_gradients import log_probabilities, soft_cross_entropy, uncompiled
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts, supervised_step_in_parts
+from .segmenters import network_entry
 from .training import FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage
 from .training import SyntheticBatches, Trained
 from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
@@ -128,9 +129,7 @@ def deepest_maps(
     segmenter: nn.Module,
 ) -> nn.Module | None:  # the submodule whose result they are; None: not known of this network
     """Where the encoder of a segmenter ends."""
-    network = getattr(segmenter, "network", "")
-    if network == "unet": return segmenter.get_submodule(f"down{segmenter.levels}")
-    return segmenter.get_submodule("main_net.backbone.layer4") if network == "deeplabv3" else None
+    return network_entry(segmenter).deepest(segmenter)
 
 
 @contextlib.contextmanager

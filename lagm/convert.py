@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoints import load_results, read_generator, read_safetensors
+from .generators_load import read_generator, read_safetensors
+from .models_results import load_results
 from .core import InputError, atomic_path, checksum, printable, save_tensors
-from .generator import FORMAT_VERSION, FrozenGenerator, Sampling, network_from_tensors
+from .generator import FrozenGenerator, Sampling
+from .generators_weights import FORMAT_VERSION, network_from_tensors
 from .labels import LabelSet
 from .saved import save_networks, stored
 

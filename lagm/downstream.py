@@ -29,7 +29,7 @@ from .augment import Augment
 from .core import (
     InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
 from .evaluation import check_pictures, evaluate, resting_modules, train_mode
-from .generator import check_version
+from .generators_weights import check_version
 from .labels import IGNORE, LabelSet
 from .parts import PRECISIONS, make_fabric
 from .run_state import checkpoint_lock, forced, set_aside

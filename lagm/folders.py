@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .core import InputError, atomic_path, read_lines, same_name
-from .datasets import PartDataset
+from .data_base import PartDataset
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet, warn_of_absent
 from .picture_files import (

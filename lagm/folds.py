@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import InputError
-from .datasets import read_array_mask
+from .data_datasetgan import read_array_mask
 from .evaluation import picture_counts, predict, scores
 from .picture_files import IMAGE_SUFFIXES, read_pair, to_item
 

@@ -6,9 +6,11 @@
 __all__ = ['HeadedEncoder', 'EncoderSegmenter', 'import_timm', 'timm_errors', 'TimmSegmenter']
 
 # %% ../nbs/components/41_frozen.ipynb #7f3b3e0a
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from .annotator import FPNAnnotator
 from .core import InputError, install_advice, printable
-from .segmenters import UNet, unet_widths
+from .segmenters import CLASSES, HEAD, SEGMENTERS, NetworkEntry, UNet, unet_widths
 
 # %% ../nbs/components/41_frozen.ipynb #73163d92
 class HeadedEncoder(nn.Module):
@@ -151,3 +153,25 @@ class TimmSegmenter(HeadedEncoder):
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         maps = self.encoder(((x + 1) / 2 - self.input_mean) / self.input_std)
         return [f.movedim(-1, 1) if self.encoder.output_fmt == "NHWC" else f for f in maps][::-1]
+
+# %% ../nbs/components/41_frozen.ipynb #41e00002
+def _head_arguments(network: HeadedEncoder) -> dict[str, Any]:
+    """What the head of an encoder was built with."""
+    convolutions = [layer for layer in network.head.to_logit if isinstance(layer, nn.Conv2d)]
+    return dict(n_classes=network.n_classes, channels=convolutions[-1].in_channels, layers=len(convolutions),
+                frozen=network.frozen)
+
+
+def _encoder_arguments(network: EncoderSegmenter) -> dict[str, Any]:
+    """What an encoder of ours and its head were built with."""
+    trunk = SEGMENTERS.get("unet").describe(network.encoder)
+    return _head_arguments(network) | dict(
+        width=trunk["width"], levels=trunk["levels"], outputs=trunk["n_classes"])
+
+
+SEGMENTERS.register("encoder", NetworkEntry(
+    EncoderSegmenter, {"n_classes": CLASSES, "width": (1, 4096), "levels": (1, 8), "outputs": (1, 16384), **HEAD},
+    _encoder_arguments))
+SEGMENTERS.register("timm", NetworkEntry(
+    TimmSegmenter, {"n_classes": CLASSES, "model": re.compile(r"[\w.]{1,100}", re.ASCII), "side": (1, 4096), **HEAD},
+    lambda network: _head_arguments(network) | dict(model=network.model, side=network.side)))

@@ -30,7 +30,8 @@ from .core import InputError, atomic_path, check_fields, choose_device, read_tex
 from .core import seed_everything, write_json
 from .evaluation import ConfusionMatrix, predict
 from .folders import Folder, write_classes
-from .generator import Sampling, load_generator
+from .generator import Sampling
+from .generators_load import load_generator
 from .label_maps import make_labels
 from .labelling_album import Album, Desk, check_parts, labelled_shares, unpainted_classes
 from .labelling_page import LabelServer, respond

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import load_results
+from .models_results import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
 from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
 from .labels import CELEBA8, LabelSet, colourise
@@ -97,7 +97,7 @@ def overlay(
 
 # %% ../nbs/components/75_predict.ipynb #e95978f2
 def open_segmenter(
-    path: str | Path,  # a file of `lagm.saved`, or anything that `lagm.checkpoints.load_results` reads; or a folder with one
+    path: str | Path,  # a file of `lagm.saved`, or anything that `lagm.models_results.load_results` reads; or a folder with one
     labels: LabelSet | None = None,  # None: as the file says
     size: tuple[int, int] | None = None,  # None: as the file says
     device: str | torch.device = "cpu",
@@ -316,7 +316,7 @@ def write_model_card(
     segmenter, header = load_segmenter(checkpoint)
     labels, made = header["labels"], header.get("provenance", {})
     name, parameters = header["network"]["name"], sum(p.numel() for p in segmenter.parameters())
-    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.downstream.load_segmenter`)",
+    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.saved.load_segmenter`)",
              f"- network: {name}, {parameters:,} parameters, {', '.join(f'{k} {v}' for k, v in header['network'].items() if k != 'name')}",
              f"- input: pictures (B, 3, H, W) in [-1, 1], trained at {' x '.join(map(str, header['size'])) if header.get('size') else 'an unknown size'}; output: logits (B, {segmenter.n_classes}, H, W)",
              f"- licence: {licence}", f"- made {made.get('date', '?')} with torch {made.get('versions', {}).get('torch', '?')}, commit {made.get('commit') or 'unknown'}", ""]

@@ -79,7 +79,8 @@ def to_markdown(
 
 # %% ../nbs/components/95_readme.ipynb #c4a9e002
 _FOLDERS = ("book", "reference")
-_ROOMS = ("core", "ops", "data", "generators", "models", "matching", "training", "evaluation", "download", "experiments")
+_ROOMS = ("core", "ops", "data", "generators", "models", "matching", "training", "evaluation", "download",
+          "experiments")
 
 
 def chapters(

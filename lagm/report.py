@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MOST_NAMES', 'LONGEST', 'TESTED', 'DOMAINS', 'FIRST_DOMAIN', 'FINISHED', 'LONGER', 'WHOLE_RECIPE',
-           'STURDY_ROWS', 'FAMILIES', 'NUMBERS', 'MOST_BARS', 'check_record', 'Result', 'find_results', 'Row',
-           'why_missing', 'paper_rows', 'number', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html',
-           'Table', 'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
+           'STURDY_ROWS', 'NUMBERS', 'MOST_BARS', 'check_record', 'Result', 'find_results', 'Row', 'why_missing',
+           'paper_rows', 'number', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html', 'Table',
+           'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
            'ablation_table', 'sturdy_table', 'number_of_labels_figure', 'learning_curves_figure', 'class_figures',
            'result_pictures', 'Section', 'save_figure', 'write_pages']
 
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 # %% ../nbs/components/94_report.ipynb #7cc3716a
 from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
 from .core import InputError, atomic_path, printable, read_json
+from .data_registry import EXPERIMENTS
 from .evaluation import Metrics
 from .experiments import read_record, unfinished_copy
 from .pictures import curves, iou_bars, panels, plain_label
@@ -375,17 +376,19 @@ def sturdy_table(
     return table
 
 # %% ../nbs/components/94_report.ipynb #f6144c41
-FAMILIES = {"celeba": "CelebA", "horse": "Pascal-Horse", "aeroplane": "Pascal-Aeroplane"}
-
-
 def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
     """FG-mIoU against the number of labelled pictures: the paper's points, and ours where there are any."""
-    figure, axes = panels(len(FAMILIES), 4.2, 3.2)
-    for ax, (family, title) in zip(axes, FAMILIES.items(), strict=True):
-        own = {int(row.experiment.split("_")[1]): row for row in rows if re.fullmatch(rf"{family}_\d+", row.experiment)}
+    items = {name: item for name, item in EXPERIMENTS.items() if item.figure}
+    families: dict[str, dict[int, Row]] = {item.figure: {} for item in items.values()}
+    for row in rows:
+        if row.experiment in items: families[items[row.experiment].figure][items[row.experiment].k] = row
+    figure, axes = panels(len(families), 4.2, 3.2)
+    for ax, (title, own) in zip(axes, families.items(), strict=True):
         ax.plot(list(own), [row.paper for row in own.values()], "o--", color="#888888", label="paper")
         ours = {k: row for k, row in own.items() if row.values}
-        if ours: ax.errorbar(list(ours), [row.ours for row in ours.values()], [row.spread or 0 for row in ours.values()], fmt="s-", color="#c0392b", label="ours", capsize=3)
+        if ours:
+            means, spreads = zip(*((row.ours, row.spread or 0) for row in ours.values()))
+            ax.errorbar(list(ours), means, spreads, fmt="s-", color="#c0392b", label="ours", capsize=3)
         ax.set(xscale="log", title=title, xlabel="labelled pictures", ylabel="FG-mIoU, per cent")
         ax.set_xticks(list(own), [str(k) for k in own])
         ax.minorticks_off(), ax.legend(frameon=False, loc="lower right")

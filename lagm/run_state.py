@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import InputError, atomic_path, load_tensors, printable, save_tensors
-from .generator import check_version
+from .generators_weights import check_version
 
 # %% ../nbs/components/54_run_state.ipynb #beed4512
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and plain values for the header

@@ -41,7 +41,8 @@ from .core import InputError, all_finite, check_field_names, check_fields, choos
 from .core import printable, provenance, random_generator
 from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
 from .finishing import anchor_labels, finish_step, labels_say
-from .generator import check_generated, check_version
+from .generator import check_generated
+from .generators_weights import check_version
 from .labels import IGNORE, LabelSet
 from .matching_distance import METRICS, REDUCTIONS, layer_cosines
 from .matching_forward import SyntheticPass
@@ -52,7 +53,7 @@ from .memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
 from .parts import supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
-from .saved import NETWORKS, describe_network, save_segmenter
+from .saved import can_be_saved, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .signs import class_shares, signs, warning_sign
 from .watching import Estimate, Watch, Watcher, free_space, measure
@@ -693,7 +694,7 @@ def describe_run(
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
     """What it takes to use the networks of a state by themselves."""
-    ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
+    ours = {role: network for role, network in players.networks.items() if can_be_saved(network)}
     networks = {role: describe_network(network) for role, network in ours.items()}
     return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
 

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet101
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from lagm.datasets import CGPART_MODELS
+from lagm.data_cgpart import CGPART_MODELS
 from lagm.pascal import prepare_pascal
 from lagm.sources import CHECKPOINTS
 from lagm.stylegan1 import StyleGAN1

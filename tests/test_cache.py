@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from lagm.cache import Cached, item_key, pack, unpack
 from lagm.core import InputError
 from lagm.data import Avatars, stack
-from lagm.datasets import CGPartReal, CGPartRendered, DatasetGAN
+from lagm.data_cgpart import CGPartReal, CGPartRendered
+from lagm.data_datasetgan import DatasetGAN
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"
 

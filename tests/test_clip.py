@@ -10,7 +10,8 @@ from lagm.augment import Augment, recolour
 from lagm.baselines import train_self_training
 from lagm.core import random_generator
 from lagm.datasetgan import label_generated
-from lagm.generator import FrozenGenerator, Sampling, load_generator
+from lagm.generator import FrozenGenerator, Sampling
+from lagm.generators_load import load_generator
 from lagm.segmenters import UNet
 from lagm.stylegan2 import StyleGAN2
 from lagm.synthetic import Plan, make_pair

@@ -9,11 +9,11 @@ from test_checkpoints import same_pictures, tiny, tiny1
 
 from lagm import convert as module
 from lagm.annotator import FPNAnnotator
-from lagm.checkpoints import load_results
+from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
 from lagm.core import InputError, load_tensors
-from lagm.generator import save_generator
+from lagm.generators_weights import save_generator
 from lagm.segmenters import UNet
 
 

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from lagm.core import InputError
-from lagm.datasets import CELEBA_SPLITS, CGPART_MODELS, CGPartReal, CGPartRendered, CelebAMaskHQ, DatasetGAN, PascalPart, celeba_numbers, choose_subset, remove_specks, short_side_size, synthetic_size
+from lagm.data_celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
+from lagm.data_cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_subset, short_side_size, synthetic_size
+from lagm.data_datasetgan import DatasetGAN, remove_specks
+from lagm.data_pascal import PascalPart
 from lagm.folders import Folder, save_folder
 from lagm.labels import CELEBA8, IGNORE
 from lagm.picture_files import save_mask

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from filling import relative_error
 from test_checkpoints import GOLDEN, same_pictures, tiny
 
-from lagm.checkpoints import load_results, mean_style, read_generator
+from lagm.generators_load import mean_style, read_generator
+from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
-from lagm.generator import Sampling, load_generator, save_generator
+from lagm.generator import Sampling
+from lagm.generators_load import load_generator
+from lagm.generators_weights import save_generator
 from lagm.run_state import generator_digest
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import open_generator

@@ -8,10 +8,10 @@ import official_files
 import pytest
 import torch
 from lagm import core
-from lagm.checkpoints import read_generator
+from lagm.generators_load import read_generator
 from lagm.core import InputError
 from lagm.folders import Folder
-from lagm.generator import check_names
+from lagm.generators_weights import check_names
 from lagm.importers import import_label_studio
 from lagm.pascal import listed
 from lagm.stylegan2 import StyleGAN2

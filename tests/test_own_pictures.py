@@ -62,7 +62,7 @@ def test_the_road_in_a_shell(pictures, tmp_path):
 def test_with_a_generator(pictures, tmp_path):
     from tiny import tiny_generator
 
-    from lagm.generator import save_generator
+    from lagm.generators_weights import save_generator
 
     new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=2, width=4, generator="g.safetensors"))
     paint(tmp_path / "p", (0, 1))
@@ -79,7 +79,7 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
-    monkeypatch.setattr("lagm.labelling_project.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+    monkeypatch.setattr("lagm.training.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
 

@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import tiny
 
-from lagm.checkpoints import load_results
+from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.core import InputError
-from lagm.generator import load_generator
+from lagm.generators_load import load_generator
 from lagm.unpickling import Extra, LazyArray, Record, Unreadable, is_extra, module_tensors, read_pickle, read_torch_zip
 
 LONG = 60_000
@@ -240,7 +240,7 @@ def test_tensors_of_unusual_kinds_are_no_programs(tmp_path, kind):
 
 
 def test_an_error_that_no_reader_expects_is_still_a_sentence(tmp_path, monkeypatch):
-    import lagm.checkpoints as module
+    import lagm.generators_rosinality as module
     torch.save({"g_ema": official.rosinality_state(tiny())}, tmp_path / "g.pt")
     for error in (KeyError("\x1b[2J"), AttributeError("x"), ZeroDivisionError(), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")):
         def fail(*_, error=error): raise error

@@ -22,8 +22,8 @@ from PIL import Image
 
 from lagm.core import InputError
 from lagm.data import Avatars, _content_hash
-from lagm.datasets import read_array_mask
-from lagm.doctor import array_problem
+from lagm.data_datasetgan import read_array_mask
+from lagm.sources import array_problem
 from lagm.folds import read_test_folder
 from lagm.pascal import Unusable, read_annotation, read_boxes, unpacked_mat
 from lagm.picture_files import read_image, read_mask
@@ -253,7 +253,7 @@ def test_little_memory(tmp_path):
     (tmp_path / "a.mat").write_bytes(mat_bomb())
     code = """if True:
         import resource, sys
-        from lagm.datasets import read_array_mask
+        from lagm.data_datasetgan import read_array_mask
         from lagm.pascal import read_annotation
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 2**40
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))

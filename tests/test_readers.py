@@ -12,7 +12,9 @@ from PIL import Image
 
 from lagm.cache import Cached
 from lagm.core import InputError
-from lagm.datasets import CelebAMaskHQ, DatasetGAN, PascalPart, celeba_numbers, read_array_mask
+from lagm.data_celeba import CelebAMaskHQ, celeba_numbers
+from lagm.data_datasetgan import DatasetGAN, read_array_mask
+from lagm.data_pascal import PascalPart
 from lagm.folders import Folder, read_classes
 from lagm.folds import read_test_folder
 from lagm.labels import LabelSet

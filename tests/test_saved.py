@@ -17,15 +17,17 @@ from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm import saved, segmenters
 from lagm.annotator import FPNAnnotator
-from lagm.checkpoints import load_results
+from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
 from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
-from lagm.downstream import DownstreamRecipe, load_segmenter, save_segmenter, train_downstream
+from lagm.downstream import DownstreamRecipe, train_downstream
+from lagm.saved import load_segmenter, save_segmenter
 from lagm.folders import save_folder
-from lagm.generator import load_generator, save_generator
+from lagm.generators_load import load_generator
+from lagm.generators_weights import save_generator
 from lagm.predict import open_segmenter
-from lagm.saved import ARGUMENTS, describe_network, find_segmenters, read_networks, save_networks
+from lagm.saved import describe_network, find_segmenters, read_networks, save_networks
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import load_any_segmenter, load_networks, load_segmenters, read_validation, split_problems
 from lagm.stylegan1 import StyleGAN1
@@ -79,7 +81,7 @@ def test_each_reader_takes_each_file(tmp_path):
     FPNAnnotator([8], 5, channels=6, layers=4, fuse_bn_relu=True), FPNAnnotator([8, 4], 2, channels=3, use_factor=True)])
 def test_what_a_network_was_built_with_is_read_off_it(network):
     said = describe_network(network)
-    twin = saved.NETWORKS[said["name"]](**said["arguments"])
+    twin = saved.network_classes()[said["name"]].build(**said["arguments"])
     assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in network.state_dict().items()} and describe_network(twin) == said
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     told = saved.annotator_from_shapes(shapes, said["arguments"].get("use_factor")) if said["name"] == "FPNAnnotator" else saved.segmenter_from_shapes(shapes)
@@ -464,6 +466,7 @@ def test_other_unets_are_named(tmp_path, capsys, state, message):
 
 
 def test_a_deeplab_is_built_without_memory(monkeypatch):
-    assert all(p.is_meta for p in saved.build_empty("f", "DeepLabV3", {"n_classes": 255}).parameters()) and set(ARGUMENTS) == set(saved.NETWORKS)
+    assert all(p.is_meta for p in saved.build_empty("f", "DeepLabV3", {"n_classes": 255}).parameters())
+    assert {*saved.network_classes()} == {"UNet", "DeepLabV3", "EncoderSegmenter", "TimmSegmenter", "FPNAnnotator"}
     with pytest.raises(InputError, match="DeepLabV4"): saved.build_empty("f", "DeepLabV4", {})
     assert saved.segmenter_options(DeepLabV3(4)) == {"name": "deeplabv3", "n_classes": 4}

@@ -15,8 +15,7 @@ from torchvision.models import resnet101
 
 from lagm.core import InputError
 from lagm.segmenters import (
-    DEFAULT_GROUP,
-    MATCH_GROUPS,
+    SEGMENTERS,
     DeepLabV3,
     UNet,
     build_segmenter,
@@ -144,11 +143,11 @@ def test_deeplab_forward_mode_equals_two_backward_passes(deeplab):
 def test_every_group_matches_something(network):
     net = on_meta(network, 8)
     names = [name for name, _ in net.named_parameters()]
-    for group in MATCH_GROUPS[net.network]:
+    for group in SEGMENTERS.get(net.network).groups:
         matched = matched_parameter_names(net, group)
         assert matched and [n for n in names if n in set(matched)] == matched
     assert matched_parameter_names(net, "all") == names
-    assert matched_parameter_names(net) == matched_parameter_names(net, DEFAULT_GROUP[net.network])
+    assert matched_parameter_names(net) == matched_parameter_names(net, SEGMENTERS.get(net.network).default_group)
 
 
 def test_groups_hold_what_their_names_say():
@@ -170,7 +169,7 @@ def test_groups_hold_what_their_names_say():
 def test_patterns_match_whole_names():
     unet = on_meta(UNet, 8)
     assert matched_parameter_names(unet, "outc.weight") == ["outc.weight"]
-    assert resolve_group("unet", "u1") == MATCH_GROUPS["unet"]["u1"]
+    assert resolve_group("unet", "u1") == SEGMENTERS.get("unet").groups["u1"]
     assert resolve_group(torch.nn.Linear(2, 2), "wei.*") == "wei.*"
 
 

@@ -10,7 +10,9 @@ from filling import fill, relative_error
 from safetensors import safe_open
 
 from lagm.core import InputError
-from lagm.generator import FrozenGenerator, Sampling, load_generator, save_generator
+from lagm.generator import FrozenGenerator, Sampling
+from lagm.generators_load import load_generator
+from lagm.generators_weights import save_generator
 from lagm.stylegan1 import StyleGAN1
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan1.safetensors"

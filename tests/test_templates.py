@@ -11,7 +11,7 @@ from templates import run_cells
 
 from lagm import segmenters
 from lagm.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
-from lagm.generator import load_generator
+from lagm.generators_load import load_generator
 from lagm.saved import read_networks
 from lagm.stages import load_networks
 

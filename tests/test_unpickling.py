@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import tiny, tiny1
 
-from lagm.checkpoints import load_results
+from lagm.models_results import load_results
 from lagm.core import InputError
-from lagm.generator import load_generator, save_generator
+from lagm.generators_load import load_generator
+from lagm.generators_weights import save_generator
 from lagm.segmenters import UNet
 from lagm.unpickling import ACTIONS, LazyTensor, Unreadable, read_arrays, read_legacy_torch, read_pickle, read_torch_zip
 
@@ -131,8 +132,7 @@ def test_attacks_do_not_take_memory_outside_of_python_either(tmp_path):
 import sys
 from pathlib import Path
 from lagm.core import InputError
-from lagm.generator import load_generator
-import lagm.checkpoints
+from lagm.generators_load import load_generator
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmHWM")
 for path in sorted(Path(sys.argv[1]).iterdir()):
