@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .checkpoints import load_results, read_generator, read_safetensors
 from .core import InputError, atomic_path, checksum, printable, save_tensors
 from .generator import FORMAT_VERSION, FrozenGenerator, Sampling, network_from_tensors
-from .labels import LabelSet
+from .data_labels import LabelSet
 from .saved import save_networks, stored
 
 # %% ../nbs/components/27_convert.ipynb #b41e2bb5

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
 from .generator import FrozenGenerator, Sampling, load_generator
-from .labels import IGNORE
+from .data_labels import IGNORE
 from .segmenters import build_segmenter, matched_parameter_names
 from .stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
 from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings

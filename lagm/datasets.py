@@ -18,15 +18,15 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from .core import InputError, inside, printable, read_lines
-from .label_maps import CELEBA_19, LABEL_MAPS, LabelMap, get_labels
-from .labels import IGNORE, Labelled, LabelSet
-from .picture_files import (
-    by_name, check_classes, check_size, describe_file, list_files, read_image, read_mask, read_pair, to_item)
+from .data_label_maps import CELEBA_19, LABEL_MAPS, LabelMap, get_labels
+from .data_labels import IGNORE, LabelSet, Labelled
+from .data_images import by_name, describe_file, list_files, read_image, read_mask, read_pair, to_item
+from .data_images import check_classes, check_size
 from .unpickling import read_arrays
 
 # %% ../nbs/components/14_datasets.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):
-    """Base of the readers: a list of names, `sources(i)`, `decode(i)`, and the label set; items are (image, mask) as `lagm.picture_files.to_item` makes them."""
+    """Base of the readers: a list of names, `sources(i)`, `decode(i)`, and the label set; items are (image, mask) as `lagm.data_images.to_item` makes them."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from .catalogue import Run, choose_runs, missing_inputs, project_folder, project
 from .core import InputError
 from .datasets import CELEBA_SPLITS, CGPartReal, CGPartRendered, CelebAMaskHQ, DatasetGAN, PascalPart, PartDataset, celeba_numbers
 from .experiments import find_experiment, list_experiments, named_paths
-from .picture_files import describe_file, open_picture
+from .data_images import describe_file, open_picture
 from .sources import EXPERIMENTS, SOURCES, Experiment, Source, file_problem, get_source, match_experiments
 from .stages import splits_of
 from .unpickling import read_arrays

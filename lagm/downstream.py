@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .augment import Augment
+from .data_augment import Augment
 from .core import (
     InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
-from .evaluation import check_pictures, evaluate, resting_modules, train_mode
+from .evaluation_metrics import check_pictures, evaluate, resting_modules, train_mode
 from .generator import check_version
-from .labels import IGNORE, LabelSet
+from .data_labels import IGNORE, LabelSet
 from .parts import PRECISIONS, make_fabric
 from .run_state import checkpoint_lock, forced, set_aside
 from .saved import load_segmenter, save_segmenter, segmenter_options

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .core import InputError, atomic_path, read_lines, same_name
 from .datasets import PartDataset
-from .label_maps import make_labels
-from .labels import IGNORE, LabelSet, warn_of_absent
-from .picture_files import (
-    IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, open_picture, read_image, read_mask,
-    read_pair, save_mask, to_item)
+from .data_label_maps import make_labels
+from .data_labels import IGNORE, LabelSet, warn_of_absent
+from lagm.data_images import (
+    IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, open_picture, read_image, read_mask, read_pair, save_mask,
+    to_item)
 
 # %% ../nbs/components/15_folders.ipynb #5ebae8ea
 LAYOUT = "images/NAME.jpg (or .png ...), masks/NAME.png, classes.txt with one class a line, the background first"
@@ -203,6 +203,6 @@ _ELSEWHERE = ("Imported", "import_coco", "import_cvat", "import_label_studio", "
 
 
 def __getattr__(name: str) -> Any:
-    """What `lagm.importers` offers, under the name it had here."""
-    if name in _ELSEWHERE: return getattr(importlib.import_module("lagm.importers"), name)
+    """What `lagm.data_importers` offers, under the name it had here."""
+    if name in _ELSEWHERE: return getattr(importlib.import_module("lagm.data_importers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

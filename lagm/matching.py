@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from .core import InputError
-from .labels import IGNORE
+from .data_labels import IGNORE
 from .tangents import NoTangent, record
 
 # %% ../nbs/components/50_matching.ipynb #65043450

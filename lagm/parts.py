@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .core import InputError, install_advice
-from .labels import IGNORE
+from .data_labels import IGNORE
 from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient
 
 # %% ../nbs/components/58_parts.ipynb #2f61a962

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from .checkpoints import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
-from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
-from .labels import CELEBA8, LabelSet, colourise
-from .picture_files import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
+from .evaluation_metrics import eval_mode, evaluation_report, metrics_from_counts, predict
+from .data_labels import CELEBA8, LabelSet, colourise
+from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
 from .synthetic import coco_annotations, coco_categories, png
 
@@ -237,7 +237,7 @@ def evaluate_checkpoint(
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:  # what metrics.json holds
     """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png."""
-    from lagm.pictures import confusion_figure, iou_table, worst_gallery
+    from lagm.evaluation_figures import confusion_figure, iou_table, worst_gallery
 
     segmenter, labels, _ = open_segmenter(path, labels, device=choose_device(device))
     predictions = predict(segmenter, images, batch_size)
@@ -316,7 +316,7 @@ def write_model_card(
     segmenter, header = load_segmenter(checkpoint)
     labels, made = header["labels"], header.get("provenance", {})
     name, parameters = header["network"]["name"], sum(p.numel() for p in segmenter.parameters())
-    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.downstream.load_segmenter`)",
+    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.saved.load_segmenter`)",
              f"- network: {name}, {parameters:,} parameters, {', '.join(f'{k} {v}' for k, v in header['network'].items() if k != 'name')}",
              f"- input: pictures (B, 3, H, W) in [-1, 1], trained at {' x '.join(map(str, header['size'])) if header.get('size') else 'an unknown size'}; output: logits (B, {segmenter.n_classes}, H, W)",
              f"- licence: {licence}", f"- made {made.get('date', '?')} with torch {made.get('versions', {}).get('torch', '?')}, commit {made.get('commit') or 'unknown'}", ""]

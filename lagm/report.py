@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 # %% ../nbs/components/94_report.ipynb #7cc3716a
 from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
 from .core import InputError, atomic_path, printable, read_json
-from .evaluation import Metrics
+from .evaluation_metrics import Metrics
 from .experiments import read_record, unfinished_copy
-from .pictures import curves, iou_bars, panels, plain_label
+from .evaluation_figures import curves, iou_bars, panels, plain_label
 
 # %% ../nbs/components/94_report.ipynb #79f6eb8f
 MOST, MOST_NAMES, LONGEST = 1e15, 1000, 200  # a number beyond it is no result; rows or classes; characters of a name

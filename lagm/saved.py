@@ -24,8 +24,8 @@ from .annotator import FPNAnnotator
 from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
 from .frozen import EncoderSegmenter, HeadedEncoder, TimmSegmenter
 from .generator import FORMAT_VERSION, check_names, check_tensors, check_version
-from .label_maps import distinct_colours
-from .labels import LabelSet
+from .data_label_maps import distinct_colours
+from .data_labels import LabelSet
 from .segmenters import DeepLabV3, UNet
 from .unpickling import Unreadable, quoted
 

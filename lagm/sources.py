@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import InputError
-from .picture_files import describe_file
+from .data_images import describe_file
 
 # %% ../nbs/components/11_sources.ipynb #a2b79337
 NVIDIA, NOT_STATED = "NVIDIA Source Code License (non-commercial research)", "not stated by its authors; ask them before any use beyond research"

@@ -27,7 +27,7 @@ from .core import InputError, load_tensors, provenance, read_json, write_json
 from .data import Avatars, choose_labelled, stack
 from .experiments import SPEED, describe_inputs
 from .generator import FrozenGenerator, Sampling, check_version, load_generator
-from .labels import LabelSet, warn_of_absent
+from .data_labels import LabelSet, warn_of_absent
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter

@@ -35,14 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import Augment, resize_nearest, wide_crop
+from .data_augment import Augment, resize_nearest, wide_crop
 from .convolutions import FastConvolutions, can_winograd
 from .core import InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value
 from .core import printable, provenance, random_generator
-from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
+from .evaluation_metrics import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
 from .finishing import anchor_labels, finish_step, labels_say
 from .generator import check_generated, check_version
-from .labels import IGNORE, LabelSet
+from .data_labels import IGNORE, LabelSet
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
 from .memory import kept_memory

@@ -18,7 +18,7 @@ from test_stylegan1 import golden_network
 from lagm.annotator import FPNAnnotator
 from lagm.checkpoints import load_results, read_generator, read_generator_kwargs
 from lagm.core import InputError, save_tensors
-from lagm.evaluation import evaluate
+from lagm.evaluation_metrics import evaluate
 from lagm.generator import Sampling, load_generator, save_generator
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stylegan1 import StyleGAN1

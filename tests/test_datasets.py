@@ -11,8 +11,8 @@ from PIL import Image
 from lagm.core import InputError
 from lagm.datasets import CELEBA_SPLITS, CGPART_MODELS, CGPartReal, CGPartRendered, CelebAMaskHQ, DatasetGAN, PascalPart, celeba_numbers, choose_subset, remove_specks, short_side_size, synthetic_size
 from lagm.folders import Folder, save_folder
-from lagm.labels import CELEBA8, IGNORE
-from lagm.picture_files import save_mask
+from lagm.data_labels import CELEBA8, IGNORE
+from lagm.data_images import save_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 ROOT = GOLDEN / "data"

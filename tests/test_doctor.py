@@ -17,7 +17,7 @@ from lagm.core import InputError
 from lagm.datasets import CGPART_MODELS
 from lagm.doctor import Doctor, can_run, examine, report
 from lagm.experiments import list_experiments
-from lagm.picture_files import save_mask
+from lagm.data_images import save_mask
 from lagm.sources import EXPERIMENTS, SOURCES
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"

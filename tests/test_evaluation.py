@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lagm.core import InputError, read_json, write_json
-from lagm.evaluation import SCORES, BoundaryScore, ConfusionMatrix, Metrics, bootstrap, eval_mode, evaluate, evaluation_report, metrics_from_counts
-from lagm.evaluation import picture_counts, predict, scores, worst_pictures
+from lagm.evaluation_metrics import (
+    SCORES, BoundaryScore, ConfusionMatrix, Metrics, bootstrap, eval_mode, evaluate, evaluation_report,
+    metrics_from_counts)
+from lagm.evaluation_metrics import picture_counts, predict, scores, worst_pictures
 
 GOLDEN = Path(__file__).parent / "golden"
 

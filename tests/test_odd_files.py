@@ -18,10 +18,10 @@ from lagm.catalogue import paper_numbers, read_catalogue
 from lagm.comparison import comparison_table, finish_figure, minutes_table, quality_figure, read_cells
 from lagm.comparison import saved_figure, saved_table
 from lagm.core import InputError
-from lagm.evaluation import Metrics
+from lagm.evaluation_metrics import Metrics
 from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
-from lagm.labels import LabelSet
-from lagm.pictures import confusion_figure, curves, iou_bars, iou_table, labelled_grid
+from lagm.data_labels import LabelSet
+from lagm.evaluation_figures import confusion_figure, curves, iou_bars, iou_table, labelled_grid
 from lagm.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
     in_markdown, learning_curves_figure,
@@ -116,7 +116,7 @@ def whole_report(root, runs):
 
 def test_one_odd_record_does_not_cost_the_report(tmp_path, monkeypatch):
     matplotlib.use("Agg")
-    monkeypatch.setattr("lagm.report.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.catalogue.missing_inputs", lambda run, root: [])
     rng, passed_over = random.Random(0), 0
     (tmp_path / "outputs" / "demo_k2" / "methods").mkdir(parents=True)
     (tmp_path / "outputs" / "celeba_2" / "evaluate").mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_odd_notebooks_are_no_finished_runs(toy, tmp_path, monkeypatch, capsys):
     output = run_notebook(toy, tmp_path / "outputs" / "toy" / "toy.ipynb", {"data": "in"})
     whole, rng, bad = json.loads(output.read_text()), random.Random(1), 0
     assert is_finished(toy, output, {"data": "in"})
-    monkeypatch.setattr("lagm.report.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.catalogue.missing_inputs", lambda run, root: [])
     run = type("Run", (), dict(stage="toy", output=output, finished=lambda self, root: is_finished(toy, output)))()
     for i in range(200):
         odd = changed(whole, rng)

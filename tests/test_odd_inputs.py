@@ -12,8 +12,8 @@ from lagm.checkpoints import read_generator
 from lagm.core import InputError
 from lagm.folders import Folder
 from lagm.generator import check_names
-from lagm.importers import import_label_studio
-from lagm.pascal import listed
+from lagm.data_importers import import_label_studio
+from lagm.data_pascal import listed
 from lagm.stylegan2 import StyleGAN2
 from lagm.training import get_recipe
 from PIL import Image

@@ -21,7 +21,8 @@ from lagm.checkpoints import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
 from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
-from lagm.downstream import DownstreamRecipe, load_segmenter, save_segmenter, train_downstream
+from lagm.downstream import DownstreamRecipe, train_downstream
+from lagm.saved import load_segmenter, save_segmenter
 from lagm.folders import save_folder
 from lagm.generator import load_generator, save_generator
 from lagm.predict import open_segmenter

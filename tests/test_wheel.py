@@ -166,8 +166,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from lagm.cli import main
-from lagm.downstream import save_segmenter
-from lagm.labels import CELEBA8
+from lagm.saved import save_segmenter
+from lagm.data_labels import CELEBA8
 from lagm.segmenters import UNet
 Path("pictures").mkdir()
 Image.new("RGB", (40, 30), (200, 90, 10)).save("pictures/a.png")

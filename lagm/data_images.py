@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .core import InputError, atomic_path, same_name
-from .labels import IGNORE, LabelSet
+from .data_labels import IGNORE, LabelSet
 
 # %% ../nbs/components/13_pictures_in.ipynb #442f71fa
 def describe_bytes(
@@ -30,11 +30,14 @@ def describe_bytes(
     """What a file seems to be, in words for an error message."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start: return "empty"
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")): return "a web page (a download that went wrong)"
-    if text.startswith(b"version https://git-lfs"): return "a git-lfs pointer, not the file itself (run `git lfs pull` where it came from)"
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page (a download that went wrong)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself (run `git lfs pull` where it came from)"
     if text.startswith((b"<?xml", b"<svg")): return "an XML or SVG text"
     if text.startswith((b"{", b"[")): return "a JSON text"
-    known = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF", b"\x89PNG": "a PNG picture",
+    known = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF",
+             b"\x89PNG": "a PNG picture",
              b"\xff\xd8\xff": "a JPEG picture", b"\x93NUMPY": "a numpy array", b"\x80": "a pickle"}
     return next((what for magic, what in known.items() if start.startswith(magic)), "of an unknown kind")
 
@@ -83,7 +86,8 @@ def _decoded(
         if not what.endswith("picture"):
             raise InputError(f"{name} is not a picture that can be read: it is {what}; get the file again") from error
         why = type(error).__name__
-        if not isinstance(error, UnidentifiedImageError): why += f": {str(error)[:100]}"  # it names the file
+        if not isinstance(error, UnidentifiedImageError):
+            why += f": {str(error)[:100]}"  # it names the file
         raise InputError(f"{name} is damaged or cut off ({why}); get the file again") from error
 
 # %% ../nbs/components/13_pictures_in.ipynb #92626367
@@ -115,14 +119,16 @@ def decode_picture(
 def to_rgb(
     image: Image.Image,
     name: str | Path = "the picture",  # for the error message
-    background: tuple[int, int, int] | None = None,  # shown through transparent pixels; None: the stored colours, alpha dropped
+    # shown through transparent pixels; None: the stored colours, alpha dropped
+    background: tuple[int, int, int] | None = None,
 ) -> Image.Image:
     """Any picture as 8-bit RGB; `InputError` for 32 bits, whose range is unknown, and for unknown colours."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise InputError(f"{name} has 32-bit pixels (mode {image.mode}) of unknown range; save it with 8 bits per channel")
+        raise InputError(f"{name} has 32-bit pixels (mode {image.mode}) of unknown range; save it with 8 bits per "
+                         "channel")
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     try:
         if not transparent: return image.convert("RGB")
@@ -148,13 +154,15 @@ def read_image(
 ) -> Image.Image:  # RGB
     """Read a picture as 8-bit RGB; `InputError` if that cannot be done."""
     image, orientation = _opened(path, max_pixels)
-    if upright and orientation in _TURNS: image = image.transpose(_TURNS[orientation])
+    if upright and orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
     return to_rgb(image, path, background)
 
 # %% ../nbs/components/13_pictures_in.ipynb #622700c8
 def _png_depth(path: Path) -> tuple[int, int] | None:
     """Bit depth and colour type of a PNG file (W3C PNG, section 11.2.1); None for other files."""
-    with open(path, "rb") as file: head = file.read(26)
+    with open(path, "rb") as file:
+        head = file.read(26)
     return tuple(struct.unpack("BB", head[24:26])) if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 else None
 
 
@@ -163,12 +171,14 @@ def _single_channel(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode in ("1", "L", "P", "I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         depth = _png_depth(path)
-        if depth and depth[1] == 0 and depth[0] in (2, 4): values = values // (255 // (2 ** depth[0] - 1))  # undo the stretching
+        if depth and depth[1] == 0 and depth[0] in (2, 4):
+            values = values // (255 // (2 ** depth[0] - 1))  # undo the stretching
         return values
     values = np.asarray(image.convert("RGBA") if image.mode == "PA" else image)
     colours = values[..., :1] if image.mode in ("LA", "La") else values[..., :3]
     if image.mode not in ("LA", "La", "RGB", "RGBA") or (colours != colours[..., :1]).any():
-        raise InputError(f"{path} is a coloured picture (mode {image.mode}), not a mask of class numbers; save it as a grey or palette PNG "
+        raise InputError(f"{path} is a coloured picture (mode {image.mode}), not a mask of class numbers; save it as "
+                         "a grey or palette PNG "
                          "whose values are the classes, or give the table of its colours")
     return colours[..., 0]
 
@@ -182,10 +192,12 @@ def read_mask(
     """Read a mask as class numbers; `InputError` if it cannot be, if it is a JPEG, or if a number is no class."""
     path = Path(path)
     image = open_picture(path, max_pixels)
-    if image.format in ("JPEG", "MPO"): raise InputError(f"{path} is a JPEG; JPEG changes the numbers of a mask. Save masks as PNG")
+    if image.format in ("JPEG", "MPO"):
+        raise InputError(f"{path} is a JPEG; JPEG changes the numbers of a mask. Save masks as PNG")
     if colours is not None: return _from_colours(np.asarray(to_rgb(image, path)), colours, path)
     values = _single_channel(image, path)
-    if values.dtype == bool: values = values.astype(np.uint8)
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
     return check_classes(values, n_classes, path)
 
 # %% ../nbs/components/13_pictures_in.ipynb #804df121
@@ -196,12 +208,16 @@ def check_classes(
 ) -> np.ndarray:  # (H, W) uint8
     """The values as uint8; `InputError` unless each is a whole number 0..n_classes - 1 or 255."""
     values = np.asarray(values)
-    if values.ndim != 2 or values.dtype.kind not in "biuf": raise InputError(f"{name} holds {values.dtype} of shape {values.shape}; a mask is a table (H, W) of class numbers")
+    if values.ndim != 2 or values.dtype.kind not in "biuf":
+        raise InputError(f"{name} holds {values.dtype} of shape {values.shape}; a mask is a table (H, W) of class "
+                         "numbers")
     limit = 256 if n_classes is None else n_classes
-    with np.errstate(invalid="ignore"): good = ((values >= 0) & (values < limit) | (values == IGNORE)) & (values == np.floor(values))
+    with np.errstate(invalid="ignore"):
+        good = ((values >= 0) & (values < limit) | (values == IGNORE)) & (values == np.floor(values))
     if not good.all():
         odd = values[~good]
-        raise InputError(f"{name} holds the value {odd.flat[0]} ({odd.size} such pixels), but the classes are 0..{limit - 1} (and {IGNORE} for 'no label'); "
+        raise InputError(f"{name} holds the value {odd.flat[0]} ({odd.size} such pixels), but the classes are "
+                         f"0..{limit - 1} (and {IGNORE} for 'no label'); "
                          "correct the mask or the list of classes")
     return values.astype(np.uint8)
 
@@ -213,7 +229,8 @@ def _from_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int], int
     table = {int(np.dot(colour, (65536, 256, 1))): number for colour, number in colours.items()}
     unknown = [int(value) for value in present if int(value) not in table]
     if unknown:
-        raise InputError(f"{path} holds the colour #{unknown[0]:06x}, which belongs to no class; known are {', '.join(f'#{value:06x}' for value in list(table)[:12])}")
+        raise InputError(f"{path} holds the colour #{unknown[0]:06x}, which belongs to no class; known are "
+                         f"{', '.join(f'#{value:06x}' for value in list(table)[:12])}")
     return np.array([table[int(value)] for value in present], np.uint8)[inverse.reshape(packed.shape)]
 
 # %% ../nbs/components/13_pictures_in.ipynb #4be1a1a5
@@ -234,8 +251,13 @@ def check_same_shape(
     """Raise `InputError` unless image and mask have the same size, or the same proportions if `scaled`."""
     (width, height), (rows, columns) = image.size, mask.shape
     if _same_shape(image.size, mask, scaled): return
-    hint = "; one of them is turned: save the picture upright, without an EXIF rotation" if (height, width) == (columns, rows) else ""
-    raise InputError(f"{mask_name} is {columns} x {rows} pixels, but its picture {image_name} is {width} x {height}; they must show the same{hint}")
+    hint = (
+        "; one of them is turned: save the picture upright, without an EXIF rotation"
+        if (height, width) == (columns, rows)
+        else ""
+    )
+    raise InputError(f"{mask_name} is {columns} x {rows} pixels, but its picture {image_name} is {width} x {height}; "
+                     f"they must show the same{hint}")
 
 
 def read_pair(
@@ -256,7 +278,8 @@ def read_pair(
     return image, mask
 
 # %% ../nbs/components/13_pictures_in.ipynb #facc2025
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
+           "lanczos": Image.Resampling.LANCZOS}
 
 
 def to_item(
@@ -268,8 +291,10 @@ def to_item(
     """Resize the two and make tensors of them."""
     if size is not None:
         size = tuple(size)
-        if image.size != size: image = image.resize(size, FILTERS[resample])
-        if mask.shape[::-1] != size: mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        if image.size != size:
+            image = image.resize(size, FILTERS[resample])
+        if mask.shape[::-1] != size:
+            mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
     pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
     return (pixels.float() / 127.5 - 1).contiguous(), torch.from_numpy(mask.astype(np.int64))
 
@@ -279,10 +304,14 @@ def check_size(
 ) -> tuple[int, int] | None:
     """`size` as two whole numbers; `InputError` if it is not."""
     if size is None: return None
-    if isinstance(size, int) and not isinstance(size, bool): size = (size, size)
-    try: width, height = (int(side) for side in size)
-    except (TypeError, ValueError): width = height = 0
-    if min(width, height) < 1 or max(width, height) > 16384 or (width, height) != tuple(size): raise InputError(f"size is {size!r}; give (width, height) in whole pixels")
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = (size, size)
+    try:
+        width, height = (int(side) for side in size)
+    except (TypeError, ValueError):
+        width = height = 0
+    if min(width, height) < 1 or max(width, height) > 16384 or (width, height) != tuple(size):
+        raise InputError(f"size is {size!r}; give (width, height) in whole pixels")
     return width, height
 
 # %% ../nbs/components/13_pictures_in.ipynb #5c07eb1f
@@ -294,9 +323,11 @@ def save_mask(
     """Write a mask as an 8-bit palette PNG; 255 is shown white."""
     image = Image.fromarray(check_classes(mask, labels.n_classes if labels else None, path))
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
-    if labels: palette[: labels.n_classes], palette[IGNORE] = labels.palette, 255
+    if labels:
+        palette[: labels.n_classes], palette[IGNORE] = labels.palette, 255
     image.putpalette(palette.tobytes())
-    with atomic_path(path) as temporary: image.save(temporary, format="PNG")
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 # %% ../nbs/components/13_pictures_in.ipynb #14b1dd6f
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # in any case
@@ -315,14 +346,19 @@ def list_files(
     while waiting or links:
         here = waiting.pop() if waiting else links.pop(0)  # real folders come before links to them
         real = os.path.realpath(here)
-        if real in seen: again.append(here); continue
+        if real in seen:
+            again.append(here)
+            continue
         seen.add(real)
-        try: entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error: raise InputError(f"cannot read the folder {here}: {error.strerror}") from error
         for entry in entries:
             if entry.name.startswith("."): continue
-            if os.path.isdir(entry.path): (links if entry.is_symlink() else waiting).append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in suffixes: found.append(Path(entry.path))
+            if os.path.isdir(entry.path):
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+                found.append(Path(entry.path))
     if again:
         text = f"{len(again)} links lead to folders that are read already, e.g. {again[0]}: passed over"
         warnings.warn(text, stacklevel=3)

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from .core import InputError
-from .evaluation import Metrics, picture_counts, worst_pictures
-from .evaluation import scores as scores_of
-from .labels import LabelSet, colourise
+from .evaluation_metrics import Metrics, picture_counts, worst_pictures
+from .evaluation_metrics import scores as scores_of
+from .data_labels import LabelSet, colourise
 
 # %% ../nbs/components/80_pictures.ipynb #abb82ab0
 METHOD_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b8a800")
@@ -38,7 +38,8 @@ STYLE = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
     "axes.labelsize": 10, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "text.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "lines.linewidth": 1.8, "legend.frameon": False, "legend.fontsize": 10,
     "axes.prop_cycle": mpl.cycler(color=METHOD_COLOURS),
@@ -51,7 +52,8 @@ def to_bytes(
     """Pictures in [-1, 1] as bytes for display; values beyond the range are clipped, NaN becomes mid-grey."""
     images = torch.as_tensor(images).detach().float().cpu()
     if images.ndim < 3 or images.shape[-3] not in (1, 3):
-        raise InputError(f"pictures must have the shape (..., 3, H, W), channels before height and width; got {tuple(images.shape)}")
+        raise InputError("pictures must have the shape (..., 3, H, W), channels before height and width; got "
+                         f"{tuple(images.shape)}")
     pixels = ((images.nan_to_num(0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
     return pixels.expand(*pixels.shape[:-1], 3).numpy()
 
@@ -71,7 +73,9 @@ def fit_tile(
 
 # %% ../nbs/components/80_pictures.ipynb #56731fed
 def _mosaic(rows: Sequence[Sequence[np.ndarray]], gap: int, row_gaps: Sequence[int]) -> tuple[np.ndarray, list[int], list[int]]:
-    """Tiles on white, with the left edges of the columns and the centre of each row; all tiles of a row are equally high."""
+    """Tiles on white, with the left edges of the columns and the centre of each row; all tiles of a row are equally
+    high.
+    """
     columns = max(len(row) for row in rows)
     h, w = (max(tile.shape[axis] for row in rows for tile in row) for axis in (0, 1))
     tops = np.cumsum([0] + [h + g for g in row_gaps]).tolist()
@@ -85,7 +89,9 @@ def _mosaic(rows: Sequence[Sequence[np.ndarray]], gap: int, row_gaps: Sequence[i
 
 # %% ../nbs/components/80_pictures.ipynb #bea27466
 def plain_label(text: str) -> str:
-    """A text for a figure as it stands: a name from a file may hold dollar signs, which matplotlib would read as formulas, and refuse."""
+    """A text for a figure as it stands: a name from a file may hold dollar signs, which matplotlib would read as
+    formulas, and refuse.
+    """
     return text.replace("$", r"\$")
 
 
@@ -103,18 +109,25 @@ def _grid_figure(
     top = 26 * bool(title) + head
     entries, per_row, legend_width = _legend(labels, left + width) if labels else ([], 1, 0)
     bottom = 20 * math.ceil(len(entries) / per_row) + 10 if entries else 0
-    total_w, total_h = max(left + width, left + 1.2 * _text_width(title, 11), legend_width) + 2, height + top + bottom + 2
+    total_w, total_h = max(left + width, left + 1.2 * _text_width(title, 11),
+                           legend_width) + 2, height + top + bottom + 2
     fig = plt.figure(figsize=(total_w / 100, total_h / 100), dpi=100)
     plt.close(fig)  # returned, not shown twice
     ax = fig.add_axes((left / total_w, (bottom + 1) / total_h, width / total_w, height / total_h))
-    ax.imshow(canvas, interpolation="none", aspect="auto"); ax.axis("off")
-    for name, y in zip(names, middles): ax.text(-10, y, plain_label(name), ha="right", va="center", linespacing=1.35)
-    for text, x in zip(heads, centres): ax.text(x, -7, plain_label(text), ha="center", va="bottom", fontsize=9, color=MUTED)
-    if title: ax.text(0, -head - 9, plain_label(title), ha="left", va="bottom", fontsize=11, fontweight="bold")
+    ax.imshow(canvas, interpolation="none", aspect="auto")
+    ax.axis("off")
+    for name, y in zip(names, middles):
+        ax.text(-10, y, plain_label(name), ha="right", va="center", linespacing=1.35)
+    for text, x in zip(heads, centres):
+        ax.text(x, -7, plain_label(text), ha="center", va="bottom", fontsize=9, color=MUTED)
+    if title:
+        ax.text(0, -head - 9, plain_label(title), ha="left", va="bottom", fontsize=11, fontweight="bold")
     if entries:
-        centre = min(max(left + width / 2, legend_width / 2), total_w - legend_width / 2)  # below the mosaic if there is room
+        # below the mosaic if there is room
+        centre = min(max(left + width / 2, legend_width / 2), total_w - legend_width / 2)
         fig.legend(handles=entries, loc="lower center", bbox_to_anchor=(centre / total_w, 0), ncols=per_row,
-                   handlelength=1.1, handleheight=1.1, columnspacing=1.4, handletextpad=0.5, borderaxespad=0.1, labelspacing=0.35)
+                   handlelength=1.1, handleheight=1.1, columnspacing=1.4, handletextpad=0.5, borderaxespad=0.1,
+                   labelspacing=0.35)
     return fig
 
 # %% ../nbs/components/80_pictures.ipynb #19301d34
@@ -126,7 +139,8 @@ def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     if sum(widths) <= room: return entries, len(entries), sum(widths)
     per_row = max(1, int(room // max(widths)))
     per_row = math.ceil(len(entries) / math.ceil(len(entries) / per_row))  # rows of equal length
-    by_column = [entry for column in range(per_row) for entry in entries[column::per_row]]  # matplotlib fills columns first
+    # matplotlib fills columns first
+    by_column = [entry for column in range(per_row) for entry in entries[column::per_row]]
     return by_column, per_row, per_row * max(widths)
 
 def _text_width(text: str, size: float = 10) -> float:
@@ -144,16 +158,19 @@ def image_grid(
 ) -> Figure:
     """Pictures in rows, from left to right and top to bottom."""
     tiles = [fit_tile(pixels, tile) for pixels in to_bytes(_several(images))]
-    if columns is None: columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(2 * len(tiles)))
+    if columns is None:
+        columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(2 * len(tiles)))
     rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
     return _grid_figure(rows, names=names, title=title)
 
 def _several(images: Tensor, ndim: int = 4) -> Tensor:
     """A batch, also of a single picture; `InputError` if it is empty."""
     images = torch.as_tensor(images)
-    if images.ndim == ndim - 1: images = images[None]
+    if images.ndim == ndim - 1:
+        images = images[None]
     if images.ndim != ndim or not len(images):
-        raise InputError(f"expected a batch of one or more pictures with {ndim} dimensions; got the shape {tuple(images.shape)}")
+        raise InputError(f"expected a batch of one or more pictures with {ndim} dimensions; got the shape "
+                         f"{tuple(images.shape)}")
     return images
 
 # %% ../nbs/components/80_pictures.ipynb #cfe005d5
@@ -168,7 +185,8 @@ def labelled_grid(
 ) -> Figure:
     """Pictures with their masks below them. Pixels without a label are white."""
     images, masks = _several(images), _several(masks, 3)
-    if len(images) != len(masks): raise InputError(f"{len(images)} pictures but {len(masks)} masks; give one mask per picture")
+    if len(images) != len(masks):
+        raise InputError(f"{len(images)} pictures but {len(masks)} masks; give one mask per picture")
     tops = [fit_tile(pixels, tile) for pixels in to_bytes(images)]
     below = [fit_tile(pixels, tile, smooth=False) for pixels in colourise(masks.cpu(), labels)]
     columns = math.ceil(len(tops) / (rows or math.ceil(len(tops) / 10)))
@@ -193,7 +211,8 @@ def comparison_grid(
     for name, masks in rows.items():
         masks = _several(masks, 3)
         if len(masks) != len(images):
-            raise InputError(f"row {name!r} has {len(masks)} masks for {len(images)} pictures; give one mask per picture")
+            raise InputError(f"row {name!r} has {len(masks)} masks for {len(images)} pictures; give one mask per "
+                             "picture")
         grid.append([fit_tile(pixels, tile, smooth=False) for pixels in colourise(masks.cpu(), labels)])
     gaps = [8] + [4] * (len(grid) - 2)
     return _grid_figure(grid, names=[image_name, *rows], labels=labels if legend else None, title=title, row_gaps=gaps)
@@ -203,7 +222,8 @@ def principal_components(
     features: Tensor,  # (B, C, H, W)
     n: int = 3,  # how many; at most C
 ) -> Tensor:  # (B, n, H, W), the first component has the largest variance
-    """Coordinates of every pixel along the main directions of the batch; the sign makes the largest loading positive."""
+    """Coordinates of every pixel along the main directions of the batch; the sign makes the largest loading positive.
+    """
     b, c, h, w = features.shape
     pixels = features.detach().float().movedim(1, -1).reshape(-1, c)
     pixels = pixels - pixels.mean(0)
@@ -231,7 +251,8 @@ def k_means(
     steps: int = 25,  # rounds of assigning and averaging
 ) -> tuple[Tensor, Tensor]:  # group of each point (N,) and centres (k, D), the largest group first
     """Lloyd's algorithm from k-means++ seeds, the same for the same seed."""
-    if not 1 <= k <= len(points): raise InputError(f"cannot make {k} groups of {len(points)} points; choose 1 to {len(points)}")
+    if not 1 <= k <= len(points):
+        raise InputError(f"cannot make {k} groups of {len(points)} points; choose 1 to {len(points)}")
     rng = torch.Generator().manual_seed(seed)
     points = points.detach().float().cpu()
     centres = points[torch.randint(len(points), (1,), generator=rng)]
@@ -265,7 +286,8 @@ def feature_clusters(
     return torch.cdist(points, centres).argmin(1).view(-1, size, size)
 
 # %% ../nbs/components/80_pictures.ipynb #0992d422
-CLUSTER_COLOURS = tuple(tuple(int(255 * v) for v in plt.get_cmap("tab20")(i)[:3]) for i in (*range(0, 20, 2), *range(1, 20, 2)))
+CLUSTER_COLOURS = tuple(tuple(int(255 * v) for v in plt.get_cmap("tab20")(i)[:3])
+                        for i in (*range(0, 20, 2), *range(1, 20, 2)))
 
 def feature_pyramid(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
@@ -277,9 +299,11 @@ def feature_pyramid(
 ) -> Figure:
     """Each picture with its feature maps in their principal colours, and their k-means groups."""
     images = _several(images)
-    if clusters > len(CLUSTER_COLOURS): raise InputError(f"at most {len(CLUSTER_COLOURS)} clusters have a colour; got {clusters}")
+    if clusters > len(CLUSTER_COLOURS):
+        raise InputError(f"at most {len(CLUSTER_COLOURS)} clusters have a colour; got {clusters}")
     if any(len(f) != len(images) for f in features):
-        raise InputError(f"{len(images)} pictures but feature maps of {[len(f) for f in features]}; give the maps of the same pictures")
+        raise InputError(f"{len(images)} pictures but feature maps of {[len(f) for f in features]}; give the maps of "
+                         "the same pictures")
     columns = [to_bytes(images), *(pca_colours(f) for f in features)]
     heads = ["picture\n", *(f"{f.shape[-2]}x{f.shape[-1]}\n{f.shape[1]} channels" for f in features)]
     if clusters:
@@ -287,7 +311,8 @@ def feature_pyramid(
         columns.append(np.array(CLUSTER_COLOURS, np.uint8)[feature_clusters(features, clusters, min(size, 128))])
         heads.append(f"all maps\n{clusters} groups")
     tile = max(fit_tile(columns[0][0], tile).shape[:2])  # all maps as large as the picture
-    rows = [[fit_tile(column[i], tile, smooth=j == 0) for j, column in enumerate(columns)] for i in range(min(shown, len(images)))]
+    rows = [[fit_tile(column[i], tile, smooth=j == 0) for j, column in enumerate(columns)]
+            for i in range(min(shown, len(images)))]
     return _grid_figure(rows, heads=heads, title=title)
 
 # %% ../nbs/components/80_pictures.ipynb #a9835046
@@ -315,11 +340,13 @@ def curves(
     ax: Axes | None = None,  # draw here instead of in a new figure
 ) -> Figure:
     """Lines over iterations or time, named at their right ends."""
-    if ax is None: ax = panels(1, 6.4, 3.4)[1][0]
+    if ax is None:
+        ax = panels(1, 6.4, 3.4)[1][0]
     ends = []
     for i, ((name, (x, y)), colour) in enumerate(zip(history.items(), _colours(len(history)), strict=True)):
         x, y = (np.asarray(torch.as_tensor(v).detach().cpu(), float) for v in (x, y))
-        if x.shape != y.shape: raise InputError(f"curve {name!r} has {x.size} values of x and {y.size} of y; they must be as many")
+        if x.shape != y.shape:
+            raise InputError(f"curve {name!r} has {x.size} values of x and {y.size} of y; they must be as many")
         if not x.size: continue
         y = 100 * y if percent else y
         if smooth > 1:
@@ -328,7 +355,8 @@ def curves(
         marker = "o" if len(x) <= 30 else None
         ax.plot(x, y, color=colour, marker=marker, markersize=3.5, linestyle="-" if i < len(METHOD_COLOURS) else "--")
         ends.append((plain_label(name), y[-1], colour))
-    if log_y: ax.set_yscale("log")
+    if log_y:
+        ax.set_yscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel + " (%)" * percent, title=plain_label(title))
     ax.margins(x=0.01)
     name_the_ends(ax, ends)
@@ -372,7 +400,8 @@ def name_the_ends(
     """Write names beside the right ends of lines."""
     ax.figure.draw_without_rendering()
     to_points = 72 / ax.figure.dpi
-    ends = [(name, y, colour) for name, y, colour in ends if np.isfinite(ax.transData.transform((ax.get_xlim()[1], y))[1])]
+    ends = [(name, y, colour) for name, y, colour in ends
+            if np.isfinite(ax.transData.transform((ax.get_xlim()[1], y))[1])]
     heights = [ax.transData.transform((ax.get_xlim()[1], y))[1] * to_points for _, y, _ in ends]
     for (name, y, colour), height, place in zip(ends, heights, spread(heights, distance), strict=True):
         line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=1, shrinkB=0) if leaders else None
@@ -395,10 +424,12 @@ def panels(
 # %% ../nbs/components/80_pictures.ipynb #03a62a41
 def _scores(results: Mapping[str, Metrics], classes: Sequence[str], extra: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Column names and per cent (methods, columns): IoU of each class, then the named summary numbers."""
-    titles = {"miou": "mIoU", "fg_miou": "FG-mIoU", "fg_miou_present": "FG-mIoU\n(present)", "pixel_accuracy": "pixel acc."}
+    titles = {"miou": "mIoU", "fg_miou": "FG-mIoU", "fg_miou_present": "FG-mIoU\n(present)",
+              "pixel_accuracy": "pixel acc."}
     for name, metrics in results.items():
         if len(metrics.iou) != len(classes):
-            raise InputError(f"{name!r} has the IoU of {len(metrics.iou)} classes, but {len(classes)} classes are named: {', '.join(classes)}")
+            raise InputError(f"{name!r} has the IoU of {len(metrics.iou)} classes, but {len(classes)} classes are "
+                             f"named: {', '.join(classes)}")
     values = [[*m.iou, *(getattr(m, e) for e in extra)] for m in results.values()]
     return [*classes, *(titles[e] for e in extra)], 100 * np.array(values, float)
 
@@ -422,14 +453,16 @@ def iou_bars(
         if numbers or (numbers is None and len(results) <= 3):
             ax.bar_label(bars, fmt="%.0f", fontsize=8, color=MUTED, padding=1.5)
     ax.axvline(len(columns) - 1.25, color=GRID, linewidth=1.2)
-    ax.set_xticks(places, [plain_label(column) for column in columns], color=INK, rotation=0 if len(columns) <= 12 else 40, ha="center" if len(columns) <= 12 else "right")
+    ax.set_xticks(places, [plain_label(column) for column in columns], color=INK,
+                  rotation=0 if len(columns) <= 12 else 40, ha="center" if len(columns) <= 12 else "right")
     ax.get_xticklabels()[-1].set_fontweight("bold")
     ax.tick_params(axis="x", length=0)
     ax.set(ylim=(0, 100), ylabel="IoU (%)", xlim=(-0.6, places[-1] + 0.6))
     ax.set_title(plain_label(title), pad=18)
     if len(columns) <= 12:
         ax.tick_params(axis="x", pad=14)
-        for label in ax.get_xticklabels(): label.set_verticalalignment("baseline")
+        for label in ax.get_xticklabels():
+            label.set_verticalalignment("baseline")
     fig.legend(loc="outside lower center", ncols=min(4, len(results)), handlelength=1.1, handleheight=1.1)
     return fig
 
@@ -440,28 +473,37 @@ def iou_table(
     classes: Sequence[str],  # names of all classes, the background first
     title: str = "",
 ) -> Figure:
-    """Per cent of every class and of the means, one row per method; the best of each column is bold, shade follows the value."""
+    """Per cent of every class and of the means, one row per method; the best of each column is bold, shade follows the
+    value.
+    """
     columns, values = _scores(results, classes, ["miou", "fg_miou", "pixel_accuracy"])
     left = max(_text_width(name) for name in results) / 100 + 0.2
     widths = np.array([max(0.62, _text_width(column, 9) / 100 + 0.12) for column in columns])
     edges = left + np.concatenate([[0], np.cumsum(widths)]) + 0.15 * (np.arange(len(columns) + 1) > len(classes))
     row, head = 0.32, 0.34
     height = head + row * len(results) + (0.3 if title else 0)
-    fig = plt.figure(figsize=(edges[-1], height)); plt.close(fig)
-    ax = fig.add_axes((0, 0, 1, 1)); ax.set(xlim=(0, edges[-1]), ylim=(0, height)); ax.axis("off")
+    fig = plt.figure(figsize=(edges[-1], height))
+    plt.close(fig)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, edges[-1]), ylim=(0, height))
+    ax.axis("off")
     shade = mpl.colors.LinearSegmentedColormap.from_list("shade", ["#ffffff", "#8fc1e3"])
     top = row * len(results)
-    if title: ax.text(0, height - 0.02, plain_label(title), va="top", fontsize=11, fontweight="bold")
+    if title:
+        ax.text(0, height - 0.02, plain_label(title), va="top", fontsize=11, fontweight="bold")
     for j, column in enumerate(columns):
         start = edges[j + 1] - widths[j]
         centre = start + widths[j] / 2 - 0.015
         ax.text(centre, top + 0.1, plain_label(column), ha="center", va="baseline", fontsize=9, color=MUTED)
         for i, value in enumerate(values[:, j]):
             y = top - (i + 1) * row
-            ax.add_patch(plt.Rectangle((start, y), widths[j] - 0.03, row - 0.03, color=shade(np.nan_to_num(value) / 100), linewidth=0))
+            ax.add_patch(plt.Rectangle((start, y), widths[j] - 0.03, row - 0.03,
+                                       color=shade(np.nan_to_num(value) / 100), linewidth=0))
             best = len(results) > 1 and value >= np.nanmax(values[:, j])
-            ax.text(centre, y + row / 2 - 0.02, f"{value:.1f}", ha="center", va="center", fontweight="bold" if best else "normal")
-    for i, name in enumerate(results): ax.text(left - 0.12, top - (i + 0.5) * row - 0.02, plain_label(name), ha="right", va="center")
+            ax.text(centre, y + row / 2 - 0.02, f"{value:.1f}", ha="center", va="center",
+                    fontweight="bold" if best else "normal")
+    for i, name in enumerate(results):
+        ax.text(left - 0.12, top - (i + 0.5) * row - 0.02, plain_label(name), ha="right", va="center")
     ax.plot([0, edges[-1]], [top + 0.01] * 2, color=MUTED, linewidth=0.8)
     return fig
 
@@ -474,20 +516,27 @@ def confusion_figure(
 ) -> Figure:
     """A confusion matrix, in per cent of each true class; a class without pixels has an empty row."""
     counts = np.asarray(torch.as_tensor(counts), float)
-    if counts.shape != (len(classes), len(classes)): raise InputError(f"the counts have shape {counts.shape} for {len(classes)} classes; give a square matrix")
+    if counts.shape != (len(classes), len(classes)):
+        raise InputError(f"the counts have shape {counts.shape} for {len(classes)} classes; give a square matrix")
     total = counts.sum(1, keepdims=True)
     share = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
     side, left = 0.42 * len(classes), max(_text_width(name, 9) for name in classes) / 100 + 0.15
     width, height = left + side + 0.1, side + left + 0.35 + 0.3 * bool(title)
-    fig = plt.figure(figsize=(width, height)); plt.close(fig)
+    fig = plt.figure(figsize=(width, height))
+    plt.close(fig)
     ax = fig.add_axes((left / width, 0.05 / height, side / width, side / height))
-    ax.imshow(share, cmap=mpl.colors.LinearSegmentedColormap.from_list("shade", ["#ffffff", "#2f7fb8"]), vmin=0, vmax=100)
+    ax.imshow(share, cmap=mpl.colors.LinearSegmentedColormap.from_list("shade", ["#ffffff", "#2f7fb8"]),
+              vmin=0, vmax=100)
     names = [plain_label(name) for name in classes]
-    ax.set_xticks(range(len(classes)), names, rotation=90); ax.set_yticks(range(len(classes)), names)
-    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0); ax.grid(False)
+    ax.set_xticks(range(len(classes)), names, rotation=90)
+    ax.set_yticks(range(len(classes)), names)
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    ax.grid(False)
     for (y, x), value in np.ndenumerate(share):
-        if value >= 0.5: ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
-    if title: fig.text(0.02, 1 - 0.08 / height, plain_label(title), ha="left", va="top", fontsize=11, fontweight="bold")
+        if value >= 0.5:
+            ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
+    if title:
+        fig.text(0.02, 1 - 0.08 / height, plain_label(title), ha="left", va="top", fontsize=11, fontweight="bold")
     return fig
 
 # %% ../nbs/components/80_pictures.ipynb #3c7415ae
@@ -500,7 +549,10 @@ def worst_gallery(
     tile: int = 96,
     title: str = "",
 ) -> Figure:
-    """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth. `InputError` if no picture shows any."""
+    """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth.
+
+    `InputError` if no picture shows any.
+    """
     counts = picture_counts(predictions, masks, labels.n_classes)
     worst = worst_pictures(counts, number)
     if not worst: raise InputError("no picture shows a foreground class; there is nothing to rank them by")
@@ -508,4 +560,5 @@ def worst_gallery(
     rows = [[fit_tile(p, tile) for p in to_bytes(images[worst])]]
     rows += [[fit_tile(p, tile, smooth=False) for p in colourise(m[worst].cpu(), labels)] for m in (predictions, masks)]
     heads = [f"no. {i}: {100 * value:.0f}" for i, value in zip(worst, values, strict=True)]
-    return _grid_figure(rows, names=["picture", "prediction", "truth"], heads=heads, labels=labels, title=title, row_gaps=[8, 4])
+    return _grid_figure(rows, names=["picture", "prediction", "truth"], heads=heads, labels=labels, title=title,
+                        row_gaps=[8, 4])
