@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .data_augment import Augment, recolour, warp_images
 from .core import InputError, check_fields, choose_device, random_generator
-from .evaluation_metrics import eval_mode
+from .models_modes import eval_mode
 from .data_labels import IGNORE
 from .matching import SyntheticPass, log_probabilities, soft_cross_entropy, uncompiled
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts, supervised_step_in_parts

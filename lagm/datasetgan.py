@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import InputError, choose_device, random_generator
-from .evaluation_metrics import eval_mode, resting_modules, train_mode
+from .models_modes import eval_mode, resting_modules, train_mode
 from .generator import check_generated
 from .data_labels import IGNORE
 

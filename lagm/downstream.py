@@ -28,7 +28,9 @@ from tqdm import tqdm
 from .data_augment import Augment
 from .core import (
     InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
-from .evaluation_metrics import check_pictures, evaluate, resting_modules, train_mode
+from .data_checks import check_pictures
+from .evaluation_metrics import evaluate
+from .models_modes import resting_modules, train_mode
 from .generator import check_version
 from .data_labels import IGNORE, LabelSet
 from .parts import PRECISIONS, make_fabric

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from .core import InputError
-from .evaluation_metrics import Metrics, picture_counts, worst_pictures
-from .evaluation_metrics import scores as scores_of
+from .evaluation_intervals import picture_counts, worst_pictures
+from .evaluation_metrics import Metrics
+from .evaluation_intervals import scores as scores_of
 from .data_labels import LabelSet, colourise
 
 # %% ../nbs/components/80_pictures.ipynb #abb82ab0

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .core import InputError
 from .datasets import read_array_mask
-from .evaluation_metrics import picture_counts, predict, scores
+from .evaluation_intervals import picture_counts, scores
+from .evaluation_metrics import predict
 from .data_images import IMAGE_SUFFIXES, read_pair, to_item
 
 # %% ../nbs/components/72_folds.ipynb #ec64b18d

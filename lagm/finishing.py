@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation_metrics import eval_mode
+from .models_modes import eval_mode
 from .matching import SyntheticPass
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts
 

@@ -27,7 +27,7 @@ from .data_augment import resize_nearest, wide_crop
 from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
 from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
-from .evaluation_metrics import check_pictures
+from .data_checks import check_pictures
 from .generator import FrozenGenerator, check_generated
 from .data_labels import IGNORE, LabelSet
 from .run_state import digest, forced, generator_digest, set_aside

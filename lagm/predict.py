@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from .checkpoints import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
-from .evaluation_metrics import eval_mode, evaluation_report, metrics_from_counts, predict
+from .evaluation_metrics import metrics_from_counts, predict
+from .evaluation_record import evaluation_report
+from .models_modes import eval_mode
 from .data_labels import CELEBA8, LabelSet, colourise
 from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter

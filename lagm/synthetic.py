@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .data_augment import resize_nearest, wide_crop
 from .core import (
     InputError, check_fields, choose_device, decode_text, parse_json, printable, random_generator, read_json, write_json)
-from .evaluation_metrics import eval_mode
+from .models_modes import eval_mode
 from .generator import check_generated
 from .data_labels import CELEBA8, LabelSet
 from .data_images import decode_picture

@@ -39,7 +39,9 @@ from .data_augment import Augment, resize_nearest, wide_crop
 from .convolutions import FastConvolutions, can_winograd
 from .core import InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value
 from .core import printable, provenance, random_generator
-from .evaluation_metrics import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
+from .data_checks import check_pictures
+from .evaluation_metrics import evaluate
+from .models_modes import eval_mode, kept_modes, resting_modules, train_mode
 from .finishing import anchor_labels, finish_step, labels_say
 from .generator import check_generated, check_version
 from .data_labels import IGNORE, LabelSet

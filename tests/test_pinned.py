@@ -17,7 +17,7 @@ from lagm.data_augment import Augment
 from lagm.convolutions import FastConvolutions
 from lagm.core import random_generator
 from lagm.downstream import DownstreamRecipe, change_batch
-from lagm.evaluation_metrics import BoundaryScore, within
+from lagm.evaluation_boundary import BoundaryScore, within
 from lagm.evaluation_folds import number_in
 from lagm.gan import GANRecipe, GANTrainer
 from lagm.matching import (

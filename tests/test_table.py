@@ -17,7 +17,7 @@ from lagm.comparison import (Score, best_rival, cell_pictures, compare, comparis
                              interval, labels_needed, labels_saved, minutes_table,
                              quality_figure, read_cells, saved_figure, saved_table, widening)
 from lagm.core import InputError, read_json, write_json
-from lagm.evaluation_metrics import picture_counts, resampled_scores
+from lagm.evaluation_intervals import picture_counts, resampled_scores
 from lagm.generator import generator_file, kit_generators, load_generator
 from lagm.report import ablation_table, benchmark_table, cell_of, class_figures, find_results, group_minutes
 from lagm.report import group_results, learning_curves_figure
