@@ -6,21 +6,19 @@
 __all__ = ['CELEBA_19', 'PASCAL_HORSE', 'PASCAL_AEROPLANE', 'CAT_16', 'CAR_20', 'FACE_34', 'CAR_12', 'RELEASED_CAR_12_NAMES',
            'CGPART_CAR', 'CGPART_CAR_15', 'CGPART_CAR_10', 'CGPART_AEROPLANE', 'CGPART_AEROPLANE_7', 'LABEL_SETS',
            'CELEBA_19_TO_8', 'FACE_34_TO_8', 'CAR_20_TO_12', 'CGPART_CAR_TO_15', 'CGPART_CAR_TO_10',
-           'CGPART_AEROPLANE_TO_7', 'LABEL_MAPS', 'PASCAL_PARTS', 'distinct_colours', 'make_labels', 'get_labels',
-           'LabelMap', 'draw_map', 'pascal_part_id', 'pascal_n_parts']
+           'CGPART_AEROPLANE_TO_7', 'LABEL_MAPS', 'PASCAL_PARTS', 'distinct_colours', 'make_labels', 'write_classes',
+           'get_labels', 'LabelMap', 'pascal_part_id', 'pascal_n_parts']
 
 # %% ../nbs/components/06_label_maps.ipynb #668235da
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from .core import InputError
+from .core import InputError, atomic_path
 from .data_labels import CELEBA8, IGNORE, LabelSet
 
 # %% ../nbs/components/06_label_maps.ipynb #300f8e21
@@ -28,9 +26,11 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
     """Colours (n, 3) in 0..255 as coordinates (n, 3) of the Oklab space (B. Ottosson, 2020)."""
     c = colours / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    to_cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+    to_cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929],
+                         [0.2119034982, 0.6806995451, 0.1073969566],
                          [0.0883024619, 0.2817188376, 0.6299787005]])
-    to_lab = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+    to_lab = np.array([[0.2104542553, 0.7936177850, -0.0040720468],
+                       [1.9779984951, -2.4285922050, 0.4505937099],
                        [0.0259040371, 0.7827717662, -0.8086757660]])
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
 
@@ -39,7 +39,7 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
 def distinct_colours(
     n: int,  # how many, 1 to 255
 ) -> tuple[tuple[int, int, int], ...]:  # black first; a shorter list is the beginning of a longer one
-    """Colours that are easy to tell apart."""
+    """Colours that are easy to tell apart. Raises `InputError` for a number out of range."""
     if not 1 <= n <= IGNORE: raise InputError(f"cannot choose {n} colours; ask for 1 to {IGNORE}")
     steps = np.linspace(0, 255, 9).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
@@ -51,15 +51,25 @@ def distinct_colours(
         gap = np.minimum(gap, np.linalg.norm(space - space[chosen[-1]], axis=1))
     return tuple(tuple(int(v) for v in candidates[i]) for i in chosen)
 
-
+# %% ../nbs/components/06_label_maps.ipynb #ba0e77ec
 def make_labels(
     name: str,  # what the set is called
     classes: Sequence[str],  # the background first
     colours: Sequence[Sequence[int]] | None = None,  # None: distinct ones
 ) -> LabelSet:
     """A label set with colours chosen for it."""
-    return LabelSet(name, tuple(classes),
-                    tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes)))
+    palette = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
+    return LabelSet(name, tuple(classes), palette)
+
+
+def write_classes(
+    root: str | Path,  # the folder
+    labels: LabelSet,
+) -> None:
+    """Write the names and colours of a label set to classes.txt, one class a line, as a folder of pictures has it."""
+    text = "".join(f"{name}\t#{r:02x}{g:02x}{b:02x}\n" for name, (r, g, b) in zip(labels.classes, labels.palette))
+    with atomic_path(Path(root) / "classes.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/components/06_label_maps.ipynb #ccc661c4
 CELEBA_19 = make_labels("celebA_19", (
@@ -100,9 +110,8 @@ CGPART_CAR = make_labels("CGPart_car", (
     "back_right_door", "back_right_wheel", "back_right_window", "back_windshield", "front_bumper", "front_left_door",
     "front_left_wheel", "front_left_window", "front_license_plate", "front_right_door", "front_right_wheel",
     "front_right_window", "front_windshield", "hood", "left_frame", "left_head_light", "left_mirror",
-    "left_quarter_window",
-    "left_tail_light", "right_frame", "right_head_light", "right_mirror", "right_quarter_window", "right_tail_light",
-    "roof", "trunck"))
+    "left_quarter_window", "left_tail_light", "right_frame", "right_head_light", "right_mirror",
+    "right_quarter_window", "right_tail_light", "roof", "trunck"))
 
 CGPART_CAR_15 = make_labels("CGPart_car_simplified_v0", (
     "background", "back_bumper", "car_body", "door", "front_bumper", "head_light", "hood", "licence_plate",
@@ -115,12 +124,13 @@ CGPART_CAR_10 = make_labels("CGPart_car_simplified_v1", (
 CGPART_AEROPLANE = make_labels("CGPart_aeroplane", (
     "background", "propeller", "cockpit", "wing_left", "wing_right", "fin", "tailplane_left", "tailplane_right",
     "wheel_front", "landing_gear_front", "wheel_back_left", "gear_back_left", "wheel_back_right", "gear_back_right",
-    "engine_left", "engine_right", "door_left", "door_right", "bomb_left", "bomb_right", "window_left",
-    "window_right", "body"))
+    "engine_left", "engine_right", "door_left", "door_right", "bomb_left", "bomb_right", "window_left", "window_right",
+    "body"))
 
-CGPART_AEROPLANE_7 = make_labels("CGPart_aeroplane_simplified_v0",
-                                 ("background", "body", "engine", "fin", "tailplane", "wheel", "wing"))
+CGPART_AEROPLANE_7 = make_labels("CGPart_aeroplane_simplified_v0", (
+    "background", "body", "engine", "fin", "tailplane", "wheel", "wing"))
 
+# %% ../nbs/components/06_label_maps.ipynb #2fd9e987
 LABEL_SETS = {labels.name: labels for labels in (
     CELEBA_19, PASCAL_HORSE, PASCAL_AEROPLANE, CAT_16, CAR_20, CAR_12, FACE_34,
     CGPART_CAR, CGPART_CAR_15, CGPART_CAR_10, CGPART_AEROPLANE, CGPART_AEROPLANE_7)} | {"celebA_8": CELEBA8}
@@ -150,17 +160,14 @@ class LabelMap:
         target: LabelSet,
         table: Mapping[str, Sequence[str]],  # target class -> source classes
     ) -> "LabelMap":
-        """Build from names; `InputError` if a source class is missing, unknown or named twice."""
-        ids: dict[int, int] = {}
+        """Build from names. Raises `InputError` if a source class is missing, unknown or named twice."""
+        ids, what = {}, f"the table from {source.name!r} to {target.name!r}"
         for name, parts in table.items():
             for part in parts:
-                if source.index(part) in ids:
-                    raise InputError(f"the table from {source.name!r} to {target.name!r} names {part!r} twice")
+                if source.index(part) in ids: raise InputError(f"{what} names {part!r} twice")
                 ids[source.index(part)] = target.index(name)
         missing = [name for i, name in enumerate(source.classes) if i not in ids]
-        if missing:
-            raise InputError(f"the table from {source.name!r} to {target.name!r} says nothing about "
-                             f"{', '.join(missing)}")
+        if missing: raise InputError(f"{what} says nothing about {', '.join(missing)}")
         return cls(source, target, tuple(ids[i] for i in range(source.n_classes)))
 
     def __call__(
@@ -248,41 +255,9 @@ CGPART_AEROPLANE_TO_7 = LabelMap.from_table(CGPART_AEROPLANE, CGPART_AEROPLANE_7
     "wheel": ("wheel_front", "wheel_back_left", "wheel_back_right"), "wing": ("wing_left", "wing_right"),
 })
 
+# %% ../nbs/components/06_label_maps.ipynb #37dd10b1
 LABEL_MAPS = {(m.source.name, m.target.name if m.target is not CELEBA8 else "celebA_8"): m for m in (
     CELEBA_19_TO_8, FACE_34_TO_8, CAR_20_TO_12, CGPART_CAR_TO_15, CGPART_CAR_TO_10, CGPART_AEROPLANE_TO_7)}
-
-# %% ../nbs/components/06_label_maps.ipynb #8883084b
-def _ink(colour: Sequence[int]) -> str:
-    """Black or white, whichever can be read on `colour` (0..255)."""
-    return "white" if np.dot(colour, (0.299, 0.587, 0.114)) < 140 else "black"
-
-
-def draw_map(
-    mapping: LabelMap,
-    columns: int = 4,  # source classes side by side
-) -> Figure:
-    """A picture of a mapping: target classes on the left, the source classes of each on its right."""
-    groups = [[c for c, t in enumerate(mapping.ids) if t == target] for target in range(mapping.target.n_classes)]
-    heights = [max(1, -(-len(group) // columns)) for group in groups]
-    fig, ax = plt.subplots(figsize=(1.7 * (columns + 1), 0.24 * sum(heights) + 0.45), dpi=80)
-    plt.close(fig)  # returned, not shown twice
-
-    def box(x: float, y: float, high: float, colour: tuple[int, int, int], text: str) -> None:
-        ax.add_patch(Rectangle((x, y), 0.97, high - 0.1, facecolor=np.array(colour) / 255, edgecolor="#999999",
-                               linewidth=0.5))
-        ax.text(x + 0.485, y + (high - 0.1) / 2, text, ha="center", va="center", fontsize=7, color=_ink(colour))
-
-    y = 0
-    for target, (group, high) in enumerate(zip(groups, heights)):
-        box(0, y, high, mapping.target.palette[target], f"{target} {mapping.target.classes[target]}")
-        for n, c in enumerate(group):
-            box(1.12 + n % columns, y + n // columns, 1, mapping.source.palette[c],
-                f"{c} {mapping.source.classes[c].removeprefix('head***')}")
-        y += high
-    ax.set(xlim=(0, columns + 1.12), ylim=(y, 0), title=f"{mapping.target.name}  ←  {mapping.source.name}")
-    ax.axis("off")
-    fig.tight_layout(pad=0.3)
-    return fig
 
 # %% ../nbs/components/06_label_maps.ipynb #0a0e3b57
 _LEFT_AND_RIGHT_LEGS = "lfuleg lflleg rfuleg rflleg lbuleg lblleg rbuleg rblleg"

@@ -239,7 +239,8 @@ def evaluate_checkpoint(
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:  # what metrics.json holds
     """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png."""
-    from lagm.evaluation_figures import confusion_figure, iou_table, worst_gallery
+    from lagm.evaluation_grids import worst_gallery
+    from lagm.evaluation_tables import confusion_figure, iou_table
 
     segmenter, labels, _ = open_segmenter(path, labels, device=choose_device(device))
     predictions = predict(segmenter, images, batch_size)

@@ -30,7 +30,9 @@ from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper
 from .core import InputError, atomic_path, printable, read_json
 from .evaluation_metrics import Metrics
 from .experiments import read_record, unfinished_copy
-from .evaluation_figures import curves, iou_bars, panels, plain_label
+from .evaluation_curves import curves
+from .evaluation_figures import panels, plain_label
+from .evaluation_tables import iou_bars
 
 # %% ../nbs/components/94_report.ipynb #79f6eb8f
 MOST, MOST_NAMES, LONGEST = 1e15, 1000, 200  # a number beyond it is no result; rows or classes; characters of a name

@@ -21,7 +21,9 @@ from lagm.core import InputError
 from lagm.evaluation_metrics import Metrics
 from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
 from lagm.data_labels import LabelSet
-from lagm.evaluation_figures import confusion_figure, curves, iou_bars, iou_table, labelled_grid
+from lagm.evaluation_curves import curves
+from lagm.evaluation_grids import labelled_grid
+from lagm.evaluation_tables import confusion_figure, iou_bars, iou_table
 from lagm.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
     in_markdown, learning_curves_figure,
