@@ -6,7 +6,6 @@
 __all__ = ['SCORES', 'picture_counts', 'scores', 'worst_pictures', 'Interval', 'resampled_scores', 'bootstrap']
 
 # %% ../nbs/components/71_intervals.ipynb #c73adab6
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch

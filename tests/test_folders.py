@@ -8,7 +8,9 @@ from PIL import Image
 
 from lagm import cli
 from lagm.core import InputError
-from lagm.data_importers import import_coco, import_cvat, import_label_studio, read_label_map
+from lagm.data_coco import import_coco
+from lagm.data_cvat import import_cvat, read_label_map
+from lagm.data_label_studio import import_label_studio
 from lagm.data_regions import unpack_brush
 from lagm.folders import Folder, read_classes
 

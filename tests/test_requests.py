@@ -13,7 +13,7 @@ from lagm import cli
 from lagm.cli import main
 from lagm.core import InputError
 from lagm.folders import Folder
-from lagm.data_importers import import_coco
+from lagm.data_coco import import_coco
 from lagm.data_labels import LabelSet
 from lagm.predict import predict_folder
 
