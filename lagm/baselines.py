@@ -20,18 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import Augment, recolour, warp_images
 from .core import InputError, check_fields, choose_device, random_generator
-from .evaluation import eval_mode
-from .labels import IGNORE
+from .data_augment import Augment, recolour, warp_images
+from .data_labels import IGNORE
 from .matching_forward import SyntheticPass
 from .matching_gradients import log_probabilities, soft_cross_entropy, uncompiled
+from .models_modes import eval_mode
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts, supervised_step_in_parts
 from .segmenters import network_entry
-from .training import FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage
-from .training import SyntheticBatches, Trained
-from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
-from .training import supervised_step
+from .training import (
+    FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage, SyntheticBatches, Trained,
+    balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note, supervised_step)
 
 # %% ../nbs/components/66_baselines.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")

@@ -26,7 +26,8 @@ from torch import Tensor
 
 # %% ../nbs/components/95_comparison.ipynb #25e16914
 from .core import random_generator
-from .pictures import INK, METHOD_COLOURS, MUTED, STYLE, name_the_ends, panels, plain_label
+from .evaluation_curves import name_the_ends
+from .evaluation_figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
 from .report import DOMAINS, FINISHED, Result, Table, cell_of, number
 
 # %% ../nbs/components/95_comparison.ipynb #91b67206

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .generators_load import read_generator, read_safetensors
-from .models_results import load_results
 from .core import InputError, atomic_path, checksum, printable, save_tensors
+from .data_labels import LabelSet
 from .generator import FrozenGenerator, Sampling
+from .generators_load import read_generator, read_safetensors
 from .generators_weights import FORMAT_VERSION, network_from_tensors
-from .labels import LabelSet
+from .models_results import load_results
 from .saved import save_networks, stored
 
 # %% ../nbs/components/27_convert.ipynb #b41e2bb5

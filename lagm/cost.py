@@ -24,11 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
-from .generator import FrozenGenerator, Sampling
+from .data_labels import IGNORE
+from .generator import FrozenGenerator, Generated, Sampling
 from .generators_load import load_generator
-from .labels import IGNORE
 from .segmenters import build_segmenter, matched_parameter_names
-from .generator import Generated
 from .stylegan2 import StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
 from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
 from .watching import measure

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from .core import InputError, asset, printable, read_json
-from .labels import IGNORE, Labelled, LabelSet
+from .data_labels import IGNORE, LabelSet, Labelled
 from .unpickling import Unreadable, read_npy
 
 # %% ../nbs/components/10_data.ipynb #7c2e8c0f
@@ -32,7 +32,7 @@ _UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeErr
 
 
 def _content_hash(array: np.ndarray) -> str:
-    """SHA-256 of an array's type, shape and values, as `lagm.avatars.array_hash` wrote it."""
+    """SHA-256 of an array's type, shape and values, as `lagm.data_avatars.array_hash` wrote it."""
     return sha256(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 

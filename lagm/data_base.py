@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from .core import InputError, inside, read_lines
-from .label_maps import LABEL_MAPS, LabelMap
-from .labels import Labelled, LabelSet
+from .data_label_maps import LABEL_MAPS, LabelMap
+from .data_labels import LabelSet, Labelled
 from .picture_files import check_size
 
 # %% ../nbs/components/14_data_base.ipynb #beca22ab

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .core import InputError, printable, read_lines
 from .data_base import PartDataset, choose_split, find_map, need_path
-from .label_maps import CELEBA_19
-from .labels import IGNORE
-from .picture_files import read_image, read_pair, to_item
+from .data_label_maps import CELEBA_19
+from .data_labels import IGNORE
+from .data_images import read_image, read_pair, to_item
 
 # %% ../nbs/components/14_data_celeba.ipynb #d2ba4fb8
 def merge_parts(

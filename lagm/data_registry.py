@@ -25,7 +25,7 @@ from .data_cgpart import CGPartReal, CGPartRendered
 from .data_datasetgan import DatasetGAN
 from .data_pascal import PascalPart
 from .folders import Folder
-from .labels import LabelSet
+from .data_labels import LabelSet
 
 # %% ../nbs/components/16_data_registry.ipynb #c9a6755a
 @dataclass(frozen=True)

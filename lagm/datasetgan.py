@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import InputError, choose_device, random_generator
-from .evaluation import eval_mode, resting_modules, train_mode
+from .models_modes import eval_mode, resting_modules, train_mode
 from .generator import check_generated
-from .labels import IGNORE
+from .data_labels import IGNORE
 
 # %% ../nbs/components/68_datasetgan.ipynb #b90a3734
 class FeatureStore:

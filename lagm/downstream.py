@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .augment import Augment
 from .core import (
     InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
-from .evaluation import check_pictures, evaluate, resting_modules, train_mode
+from .data_augment import Augment
+from .data_checks import check_pictures
+from .data_labels import IGNORE, LabelSet
+from .evaluation_metrics import evaluate
 from .generators_weights import check_version
-from .labels import IGNORE, LabelSet
+from .models_modes import resting_modules, train_mode
 from .parts import PRECISIONS, make_fabric
 from .run_state import checkpoint_lock, forced, set_aside
 from .saved import load_segmenter, save_segmenter, segmenter_options

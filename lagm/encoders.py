@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import Augment
+from .data_augment import Augment
 from .core import InputError, check_fields, choose_device, random_generator
 from .frozen import EncoderSegmenter, TimmSegmenter
 from .parts import supervised_step_in_parts
@@ -53,7 +53,7 @@ class Pretraining:
 
 # %% ../nbs/components/69_encoders.ipynb #bca7f48a
 def matching_points(
-    first: Tensor,  # (B, 2, 3): maps of the first changed pictures, from `lagm.augment.affine_maps`
+    first: Tensor,  # (B, 2, 3): maps of the first changed pictures, from `lagm.data_augment.affine_maps`
     second: Tensor,  # (B, 2, 3): of the second ones
     n: int,  # points per picture
     rng: torch.Generator,  # on the CPU

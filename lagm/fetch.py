@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .core import InputError, inside, install_advice, printable, write_json
-from .picture_files import describe_bytes, describe_file
+from .data_images import describe_bytes, describe_file
 from .sources import SOURCES, Source, file_problem, get_source
 
 # %% ../nbs/components/18_fetch.ipynb #df3f991b

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import eval_mode
 from .matching_forward import SyntheticPass
+from .models_modes import eval_mode
 from .parts import each_part, labelled_gradient_in_parts, mean_over_parts
 
 # %% ../nbs/components/59_finishing.ipynb #c0ce0bea

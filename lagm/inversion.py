@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import resize_nearest, wide_crop
+from .data_augment import resize_nearest, wide_crop
 from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
 from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
-from .evaluation import check_pictures
+from .data_checks import check_pictures
 from .generator import FrozenGenerator, check_generated
-from .labels import IGNORE, LabelSet
+from .data_labels import IGNORE, LabelSet
 from .run_state import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
 from .generator import Generated

@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from .core import InputError, same_name
-from .folders import read_classes, write_classes
-from .label_maps import make_labels
-from .labels import IGNORE, LabelSet
-from .picture_files import IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, check_classes, list_files, read_image, read_mask
-from .picture_files import read_pair, save_mask
+from .data_label_maps import write_classes
+from .folders import read_classes
+from .data_label_maps import make_labels
+from .data_labels import IGNORE, LabelSet
+from .data_images import IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, read_image, read_mask
+from .picture_files import check_classes
+from .data_images import read_pair, save_mask
 
 # %% ../nbs/components/81_album.ipynb #fd739b24
 def check_parts(labels: LabelSet) -> LabelSet:

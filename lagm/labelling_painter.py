@@ -14,8 +14,8 @@ import numpy as np
 
 from .core import InputError, asset, install_advice
 from .labelling_album import Album, Desk
-from .labels import LabelSet
-from .picture_files import IMAGE_SUFFIXES
+from .data_labels import LabelSet
+from .data_images import IMAGE_SUFFIXES
 
 try: import anywidget
 except ImportError: anywidget = None

@@ -28,16 +28,17 @@ from torch import Tensor, nn
 from .annotator import FPNAnnotator
 from .core import InputError, atomic_path, check_fields, choose_device, read_text
 from .core import seed_everything, write_json
-from .evaluation import ConfusionMatrix, predict
-from .folders import Folder, write_classes
+from .evaluation_metrics import ConfusionMatrix, predict
+from .data_label_maps import write_classes
+from .folders import Folder
 from .generator import Sampling
 from .generators_load import load_generator
-from .label_maps import make_labels
+from .data_label_maps import make_labels
 from .labelling_album import Album, Desk, check_parts, labelled_shares, unpainted_classes
 from .labelling_page import LabelServer, respond
 from .labelling_proposals import LATENTS, colour_regions, feature_clusters, predictions
-from .picture_files import list_files, read_image
-from .pictures import labelled_grid
+from .data_images import list_files, read_image
+from .evaluation_grids import labelled_grid
 from .segmenters import UNet
 from .training import data_digest, get_recipe, train_lagm, train_supervised
 

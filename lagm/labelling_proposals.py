@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import InputError, load_tensors, random_generator, save_tensors
 from .generator import FrozenGenerator
 from .labelling_album import Album
-from .labels import LabelSet
+from .data_labels import LabelSet
 from .predict import open_segmenter, predict_pictures
 
 # %% ../nbs/components/84_proposals.ipynb #c03e0d55

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import InputError
-from .labels import IGNORE
+from .data_labels import IGNORE
 from .matching_distance import distance
 
 # %% ../nbs/book/09_matching_backward_twice.ipynb #5589b66a

@@ -16,7 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .core import InputError, install_advice
-from .labels import IGNORE
+from .data_labels import IGNORE
 from .matching_distance import distance_and_derivative
 from .matching_forward import SyntheticPass, directional_derivative
 from .matching_gradients import labelled_gradient

@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from .models_results import load_results
 from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
-from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
-from .labels import CELEBA8, LabelSet, colourise
-from .picture_files import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
+from .evaluation_metrics import metrics_from_counts, predict
+from .evaluation_record import evaluation_report
+from .models_modes import eval_mode
+from .data_labels import CELEBA8, LabelSet, colourise
+from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
 from .synthetic import coco_annotations, coco_categories, png
 
@@ -237,7 +239,8 @@ def evaluate_checkpoint(
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:  # what metrics.json holds
     """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png."""
-    from lagm.pictures import confusion_figure, iou_table, worst_gallery
+    from lagm.evaluation_grids import worst_gallery
+    from lagm.evaluation_tables import confusion_figure, iou_table
 
     segmenter, labels, _ = open_segmenter(path, labels, device=choose_device(device))
     predictions = predict(segmenter, images, batch_size)

@@ -29,9 +29,11 @@ from matplotlib.figure import Figure
 from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
 from .core import InputError, atomic_path, printable, read_json
 from .data_registry import EXPERIMENTS
-from .evaluation import Metrics
+from .evaluation_curves import curves
+from .evaluation_figures import panels, plain_label
+from .evaluation_metrics import Metrics
+from .evaluation_tables import iou_bars
 from .experiments import read_record, unfinished_copy
-from .pictures import curves, iou_bars, panels, plain_label
 
 # %% ../nbs/components/94_report.ipynb #79f6eb8f
 MOST, MOST_NAMES, LONGEST = 1e15, 1000, 200  # a number beyond it is no result; rows or classes; characters of a name

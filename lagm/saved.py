@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from .annotator import FPNAnnotator
 from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
+from .data_label_maps import distinct_colours
+from .data_labels import LabelSet
 from .frozen import HeadedEncoder
-from .generators_weights import FORMAT_VERSION, check_names, check_tensors, check_version
-from .label_maps import distinct_colours
-from .labels import LabelSet
 from .generators_formats import count_numbered
+from .generators_weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
 from .unpickling import Unreadable, quoted
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .labels import IGNORE
+from .data_labels import IGNORE
 
 # %% ../nbs/components/55_signs.ipynb #b750bc52
 def class_shares(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import InputError
-from .picture_files import describe_file, open_picture
+from .data_images import describe_file
+from .data_images import open_picture
 from .unpickling import read_arrays
 
 # %% ../nbs/components/11_sources.ipynb #a2b79337

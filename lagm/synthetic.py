@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .augment import resize_nearest, wide_crop
+from .data_augment import resize_nearest, wide_crop
 from .core import (
     InputError, check_fields, choose_device, decode_text, parse_json, printable, random_generator, read_json, write_json)
-from .evaluation import eval_mode
+from .models_modes import eval_mode
 from .generator import check_generated
-from .labels import CELEBA8, LabelSet
-from .picture_files import decode_picture
+from .data_labels import CELEBA8, LabelSet
+from .data_images import decode_picture
 from .run_state import forced, set_aside
 
 # %% ../nbs/components/62_synthetic.ipynb #9d162428

@@ -35,24 +35,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import Augment, resize_nearest, wide_crop
 from .convolutions import FastConvolutions, can_winograd
-from .core import InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value
-from .core import printable, provenance, random_generator
-from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
+from .core import (
+    InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value, printable,
+    provenance, random_generator)
+from .data_augment import Augment, resize_nearest, wide_crop
+from .data_checks import check_pictures
+from .data_labels import IGNORE, LabelSet
+from .evaluation_metrics import evaluate
 from .finishing import anchor_labels, finish_step, labels_say
 from .generator import check_generated
 from .generators_weights import check_version
-from .labels import IGNORE, LabelSet
 from .matching_distance import METRICS, REDUCTIONS, layer_cosines
-from .matching_forward import SyntheticPass
-from .matching_gradients import Match, clean_gradients, labelled_gradient
-from .matching_forward import match_forward_mode
-from .matching_gradients import match_double_backward
+from .matching_forward import SyntheticPass, match_forward_mode
+from .matching_gradients import Match, clean_gradients, labelled_gradient, match_double_backward
 from .memory import kept_memory
-from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
-from .parts import supervised_step_in_parts, this_process
-from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
+from .models_modes import eval_mode, kept_modes, resting_modules, train_mode
+from .parts import (
+    check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed,
+    supervised_step_in_parts, this_process)
+from .run_state import (
+    CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states,
+    restore_random_states)
 from .saved import can_be_saved, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .signs import class_shares, signs, warning_sign

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .core import InputError, atomic_path, decode_text, install_advice, parse_json
-from .labels import CELEBA8, LabelSet, colourise
+from .data_labels import CELEBA8, LabelSet, colourise
 
 # %% ../nbs/components/56_watching.ipynb #efba60c6
 class MetricsLog:

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lagm.augment import OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop
+from lagm.data_augment import (
+    OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop)
 from lagm.core import InputError, random_generator
-from lagm.labels import IGNORE
+from lagm.data_labels import IGNORE
 
 
 def batch(n=3, height=24, width=32):

@@ -9,7 +9,7 @@ import pytest
 from lagm import avatars
 from lagm.core import InputError
 from lagm.data import Avatars, stack
-from lagm.labels import CELEBA8
+from lagm.data_labels import CELEBA8
 
 pytest.importorskip("dicebear_styles", reason="needs the extra 'avatars'")
 pytest.importorskip("resvg_py", reason="needs the extra 'avatars'")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.annotator import FPNAnnotator
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training, train_taught)
 from lagm.core import InputError, random_generator
@@ -128,7 +128,7 @@ def test_they_learn():
 
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, warm_segmenter=40, lr_warm=1e-2, lr_segmenter=5e-3, average=0.9, augment=Augment(rotate=5, hue=5), batch_labelled=4)
-    from lagm.evaluation import evaluate
+    from lagm.evaluation_metrics import evaluate
     for train in TRAINERS.values():
         trained = train(tiny_segmenter(width=8), Pictures(), images, masks, recipe=recipe, progress=False)
         assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.65

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lagm.cache import Cached, item_key, pack, unpack
+from lagm.data_cache import Cached, item_key, pack, unpack
 from lagm.core import InputError
 from lagm.data import Avatars, stack
 from lagm.data_cgpart import CGPartReal, CGPartRendered

@@ -16,13 +16,12 @@ from safetensors import safe_open
 from test_stylegan1 import golden_network
 
 from lagm.annotator import FPNAnnotator
-from lagm.generators_load import read_generator
-from lagm.models_results import load_results, read_generator_kwargs
 from lagm.core import InputError, save_tensors
-from lagm.evaluation import evaluate
-from lagm.generator import Sampling
-from lagm.generators_load import load_generator
+from lagm.evaluation_metrics import evaluate
+from lagm.generator import FrozenGenerator, Sampling
+from lagm.generators_load import load_generator, read_generator
 from lagm.generators_weights import save_generator
+from lagm.models_results import load_results, read_generator_kwargs
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stylegan1 import StyleGAN1
 from lagm.stylegan2 import StyleGAN2
@@ -359,8 +358,6 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from lagm.generator import FrozenGenerator
-from lagm.generators_load import load_generator
 torch.set_num_threads(1)
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmRSS")

@@ -30,7 +30,7 @@ from sync import ROOT, notebooks
 from lagm import cli
 from lagm.saved import save_segmenter
 from lagm.experiments import check_parameters, read_parameter_file
-from lagm.labels import CELEBA8
+from lagm.data_labels import CELEBA8
 from lagm.segmenters import UNet
 from lagm.sources import CHECKPOINTS
 from lagm.stylegan2 import StyleGAN2

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lagm.avatars import SEED_RANGES
+from lagm.data_avatars import SEED_RANGES
 from lagm.core import InputError, asset
 from lagm.data import SPLITS, Avatars, choose_labelled, stack
-from lagm.labels import CELEBA8
+from lagm.data_labels import CELEBA8
 
 STYLES = ("big-ears", "toon-head", "micah")
 SIZES = {"train": 40, "val": 60, "test": 240}

@@ -14,8 +14,8 @@ from lagm.data_cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_s
 from lagm.data_datasetgan import DatasetGAN, remove_specks
 from lagm.data_pascal import PascalPart
 from lagm.folders import Folder, save_folder
-from lagm.labels import CELEBA8, IGNORE
-from lagm.picture_files import save_mask
+from lagm.data_labels import CELEBA8, IGNORE
+from lagm.data_images import save_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 ROOT = GOLDEN / "data"

@@ -15,10 +15,10 @@ from lagm import cli
 from lagm.catalogue import missing_inputs, read_catalogue
 from lagm.core import InputError
 from lagm.data_cgpart import CGPART_MODELS
+from lagm.data_images import save_mask
+from lagm.data_registry import EXPERIMENTS
 from lagm.doctor import Doctor, can_run, examine, report
 from lagm.experiments import list_experiments
-from lagm.picture_files import save_mask
-from lagm.data_registry import EXPERIMENTS
 from lagm.sources import SOURCES
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"

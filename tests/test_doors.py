@@ -14,13 +14,13 @@ from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_se
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.baselines import (
     Teaching, taught_step, taught_step_in_parts, train_mean_teacher, train_self_training, train_taught)
 from lagm.core import InputError, all_finite, check_fields, load_tensors, random_generator
 from lagm.datasetgan import label_generated
 from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
-from lagm.evaluation import evaluate, predict
+from lagm.evaluation_metrics import evaluate, predict
 from lagm.gan import GANRecipe
 from lagm.generator import Sampling
 from lagm.predict import predict_pictures

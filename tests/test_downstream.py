@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
 from lagm.downstream import Diverged, DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
 from lagm.saved import load_segmenter, save_segmenter

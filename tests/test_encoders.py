@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny import LABELS, tiny_generator, tiny_pictures
 
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.cli import main
 from lagm.core import InputError, describe_tensors, load_tensors, random_generator, save_tensors
 from lagm.encoders import Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder
-from lagm.evaluation import evaluate
+from lagm.evaluation_metrics import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
 from lagm.training import FAST, Players, train_supervised

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 from lagm.core import InputError, read_json, write_json
-from lagm.evaluation import SCORES, BoundaryScore, ConfusionMatrix, Metrics, bootstrap, eval_mode, evaluate, evaluation_report, metrics_from_counts
-from lagm.evaluation import picture_counts, predict, scores, worst_pictures
+from lagm.evaluation_boundary import BoundaryScore
+from lagm.evaluation_intervals import SCORES, bootstrap
+from lagm.evaluation_metrics import ConfusionMatrix, Metrics, evaluate, metrics_from_counts
+from lagm.evaluation_record import evaluation_report
+from lagm.models_modes import eval_mode
+from lagm.evaluation_intervals import picture_counts, scores, worst_pictures
+from lagm.evaluation_metrics import predict
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,8 +9,10 @@ from PIL import Image
 from lagm import cli
 from lagm.core import InputError
 from lagm.folders import Folder, read_classes
-from lagm.importers import import_coco, import_cvat, import_label_studio, read_label_map
-from lagm.regions import unpack_brush
+from lagm.data_coco import import_coco
+from lagm.data_cvat import import_cvat, read_label_map
+from lagm.data_label_studio import import_label_studio
+from lagm.data_regions import unpack_brush
 
 TRUTH = np.zeros((20, 30), np.uint8)
 TRUTH[4:16, 5:25], TRUTH[6:10, 8:14] = 1, 2

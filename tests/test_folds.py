@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 
 from lagm.core import InputError
-from lagm.evaluation import picture_counts
-from lagm.folds import cross_validate, five_folds, make_folds, number_in, read_test_folder, sorted_checkpoints
+from lagm.evaluation_intervals import picture_counts
+from lagm.evaluation_folds import (
+    cross_validate, five_folds, make_folds, number_in, read_test_folder, sorted_checkpoints)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -18,7 +18,10 @@ from test_regions import data_url
 from lagm import cli, importers
 from lagm.core import InputError
 from lagm.folders import Folder
-from lagm.importers import Finder, Pictures, import_coco, import_cvat, import_label_studio
+from lagm.data_coco import import_coco
+from lagm.data_cvat import import_cvat
+from lagm.data_import_names import Finder, Pictures
+from lagm.data_label_studio import import_label_studio
 
 W, H = 20, 16
 SQUARE = [[2, 2, 10, 2, 10, 8, 2, 8]]

@@ -13,7 +13,7 @@ from lagm.generator import FrozenGenerator, Sampling
 from lagm.inversion import (
     HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
     learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
-from lagm.labels import IGNORE
+from lagm.data_labels import IGNORE
 from lagm.stylegan1 import StyleGAN1
 from lagm.training import FAST
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lagm.core import InputError
-from lagm.labels import CELEBA8, IGNORE, IGNORE_COLOUR, LabelSet, colourise
+from lagm.data_labels import CELEBA8, IGNORE, IGNORE_COLOUR, LabelSet, colourise
 
 TWO = (("background", "thing"), ((0, 0, 0), (9, 8, 7)))
 

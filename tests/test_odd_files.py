@@ -18,10 +18,12 @@ from lagm.catalogue import paper_numbers, read_catalogue
 from lagm.comparison import comparison_table, finish_figure, minutes_table, quality_figure, read_cells
 from lagm.comparison import saved_figure, saved_table
 from lagm.core import InputError
-from lagm.evaluation import Metrics
+from lagm.evaluation_metrics import Metrics
 from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
-from lagm.labels import LabelSet
-from lagm.pictures import confusion_figure, curves, iou_bars, iou_table, labelled_grid
+from lagm.data_labels import LabelSet
+from lagm.evaluation_curves import curves
+from lagm.evaluation_grids import labelled_grid
+from lagm.evaluation_tables import confusion_figure, iou_bars, iou_table
 from lagm.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
     in_markdown, learning_curves_figure,
@@ -286,5 +288,3 @@ def test_nobody_listening_is_no_error(toy, words):
 
 def test_every_command_has_the_traceback_option():
     for words in (["run", "x"], ["prepare", "coco", "f", "--images", "i", "--out", "o"], ["doctor"], ["inspect", "f"], ["fetch"]): assert cli.build_parser().parse_args([*words, "--traceback"]).traceback
-
-

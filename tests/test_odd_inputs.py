@@ -8,12 +8,12 @@ import official_files
 import pytest
 import torch
 from lagm import core
-from lagm.generators_load import read_generator
 from lagm.core import InputError
+from lagm.data_label_studio import import_label_studio
+from lagm.data_pascal import listed
 from lagm.folders import Folder
+from lagm.generators_load import read_generator
 from lagm.generators_weights import check_names
-from lagm.importers import import_label_studio
-from lagm.pascal import listed
 from lagm.stylegan2 import StyleGAN2
 from lagm.training import get_recipe
 from PIL import Image

@@ -98,7 +98,7 @@ def e(p):
 def test_nothing_else_reads():
     found = [f"lagm/{path.name}:{line}: {where} calls {name}" for path in sorted(PACKAGE.glob("*.py")) for where, name, line in readings(path.read_text(encoding="utf-8"))
              if not any(fnmatchcase(f"{path.stem}:{where}", allowed) for allowed in ALLOWED)]
-    assert not found, "\n".join(["read these through the readers in lagm.core, lagm.picture_files or lagm.unpickling:", *found])
+    assert not found, "\n".join(["read these through the readers in lagm.core, lagm.data_images or lagm.unpickling:", *found])
 
 
 def test_only_readers_are_allowed():

@@ -16,7 +16,7 @@ from lagm.labelling_album import Album, labelled_shares, save_painted
 from lagm.labelling_project import (
     Settings, disagreement, missing, new_project, next_step, read_settings, run_project, settings_text)
 from lagm.labelling_proposals import cluster, draw_for_labelling, feature_clusters
-from lagm.picture_files import read_mask
+from lagm.data_images import read_mask
 
 CLASSES = Avatars().classes
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from lagm import pictures
 from lagm.core import InputError
-from lagm.evaluation import ConfusionMatrix
-from lagm.labels import CELEBA8, LabelSet
+from lagm.evaluation_metrics import ConfusionMatrix
+from lagm.data_labels import CELEBA8, LabelSet
 
 TWO = LabelSet("two", ("background", "thing"), ((10, 20, 30), (200, 100, 50)))
 

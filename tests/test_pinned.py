@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lagm.core as core
-import lagm.evaluation as evaluation
+import lagm.evaluation_metrics as evaluation
 import lagm.fetch as fetching
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.convolutions import FastConvolutions
 from lagm.core import random_generator
 from lagm.downstream import DownstreamRecipe, change_batch
-from lagm.evaluation import BoundaryScore, within
-from lagm.folds import number_in
+from lagm.evaluation_boundary import BoundaryScore, within
+from lagm.evaluation_folds import number_in
 from lagm.gan import GANRecipe, GANTrainer
 from lagm.matching_distance import distance, distance_and_derivative
 from lagm.matching_forward import SyntheticPass, directional_derivative

@@ -30,7 +30,7 @@ from lagm.data_base import PartDataset
 from lagm.data_registry import DatasetEntry
 from lagm.generator import Generated
 from lagm.generators_formats import Found, GeneratorFormat, given, on_meta
-from lagm.label_maps import make_labels
+from lagm.data_label_maps import make_labels
 from lagm.segmenters import CLASSES, NetworkEntry
 from lagm.stylegan2 import StyleGAN2
 

@@ -13,8 +13,8 @@ from lagm import cli
 from lagm.cli import main
 from lagm.core import InputError
 from lagm.folders import Folder
-from lagm.importers import import_coco
-from lagm.labels import LabelSet
+from lagm.data_coco import import_coco
+from lagm.data_labels import LabelSet
 from lagm.predict import predict_folder
 
 LABELS = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))

@@ -20,7 +20,7 @@ from lagm.annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run_notebook, unfinished_copy
-from lagm.labels import CELEBA8
+from lagm.data_labels import CELEBA8
 from lagm.run_state import Checkpoints, checkpoint_lock, folder_lock, set_aside
 from lagm.stages import check_size, start_stage
 from lagm.synthetic import Plan, generate

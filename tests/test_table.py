@@ -13,14 +13,15 @@ from templates import run_cells
 
 from lagm import training
 from lagm.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
-from lagm.comparison import (Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure,
-                             interval, labels_needed, labels_saved, minutes_table,
-                             quality_figure, read_cells, saved_figure, saved_table, widening)
+from lagm.comparison import (
+    Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure, interval, labels_needed,
+    labels_saved, minutes_table, quality_figure, read_cells, saved_figure, saved_table, widening)
 from lagm.core import InputError, read_json, write_json
-from lagm.evaluation import picture_counts, resampled_scores
+from lagm.evaluation_intervals import picture_counts, resampled_scores
 from lagm.generators_load import generator_file, kit_generators, load_generator
-from lagm.report import ablation_table, benchmark_table, cell_of, class_figures, find_results, group_minutes
-from lagm.report import group_results, learning_curves_figure
+from lagm.report import (
+    ablation_table, benchmark_table, cell_of, class_figures, find_results, group_minutes, group_results,
+    learning_curves_figure)
 from lagm.saved import load_segmenter
 from lagm.stages import without_finish
 from lagm.training import FAST, PAPER, get_recipe

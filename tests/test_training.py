@@ -24,7 +24,7 @@ from torch import nn
 
 import lagm.training as training
 from lagm.annotator import FPNAnnotator
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.convolutions import can_winograd
 from lagm.core import InputError, load_tensors
 from lagm.run_state import Checkpoints

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.augment import Augment
+from lagm.data_augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours,
     taught_step, taught_step_in_parts, taught_views, train_taught, train_weak_to_strong)
@@ -238,7 +238,7 @@ def test_it_learns():
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, warm_segmenter=40, lr_warm=1e-2, lr_segmenter=5e-3, average=0.9,
                                  augment=Augment(rotate=5, hue=5))
-    from lagm.evaluation import evaluate
+    from lagm.evaluation_metrics import evaluate
     trained = train_weak_to_strong(tiny_segmenter(width=8), Pictures(), images, masks, recipe=recipe, progress=False)
     assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.65
 

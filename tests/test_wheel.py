@@ -121,7 +121,10 @@ import contextlib, io, json, re, sys
 from pathlib import Path
 from lagm.cli import main
 from lagm.core import asset, install_advice
+from lagm.data_labels import CELEBA8
 from lagm.experiments import experiment_folder
+from lagm.saved import save_segmenter
+from lagm.segmenters import UNet
 
 def call(*words):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -165,10 +168,6 @@ import sys
 from pathlib import Path
 import torch
 from PIL import Image
-from lagm.cli import main
-from lagm.saved import save_segmenter
-from lagm.labels import CELEBA8
-from lagm.segmenters import UNet
 Path("pictures").mkdir()
 Image.new("RGB", (40, 30), (200, 90, 10)).save("pictures/a.png")
 torch.manual_seed(0)

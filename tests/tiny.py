@@ -4,7 +4,7 @@ import torch
 
 from lagm.annotator import FPNAnnotator
 from lagm.generator import FrozenGenerator, Sampling
-from lagm.labels import LabelSet
+from lagm.data_labels import LabelSet
 from lagm.segmenters import UNet
 from lagm.stylegan2 import StyleGAN2
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .core import InputError, atomic_path, install_advice, write_json
-from .labels import CELEBA8, IGNORE
+from .data_labels import CELEBA8, IGNORE
 
 # %% ../nbs/components/12_avatars.ipynb #830bc836
 SEED_RANGES = {  # role -> (first seed, number of seeds)
@@ -44,7 +44,10 @@ def split_seeds(
     role: str,  # "train", "val", "test" or "gan"
     n: int | None = None,  # how many; None for all of the role's seeds
 ) -> range:  # the role's first `n` seeds
-    """The seeds a role may use; the ranges of `SEED_RANGES` do not overlap. `InputError` for an unknown role or too many seeds."""
+    """The seeds a role may use; the ranges of `SEED_RANGES` do not overlap.
+
+    `InputError` for an unknown role or too many seeds.
+    """
     if role not in SEED_RANGES:
         raise InputError(f"there is no seed range for role {role!r}; use one of {', '.join(SEED_RANGES)}")
     first, count = SEED_RANGES[role]
@@ -60,14 +63,18 @@ def _needs(module: str):
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"drawing avatars needs the package {module!r}: {install_advice('avatars')}. "
-                          "The labelled avatars that come with the kit (lagm.data.Avatars) need no renderer.") from error
+                          "The labelled avatars that come with the kit (lagm.data.Avatars) need no "
+                          "renderer.") from error
 
 
 @lru_cache(maxsize=None)
 def load_definition(
     style: str,  # a style of `dicebear-styles`, e.g. "big-ears"
 ) -> dict:  # the style's JSON definition; shared, so do not change it
-    """One style's artwork: `canvas` (the drawing), `components` (named variants), `colors`, and `meta` (author, source, licence)."""
+    """One style's artwork.
+
+    `canvas` (the drawing), `components` (named variants), `colors`, and `meta` (author, source, licence).
+    """
     _needs("dicebear_styles")
     file = resources.files("dicebear_styles") / f"{style}.json"
     if not file.is_file():
@@ -126,8 +133,10 @@ def face_colours(rng: np.random.RandomState) -> dict[str, str]:
     iris, mouth = _one_of(rng, IRISES, 8), _one_of(rng, MOUTHS, 8)
     return {
         "skin": skin, "hair": hair, "background": background, "iris": iris, "mouth": mouth,
-        "pupil": mix(iris, "#0a0a0c", 0.75), "brow": mix(hair, "#140c0a", 0.7), "mouth_dark": mix(mouth, "#3a0812", 0.45),
-        "ear": mix(mix(skin, "#c2502f", 0.20), "#000000", 0.06), "ear_inner": mix(mix(skin, "#7a2a14", 0.38), "#000000", 0.10),
+        "pupil": mix(iris, "#0a0a0c", 0.75), "brow": mix(hair, "#140c0a", 0.7),
+        "mouth_dark": mix(mouth, "#3a0812", 0.45),
+        "ear": mix(mix(skin, "#c2502f", 0.20), "#000000", 0.06),
+        "ear_inner": mix(mix(skin, "#7a2a14", 0.38), "#000000", 0.10),
         "nose": mix(skin, "#8a3a1c", 0.30), "nose_line": mix(skin, "#4a1c0c", 0.58),
     }
 
@@ -200,9 +209,11 @@ def _edit_big_ears(component: str, shape: Piece, colours: dict) -> list[Piece]:
         inner = "fill-opacity" in shape.attributes
         return [shape.but("ear", fill=colours["ear_inner" if inner else "ear"], fill_opacity="1")]
     if component == "nose":
-        return [shape.but("nose", fill=colours["nose"], stroke=colours["nose_line"], stroke_opacity="1", stroke_width="6")]
+        return [shape.but("nose", fill=colours["nose"], stroke=colours["nose_line"], stroke_opacity="1",
+                          stroke_width="6")]
     if component == "mouth":
-        return [shape.but("mouth", fill={"#DE8383": colours["mouth"], "#C06E6E": colours["mouth_dark"]}.get(fill, fill))]
+        return [shape.but("mouth",
+                          fill={"#DE8383": colours["mouth"], "#C06E6E": colours["mouth_dark"]}.get(fill, fill))]
     return _edit_big_ears_eyes(shape, colours)
 
 
@@ -215,7 +226,8 @@ def _edit_big_ears_eyes(shape: Piece, colours: dict) -> list[Piece]:
     pieces = []
     for d in _subpaths(shape.attributes["d"]):
         if _start_y(d) < 22 and fill != "white":
-            line = dict(stroke=colours["brow"], stroke_width="12" if "stroke" in shape.attributes else "5", transform="translate(0 -3)")
+            line = dict(stroke=colours["brow"], stroke_width="12" if "stroke" in shape.attributes else "5",
+                        transform="translate(0 -3)")
             pieces.append(shape.but("eyebrow", d=d, fill=fill if fill == "none" else colours["brow"], **line))
         else:
             pieces.append(shape.but("eye", d=d, fill=iris))
@@ -242,8 +254,10 @@ BIG_EARS = Recipe(
         "mouth": "translate(165.6 336)scale(.97)",
         "frontHair": "translate(123.6 140)scale(.52237)",
     },
-    changes="Some variants and the details and sideburns are left out; colours are replaced; noses and mouths are enlarged, noses filled, "
-            "eyebrows thickened and raised, front hair raised, ears darkened; the drawing is cropped, rotated, scaled, shifted and mirrored, and reduced to pixels.",
+    changes="Some variants and the details and sideburns are left out; colours are replaced; noses and mouths are "
+            "enlarged, noses filled, "
+            "eyebrows thickened and raised, front hair raised, ears darkened; the drawing is cropped, rotated, "
+            "scaled, shifted and mirrored, and reduced to pixels.",
 )
 
 # %% ../nbs/components/12_avatars.ipynb #f9b0547b
@@ -261,15 +275,19 @@ def _edit_toon_head(component: str, shape: Piece, colours: dict) -> list[Piece]:
     if component == "head":
         return _edit_toon_head_head(shape, colours)
     if component == "eyebrows":
-        return [] if shadow else [shape.but("eyebrow", fill=colours["brow"], stroke=colours["brow"], stroke_width="7", transform="translate(0 -4)")]
+        return [] if shadow else [shape.but("eyebrow", fill=colours["brow"], stroke=colours["brow"], stroke_width="7",
+                                            transform="translate(0 -4)")]
     if component == "eyes":
         return [shape.but("eye", fill=colours["pupil"] if shape.name == "circle" else shape.attributes["fill"])]
     if component == "mouth" and shape.attributes.get("fill") == "black":
         return []
     if component == "mouth" and shadow:
-        return [shape.but("mouth", fill=colours["mouth_dark"], fill_opacity="1", stroke=colours["mouth_dark"], stroke_width="9")]
+        return [shape.but("mouth", fill=colours["mouth_dark"], fill_opacity="1", stroke=colours["mouth_dark"],
+                          stroke_width="9")]
     if component == "mouth":
-        return [shape.but("mouth", fill={"#611519": colours["mouth_dark"], "#E0564B": colours["mouth"]}.get(shape.attributes["fill"], shape.attributes["fill"]))]
+        return [shape.but("mouth",
+                          fill={"#611519": colours["mouth_dark"],
+                                "#E0564B": colours["mouth"]}.get(shape.attributes["fill"], shape.attributes["fill"]))]
     return [shape.but("background")]
 
 
@@ -301,8 +319,10 @@ TOON_HEAD = Recipe(
     },
     colours=clothed_colours,
     edit=_edit_toon_head,
-    changes="Some variants and the beards are left out; outlines are removed; colours are replaced; noses and closed mouths are enlarged or thickened, "
-            "eyebrows thickened, ears darkened; the drawing is cropped, rotated, scaled, shifted and mirrored, and reduced to pixels.",
+    changes="Some variants and the beards are left out; outlines are removed; colours are replaced; noses and closed "
+            "mouths are enlarged or thickened, "
+            "eyebrows thickened, ears darkened; the drawing is cropped, rotated, scaled, shifted and mirrored, and "
+            "reduced to pixels.",
 )
 
 # %% ../nbs/components/12_avatars.ipynb #371470de
@@ -323,7 +343,9 @@ def _edit_micah(component: str, shape: Piece, colours: dict) -> list[Piece]:
     if component == "mouth" and "stroke" in shape.attributes:
         return [shape.but("mouth", stroke=colours["mouth_dark"], stroke_width="8", stroke_linecap="round")]
     if component == "mouth":
-        return [shape.but("mouth", fill={"#FC909F": colours["mouth"], "white": "white"}.get(shape.attributes["fill"], colours["mouth_dark"]))]
+        return [shape.but("mouth",
+                          fill={"#FC909F": colours["mouth"], "white": "white"}.get(shape.attributes["fill"],
+                                                                                   colours["mouth_dark"]))]
     return [shape.but("background")]
 
 
@@ -343,18 +365,24 @@ MICAH = Recipe(
     },
     colours=clothed_colours,
     edit=_edit_micah,
-    transforms={"eyebrows": "translate(126 93)scale(1.04)", "nose": "translate(-3 -4)rotate(-8 1175.7 -1254.11)scale(1.4)",
+    transforms={"eyebrows": "translate(126 93)scale(1.04)", "nose": "translate(-3 -4)rotate(-8 1175.7 "
+                                                                    "-1254.11)scale(1.4)",
                 "eyes": "translate(86.9 106)scale(1.14)", "hair": "translate(21.5 -15)scale(1.015)"},
-    changes="Some variants, glasses, earrings and facial hair are left out; colours are replaced; eyes and noses are enlarged, noses filled, "
-            "eyebrows and lips thickened; the drawing is cropped, rotated, scaled, shifted and mirrored, and reduced to pixels.",
+    changes="Some variants, glasses, earrings and facial hair are left out; colours are replaced; eyes and noses are "
+            "enlarged, noses filled, "
+            "eyebrows and lips thickened; the drawing is cropped, rotated, scaled, shifted and mirrored, and reduced "
+            "to pixels.",
 )
 RECIPES = {recipe.style: recipe for recipe in (BIG_EARS, TOON_HEAD, MICAH)}
 _COLOUR_NAMES = {"base": "skin", "shirt": "clothes"}  # micah's names for our colours
-_FIXED_COLOURS = {"stroke": "#000000", "eyebrows": "#000000", "eyes": "#000000", "mouth": "#000000", "eyeShadow": "#ffffff"}
+_FIXED_COLOURS = {"stroke": "#000000", "eyebrows": "#000000", "eyes": "#000000", "mouth": "#000000",
+                  "eyeShadow": "#ffffff"}
 
 # %% ../nbs/components/12_avatars.ipynb #410476d6
-FLAT = tuple(f"#{32 * i:02x}0000" for i in range(CELEBA8.n_classes))  # colours of the flat drawing: red is 32 times the class
-_PAINT = ("fill", "stroke", "stroke-width", "stroke-linecap", "stroke-linejoin")  # what a group hands down to its shapes
+# colours of the flat drawing: red is 32 times the class
+FLAT = tuple(f"#{32 * i:02x}0000" for i in range(CELEBA8.n_classes))
+# what a group hands down to its shapes
+_PAINT = ("fill", "stroke", "stroke-width", "stroke-linecap", "stroke-linejoin")
 _SOFT = ("opacity", "fill-opacity", "stroke-opacity", "style", "filter")  # what blends colours
 
 
@@ -367,7 +395,8 @@ def _resolve(value, colours: Mapping[str, str]) -> str:
 
 
 def _tag(name: str, attributes: Mapping[str, str], inner: str = "") -> str:
-    return f"<{name}" + "".join(f" {key}={quoteattr(value)}" for key, value in attributes.items()) + f">{inner}</{name}>"
+    return f"<{name}" + "".join(f" {key}={quoteattr(value)}"
+                                for key, value in attributes.items()) + f">{inner}</{name}>"
 
 
 def _piece_svg(piece: Piece, flat: bool) -> str:
@@ -375,11 +404,13 @@ def _piece_svg(piece: Piece, flat: bool) -> str:
     attributes = dict(piece.attributes)
     if flat:
         attributes = {key: value for key, value in attributes.items() if key not in _SOFT}
-        attributes.update({key: FLAT[CELEBA8.index(piece.part)] for key in ("fill", "stroke") if attributes.get(key, "none") != "none"})
+        attributes.update({key: FLAT[CELEBA8.index(piece.part)] for key in ("fill", "stroke")
+                           if attributes.get(key, "none") != "none"})
     if not piece.clip:
         return _tag(piece.name, attributes)
     name = "clip" + sha256(piece.clip.encode()).hexdigest()[:8]
-    return _tag("clipPath", {"id": name}, _tag("path", {"d": piece.clip})) + _tag("g", {"clip-path": f"url(#{name})"}, _tag(piece.name, attributes))
+    return _tag("clipPath", {"id": name}, _tag("path", {"d": piece.clip})) + _tag("g", {"clip-path": f"url(#{name})"},
+                                                                                  _tag(piece.name, attributes))
 
 # %% ../nbs/components/12_avatars.ipynb #f4bbbb98
 def _walk(elements: list, recipe: Recipe, drawn: Mapping, flat: bool, component: str = "", paint: Mapping[str, str] | None = None) -> str:
@@ -468,7 +499,8 @@ def decode_flat(
     """Colours back to class indices; `InputError` if any pixel is not exactly one of the flat colours."""
     red = picture[..., 0]
     if picture[..., 1:].any() or (red % 32).any():
-        raise InputError("a flat drawing holds blended colours, so its labels would be guesses; see that no element of the recipe keeps an opacity or a soft edge")
+        raise InputError("a flat drawing holds blended colours, so its labels would be guesses; see that no element "
+                         "of the recipe keeps an opacity or a soft edge")
     return red // 32
 
 
@@ -505,7 +537,8 @@ def fill_nose(
 ) -> np.ndarray:  # the same, changed from skin to nose inside the hull
     """The nose as an area: the convex hull of what is drawn of it, where skin lies beneath."""
     nose, skin = CELEBA8.index("nose"), CELEBA8.index("skin")
-    rows = [(y, x) for y, row in enumerate(labels == nose) if row.any() for x in sorted({int(row.argmax()), len(row) - 1 - int(row[::-1].argmax())})]
+    rows = [(y, x) for y, row in enumerate(labels == nose) if row.any()
+            for x in sorted({int(row.argmax()), len(row) - 1 - int(row[::-1].argmax())})]
     if len(rows) < 3: return labels
     inside = Image.new("L", labels.shape[::-1])
     ImageDraw.Draw(inside).polygon([(x, y) for y, x in convex_hull(np.array(rows))], fill=1)
@@ -572,7 +605,9 @@ def array_hash(
 
 # %% ../nbs/components/12_avatars.ipynb #825244ed
 def renderer() -> dict[str, str]:
-    """What draws here: versions of artwork and rasteriser, and the kind of processor, whose rounding may move an edge by a sub-pixel."""
+    """What draws here: versions of artwork and rasteriser, and the kind of processor, whose rounding may move an edge
+    by a sub-pixel.
+    """
     return {**{name: metadata.version(name) for name in ("dicebear-styles", "resvg-py")}, "machine": platform.machine()}
 
 
@@ -583,8 +618,10 @@ def style_metadata(
     meta, recipe = load_definition(style)["meta"], _recipe(style)
     return {
         "style": style,
-        "artwork": {"title": meta["source"]["name"], "author": meta["creator"]["name"], "author_url": meta["creator"]["url"],
-                    "source": meta["source"]["url"], "licence": meta["license"]["name"], "licence_url": meta["license"]["url"],
+        "artwork": {"title": meta["source"]["name"], "author": meta["creator"]["name"],
+                    "author_url": meta["creator"]["url"],
+                    "source": meta["source"]["url"], "licence": meta["license"]["name"],
+                    "licence_url": meta["license"]["url"],
                     "notice": meta["license"]["text"], "changes": recipe.changes},
         "renderer": renderer(),
     }
@@ -597,15 +634,19 @@ def write_assets(
     size: int = 64,  # side length in pixels
     progress: bool = True,  # show progress bars
 ) -> dict:  # the metadata that was written
-    """Render the labelled splits of a style and write them with their metadata; both files appear whole or not at all."""
+    """Render the labelled splits of a style and write them with their metadata; both files appear whole or not at all.
+    """
     arrays, splits = {}, {}
     for split in SPLITS:
         seeds = split_seeds(split, None if counts is None else counts[split])
         images, masks = render_set(style, seeds, size, progress=progress)
         arrays.update({f"{split}_images": images, f"{split}_masks": masks})
-        splits[split] = {"n": len(seeds), "first_seed": seeds.start, "images_sha256": array_hash(images), "masks_sha256": array_hash(masks)}
-    header = {"format": "lagm-avatars-1", **style_metadata(style), "size": size, "ignore": IGNORE, "label_set": CELEBA8.name,
-              "classes": CELEBA8.classes, "palette": ["#%02x%02x%02x" % colour for colour in CELEBA8.palette], "splits": splits}
+        splits[split] = {"n": len(seeds), "first_seed": seeds.start, "images_sha256": array_hash(images),
+                         "masks_sha256": array_hash(masks)}
+    header = {"format": "lagm-avatars-1", **style_metadata(style), "size": size, "ignore": IGNORE,
+              "label_set": CELEBA8.name,
+              "classes": CELEBA8.classes, "palette": ["#%02x%02x%02x" % colour for colour in CELEBA8.palette],
+              "splits": splits}
     with atomic_path(Path(folder) / f"{style}.npz") as temporary:
         np.savez_compressed(temporary, **arrays)
     write_json(Path(folder) / f"{style}.json", header)

@@ -26,7 +26,8 @@ def pack(
     """An item in as few bytes as hold it exactly."""
     pixels, numbers = ((image + 1) * 127.5).round().clamp(0, 255).byte(), mask.clamp(0, 255).byte()
     exact = torch.equal(pixels.float() / 127.5 - 1, image)
-    return {"image": pixels if exact else image.clone(), "mask": numbers if torch.equal(numbers.long(), mask) else mask.clone()}
+    return {"image": pixels if exact else image.clone(),
+            "mask": numbers if torch.equal(numbers.long(), mask) else mask.clone()}
 
 
 def unpack(
@@ -48,8 +49,10 @@ def item_key(
     """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read."""
     hashed = hashlib.sha256(json.dumps([FORMAT, dataset.settings()], sort_keys=True, default=str).encode())
     for path in dataset.sources(index):
-        try: content = Path(path).read_bytes()
-        except OSError as error: raise InputError(f"cannot read {path}: {error.strerror}; `lagm doctor` tells what is missing") from error
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; `lagm doctor` tells what is missing") from error
         hashed.update(f"{path.name} {len(content)} ".encode() + hashlib.sha256(content).digest())
     return hashed.hexdigest()[:40]
 
@@ -57,7 +60,8 @@ def item_key(
 class Cached(Dataset):
     """A data set whose items are decoded once. `transforms` come after the cache, so random ones stay random.
 
-    Raises `InputError` if the wrapped set has transforms of its own, or if a folder is given and the set cannot say what its items are made of.
+    Raises `InputError` if the wrapped set has transforms of its own, or if a folder is given and the set cannot say
+    what its items are made of.
     """
 
     def __init__(
@@ -67,9 +71,18 @@ class Cached(Dataset):
         transforms: Callable | None = None,  # (image, mask) -> (image, mask)
         in_memory: bool = True,  # False: on disk only
     ):
-        if getattr(dataset, "transforms", None) is not None: raise InputError("the data set to be cached has transforms; give them to Cached instead, or their first result would be kept")
-        if folder is not None and not hasattr(dataset, "sources"): raise InputError(f"{type(dataset).__name__} cannot say which files its items are made of, so it can be cached in memory only")
-        self.dataset, self.folder, self.transforms, self.in_memory = dataset, Path(folder) if folder is not None else None, transforms, in_memory
+        if getattr(dataset, "transforms", None) is not None:
+            raise InputError("the data set to be cached has transforms; give them to Cached instead, or their first "
+                             "result would be kept")
+        if folder is not None and not hasattr(dataset, "sources"):
+            raise InputError(f"{type(dataset).__name__} cannot say which files its items are made of, so it can be "
+                             "cached in memory only")
+        self.dataset, self.folder, self.transforms, self.in_memory = (
+            dataset,
+            Path(folder) if folder is not None else None,
+            transforms,
+            in_memory,
+        )
         self.hits = {"memory": 0, "disk": 0, "decoded": 0}
         self._items: dict[int, dict[str, Tensor]] = {}
 
@@ -89,7 +102,8 @@ class Cached(Dataset):
             self.hits["memory"] += 1
             return self._items[index]
         packed = self._from_disk(index) if self.folder is not None else self._decoded(index)
-        if self.in_memory: self._items[index] = packed
+        if self.in_memory:
+            self._items[index] = packed
         return packed
 
     def _decoded(self, index: int) -> dict[str, Tensor]:

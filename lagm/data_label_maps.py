@@ -6,30 +6,32 @@
 __all__ = ['CELEBA_19', 'PASCAL_HORSE', 'PASCAL_AEROPLANE', 'CAT_16', 'CAR_20', 'FACE_34', 'CAR_12', 'RELEASED_CAR_12_NAMES',
            'CGPART_CAR', 'CGPART_CAR_15', 'CGPART_CAR_10', 'CGPART_AEROPLANE', 'CGPART_AEROPLANE_7', 'LABEL_SETS',
            'CELEBA_19_TO_8', 'FACE_34_TO_8', 'CAR_20_TO_12', 'CGPART_CAR_TO_15', 'CGPART_CAR_TO_10',
-           'CGPART_AEROPLANE_TO_7', 'LABEL_MAPS', 'PASCAL_PARTS', 'distinct_colours', 'make_labels', 'get_labels',
-           'LabelMap', 'draw_map', 'pascal_part_id', 'pascal_n_parts']
+           'CGPART_AEROPLANE_TO_7', 'LABEL_MAPS', 'PASCAL_PARTS', 'distinct_colours', 'make_labels', 'write_classes',
+           'get_labels', 'LabelMap', 'pascal_part_id', 'pascal_n_parts']
 
 # %% ../nbs/components/06_label_maps.ipynb #668235da
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from .core import InputError
-from .labels import CELEBA8, IGNORE, LabelSet
+from .core import InputError, atomic_path
+from .data_labels import CELEBA8, IGNORE, LabelSet
 
 # %% ../nbs/components/06_label_maps.ipynb #300f8e21
 def _oklab(colours: np.ndarray) -> np.ndarray:
     """Colours (n, 3) in 0..255 as coordinates (n, 3) of the Oklab space (B. Ottosson, 2020)."""
     c = colours / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    to_cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]])
-    to_lab = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]])
+    to_cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929],
+                         [0.2119034982, 0.6806995451, 0.1073969566],
+                         [0.0883024619, 0.2817188376, 0.6299787005]])
+    to_lab = np.array([[0.2104542553, 0.7936177850, -0.0040720468],
+                       [1.9779984951, -2.4285922050, 0.4505937099],
+                       [0.0259040371, 0.7827717662, -0.8086757660]])
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
 
 
@@ -37,7 +39,7 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
 def distinct_colours(
     n: int,  # how many, 1 to 255
 ) -> tuple[tuple[int, int, int], ...]:  # black first; a shorter list is the beginning of a longer one
-    """Colours that are easy to tell apart."""
+    """Colours that are easy to tell apart. Raises `InputError` for a number out of range."""
     if not 1 <= n <= IGNORE: raise InputError(f"cannot choose {n} colours; ask for 1 to {IGNORE}")
     steps = np.linspace(0, 255, 9).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
@@ -49,14 +51,25 @@ def distinct_colours(
         gap = np.minimum(gap, np.linalg.norm(space - space[chosen[-1]], axis=1))
     return tuple(tuple(int(v) for v in candidates[i]) for i in chosen)
 
-
+# %% ../nbs/components/06_label_maps.ipynb #ba0e77ec
 def make_labels(
     name: str,  # what the set is called
     classes: Sequence[str],  # the background first
     colours: Sequence[Sequence[int]] | None = None,  # None: distinct ones
 ) -> LabelSet:
     """A label set with colours chosen for it."""
-    return LabelSet(name, tuple(classes), tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes)))
+    palette = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
+    return LabelSet(name, tuple(classes), palette)
+
+
+def write_classes(
+    root: str | Path,  # the folder
+    labels: LabelSet,
+) -> None:
+    """Write the names and colours of a label set to classes.txt, one class a line, as a folder of pictures has it."""
+    text = "".join(f"{name}\t#{r:02x}{g:02x}{b:02x}\n" for name, (r, g, b) in zip(labels.classes, labels.palette))
+    with atomic_path(Path(root) / "classes.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/components/06_label_maps.ipynb #ccc661c4
 CELEBA_19 = make_labels("celebA_19", (
@@ -70,14 +83,17 @@ CAT_16 = make_labels("dg_cat", tuple(f"{i:02d}" for i in range(16)))  # the rele
 
 CAR_20 = make_labels("dg_car_20", (
     "background", "back_bumper", "bumper", "car_body", "car_lights", "door", "fender", "grilles", "handles", "hoods",
-    "licensePlate", "mirror", "roof", "running_boards", "tailLight", "tire", "trunk_lids", "wheelhub", "window", "windshield"))
+    "licensePlate", "mirror", "roof", "running_boards", "tailLight", "tire", "trunk_lids", "wheelhub", "window",
+    "windshield"))
 
 FACE_34 = make_labels("dg_face", ("background", "head", *(f"head***{part}" for part in (
     "cheek", "chin", "ear", "ear***helix", "ear***lobule",
-    "eye***bottom lid", "eye***eyelashes", "eye***iris", "eye***pupil", "eye***sclera", "eye***tear duct", "eye***top lid",
+    "eye***bottom lid", "eye***eyelashes", "eye***iris", "eye***pupil", "eye***sclera", "eye***tear duct",
+    "eye***top lid",
     "eyebrow", "forehead", "frown", "hair", "hair***sideburns", "jaw", "moustache",
     "mouth***inferior lip", "mouth***oral comisure", "mouth***superior lip", "mouth***teeth",
-    "neck", "nose", "nose***ala of nose", "nose***bridge", "nose***nose tip", "nose***nostril", "philtrum", "temple", "wrinkles"))))
+    "neck", "nose", "nose***ala of nose", "nose***bridge", "nose***nose tip", "nose***nostril", "philtrum", "temple",
+    "wrinkles"))))
 
 # %% ../nbs/components/06_label_maps.ipynb #85c1de31
 CAR_12 = make_labels("dg_car_12", (
@@ -93,23 +109,28 @@ CGPART_CAR = make_labels("CGPart_car", (
     "background", "back_bumper", "back_left_door", "back_left_wheel", "back_left_window", "back_license_plate",
     "back_right_door", "back_right_wheel", "back_right_window", "back_windshield", "front_bumper", "front_left_door",
     "front_left_wheel", "front_left_window", "front_license_plate", "front_right_door", "front_right_wheel",
-    "front_right_window", "front_windshield", "hood", "left_frame", "left_head_light", "left_mirror", "left_quarter_window",
-    "left_tail_light", "right_frame", "right_head_light", "right_mirror", "right_quarter_window", "right_tail_light", "roof", "trunck"))
+    "front_right_window", "front_windshield", "hood", "left_frame", "left_head_light", "left_mirror",
+    "left_quarter_window", "left_tail_light", "right_frame", "right_head_light", "right_mirror",
+    "right_quarter_window", "right_tail_light", "roof", "trunck"))
 
 CGPART_CAR_15 = make_labels("CGPart_car_simplified_v0", (
     "background", "back_bumper", "car_body", "door", "front_bumper", "head_light", "hood", "licence_plate",
     "mirror", "roof", "tail_light", "trunck", "wheel", "window", "windshield"))
 
 CGPART_CAR_10 = make_labels("CGPart_car_simplified_v1", (
-    "background", "car_body", "door", "head_light", "licence_plate", "mirror", "tail_light", "wheel", "window", "windshield"))
+    "background", "car_body", "door", "head_light", "licence_plate", "mirror", "tail_light", "wheel", "window",
+    "windshield"))
 
 CGPART_AEROPLANE = make_labels("CGPart_aeroplane", (
     "background", "propeller", "cockpit", "wing_left", "wing_right", "fin", "tailplane_left", "tailplane_right",
     "wheel_front", "landing_gear_front", "wheel_back_left", "gear_back_left", "wheel_back_right", "gear_back_right",
-    "engine_left", "engine_right", "door_left", "door_right", "bomb_left", "bomb_right", "window_left", "window_right", "body"))
+    "engine_left", "engine_right", "door_left", "door_right", "bomb_left", "bomb_right", "window_left", "window_right",
+    "body"))
 
-CGPART_AEROPLANE_7 = make_labels("CGPart_aeroplane_simplified_v0", ("background", "body", "engine", "fin", "tailplane", "wheel", "wing"))
+CGPART_AEROPLANE_7 = make_labels("CGPart_aeroplane_simplified_v0", (
+    "background", "body", "engine", "fin", "tailplane", "wheel", "wing"))
 
+# %% ../nbs/components/06_label_maps.ipynb #2fd9e987
 LABEL_SETS = {labels.name: labels for labels in (
     CELEBA_19, PASCAL_HORSE, PASCAL_AEROPLANE, CAT_16, CAR_20, CAR_12, FACE_34,
     CGPART_CAR, CGPART_CAR_15, CGPART_CAR_10, CGPART_AEROPLANE, CGPART_AEROPLANE_7)} | {"celebA_8": CELEBA8}
@@ -119,7 +140,8 @@ def get_labels(
     name: str,  # a key of LABEL_SETS
 ) -> LabelSet:
     """A label set by its released name; `InputError` listing the names if there is none."""
-    if name not in LABEL_SETS: raise InputError(f"there is no label set {name!r}; choose one of {', '.join(LABEL_SETS)}")
+    if name not in LABEL_SETS:
+        raise InputError(f"there is no label set {name!r}; choose one of {', '.join(LABEL_SETS)}")
     return LABEL_SETS[name]
 
 # %% ../nbs/components/06_label_maps.ipynb #c82b8024
@@ -138,14 +160,14 @@ class LabelMap:
         target: LabelSet,
         table: Mapping[str, Sequence[str]],  # target class -> source classes
     ) -> "LabelMap":
-        """Build from names; `InputError` if a source class is missing, unknown or named twice."""
-        ids: dict[int, int] = {}
+        """Build from names. Raises `InputError` if a source class is missing, unknown or named twice."""
+        ids, what = {}, f"the table from {source.name!r} to {target.name!r}"
         for name, parts in table.items():
             for part in parts:
-                if source.index(part) in ids: raise InputError(f"the table from {source.name!r} to {target.name!r} names {part!r} twice")
+                if source.index(part) in ids: raise InputError(f"{what} names {part!r} twice")
                 ids[source.index(part)] = target.index(name)
         missing = [name for i, name in enumerate(source.classes) if i not in ids]
-        if missing: raise InputError(f"the table from {source.name!r} to {target.name!r} says nothing about {', '.join(missing)}")
+        if missing: raise InputError(f"{what} says nothing about {', '.join(missing)}")
         return cls(source, target, tuple(ids[i] for i in range(source.n_classes)))
 
     def __call__(
@@ -158,7 +180,8 @@ class LabelMap:
         mask = np.asarray(mask)
         inside = (mask >= 0) & ((mask < self.source.n_classes) | (mask == IGNORE))
         if not inside.all():
-            raise InputError(f"the mask holds the value {mask[~inside].flat[0]}, which is no class of {self.source.name!r} (0..{self.source.n_classes - 1})")
+            raise InputError(f"the mask holds the value {mask[~inside].flat[0]}, which is no class of "
+                             f"{self.source.name!r} (0..{self.source.n_classes - 1})")
         return table[mask]
 
 # %% ../nbs/components/06_label_maps.ipynb #066542b9
@@ -181,9 +204,11 @@ def _face(*parts: str) -> tuple[str, ...]:
 FACE_34_TO_8 = LabelMap.from_table(FACE_34, CELEBA8, {
     "background": ("background", *_face("neck")),
     "ear": _face("ear", "ear***helix", "ear***lobule"),
-    "eye": _face("eye***bottom lid", "eye***eyelashes", "eye***iris", "eye***pupil", "eye***sclera", "eye***tear duct", "eye***top lid"),
+    "eye": _face("eye***bottom lid", "eye***eyelashes", "eye***iris", "eye***pupil", "eye***sclera", "eye***tear duct",
+                 "eye***top lid"),
     "eyebrow": _face("eyebrow"),
-    "skin": ("head", *_face("cheek", "chin", "forehead", "frown", "jaw", "moustache", "philtrum", "temple", "wrinkles")),
+    "skin": ("head",
+             *_face("cheek", "chin", "forehead", "frown", "jaw", "moustache", "philtrum", "temple", "wrinkles")),
     "hair": _face("hair", "hair***sideburns"),
     "mouth": _face("mouth***inferior lip", "mouth***oral comisure", "mouth***superior lip", "mouth***teeth"),
     "nose": _face("nose", "nose***ala of nose", "nose***bridge", "nose***nose tip", "nose***nostril"),
@@ -191,17 +216,22 @@ FACE_34_TO_8 = LabelMap.from_table(FACE_34, CELEBA8, {
 
 CAR_20_TO_12 = LabelMap.from_table(CAR_20, CAR_12, {
     "background": ("background",),
-    "car_body": ("back_bumper", "bumper", "car_body", "fender", "grilles", "hoods", "roof", "running_boards", "trunk_lids"),
-    "head light": ("car_lights",), "licence plate": ("licensePlate",), "mirror": ("mirror",), "tail light": ("tailLight",),
-    "wheel": ("tire",), "window": ("window",), "wind shield": ("windshield",), "door": ("door",), "handle": ("handles",), "wheelhub": ("wheelhub",),
+    "car_body": ("back_bumper", "bumper", "car_body", "fender", "grilles", "hoods", "roof", "running_boards",
+                 "trunk_lids"),
+    "head light": ("car_lights",), "licence plate": ("licensePlate",), "mirror": ("mirror",),
+    "tail light": ("tailLight",),
+    "wheel": ("tire",), "window": ("window",), "wind shield": ("windshield",), "door": ("door",),
+    "handle": ("handles",), "wheelhub": ("wheelhub",),
 })
 
 # %% ../nbs/components/06_label_maps.ipynb #00b2e4bf
 _DOORS = ("back_left_door", "back_right_door", "front_left_door", "front_right_door")
 _WHEELS = ("back_left_wheel", "back_right_wheel", "front_left_wheel", "front_right_wheel")
-_WINDOWS = ("back_left_window", "back_right_window", "front_left_window", "front_right_window", "left_quarter_window", "right_quarter_window")
+_WINDOWS = ("back_left_window", "back_right_window", "front_left_window", "front_right_window", "left_quarter_window",
+            "right_quarter_window")
 _SMALL = {
-    "head_light": ("left_head_light", "right_head_light"), "licence_plate": ("back_license_plate", "front_license_plate"),
+    "head_light": ("left_head_light", "right_head_light"),
+    "licence_plate": ("back_license_plate", "front_license_plate"),
     "mirror": ("left_mirror", "right_mirror"), "tail_light": ("left_tail_light", "right_tail_light"),
     "wheel": _WHEELS, "window": _WINDOWS, "windshield": ("back_windshield", "front_windshield"), "door": _DOORS,
 }
@@ -209,52 +239,25 @@ _FRAMES = ("left_frame", "right_frame")
 
 CGPART_CAR_TO_15 = LabelMap.from_table(CGPART_CAR, CGPART_CAR_15, {
     "background": ("background",), "car_body": _FRAMES,
-    "back_bumper": ("back_bumper",), "front_bumper": ("front_bumper",), "hood": ("hood",), "roof": ("roof",), "trunck": ("trunck",), **_SMALL,
+    "back_bumper": ("back_bumper",), "front_bumper": ("front_bumper",), "hood": ("hood",), "roof": ("roof",),
+    "trunck": ("trunck",), **_SMALL,
 })
 CGPART_CAR_TO_10 = LabelMap.from_table(CGPART_CAR, CGPART_CAR_10, {
-    "background": ("background",), "car_body": (*_FRAMES, "back_bumper", "front_bumper", "hood", "roof", "trunck"), **_SMALL,
+    "background": ("background",),
+    "car_body": (*_FRAMES, "back_bumper", "front_bumper", "hood", "roof", "trunck"), **_SMALL,
 })
 CGPART_AEROPLANE_TO_7 = LabelMap.from_table(CGPART_AEROPLANE, CGPART_AEROPLANE_7, {
     "background": ("background",),
-    "body": ("propeller", "cockpit", "body", "landing_gear_front", "gear_back_left", "gear_back_right", "door_left", "door_right",
+    "body": ("propeller", "cockpit", "body", "landing_gear_front", "gear_back_left", "gear_back_right", "door_left",
+             "door_right",
              "bomb_left", "bomb_right", "window_left", "window_right"),
     "engine": ("engine_left", "engine_right"), "fin": ("fin",), "tailplane": ("tailplane_left", "tailplane_right"),
     "wheel": ("wheel_front", "wheel_back_left", "wheel_back_right"), "wing": ("wing_left", "wing_right"),
 })
 
+# %% ../nbs/components/06_label_maps.ipynb #37dd10b1
 LABEL_MAPS = {(m.source.name, m.target.name if m.target is not CELEBA8 else "celebA_8"): m for m in (
     CELEBA_19_TO_8, FACE_34_TO_8, CAR_20_TO_12, CGPART_CAR_TO_15, CGPART_CAR_TO_10, CGPART_AEROPLANE_TO_7)}
-
-# %% ../nbs/components/06_label_maps.ipynb #8883084b
-def _ink(colour: Sequence[int]) -> str:
-    """Black or white, whichever can be read on `colour` (0..255)."""
-    return "white" if np.dot(colour, (0.299, 0.587, 0.114)) < 140 else "black"
-
-
-def draw_map(
-    mapping: LabelMap,
-    columns: int = 4,  # source classes side by side
-) -> Figure:
-    """A picture of a mapping: target classes on the left, the source classes of each on its right."""
-    groups = [[c for c, t in enumerate(mapping.ids) if t == target] for target in range(mapping.target.n_classes)]
-    heights = [max(1, -(-len(group) // columns)) for group in groups]
-    fig, ax = plt.subplots(figsize=(1.7 * (columns + 1), 0.24 * sum(heights) + 0.45), dpi=80)
-    plt.close(fig)  # returned, not shown twice
-
-    def box(x: float, y: float, high: float, colour: tuple[int, int, int], text: str) -> None:
-        ax.add_patch(Rectangle((x, y), 0.97, high - 0.1, facecolor=np.array(colour) / 255, edgecolor="#999999", linewidth=0.5))
-        ax.text(x + 0.485, y + (high - 0.1) / 2, text, ha="center", va="center", fontsize=7, color=_ink(colour))
-
-    y = 0
-    for target, (group, high) in enumerate(zip(groups, heights)):
-        box(0, y, high, mapping.target.palette[target], f"{target} {mapping.target.classes[target]}")
-        for n, c in enumerate(group):
-            box(1.12 + n % columns, y + n // columns, 1, mapping.source.palette[c], f"{c} {mapping.source.classes[c].removeprefix('head***')}")
-        y += high
-    ax.set(xlim=(0, columns + 1.12), ylim=(y, 0), title=f"{mapping.target.name}  ←  {mapping.source.name}")
-    ax.axis("off")
-    fig.tight_layout(pad=0.3)
-    return fig
 
 # %% ../nbs/components/06_label_maps.ipynb #0a0e3b57
 _LEFT_AND_RIGHT_LEGS = "lfuleg lflleg rfuleg rflleg lbuleg lblleg rbuleg rblleg"
@@ -266,19 +269,25 @@ PASCAL_PARTS: dict[str, tuple[str, ...]] = {
     "bird": ("head", "leye reye", "beak", "torso", "neck", "lwing rwing", "lleg rleg", "lfoot rfoot", "tail"),
     "boat": (),
     "bottle": ("cap", "body"),
-    "bus": ("frontside", "leftside", "rightside", "backside", "roofside", "leftmirror rightmirror", "fliplate", "bliplate", "door_*", "wheel_*", "headlight_*", "window_*"),
-    "car": ("frontside", "leftside", "rightside", "backside", "roofside", "leftmirror rightmirror", "fliplate", "bliplate", "door_*", "wheel_*", "headlight_*", "window_*"),
-    "cat": ("head", "leye reye", "lear", "rear", "nose", "torso", "neck", "lfleg rfleg lbleg rbleg", "lfpa rfpa lbpa rbpa", "tail"),
+    "bus": ("frontside", "leftside", "rightside", "backside", "roofside", "leftmirror rightmirror", "fliplate",
+            "bliplate", "door_*", "wheel_*", "headlight_*", "window_*"),
+    "car": ("frontside", "leftside", "rightside", "backside", "roofside", "leftmirror rightmirror", "fliplate",
+            "bliplate", "door_*", "wheel_*", "headlight_*", "window_*"),
+    "cat": ("head", "leye reye", "lear", "rear", "nose", "torso", "neck", "lfleg rfleg lbleg rbleg",
+            "lfpa rfpa lbpa rbpa", "tail"),
     "chair": (),
-    "cow": ("head", "leye reye", "lear", "rear", "muzzle", "lhorn rhorn", "torso", "neck", _LEFT_AND_RIGHT_LEGS, "tail"),
+    "cow": ("head", "leye reye", "lear", "rear", "muzzle", "lhorn rhorn", "torso", "neck",
+            _LEFT_AND_RIGHT_LEGS, "tail"),
     "diningtable": (),
     "dog": ("head", "leye reye", "lear", "rear", "nose", *_FOUR_LEGS, "muzzle"),
-    "horse": ("head leye reye lear rear muzzle", "torso", f"lfho rfho lbho rbho {_LEFT_AND_RIGHT_LEGS}", "neck", "tail"),
+    "horse": ("head leye reye lear rear muzzle", "torso", "lfho rfho lbho rbho "
+                                                          f"{_LEFT_AND_RIGHT_LEGS}", "neck", "tail"),
     "motorbike": ("fwheel", "bwheel", "handlebar", "saddle", "headlight_*"),
     "person": ("head", "leye reye", "lear", "rear", "lebrow rebrow", "nose", "mouth", "hair", "torso", "neck",
                "llarm luarm", "lhand rhand", "rlarm ruarm", "llleg luleg rlleg ruleg", "lfoot rfoot"),
     "pottedplant": ("pot", "plant"),
-    "sheep": ("head", "leye reye", "lear", "rear", "muzzle", "lhorn rhorn", "torso", "neck", _LEFT_AND_RIGHT_LEGS, "tail"),
+    "sheep": ("head", "leye reye", "lear", "rear", "muzzle", "lhorn rhorn", "torso", "neck",
+              _LEFT_AND_RIGHT_LEGS, "tail"),
     "sofa": (),
     "train": ("head", "hfrontside", "hleftside", "hrightside", "hbackside", "hroofside", "headlight_*",
               "coach_*", "cfrontside_*", "cleftside_*", "crightside_*", "cbackside_*", "croofside_*"),
@@ -297,7 +306,8 @@ def pascal_part_id(
     part: str,  # as the MATLAB file names it, e.g. "lfuleg" or "engine_3"
 ) -> int | None:  # the number of the part, from 1; None for a name the table does not know
     """The number of a part; `InputError` for an unknown class."""
-    if object_class not in PASCAL_PARTS: raise InputError(f"Pascal has no class {object_class!r}; it has {', '.join(PASCAL_PARTS)}")
+    if object_class not in PASCAL_PARTS:
+        raise InputError(f"Pascal has no class {object_class!r}; it has {', '.join(PASCAL_PARTS)}")
     ids = _part_ids(object_class)
     return ids.get(part, ids.get(re.sub(r"_\d+$", "_*", part)))
 
