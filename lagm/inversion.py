@@ -33,7 +33,8 @@ from .labels import IGNORE, LabelSet
 from .run_state import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
 from .stylegan2 import Generated, StyleGAN2
-from .synthetic import Plan, SyntheticDataset, generate, select
+from .shards import SyntheticDataset, generate, select
+from .synthetic import Plan
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9

@@ -27,7 +27,8 @@ from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predi
 from .labels import CELEBA8, LabelSet, colourise
 from .picture_files import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
-from .synthetic import coco_annotations, coco_categories, png
+from .exports import coco_annotations, coco_categories
+from .shards import png
 
 # %% ../nbs/components/75_predict.ipynb #d5be5b7c
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def write_model_card(
     segmenter, header = load_segmenter(checkpoint)
     labels, made = header["labels"], header.get("provenance", {})
     name, parameters = header["network"]["name"], sum(p.numel() for p in segmenter.parameters())
-    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.downstream.load_segmenter`)",
+    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.saved.load_segmenter`)",
              f"- network: {name}, {parameters:,} parameters, {', '.join(f'{k} {v}' for k, v in header['network'].items() if k != 'name')}",
              f"- input: pictures (B, 3, H, W) in [-1, 1], trained at {' x '.join(map(str, header['size'])) if header.get('size') else 'an unknown size'}; output: logits (B, {segmenter.n_classes}, H, W)",
              f"- licence: {licence}", f"- made {made.get('date', '?')} with torch {made.get('versions', {}).get('torch', '?')}, commit {made.get('commit') or 'unknown'}", ""]

@@ -27,7 +27,7 @@ from lagm.doctor import array_problem
 from lagm.folds import read_test_folder
 from lagm.pascal import Unusable, read_annotation, read_boxes, unpacked_mat
 from lagm.picture_files import read_image, read_mask
-from lagm.synthetic import SyntheticDataset, add_to_tar, png
+from lagm.shards import SyntheticDataset, add_to_tar, png
 
 MASK = np.tile(np.arange(4, dtype=np.uint8), (6, 2))
 MAT = Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "part_segmentation" / "Annotations_Part" / "2008_000002.mat"
