@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start', 'descend',
-           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'Annotated', 'train_handsoff',
-           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
+           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../nbs/components/69_inversion.ipynb #4dac90e8
-import contextlib
 import dataclasses
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,14 @@ from tqdm import tqdm
 from .augment import resize_nearest, wide_crop
 from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
-from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
+from .datasetgan import (
+    Annotated, FeatureStore, PixelEnsemble, check_ensemble, check_masks, new_ensemble, train_on_pairs, train_pixels)
 from .evaluation import check_pictures
 from .generator import FrozenGenerator, check_generated
-from .labels import IGNORE, LabelSet
+from .labels import IGNORE
 from .run_state import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
 from .stylegan2 import Generated, StyleGAN2
-from .shards import SyntheticDataset, generate, select
-from .synthetic import Plan
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
@@ -190,7 +187,7 @@ def keep(path: Path | None, kind: str, identity: dict[str, Any], tensors: dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors, {"kind": kind, "format_version": 1, "identity": identity})
 
-# %% ../nbs/components/69_inversion.ipynb #d74ee896
+# %% ../nbs/components/69_inversion.ipynb #15395d70
 @dataclass
 class Inverted:
     """Pictures found in the generator's space."""
@@ -200,6 +197,31 @@ class Inverted:
     losses: Tensor  # (n, steps): distance of each picture before each step
 
 
+def _found(
+    path: Path | None,
+    kept: dict[str, Tensor] | None,
+    space: StyleSpace,
+    pictures: int,  # in all
+    steps: int,
+) -> tuple[Tensor, Tensor]:  # points and losses of the first pictures
+    """What was found already; `InputError` if it cannot be that."""
+    if kept is None: return space.centre[:0], space.mean.new_zeros(0, steps)
+    v, losses = (kept.get(name, torch.empty(0)) for name in ("v", "losses"))
+    fits = v.shape[1:] == space.centre.shape[1:] and losses.shape == (len(v), steps) and 0 < len(v) <= pictures
+    if fits and all_finite([v, losses]): return v.to(space.mean), losses.to(space.mean)
+    raise InputError(f"{path} is damaged: delete it, and the inversion begins anew")
+
+
+@torch.no_grad()
+def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted:
+    """The pictures and features at the points."""
+    parts = [space(part) for part in v.split(batch)]
+    images = torch.cat([part.image for part in parts])
+    features = [torch.cat(maps) for maps in zip(*(part.features for part in parts))]
+    check_generated(images, features)
+    return Inverted(space.mean + space.spread * v, images, features, losses)
+
+# %% ../nbs/components/69_inversion.ipynb #d74ee896
 def invert(
     generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
@@ -232,31 +254,6 @@ def invert(
             keep(path, "inversion", identity, {"v": v, "losses": losses})
     return _drawn(space, v, losses, plan.batch)
 
-# %% ../nbs/components/69_inversion.ipynb #15395d70
-def _found(
-    path: Path | None,
-    kept: dict[str, Tensor] | None,
-    space: StyleSpace,
-    pictures: int,  # in all
-    steps: int,
-) -> tuple[Tensor, Tensor]:  # points and losses of the first pictures
-    """What was found already; `InputError` if it cannot be that."""
-    if kept is None: return space.centre[:0], space.mean.new_zeros(0, steps)
-    v, losses = (kept.get(name, torch.empty(0)) for name in ("v", "losses"))
-    fits = v.shape[1:] == space.centre.shape[1:] and losses.shape == (len(v), steps) and 0 < len(v) <= pictures
-    if fits and all_finite([v, losses]): return v.to(space.mean), losses.to(space.mean)
-    raise InputError(f"{path} is damaged: delete it, and the inversion begins anew")
-
-
-@torch.no_grad()
-def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted:
-    """The pictures and features at the points."""
-    parts = [space(part) for part in v.split(batch)]
-    images = torch.cat([part.image for part in parts])
-    features = [torch.cat(maps) for maps in zip(*(part.features for part in parts))]
-    check_generated(images, features)
-    return Inverted(space.mean + space.spread * v, images, features, losses)
-
 # %% ../nbs/components/69_inversion.ipynb #ea4b9739
 @dataclass(frozen=True)
 class HandsOff:
@@ -267,12 +264,7 @@ class HandsOff:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self):
-        check_fields(self, "HandsOff")
-        for name in ("members", "pixel_steps", "pairs"):
-            value = getattr(self, name)
-            if value < 1: raise InputError(f"HandsOff: {name} is {value}; give a whole number, 1 or more")
-        if not 0 < self.keep <= 1: raise InputError(f"HandsOff: keep is {self.keep}; give a share, above 0 and up to 1")
+    def __post_init__(self): check_ensemble(self, "HandsOff")
 
 # %% ../nbs/components/69_inversion.ipynb #a54f2246
 def learn_pixels(
@@ -291,9 +283,8 @@ def learn_pixels(
     Raises `InputError` as `train_pixels`, and if the folder holds another run's.
     """
     features, device = inverted.features, choose_device(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_generator(seed, "ensemble").initial_seed())
-        ensemble = PixelEnsemble([f.shape[1] for f in features], n_classes, plan.members).to(device)
+    start = random_generator(seed, "ensemble").initial_seed()
+    ensemble = new_ensemble([f.shape[1] for f in features], n_classes, plan.members, start).to(device)
     identity = dict(members=plan.members, pixel_steps=plan.pixel_steps, seed=seed, data=digest([*features, masks]))
     path = Path(folder) / "ensemble.safetensors" if folder else None
     if kept := read_kept(path, "ensemble", identity):
@@ -304,42 +295,6 @@ def learn_pixels(
     keep(path, "ensemble", identity, ensemble.state_dict())
     return ensemble
 
-# %% ../nbs/components/69_inversion.ipynb #cae11b59
-class Annotated:
-    """A source of pictures and features that says whose labels go with them.
-
-    So a checkpoint that was made with other labels is refused.
-    """
-
-    def __init__(self, source: Any, annotator: nn.Module, note: Any):
-        networks = [getattr(source, "network", None), annotator]
-        self.source, self.network = source, nn.ModuleList(n for n in networks if isinstance(n, nn.Module))
-        self.sampling, self.dtype = (getattr(source, "sampling", None), note), getattr(source, "dtype", None)
-
-    def sample_z(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """Latents, as the source has them."""
-        return self.source.sample_z(n, rng)
-
-    def __call__(self, z: Tensor, rng: torch.Generator | None = None) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.source(z, rng)
-
-
-@contextlib.contextmanager
-def _place(folder: str | Path | None) -> Iterator[Path]:
-    """The folder, or a temporary one."""
-    if folder: yield Path(folder)
-    else:
-        with tempfile.TemporaryDirectory() as temporary: yield Path(temporary)
-
-
-def _named(labels: LabelSet | None, n_classes: int) -> LabelSet:
-    """The label set, or one of numbers. `InputError` if it has other classes than the segmenter."""
-    numbers = range(n_classes)
-    if labels is None: return LabelSet(f"{n_classes} classes", map(str, numbers), [(c, c, c) for c in numbers])
-    if labels.n_classes == n_classes: return labels
-    raise InputError(f"the label set {labels.name!r} has {labels.n_classes} classes, the segmenter {n_classes}; "
-                     "give the one it is built for")
-
 # %% ../nbs/components/69_inversion.ipynb #50d5adb6
 def train_handsoff(
     segmenter: nn.Module,  # trained in place
@@ -347,7 +302,7 @@ def train_handsoff(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    handsoff: HandsOff = HandsOff(),
+    setting: HandsOff = HandsOff(),
     recipe: Recipe = FAST,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -360,20 +315,12 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    labels, progress = _named(options.get("labels"), segmenter.n_classes), options.get("progress", True)
-    n_classes, device, wide = labels.n_classes, choose_device(device), recipe.wide_crop
-    shared = dict(seed=seed, folder=folder, progress=progress)
-    inverted = invert(generator, images, handsoff.inversion, wide=wide, **shared)
-    drawn = as_generated(masks, generator.resolution, wide)
-    ensemble = learn_pixels(inverted, drawn, n_classes, handsoff, device=device, **shared)
-    plan = Plan(handsoff.pairs, seed, tuple(images.shape[2:]), wide, "majority", shard_size=100)
-    own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
-    with _place(folder) as place:
-        made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)], progress)
-        kept = SyntheticDataset(made.folder, select(made.records, handsoff.keep).indices)
-        source = Annotated(PairSource(kept, n_classes, device), ensemble, handsoff)
-        return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
-                          match=False, **options)
+    shared = dict(seed=seed, folder=folder, progress=options.get("progress", True))
+    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
+    drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
+    ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
+    return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
+                          folder=folder, **options)
 
 # %% ../nbs/components/69_inversion.ipynb #237ea974
 def unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -430,9 +377,7 @@ def prototypes_of(
     """The prototypes of labelled features; `InputError` if masks and features do not fit together."""
     if masks.ndim != 3 or len(masks) != len(features[0]):
         raise InputError(f"the masks have shape {tuple(masks.shape)}; give (n, H, W) with n = {len(features[0])}")
-    known = masks[masks != IGNORE]
-    if not len(known) or known.min() < 0 or known.max() >= n_classes:
-        raise InputError(f"the masks must name classes 0..{n_classes - 1}, and at least one pixel must have a label")
+    check_masks(masks, tuple(masks.shape), n_classes)
     made = Prototypes([f.shape[1] for f in features], n_classes, layers, temperature).to(features[0].device)
     one_hot = F.one_hot(masks.to(made.share.device).clamp(max=n_classes), n_classes + 1)[..., :-1].float()
     sums = {}
@@ -469,14 +414,14 @@ def train_prototypes(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    prototyping: Prototyping = Prototyping(),
+    setting: Prototyping = Prototyping(),
     recipe: Recipe = FAST,
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the inversion
     **options: Any,  # as in `train_handsoff`
 ) -> Trained:
-    """Invert the labelled pictures, take prototypes from their features, and learn from what they say of generated ones.
+    """Invert the labelled pictures, take prototypes from their features, learn from what they say of generated ones.
 
     A finish is `lagm.training.train_finish`'s. Raises as `train_lagm` and `invert` do.
     """
@@ -484,10 +429,10 @@ def train_prototypes(
     check_labelled(images, masks, segmenter.n_classes)
     device, progress = choose_device(device), options.get("progress", True)
     shared = dict(seed=seed, folder=folder, progress=progress)
-    inverted = invert(generator, images, prototyping.inversion, wide=recipe.wide_crop, **shared)
-    drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), prototyping.layers(generator)
-    annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, prototyping.temperature)
-    source = Annotated(generator, annotator, prototyping)
+    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
+    drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
+    annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)
+    source = Annotated(generator, annotator, setting)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,
-                      weigh_labels=prototyping.weigh_labels, **options)
+                      weigh_labels=setting.weigh_labels, **options)

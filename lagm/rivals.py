@@ -16,7 +16,7 @@ from .core import choose_device
 from .matching import labelled_gradient
 from .parts import each_part, labelled_gradient_in_parts, supervised_step_in_parts
 from .training import Identity, LabelledBatches, Loop, Players, Recipe, Stage, SyntheticBatches, Trained
-from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
+from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest
 from .training import supervised_step
 
 # %% ../nbs/components/65_rivals.ipynb #49456c11
@@ -106,5 +106,5 @@ def run_stages(
     **options: Any,  # of `lagm.training.Loop`
 ) -> Trained:
     """Do the stages, from wherever a checkpoint says. Raises as `train_lagm` does."""
-    identity = Identity(players.recipe, seed, note + frozen_note(players), data_digest(images, masks), generator)
+    identity = Identity(players.recipe, seed, note, data_digest(images, masks), generator)
     return Loop(players, stages, identity, size=tuple(images.shape[2:]), **options).run()

@@ -24,7 +24,7 @@ from .evaluation import eval_mode
 from .matching import graph_of, log_probabilities, named_parameters, soft_cross_entropy
 from .parts import mean_over_parts
 from .rivals import Batches, labelled_gradients, labelled_step, parts_of, run_stages, set_up
-from .training import FAST, SUPERVISED_FIELDS, Players, Recipe, Stage, Trained, check_options
+from .training import FAST, SUPERVISED_FIELDS, Players, Recipe, Stage, Trained, check_options, frozen_note
 
 # %% ../nbs/components/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
@@ -203,7 +203,8 @@ def train_taught(
         if not recipe.warm_segmenter:
             raise InputError("teaching: a fixed teacher has to be trained first; give the recipe warm_segmenter steps")
     stages = taught_stages(players, generator, images, masks, setting, seed)
-    return run_stages(players, stages, repr(setting), images, masks, seed, **options)
+    note = repr(setting) + frozen_note(players)
+    return run_stages(players, stages, note, images, masks, seed, **options)
 
 # %% ../nbs/components/66_teachers.ipynb #4f8b766f
 def train_self_training(

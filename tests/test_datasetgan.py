@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_segmenter
 
 from lagm.core import InputError, random_generator
-from lagm.datasetgan import CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels
+from lagm.datasetgan import (
+    CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels)
 from lagm.shards import generate, select
 from lagm.synthetic import Plan, make_pair
 
