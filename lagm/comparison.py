@@ -131,8 +131,8 @@ def interval(
 
 # %% ../nbs/components/95_comparison.ipynb #5d319e54
 def is_rival(method: str) -> bool:
-    """Whether a method is none of ours: no matching in it."""
-    return "matching" not in method
+    """Whether a method is none of ours: neither matching nor its control."""
+    return "match" not in method
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ def _over_all(domain: str, own: Sequence[Comparison], cells: Cells) -> Compariso
         tables = [torch.tensor([[a - b] for a, b in zip(ours, theirs)], dtype=torch.float64)]
     methods, rivals = {c.method for c in own}, {c.rival for c in own}
     rival = rivals.pop() if len(rivals) == 1 else "the best of each"
-    return _comparison(domain, None, methods.pop() if len(methods) == 1 else OURS, rival, ours, theirs, torch.stack(tables).mean(0))
+    ours_by = methods.pop() if len(methods) == 1 else OURS
+    return _comparison(domain, None, ours_by, rival, ours, theirs, torch.stack(tables).mean(0))
 
 
 def comparison_table(
@@ -230,7 +231,9 @@ def comparison_table(
             c = found.get((domain, k))
             if c is None and k is None: continue
             head = [domain, "mean" if k is None else str(k)]
-            if c is None: table.append([*head, *["–"] * 7]); continue
+            if c is None:
+                table.append([*head, *["–"] * 7])
+                continue
             ends = "–" if c.ends is None else f"{c.ends[0]:+.1f} to {c.ends[1]:+.1f}"
             table.append([*head, number(c.ours, 1), c.rival, number(c.theirs, 1), number(c.difference, 1, sign=True),
                           ends, f"{c.ahead} of {c.seeds}", c.verdict])

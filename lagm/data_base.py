@@ -16,7 +16,7 @@ from torchvision.datasets import VisionDataset
 from .core import InputError, inside, read_lines
 from .data_label_maps import LABEL_MAPS, LabelMap
 from .data_labels import LabelSet, Labelled
-from .picture_files import check_size
+from .data_images import check_size
 
 # %% ../nbs/components/14_data_base.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):

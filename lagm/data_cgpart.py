@@ -18,7 +18,7 @@ from .core import InputError, inside
 from .data_base import PartDataset, find_map, listed_names, need_path
 from .data_label_maps import get_labels
 from .data_images import list_files, read_mask, read_pair, to_item
-from .picture_files import check_size
+from .data_images import check_size
 
 # %% ../nbs/components/14_data_cgpart.ipynb #a4440739
 CGPART_MODELS = {

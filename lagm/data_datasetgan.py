@@ -19,7 +19,7 @@ from .core import InputError
 from .data_base import PartDataset, choose_split, find_map, need_path
 from .data_label_maps import get_labels
 from .data_images import describe_file, read_pair, to_item
-from .picture_files import check_classes
+from .data_images import check_classes
 from .unpickling import read_arrays
 
 # %% ../nbs/components/14_data_datasetgan.ipynb #73f69d03

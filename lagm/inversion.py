@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start', 'descend',
-           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'Annotated', 'train_handsoff',
-           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'invert', 'Inverted', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
+           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../nbs/components/69_inversion.ipynb #4dac90e8
-import contextlib
 import dataclasses
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data_augment import resize_nearest, wide_crop
 from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
-from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
+from .data_augment import resize_nearest, wide_crop
 from .data_checks import check_pictures
-from .generator import FrozenGenerator, check_generated
-from .data_labels import IGNORE, LabelSet
+from .data_labels import IGNORE
+from .datasetgan import (
+    Annotated, FeatureStore, PixelEnsemble, check_ensemble, check_masks, new_ensemble, train_on_pairs, train_pixels)
+from .generator import FrozenGenerator, Generated, check_generated
 from .run_state import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
-from .generator import Generated
 from .stylegan2 import StyleGAN2
-from .synthetic import Plan, SyntheticDataset, generate, select
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
@@ -191,15 +188,6 @@ def keep(path: Path | None, kind: str, identity: dict[str, Any], tensors: dict[s
     save_tensors(path, tensors, {"kind": kind, "format_version": 1, "identity": identity})
 
 # %% ../nbs/components/69_inversion.ipynb #d74ee896
-@dataclass
-class Inverted:
-    """Pictures found in the generator's space."""
-    latents: Tensor  # (n, layers, w_dim), style vectors
-    images: Tensor  # (n, 3, R, R): what the generator draws there
-    features: list[Tensor]  # (n, C_i, H_i, W_i), with the stored noise
-    losses: Tensor  # (n, steps): distance of each picture before each step
-
-
 def invert(
     generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
@@ -233,6 +221,15 @@ def invert(
     return _drawn(space, v, losses, plan.batch)
 
 # %% ../nbs/components/69_inversion.ipynb #15395d70
+@dataclass
+class Inverted:
+    """Pictures found in the generator's space."""
+    latents: Tensor  # (n, layers, w_dim), style vectors
+    images: Tensor  # (n, 3, R, R): what the generator draws there
+    features: list[Tensor]  # (n, C_i, H_i, W_i), with the stored noise
+    losses: Tensor  # (n, steps): distance of each picture before each step
+
+
 def _found(
     path: Path | None,
     kept: dict[str, Tensor] | None,
@@ -267,12 +264,7 @@ class HandsOff:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self):
-        check_fields(self, "HandsOff")
-        for name in ("members", "pixel_steps", "pairs"):
-            value = getattr(self, name)
-            if value < 1: raise InputError(f"HandsOff: {name} is {value}; give a whole number, 1 or more")
-        if not 0 < self.keep <= 1: raise InputError(f"HandsOff: keep is {self.keep}; give a share, above 0 and up to 1")
+    def __post_init__(self): check_ensemble(self, "HandsOff")
 
 # %% ../nbs/components/69_inversion.ipynb #a54f2246
 def learn_pixels(
@@ -291,9 +283,8 @@ def learn_pixels(
     Raises `InputError` as `train_pixels`, and if the folder holds another run's.
     """
     features, device = inverted.features, choose_device(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_generator(seed, "ensemble").initial_seed())
-        ensemble = PixelEnsemble([f.shape[1] for f in features], n_classes, plan.members).to(device)
+    start = random_generator(seed, "ensemble").initial_seed()
+    ensemble = new_ensemble([f.shape[1] for f in features], n_classes, plan.members, start).to(device)
     identity = dict(members=plan.members, pixel_steps=plan.pixel_steps, seed=seed, data=digest([*features, masks]))
     path = Path(folder) / "ensemble.safetensors" if folder else None
     if kept := read_kept(path, "ensemble", identity):
@@ -304,42 +295,6 @@ def learn_pixels(
     keep(path, "ensemble", identity, ensemble.state_dict())
     return ensemble
 
-# %% ../nbs/components/69_inversion.ipynb #cae11b59
-class Annotated:
-    """A source of pictures and features that says whose labels go with them.
-
-    So a checkpoint that was made with other labels is refused.
-    """
-
-    def __init__(self, source: Any, annotator: nn.Module, note: Any):
-        networks = [getattr(source, "network", None), annotator]
-        self.source, self.network = source, nn.ModuleList(n for n in networks if isinstance(n, nn.Module))
-        self.sampling, self.dtype = (getattr(source, "sampling", None), note), getattr(source, "dtype", None)
-
-    def sample_z(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """Latents, as the source has them."""
-        return self.source.sample_z(n, rng)
-
-    def __call__(self, z: Tensor, rng: torch.Generator | None = None) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.source(z, rng)
-
-
-@contextlib.contextmanager
-def _place(folder: str | Path | None) -> Iterator[Path]:
-    """The folder, or a temporary one."""
-    if folder: yield Path(folder)
-    else:
-        with tempfile.TemporaryDirectory() as temporary: yield Path(temporary)
-
-
-def _named(labels: LabelSet | None, n_classes: int) -> LabelSet:
-    """The label set, or one of numbers. `InputError` if it has other classes than the segmenter."""
-    numbers = range(n_classes)
-    if labels is None: return LabelSet(f"{n_classes} classes", map(str, numbers), [(c, c, c) for c in numbers])
-    if labels.n_classes == n_classes: return labels
-    raise InputError(f"the label set {labels.name!r} has {labels.n_classes} classes, the segmenter {n_classes}; "
-                     "give the one it is built for")
-
 # %% ../nbs/components/69_inversion.ipynb #50d5adb6
 def train_handsoff(
     segmenter: nn.Module,  # trained in place
@@ -347,7 +302,7 @@ def train_handsoff(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    handsoff: HandsOff = HandsOff(),
+    setting: HandsOff = HandsOff(),
     recipe: Recipe = FAST,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -360,20 +315,12 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    labels, progress = _named(options.get("labels"), segmenter.n_classes), options.get("progress", True)
-    n_classes, device, wide = labels.n_classes, choose_device(device), recipe.wide_crop
-    shared = dict(seed=seed, folder=folder, progress=progress)
-    inverted = invert(generator, images, handsoff.inversion, wide=wide, **shared)
-    drawn = as_generated(masks, generator.resolution, wide)
-    ensemble = learn_pixels(inverted, drawn, n_classes, handsoff, device=device, **shared)
-    plan = Plan(handsoff.pairs, seed, tuple(images.shape[2:]), wide, "majority", shard_size=100)
-    own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
-    with _place(folder) as place:
-        made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)], progress)
-        kept = SyntheticDataset(made.folder, select(made.records, handsoff.keep).indices)
-        source = Annotated(PairSource(kept, n_classes, device), ensemble, handsoff)
-        return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
-                          match=False, **options)
+    shared = dict(seed=seed, folder=folder, progress=options.get("progress", True))
+    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
+    drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
+    ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
+    return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
+                          folder=folder, **options)
 
 # %% ../nbs/components/69_inversion.ipynb #237ea974
 def unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
@@ -430,9 +377,7 @@ def prototypes_of(
     """The prototypes of labelled features; `InputError` if masks and features do not fit together."""
     if masks.ndim != 3 or len(masks) != len(features[0]):
         raise InputError(f"the masks have shape {tuple(masks.shape)}; give (n, H, W) with n = {len(features[0])}")
-    known = masks[masks != IGNORE]
-    if not len(known) or known.min() < 0 or known.max() >= n_classes:
-        raise InputError(f"the masks must name classes 0..{n_classes - 1}, and at least one pixel must have a label")
+    check_masks(masks, tuple(masks.shape), n_classes)
     made = Prototypes([f.shape[1] for f in features], n_classes, layers, temperature).to(features[0].device)
     one_hot = F.one_hot(masks.to(made.share.device).clamp(max=n_classes), n_classes + 1)[..., :-1].float()
     sums = {}
@@ -469,14 +414,14 @@ def train_prototypes(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    prototyping: Prototyping = Prototyping(),
+    setting: Prototyping = Prototyping(),
     recipe: Recipe = FAST,
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the inversion
     **options: Any,  # as in `train_handsoff`
 ) -> Trained:
-    """Invert the labelled pictures, take prototypes from their features, and learn from what they say of generated ones.
+    """Invert the labelled pictures, take prototypes from their features, learn from what they say of generated ones.
 
     A finish is `lagm.training.train_finish`'s. Raises as `train_lagm` and `invert` do.
     """
@@ -484,10 +429,10 @@ def train_prototypes(
     check_labelled(images, masks, segmenter.n_classes)
     device, progress = choose_device(device), options.get("progress", True)
     shared = dict(seed=seed, folder=folder, progress=progress)
-    inverted = invert(generator, images, prototyping.inversion, wide=recipe.wide_crop, **shared)
-    drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), prototyping.layers(generator)
-    annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, prototyping.temperature)
-    source = Annotated(generator, annotator, prototyping)
+    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
+    drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
+    annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)
+    source = Annotated(generator, annotator, setting)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,
-                      weigh_labels=prototyping.weigh_labels, **options)
+                      weigh_labels=setting.weigh_labels, **options)

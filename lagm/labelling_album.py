@@ -22,7 +22,7 @@ from .folders import read_classes
 from .data_label_maps import make_labels
 from .data_labels import IGNORE, LabelSet
 from .data_images import IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, read_image, read_mask
-from .picture_files import check_classes
+from .data_images import check_classes
 from .data_images import read_pair, save_mask
 
 # %% ../nbs/components/81_album.ipynb #fd739b24

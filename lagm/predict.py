@@ -29,7 +29,8 @@ from .models_modes import eval_mode
 from .data_labels import CELEBA8, LabelSet, colourise
 from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .saved import POLICIES, find_segmenters, load_segmenter
-from .synthetic import coco_annotations, coco_categories, png
+from .exports import coco_annotations, coco_categories
+from .shards import png
 
 # %% ../nbs/components/75_predict.ipynb #d5be5b7c
 @dataclass(frozen=True)

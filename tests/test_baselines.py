@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.annotator import FPNAnnotator
-from lagm.data_augment import Augment
-from lagm.baselines import (
-    MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training, train_taught)
 from lagm.core import InputError, random_generator
+from lagm.data_augment import Augment
+from lagm.teachers import (
+    MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training,
+    train_taught)
 from lagm.training import FAST, Players, train_lagm
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)
@@ -55,7 +56,8 @@ def test_a_step_by_hand():
     loss.backward()
     players = Players(tiny_segmenter(), None, recipe, torch.device("cpu"), w)
     players.begin({"segmenter": 0.1}, False)
-    losses = taught_step(players, teacher, (images, masks), synthetic, Teaching(hard=False), 0.3, None, random_generator(0))
+    losses = taught_step(players, teacher, lambda part: (images, masks), lambda part: (synthetic, random_generator(0)),
+                         Teaching(hard=False), 0.3, None)
     for p, e in zip(players.segmenter.parameters(), expected.parameters()): assert torch.allclose(p, e - 0.1 * e.grad, atol=1e-6)
     assert (losses["loss_label"] + 0.3 * losses["loss_s"]).item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -73,7 +75,8 @@ def test_labels_go_with_the_picture(generator):
     images = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round() * 2 - 1, size=(64, 64))
     masks = torch.zeros(4, 64, 64, dtype=torch.int64)
     only_moves = Augment(hue=0, saturation=(1, 1), brightness=(1, 1))
-    losses = taught_step(players, Red(), (images, masks), images, Teaching(), 1.0, only_moves, random_generator(0))
+    losses = taught_step(players, Red(), lambda part: (images, masks), lambda part: (images, random_generator(0)), Teaching(),
+                         1.0, only_moves)
     assert losses["loss_s"] < 1.0  # but for pixels at borders; labels that stayed where they were would give about 25
 
 
@@ -109,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, name):
 
 
 def test_the_fixed_teacher_is_fixed_and_the_mean_teacher_is_not(generator, monkeypatch):
-    import lagm.baselines as module
+    import lagm.teachers as module
     seen, whole = [], module.teacher_labels
     monkeypatch.setattr(module, "teacher_labels", lambda teacher, *a: seen.append(weights(teacher)) or whole(teacher, *a))
     images, masks = tiny_pictures(3)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from lagm import convolutions
 from lagm.convolutions import FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits
 from lagm.core import InputError
-from lagm.cost import WORKS, make_step, set_up, usual_generator
+from lagm.cost import WORKLOADS, make_step, prepare, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.matching_forward import directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, match_double_backward
@@ -153,8 +153,8 @@ def test_the_usual_generator_is_the_same_function():
 
 
 def test_the_plain_step_moves_both_networks_as_ours_does():
-    plain, ours = (make_step(WORKS["tiny"], variant) for variant in ("plain", "tangents"))
-    before = [p.clone() for p in set_up(WORKS["tiny"]).segmenter.parameters()]
+    plain, ours = (make_step(WORKLOADS["tiny"], variant) for variant in ("plain", "tangents"))
+    before = [p.clone() for p in prepare(WORKLOADS["tiny"]).segmenter.parameters()]
     for step in (plain, ours): step(0)
     assert all(p.requires_grad for p in plain.setting.segmenter.parameters())
     for role in ("segmenter", "annotator"):

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_segmenter
 
 from lagm.core import InputError, random_generator
-from lagm.datasetgan import CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels
-from lagm.synthetic import Plan, generate, make_pair, select
+from lagm.datasetgan import (
+    CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels)
+from lagm.shards import generate, select
+from lagm.synthetic import Plan, make_pair
 
 
 def some_features(n=2, shapes=((5, 4), (4, 8), (6, 8), (3, 16)), seed=0):

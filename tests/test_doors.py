@@ -14,10 +14,8 @@ from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_se
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lagm.data_augment import Augment
-from lagm.baselines import (
-    Teaching, taught_step, taught_step_in_parts, train_mean_teacher, train_self_training, train_taught)
 from lagm.core import InputError, all_finite, check_fields, load_tensors, random_generator
+from lagm.data_augment import Augment
 from lagm.datasetgan import label_generated
 from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
 from lagm.evaluation_metrics import evaluate, predict
@@ -26,6 +24,7 @@ from lagm.generator import Sampling
 from lagm.predict import predict_pictures
 from lagm.stages import make_recipe
 from lagm.synthetic import GeneratedPairs, Plan, make_pair
+from lagm.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
 from lagm.training import FAST, PAPER, Players, Recipe, get_recipe, train_lagm, train_supervised, validated
 from lagm.watching import Watch
 
@@ -166,15 +165,13 @@ def test_without_batch_norm_a_taught_step_in_parts_is_the_whole(augment):
     masks[0, :12] = 255  # parts count by what is known
     synthetic, results = torch.rand(4, 3, 16, 16) * 2 - 1, []
     for parts in (1, 2):
-        players = Players(copy.deepcopy(segmenter), None, recipe, CPU, torch.tensor([0.5, 1, 2, 1]))
+        own = dataclasses.replace(recipe, parts=parts)
+        players = Players(copy.deepcopy(segmenter), None, own, CPU, torch.tensor([0.5, 1, 2, 1]))
         players.begin({"segmenter": 0.1}, averaged=True)
-        if parts == 1:
-            losses = taught_step(players, teacher, (images, masks), synthetic, Teaching(hard=False), 0.3, augment,
-                    random_generator(0))
-        else:
-            losses = taught_step_in_parts(players, teacher, lambda p: (images[2 * p:2 * p + 2], masks[2 * p:2 * p + 2]),
-                    lambda p: (synthetic[2 * p:2 * p + 2], random_generator(0, p)), Teaching(hard=False), 0.3, augment,
-                    2)
+        share = 4 // parts
+        def known(p): return images[share * p:share * (p + 1)], masks[share * p:share * (p + 1)]
+        def generated(p): return synthetic[share * p:share * (p + 1)], random_generator(0, *[p] * (parts > 1))
+        losses = taught_step(players, teacher, known, generated, Teaching(hard=False), 0.3, augment)
         results.append((players, losses))
     (whole, losses), (parted, losses_in_parts) = results
     assert losses.keys() == losses_in_parts.keys()
@@ -429,5 +426,3 @@ def test_finite_whatever_the_type():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for value in (float("nan"), float("inf"), -float("inf")):
             assert not all_finite([torch.zeros(2), torch.tensor([0, value, 1], dtype=dtype)])
-
-

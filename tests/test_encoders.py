@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import LABELS, tiny_generator, tiny_pictures
+from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.data_augment import Augment
 from lagm.cli import main
 from lagm.core import InputError, describe_tensors, load_tensors, random_generator, save_tensors
-from lagm.encoders import Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder
+from lagm.data_augment import Augment
+from lagm.encoders import (
+    FrozenEncoder, Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder)
 from lagm.evaluation_metrics import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
@@ -20,7 +21,9 @@ from lagm.training import FAST, Players, train_supervised
 
 RECIPE = dataclasses.replace(FAST, steps=4, batch_labelled=2, batch_synthetic=2, average=0.9)
 SHORT = Pretraining(steps=3, batch=2, points=20)
+ANY = tiny_segmenter()  # of three classes, which is all that counts
 SIZE = dict(width=2, levels=2)
+SMALL = FrozenEncoder(SHORT, **SIZE)
 
 
 def part(network, name):
@@ -118,10 +121,11 @@ def test_any_size(size):
 def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finetune):
     images, masks = tiny_pictures(3)
     pretraining = dataclasses.replace(SHORT, task=task)
-    arguments = dict(pretraining=pretraining, finetune=finetune, recipe=RECIPE, seed=1, progress=False, **SIZE)
+    setting = FrozenEncoder(pretraining, finetune, **SIZE)
+    arguments = dict(setting=setting, recipe=RECIPE, seed=1, progress=False)
     arguments["checkpoint_every"] = 2
     random_state = torch.get_rng_state()
-    whole = train_frozen_encoder(generator, images, masks, 3, **arguments)
+    whole = train_frozen_encoder(ANY, generator, images, masks, **arguments)
     assert torch.get_rng_state().equal(random_state)
     for fails_at, path in ((3, tmp_path / "a.safetensors"), (1, tmp_path / "b.safetensors")):
         calls = []
@@ -134,19 +138,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finet
                 return generator(*a)
 
         with pytest.raises(ZeroDivisionError):
-            train_frozen_encoder(Fails(), images, masks, 3, checkpoint=path, **arguments)
-        again = train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
+            train_frozen_encoder(ANY, Fails(), images, masks, checkpoint=path, **arguments)
+        again = train_frozen_encoder(ANY, generator, images, masks, checkpoint=path, **arguments)
         assert part(again.segmenter, "").equal(part(whole.segmenter, "")) and again.step == whole.step == 7
-    for change in (dict(finetune=not finetune), dict(pretraining=dataclasses.replace(pretraining, lr=1e-4))):
+    for fields in (dict(finetune=not finetune), dict(pretraining=dataclasses.replace(pretraining, lr=1e-4))):
+        change = dict(setting=dataclasses.replace(setting, **fields))
         with pytest.raises(InputError, match="another run"):
-            train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments | change)
+            train_frozen_encoder(ANY, generator, images, masks, checkpoint=path, **arguments | change)
 
 
 def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
-    import lagm.encoders as module
+    import lagm.rivals as module
     images, masks = tiny_pictures(3)
-    arguments = dict(pretraining=SHORT, recipe=RECIPE, progress=False, checkpoint_every=1, **SIZE)
-    whole, step, done = train_frozen_encoder(generator, images, masks, 3, **arguments), module.supervised_step, []
+    arguments = dict(setting=SMALL, recipe=RECIPE, progress=False, checkpoint_every=1)
+    whole, step, done = train_frozen_encoder(ANY, generator, images, masks, **arguments), module.supervised_step, []
 
     def fails(*a):
         if len(done) == 2: raise ZeroDivisionError
@@ -156,19 +161,19 @@ def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "supervised_step", fails)
     path = tmp_path / "run.safetensors"
     with pytest.raises(ZeroDivisionError):
-        train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
+        train_frozen_encoder(ANY, generator, images, masks, checkpoint=path, **arguments)
     found = read_networks(path).segmenter  # the state of a run is a trained network like any other
     assert type(found) is EncoderSegmenter and part(found, "encoder.").equal(part(whole.segmenter, "encoder."))
     monkeypatch.undo()
-    again = train_frozen_encoder(generator, images, masks, 3, checkpoint=path, **arguments)
+    again = train_frozen_encoder(ANY, generator, images, masks, checkpoint=path, **arguments)
     assert part(again.segmenter, "").equal(part(whole.segmenter, ""))
 
 
 def test_the_second_stage_leaves_the_encoder_alone(generator):
     images, masks = tiny_pictures(3)
-    arguments = dict(pretraining=SHORT, seed=2, progress=False, record_every=1, **SIZE)
+    arguments = dict(setting=SMALL, seed=2, progress=False, record_every=1)
     recipes = {steps: dataclasses.replace(RECIPE, steps=steps, average=a) for steps, a in ((1, 0.0), (4, 0.9))}
-    run = lambda recipe: train_frozen_encoder(generator, images, masks, 3, recipe=recipe, **arguments)
+    run = lambda recipe: train_frozen_encoder(ANY, generator, images, masks, recipe=recipe, **arguments)
     runs = {steps: run(recipe) for steps, recipe in recipes.items()}
     encoders = [part(run.segmenter, "encoder.") for run in runs.values()]
     assert encoders[0].equal(encoders[1])
@@ -180,7 +185,7 @@ def test_the_second_stage_leaves_the_encoder_alone(generator):
 def test_in_parts(generator):
     images, masks = tiny_pictures(3)
     recipe = dataclasses.replace(RECIPE, parts=2, batch_labelled=4, batch_synthetic=4)
-    run, one = (train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, progress=False, recipe=r, **SIZE)
+    run, one = (train_frozen_encoder(ANY, generator, images, masks, setting=SMALL, progress=False, recipe=r)
                 for r in (recipe, dataclasses.replace(recipe, parts=1)))
     assert part(run.segmenter, "encoder.").equal(part(one.segmenter, "encoder.")) and run.step == 7
 
@@ -194,8 +199,8 @@ def test_it_learns():
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, lr_segmenter=1e-2, average=0.9, augment=Augment(rotate=5, hue=5))
     how = Pretraining(steps=30, batch=4, points=50, lr=1e-2)
-    trained = train_frozen_encoder(Pictures(), images, masks, 3, pretraining=how, recipe=recipe, width=4, levels=2,
-                                   progress=False, record_every=1)
+    trained = train_frozen_encoder(ANY, Pictures(), images, masks, setting=FrozenEncoder(how, width=4, levels=2),
+                                   recipe=recipe, progress=False, record_every=1)
     learnt = [record["loss_contrast"] for record in trained.history["losses"] if record["stage"] == "pretrain"]
     assert sum(learnt[-5:]) < 0.8 * sum(learnt[:5])
     assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.5
@@ -210,12 +215,14 @@ def test_pretraining_that_makes_no_sense(change):
 def test_mistakes(generator):
     images, masks = tiny_pictures(2)
     usual = dict(recipe=RECIPE, progress=False)
-    run = lambda n=3, **options: train_frozen_encoder(generator, images, masks, n, **usual | options)
+    run = lambda **options: train_frozen_encoder(ANY, generator, images, masks, **usual | options)
     with pytest.raises(InputError, match="augment"): run(recipe=dataclasses.replace(RECIPE, augment=None))
-    with pytest.raises(InputError, match="classes"): run(n=2)
-    with pytest.raises(InputError, match="did you mean finetune"): run(fine_tune=True)
-    with pytest.raises(InputError, match="levels"): run(levels=0)
-    with pytest.raises(InputError, match="pixels or more"): run(levels=6)
+    with pytest.raises(InputError, match="classes"):
+        train_frozen_encoder(tiny_segmenter(), generator, images, 2 * masks, **usual)
+    with pytest.raises(InputError, match="did you mean setting"): run(seting=SMALL)
+    with pytest.raises(InputError, match="levels"): run(setting=FrozenEncoder(levels=0))
+    with pytest.raises(InputError, match="pixels or more"): run(setting=FrozenEncoder(levels=6))
+    with pytest.raises(InputError, match="frozen encoder: width"): FrozenEncoder(width="wide")
 
 
 # ---- files
@@ -223,8 +230,8 @@ def test_mistakes(generator):
 
 def test_what_a_run_left_predicts(generator, tmp_path):
     images, masks = tiny_pictures(3)
-    trained = train_frozen_encoder(generator, images, masks, 3, pretraining=SHORT, recipe=RECIPE, labels=LABELS,
-                                   progress=False, checkpoint=tmp_path / "state.safetensors", **SIZE)
+    trained = train_frozen_encoder(ANY, generator, images, masks, setting=SMALL, recipe=RECIPE, labels=LABELS,
+                                   progress=False, checkpoint=tmp_path / "state.safetensors")
     trained.save(tmp_path / "segmenter.safetensors")
     x = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     for name in ("segmenter", "state"):

@@ -20,8 +20,8 @@ from lagm.training import FAST
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 QUICK = Inversion(steps=3, samples=4, batch=2)
 HANDSOFF = HandsOff(QUICK, members=2, pixel_steps=5, pairs=6, keep=0.5)
-TRAINERS = {"HandsOff": (train_handsoff, {"handsoff": HANDSOFF}),
-            "prototypes": (train_prototypes, {"prototyping": Prototyping(QUICK)})}
+TRAINERS = {"HandsOff": (train_handsoff, {"setting": HANDSOFF}),
+            "prototypes": (train_prototypes, {"setting": Prototyping(QUICK)})}
 
 
 def faint(generator):
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_other_labels_is_refused(name, tmp_path):
     done, again = run(plan), run(plan)
     assert weights(done.segmenter).equal(weights(again.segmenter))
     (key, value), = plan.items()
-    changed = {"keep": 1} if key == "handsoff" else {"weigh_labels": True}
+    changed = {"keep": 1} if name == "HandsOff" else {"weigh_labels": True}
     for change in ({"inversion": dataclasses.replace(QUICK, pull=3.0)}, changed):
         other = dataclasses.replace(value, **change)
         with pytest.raises(InputError, match="another run: .*generator"): run({key: other})

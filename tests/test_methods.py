@@ -46,7 +46,7 @@ def test_a_row_for_each_method(tmp_path):
 
 
 @pytest.mark.parametrize("change, words",
-                         [(dict(methods="magic"), "unknown method 'magic'"), (dict(pairs=0), "pairs is 0"),
+                         [(dict(methods="magic"), "there is no baseline 'magic'"), (dict(pairs=0), "pairs is 0"),
                           (dict(steps="{supervised: 0}"), "steps of supervised are 0")])
 def test_a_mistake_gives_one_line(tmp_path, change, words):
     done = call(tmp_path / "run", **change)

@@ -16,11 +16,11 @@ from torch import nn
 from lagm.core import InputError, save_tensors
 from lagm.data_labels import CELEBA8
 from lagm.evaluation_metrics import evaluate, predict
+from lagm.exports import rle_decode
 from lagm.predict import (
     evaluate_checkpoint, export_onnx, export_program, list_pictures, open_segmenter, overlay, place, predict_folder,
     predict_pictures, write_model_card)
 from lagm.saved import save_segmenter
-from lagm.synthetic import rle_decode
 
 
 class Red(nn.Module):

@@ -26,8 +26,8 @@ from lagm.data_datasetgan import read_array_mask
 from lagm.data_images import read_image, read_mask
 from lagm.data_pascal import Unusable, read_annotation, read_boxes, unpacked_mat
 from lagm.evaluation_folds import read_test_folder
+from lagm.shards import SyntheticDataset, add_to_tar, png
 from lagm.sources import array_problem
-from lagm.synthetic import SyntheticDataset, add_to_tar, png
 
 MASK = np.tile(np.arange(4, dtype=np.uint8), (6, 2))
 MAT = Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "part_segmentation" / "Annotations_Part" / "2008_000002.mat"

@@ -23,7 +23,8 @@ from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run
 from lagm.data_labels import CELEBA8
 from lagm.run_state import Checkpoints, checkpoint_lock, folder_lock, set_aside
 from lagm.stages import check_size, start_stage
-from lagm.synthetic import Plan, generate
+from lagm.shards import generate
+from lagm.synthetic import Plan
 from lagm.training import get_recipe
 
 PARAMETERS = """\

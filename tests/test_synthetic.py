@@ -16,9 +16,9 @@ from PIL import Image
 from tiny import LABELS, tiny_annotators, tiny_generator
 
 from lagm.core import InputError
-from lagm.synthetic import (
-    GeneratedPairs, Plan, SyntheticDataset, claim, coco_annotations, decide, export_coco, export_folder, export_webdataset, generate, make_pair,
-    publish, rle_decode, rle_encode, select, shard_path, uncertainty)
+from lagm.exports import coco_annotations, export_coco, export_folder, export_webdataset, rle_decode, rle_encode
+from lagm.shards import SyntheticDataset, claim, generate, publish, select, shard_path
+from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair, uncertainty
 
 PLAN = Plan(n=23, seed=3, shard_size=5, soft=True)
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
@@ -64,7 +64,7 @@ def test_an_interrupted_run_is_completed(world, made, tmp_path, monkeypatch):
 
     class Stop(Exception): pass
 
-    import lagm.synthetic as module
+    import lagm.shards as module
     whole = module.make_pair
 
     def interrupted(*arguments):
@@ -109,7 +109,7 @@ def test_a_finished_shard_is_never_replaced(world, tmp_path):
 
 def test_a_claim_of_a_living_process_holds(tmp_path):
     with claim(tmp_path / "x") as mine:
-        code = f"import pathlib, lagm.synthetic as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as mine: print(mine)"
+        code = f"import pathlib, lagm.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as mine: print(mine)"
         told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert mine and told.stdout == "False\n", told.stderr
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import yaml
 from sync import ROOT
 from templates import run_cells
 
-from lagm import training
+from lagm import baselines, datasetgan, training
 from lagm.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
 from lagm.comparison import (
     Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure, interval, labels_needed,
@@ -329,14 +329,14 @@ def test_a_stopped_cell_goes_on(tmp_path, monkeypatch):
     """What was done is not done again, what it took counts, and the numbers are those of a run in one piece."""
     some = SIZES | dict(methods="supervised, DatasetGAN, gradient matching", test_pictures=6)
     whole = run_cells(METHODS, some | dict(out_dir=str(tmp_path / "whole")))["table"]
-    calls, matched = [], training.train_lagm
+    calls, matched = [], training.train_lagm  # called by two methods, from their own modules
 
     def stopping(*given, **options):
         calls.append(options["checkpoint"].stem)
         if calls.count("gradient-matching") == 1 and calls[-1] == "gradient-matching": raise KeyboardInterrupt
         return matched(*given, **options)
 
-    monkeypatch.setattr(training, "train_lagm", stopping)
+    for module in (baselines, datasetgan): monkeypatch.setattr(module, "train_lagm", stopping)
     with pytest.raises(KeyboardInterrupt): run_cells(METHODS, some | dict(out_dir=str(tmp_path / "parts")))
     assert not (tmp_path / "parts" / "metrics.json").exists() and read_json(
         tmp_path / "parts" / "gradient-matching" / "seconds.json")["seconds"] >= 0
@@ -350,8 +350,9 @@ def test_a_stopped_cell_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (dict(methods="magic"), "unknown method 'magic'; choose from supervised"),
-    (dict(steps={"magic": 3}), "unknown method 'magic'"),
+    (dict(methods="magic"), "there is no baseline 'magic'; there are supervised"),
+    (dict(steps={"magic": 3}), "there is no baseline 'magic'"),
+    (dict(settings={"HandsOff": {"membres": 3}}, methods="HandsOff"), "there is no membres in HandsOff"),
     (dict(steps={"supervised": 0}), "steps of supervised are 0: give"),
     (dict(steps={"supervised": 2.5}), "steps of supervised are 2.5"), (dict(changes={"stepps": 2}), "stepps"),
     (dict(generator="manga"), "there is no generator 'manga'"), (dict(style="manga"), "manga")])

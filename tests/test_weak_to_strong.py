@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.data_augment import Augment
-from lagm.baselines import (
-    MEAN_TEACHER, SELF_TRAINING, Teaching, WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours,
-    taught_step, taught_step_in_parts, taught_views, train_taught, train_weak_to_strong)
 from lagm.core import InputError, random_generator
+from lagm.data_augment import Augment
 from lagm.segmenters import DeepLabV3, UNet
+from lagm.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
 from lagm.training import FAST, Players
+from lagm.weak_to_strong import (
+    WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours, train_weak_to_strong)
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 PLAIN = dataclasses.replace(FAST, optimizer="sgd", momentum=0.0, average=0.0, channels_last=False)
@@ -38,7 +38,7 @@ def players_of(segmenter, recipe=PLAIN):
 
 def views_of(images, teaching, augment=None, seed=0, segmenter=None):
     players = players_of(segmenter or tiny_segmenter())
-    return taught_views(players, Red(), images, teaching, augment, random_generator(seed))
+    return teaching.views(players, Red(), images, augment, random_generator(seed))
 
 
 def squares(n, size=16):
@@ -174,8 +174,7 @@ def expected_loss(segmenter, labelled, images, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_a_step_by_hand(dropout, in_parts):
+def test_a_step_by_hand(dropout):
     labelled, images = tiny_pictures(2), tiny_pictures(3, seed=5)[0]
     expected, players = tiny_segmenter(), players_of(tiny_segmenter())
     torch.manual_seed(1)
@@ -183,10 +182,8 @@ def test_a_step_by_hand(dropout, in_parts):
     loss.backward()
     torch.manual_seed(1)
     teaching, rng = WeakToStrong(teacher="student", threshold=0.4, cutmix=0.0, dropout=dropout), random_generator(0)
-    if in_parts:
-        batches = lambda part: labelled, lambda part: (images, rng)
-        losses = taught_step_in_parts(players, players.segmenter, *batches, teaching, 0.7, None, 1)
-    else: losses = taught_step(players, players.segmenter, labelled, images, teaching, 0.7, None, rng)
+    batches = lambda part: labelled, lambda part: (images, rng)
+    losses = taught_step(players, players.segmenter, *batches, teaching, 0.7, None)
     for p, e in zip(players.segmenter.parameters(), expected.parameters()):
         assert torch.allclose(p, e - 0.1 * e.grad, atol=1e-6)
     assert (losses["loss_label"] + 0.7 * losses["loss_s"]).item() == pytest.approx(loss.item(), rel=1e-5)
@@ -200,7 +197,7 @@ def test_a_step_by_hand(dropout, in_parts):
 def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, teacher):
     images, masks = tiny_pictures(3)
     arguments = dict(recipe=RECIPE, seed=1, progress=False, checkpoint_every=4)
-    arguments["teaching"], path = WeakToStrong(teacher=teacher, threshold=0.3), tmp_path / "run.safetensors"
+    arguments["setting"], path = WeakToStrong(teacher=teacher, threshold=0.3), tmp_path / "run.safetensors"
     whole = train_weak_to_strong(tiny_segmenter(), generator, images, masks, **arguments)
     calls = []
 

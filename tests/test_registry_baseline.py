@@ -1,0 +1,106 @@
+"""A rival from a package outside the kit: named in a parameter file, trained and compared like any other."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lagm.baselines import BASELINES, Baseline, with_numbers
+from lagm.core import InputError
+from lagm.inversion import HandsOff, Inversion
+
+CODE = '''
+from dataclasses import dataclass
+
+import torch
+
+from lagm.baselines import Baseline
+from lagm.rivals import Batches, labelled_step, run_stages, set_up
+from lagm.training import FAST, SUPERVISED_FIELDS, Stage
+
+
+@dataclass(frozen=True)
+class Mirror:
+    weight: float = 1.0
+    members: int = 1  # a number that the comparison sets for all who have it
+
+
+def train_mirror(segmenter, generator, images, masks, *, setting=Mirror(), recipe=FAST, seed=0, device="cpu",
+                 folder=None, **options):
+    """Learn from labelled pictures, those of the second half of the steps mirrored."""
+    players = set_up(train_mirror, SUPERVISED_FIELDS, segmenter, images, masks, recipe, device, options)
+    batches = Batches(players, generator, images, masks, seed, 2)
+    assert batches.generated(0, "mirror").shape[1] == 3 and setting.members == 3
+
+    def step(number):
+        def flipped(part): return tuple(tensor.flip(-1) for tensor in batches.labelled(number, "mirror")(part))
+        return labelled_step(players, flipped)
+
+    stage = Stage("mirror", recipe.steps, step, {"segmenter": recipe.lr_segmenter * setting.weight}, averaged=True)
+    (folder / "mirror.txt").parent.mkdir(exist_ok=True)
+    (folder / "mirror.txt").write_text(repr(setting))
+    return run_stages(players, [stage], repr(setting), images, masks, seed, **options)
+
+
+mirror = Baseline("mirror", "labelled pictures in a mirror", train_mirror, Mirror(), warm_up="none", steps=7)
+no_finish = Baseline("mirror, alone", "the same", train_mirror, Mirror(), warm_up="none", finish="none")
+nothing = 7
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of somebody else, on the path."""
+    folder = tmp_path / "path"
+    (folder / "other_rivals").mkdir(parents=True)
+    (folder / "other_rivals" / "__init__.py").write_text("")
+    (folder / "other_rivals" / "table.py").write_text(CODE)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def test_it_is_compared_by_a_name_in_a_parameter_file(package, tmp_path):
+    sizes = dict(iterations=2, warm_up=2, members=3, width=4, test_pictures=4, threads=1,
+                 methods="supervised, other_rivals.table:mirror, other_rivals.table:no_finish",
+                 steps={"other_rivals.table:mirror": 5}, settings={"other_rivals.table:mirror": {"weight": 0.5}})
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(sizes))
+    code = "import sys; from lagm.cli import main; sys.exit(main())"
+    words = ["run", "methods", "-f", tmp_path / "small.yaml", "-o", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    assert [*rows] == ["supervised", "supervised, finished", "mirror", "mirror, finished", "mirror, alone"]
+    assert [rows[name]["own_steps"] for name in ("supervised", "mirror", "mirror, alone")] == [4, 5, 4]
+    assert (tmp_path / "out" / "mirror" / "mirror.txt").read_text() == "Mirror(weight=0.5, members=3)"
+
+
+def test_a_name_that_stands_for_no_baseline_is_refused(package):
+    assert BASELINES.get("other_rivals.table:mirror").steps == 7
+    for name, words in (("other_rivals.table:nothing", "cannot be a baseline"), ("other_rivals.tabel:mirror", "tabel"),
+                        ("other_rivals.table:mirorr", "did you mean mirror"), ("mean teachr", "'mean teacher'"),
+                        ("../table.py:mirror", "package.module:name")):
+        with pytest.raises(InputError, match=words): BASELINES.get(name)
+
+
+def test_entries_say_what_they_are():
+    kit = [BASELINES.get(name) for name in BASELINES]
+    assert len({entry.name for entry in kit}) == len(kit) >= 12 and all(entry.learns_from for entry in kit)
+    assert [entry.name for entry in kit if entry.labels_on == "generated"] == [
+        "DatasetGAN", "matching on generated labels"]
+    control, ours = BASELINES.get("never matched"), BASELINES.get("gradient matching")
+    assert control.train is ours.train and ours.setting.match and not control.setting.match
+    with pytest.raises(InputError, match="another signature"): Baseline("x", "y", lambda segmenter: None)
+    with pytest.raises(InputError, match="finish is 'never'"): Baseline("x", "y", control.train, finish="never")
+
+
+def test_a_setting_takes_the_numbers_that_it_has():
+    changed = with_numbers(HandsOff(), dict(members=2, inversion=dict(steps=9), width=4))
+    assert changed == HandsOff(Inversion(steps=9), members=2) and with_numbers(None, dict(members=2)) is None
+    for numbers in (dict(width=4), dict(inversion=dict(width=4))):
+        with pytest.raises(InputError, match="there is no width"): with_numbers(HandsOff(), numbers, every=True)
+    with pytest.raises(InputError, match="members is 0"): with_numbers(HandsOff(), dict(members=0))
+    with pytest.raises(InputError, match="give a name and a value"): with_numbers(HandsOff(), 3)
