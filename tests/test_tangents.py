@@ -10,8 +10,8 @@ from torch import nn
 
 from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, log_probabilities, match_double_backward
-from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 from lagm.matching_tangents import NoTangent, record
+from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 
 
 def relative(a, b): return ((a - b).norm() / b.norm()).item()
