@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lagm.core import InputError
-from lagm.matching_distance import METRICS, REDUCTIONS, distance, distance_and_derivative
+from lagm.matching_distance import METRICS, REDUCTIONS, distance, distance_and_derivative, layer_cosines
 from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching_gradients import clean_gradients, labelled_gradient, match_double_backward, soft_cross_entropy
 from lagm.segmenters import UNet, matched_parameter_names
@@ -38,14 +38,16 @@ def test_distance_agrees_with_golden(metric, reduction):
     gradients_s, gradients_l = ([GOLDEN[f"{side}.{i}"] for i in range(6)] for side in ("syn", "real"))
     expected = GOLDEN[f"{metric}.{reduction}"].item()
     assert distance(gradients_s, gradients_l, metric, reduction).item() == pytest.approx(expected, rel=1e-5)
-    assert distance_and_derivative(gradients_s, gradients_l, metric, reduction)[0].item() == pytest.approx(expected, rel=1e-5)
+    value, _ = distance_and_derivative(gradients_s, gradients_l, metric, reduction)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_closed_form_derivative_is_autograds(metric, reduction):
     gradients_s, gradients_l = ([GOLDEN[f"{side}.{i}"].clone() for i in range(6)] for side in ("syn", "real"))
-    gradients_s[4][0], gradients_s[4][1], gradients_l[4][2] = 0, gradients_s[4][1] * 1e-9, 0  # rows that try to break it
+    # rows that try to break it
+    gradients_s[4][0], gradients_s[4][1], gradients_l[4][2] = 0, gradients_s[4][1] * 1e-9, 0
     leaves = [g.clone().requires_grad_() for g in gradients_s]
     expected = torch.autograd.grad(distance(leaves, gradients_l, metric, reduction), leaves, allow_unused=True)
     _, derivatives = distance_and_derivative(gradients_s, gradients_l, metric, reduction)
@@ -54,9 +56,29 @@ def test_closed_form_derivative_is_autograds(metric, reduction):
         else: torch.testing.assert_close(derivative, right, rtol=1e-5, atol=1e-9)
 
 
+def test_layer_cosines_are_the_distance_taken_apart():
+    gradients_s, gradients_l = ([GOLDEN[f"{side}.{i}"] for i in range(6)] for side in ("syn", "real"))
+    cosines = layer_cosines([f"p{i}" for i in range(6)], gradients_s, gradients_l)
+    assert list(cosines) == [f"p{i}" for i, g in enumerate(gradients_s) if g.ndim > 1]
+    whole = sum(1 - c for c in cosines.values()) / 6
+    assert distance(gradients_s, gradients_l).item() == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("way", [match_forward_mode, match_double_backward])
+def test_the_gradient_is_linear_in_the_labels(way):
+    segmenter, images_l, masks, images_s, labels = problem(dtype=torch.double)
+    names = matched_parameter_names(segmenter, "all")
+    gradients_l, _ = labelled_gradient(segmenter, names, images_l, masks)
+    other = torch.randn_like(labels).softmax(1)
+    mixture = 0.3 * labels + 0.7 * other
+    of = [way(segmenter, names, images_s, q, gradients_l).gradients_s for q in (labels, other, mixture)]
+    for a, b, mixed in zip(*of): torch.testing.assert_close(mixed, 0.3 * a + 0.7 * b, rtol=1e-8, atol=1e-10)
+
+
 def test_wrong_arguments_are_refused():
     g = [torch.ones(2, 3)]
-    for arguments, says in [((g, g, "cos"), "cosine, l2, dotprod"), ((g, g, "l2", "max"), "mean, sum"), ((g, []), "pair up"), ((g, [torch.ones(3, 2)]), "pair up"),
+    for arguments, says in [((g, g, "cos"), "cosine, l2, dotprod"), ((g, g, "l2", "max"), "mean, sum"),
+                            ((g, []), "pair up"), ((g, [torch.ones(3, 2)]), "pair up"),
                             (([torch.ones(3)], [torch.ones(3)]), "two or more dimensions")]:
         with pytest.raises(InputError, match=says): distance(*arguments)
     segmenter, images, masks, _, labels = problem()
@@ -105,7 +127,8 @@ def test_forward_mode_is_double_backward_at_width_64():
 @pytest.mark.parametrize("group", ["all", "outc", "conv"])
 def test_autocast_and_channels_last(group):
     segmenter, images_l, masks, images_s, labels = problem()
-    segmenter, images_s = segmenter.to(memory_format=torch.channels_last), images_s.contiguous(memory_format=torch.channels_last)
+    segmenter = segmenter.to(memory_format=torch.channels_last)
+    images_s = images_s.contiguous(memory_format=torch.channels_last)
     names = matched_parameter_names(segmenter, group)
     with torch.autocast("cpu", torch.bfloat16):
         gradients_l, _ = labelled_gradient(segmenter, names, images_l, masks)
@@ -162,7 +185,8 @@ def test_directional_derivative_leaves_no_trace():
     direction = {name: torch.ones_like(p) for name, p in segmenter.named_parameters()}
     directional_derivative(segmenter, direction, images)
     assert all(torch.equal(before[key], value) for key, value in segmenter.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state()) and all(p.requires_grad and p.grad is None for p in segmenter.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.requires_grad and p.grad is None for p in segmenter.parameters())
 
 
 def test_directional_derivative_against_a_difference_quotient():

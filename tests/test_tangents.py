@@ -10,14 +10,15 @@ from torch import nn
 
 from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, log_probabilities, match_double_backward
-from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 from lagm.matching_tangents import NoTangent, record
+from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 
 
 def relative(a, b): return ((a - b).norm() / b.norm()).item()
 
 
-def random_direction(network, names=None): return {n: torch.randn_like(p) for n, p in network.named_parameters() if names is None or n in names}
+def random_direction(network, names=None):
+    return {n: torch.randn_like(p) for n, p in network.named_parameters() if names is None or n in names}
 
 
 class Zoo(nn.Module):
@@ -26,8 +27,10 @@ class Zoo(nn.Module):
     def __init__(self, inplace):
         super().__init__()
         self.inplace = inplace
-        self.first, self.strided, self.grouped = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2), nn.Conv2d(8, 8, 3, padding=1, groups=4)
-        self.up, self.norm, self.plain_norm = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.first, self.grouped = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.norm, self.plain_norm = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
         self.gate, self.scale, self.last = nn.Linear(8, 8), nn.Parameter(torch.rand(8, 1, 1) + 0.5), nn.Conv2d(16, 5, 1)
 
     def forward(self, x):
@@ -54,7 +57,8 @@ def test_every_rule(training, inplace):
     direction = random_direction(network)
     expected = directional_derivative(before, direction, images, state)
     assert relative(tape.tangent(direction, result), expected) < 1e-11
-    for name in ("first.weight", "norm.weight", "norm.bias", "grouped.bias", "up.weight", "gate.weight", "gate.bias", "scale", "last.bias"):  # alone
+    for name in ("first.weight", "norm.weight", "norm.bias", "grouped.bias", "up.weight", "gate.weight", "gate.bias",
+                 "scale", "last.bias"):  # alone
         one = {name: direction[name]}
         assert relative(tape.tangent(one, result), directional_derivative(before, one, images, state)) < 1e-11, name
 
@@ -114,7 +118,8 @@ def test_unknown_operation_falls_back_and_says_so_once():
     class Grouped(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+            first, last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+            self.layers = nn.Sequential(first, nn.GroupNorm(2, 8), nn.ReLU(), last)
 
         def forward(self, x): return self.layers(x)
 
@@ -125,7 +130,8 @@ def test_unknown_operation_falls_back_and_says_so_once():
         warnings.simplefilter("always")
         once = [match_forward_mode(network, names, images.flip(0), labels, gradients) for _ in range(2)]
     assert len([w for w in caught if "group_norm" in str(w.message)]) == 1
-    assert relative(once[1].label_gradient, match_double_backward(network, names, images.flip(0), labels, gradients).label_gradient) < 1e-9
+    twice = match_double_backward(network, names, images.flip(0), labels, gradients)
+    assert relative(once[1].label_gradient, twice.label_gradient) < 1e-9
 
 
 def graph_size(tensor):
@@ -142,7 +148,8 @@ def test_deeplab_head_without_a_graph_through_the_backbone():
     torch.manual_seed(0)
     segmenter, images = DeepLabV3(4), torch.randn(4, 3, 64, 64)
     names = matched_parameter_names(segmenter, "head")
-    whole, head = SyntheticPass(copy.deepcopy(segmenter), images, tangents=False), SyntheticPass(copy.deepcopy(segmenter), images, names)
+    whole = SyntheticPass(copy.deepcopy(segmenter), images, tangents=False)
+    head = SyntheticPass(copy.deepcopy(segmenter), images, names)
     assert graph_size(head.log_probs) < 100 < graph_size(whole.log_probs) and len(head.tape.records) < 60
     assert all(p.requires_grad for p in segmenter.parameters())
 
@@ -164,6 +171,7 @@ def test_width_64_with_batch_norm_in_train_mode():
     names = matched_parameter_names(segmenter, "all")
     gradients, _ = labelled_gradient(segmenter, names, -images, torch.randint(0, 5, (2, 32, 32)))
     other = copy.deepcopy(segmenter)
-    once, twice = match_forward_mode(segmenter, names, images, labels, gradients), match_double_backward(other, names, images, labels, gradients)
+    once = match_forward_mode(segmenter, names, images, labels, gradients)
+    twice = match_double_backward(other, names, images, labels, gradients)
     assert relative(once.label_gradient, twice.label_gradient) < 1e-5
     assert all(torch.equal(a, b) for a, b in zip(segmenter.buffers(), other.buffers()))
