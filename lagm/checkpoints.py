@@ -26,13 +26,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, all_finite, describe_tensors, load_tensors, printable, random_generator
 from .generator import as_weight, check_names, generator_header, network_from_tensors, of_class
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .stylegan1 import StyleGAN1
-from .stylegan2 import StyleGAN2, resampling_filter
-from .unpickling import GET_AGAIN, ArrayType, Extra, LazyArray, LazyTensor, Record, Unreadable, forget_pages, module_tensors, quoted, read_arrays, read_legacy_torch, read_pickle, read_torch_zip, reading
+from .generators_stylegan2 import StyleGAN2
+from .generators_stylegan2_ops import resampling_filter
+from .generators_pickle_machine import read_legacy_torch, read_pickle
+from .generators_pickle_records import (
+    GET_AGAIN, ArrayType, Extra, LazyArray, LazyTensor, Record, Unreadable, forget_pages, quoted, reading)
+from .generators_unpickling import module_tensors, read_arrays, read_torch_zip
 
 # %% ../nbs/components/26_checkpoints.ipynb #b5378d52
 WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what to do

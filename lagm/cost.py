@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
 from .generator import FrozenGenerator, Sampling, load_generator
 from .labels import IGNORE
 from .segmenters import build_segmenter, matched_parameter_names
-from .stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
+from .generators_stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu
+from .generators_stylegan2_ops import upsample2x
 from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
 from .watching import measure
 

@@ -22,7 +22,7 @@ from .label_maps import CELEBA_19, LABEL_MAPS, LabelMap, get_labels
 from .labels import IGNORE, Labelled, LabelSet
 from .picture_files import (
     by_name, check_classes, check_size, describe_file, list_files, read_image, read_mask, read_pair, to_item)
-from .unpickling import read_arrays
+from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/14_datasets.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):

@@ -22,7 +22,7 @@ from .experiments import find_experiment, list_experiments, named_paths
 from .picture_files import describe_file, open_picture
 from .sources import EXPERIMENTS, SOURCES, Experiment, Source, file_problem, get_source, match_experiments
 from .stages import splits_of
-from .unpickling import read_arrays
+from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from .core import InputError, check_fields, load_tensors, provenance, save_tensors
-from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
+from .generators_stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
 
 # %% ../nbs/components/24_gan.ipynb #9562ae9f
 class EqualisedConv(nn.Module):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .convolutions import FastConvolutions
 from .core import InputError, all_finite, asset, check_fields, printable, save_tensors
 from .stylegan1 import StyleGAN1
-from .stylegan2 import NOISE_MODES, Generated, StyleGAN2, one_class
-from .unpickling import quoted
+from .generators_stylegan2 import NOISE_MODES, Generated, StyleGAN2
+from .generators_stylegan2_classes import one_class
+from .generators_pickle_records import quoted
 
 # %% ../nbs/components/20_generator.ipynb #f40271eb
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .generator import FrozenGenerator, check_generated
 from .labels import IGNORE, LabelSet
 from .run_state import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
-from .stylegan2 import Generated, StyleGAN2
+from .generators_stylegan2 import Generated, StyleGAN2
 from .synthetic import Plan, SyntheticDataset, generate, select
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
 

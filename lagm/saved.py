@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
 from .frozen import EncoderSegmenter, HeadedEncoder, TimmSegmenter
 from .generator import FORMAT_VERSION, check_names, check_tensors, check_version
 from .label_maps import distinct_colours
 from .labels import LabelSet
 from .segmenters import DeepLabV3, UNet
-from .unpickling import Unreadable, quoted
+from .generators_pickle_records import Unreadable, quoted
 
 # %% ../nbs/components/42_saved.ipynb #f6e8f56a
 NETWORKS = {"UNet": UNet, "DeepLabV3": DeepLabV3, "EncoderSegmenter": EncoderSegmenter, "TimmSegmenter": TimmSegmenter,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/components/88_stages.ipynb #f695f046
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .checkpoints import Results, load_results
 from .core import InputError, load_tensors, provenance, read_json, write_json
 from .data import Avatars, choose_labelled, stack

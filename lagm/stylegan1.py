@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import InputError
-from .stylegan2 import NOISE_MODES, Generated, check_sizes
+from .generators_stylegan2 import NOISE_MODES, Generated
+from .generators_stylegan2_arguments import check_sizes
 
 # %% ../nbs/components/23_stylegan1.ipynb #51e7baf2
 class EqualisedLinear(nn.Module):

@@ -15,7 +15,7 @@ from lagm.datasets import CGPART_MODELS
 from lagm.pascal import prepare_pascal
 from lagm.sources import CHECKPOINTS
 from lagm.stylegan1 import StyleGAN1
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"
 

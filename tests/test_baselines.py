@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training, train_taught)

@@ -15,14 +15,14 @@ from filling import relative_error
 from safetensors import safe_open
 from test_stylegan1 import golden_network
 
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.checkpoints import load_results, read_generator, read_generator_kwargs
 from lagm.core import InputError, save_tensors
 from lagm.evaluation import evaluate
 from lagm.generator import Sampling, load_generator, save_generator
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stylegan1 import StyleGAN1
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -5,14 +5,14 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.augment import Augment, recolour
 from lagm.baselines import train_self_training
 from lagm.core import random_generator
 from lagm.datasetgan import label_generated
 from lagm.generator import FrozenGenerator, Sampling, load_generator
 from lagm.segmenters import UNet
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.synthetic import Plan, make_pair
 from lagm.training import FAST, PAPER, SyntheticBatches, train_lagm
 

@@ -28,12 +28,12 @@ from standin import make_data
 from sync import ROOT, notebooks
 
 from lagm import cli
-from lagm.downstream import save_segmenter
+from lagm.saved import save_segmenter
 from lagm.experiments import check_parameters, read_parameter_file
 from lagm.labels import CELEBA8
 from lagm.segmenters import UNet
 from lagm.sources import CHECKPOINTS
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")

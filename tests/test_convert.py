@@ -8,7 +8,7 @@ import torch
 from test_checkpoints import same_pictures, tiny, tiny1
 
 from lagm import convert as module
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.checkpoints import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect

@@ -18,7 +18,7 @@ from lagm.cost import WORKS, make_step, set_up, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode
 from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.tangents import record
 from lagm.training import get_recipe
 

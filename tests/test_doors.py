@@ -23,7 +23,7 @@ from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
 from lagm.evaluation import evaluate, predict
 from lagm.gan import GANRecipe
 from lagm.generator import Sampling
-from lagm.predict import predict_pictures
+from lagm.evaluation_predict import predict_pictures
 from lagm.stages import make_recipe
 from lagm.synthetic import GeneratedPairs, Plan, make_pair
 from lagm.training import FAST, PAPER, Players, Recipe, get_recipe, train_lagm, train_supervised, validated

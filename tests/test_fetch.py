@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from lagm import cli, fetch as fetching
+from lagm import cli, download_fetch as fetching
 from lagm.core import InputError
-from lagm.fetch import Unavailable, download, fetch, fetch_command, fetch_from, is_there, remote_size, transfer
+from lagm.download_fetch import download, fetch, fetch_command, fetch_from, is_there, remote_size
+from lagm.download_transfer import Unavailable, transfer
 from lagm.sources import EXPERIMENTS, SOURCES, Source, file_problem, match_experiments
 
 pytest.importorskip("pooch")

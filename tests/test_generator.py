@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lagm.core import InputError, asset, load_tensors, save_tensors
 from lagm.generator import FrozenGenerator, Sampling, load_generator, save_generator
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 
 @pytest.fixture

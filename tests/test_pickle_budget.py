@@ -28,7 +28,10 @@ from lagm.checkpoints import load_results
 from lagm.cli import main
 from lagm.core import InputError
 from lagm.generator import load_generator
-from lagm.unpickling import Extra, LazyArray, Record, Unreadable, is_extra, module_tensors, read_pickle, read_torch_zip
+from lagm.generators_pickle_machine import read_pickle
+from lagm.generators_pickle_names import is_extra
+from lagm.generators_pickle_records import Extra, LazyArray, Record, Unreadable
+from lagm.generators_unpickling import module_tensors, read_torch_zip
 
 LONG = 60_000
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lagm.core as core
 import lagm.evaluation as evaluation
-import lagm.fetch as fetching
+import lagm.download_transfer as fetching
 from lagm.augment import Augment
 from lagm.convolutions import FastConvolutions
 from lagm.core import random_generator
@@ -26,14 +26,14 @@ from lagm.matching import (
 from lagm.parts import each_part, imitation_step_in_parts, labelled_gradient_in_parts, mean_over_parts
 from lagm.run_state import digest
 from lagm.stylegan1 import NoiseLayer
-from lagm.stylegan2 import SQRT2, SynthesisLayer, ToRGB
+from lagm.generators_stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.sweep import last_error
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair
 from lagm.tangents import record
 from lagm.training import (
     PAPER, Players, SyntheticBatch, Trained, get_recipe, imitation_step, learning_rate, phase_segmenter,
     train_supervised)
-from lagm.unpickling import Budget, Storage, Unreadable
+from lagm.generators_pickle_records import Budget, Storage, Unreadable
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,12 @@ from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
 from lagm.core import InputError, save_tensors
-from lagm.downstream import save_segmenter
+from lagm.saved import save_segmenter
 from lagm.evaluation import evaluate, predict
 from lagm.labels import CELEBA8
-from lagm.predict import (
-    evaluate_checkpoint, export_onnx, export_program, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures, write_model_card)
+from lagm.evaluation_export import export_onnx, export_program, write_model_card
+from lagm.evaluation_predict import (
+    evaluate_checkpoint, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures)
 from lagm.synthetic import rle_decode
 
 
@@ -173,12 +174,12 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"): export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    from lagm.downstream import make_fabric
+    from lagm.parts import make_fabric
     with pytest.raises(InputError, match="python -m pip install .lightning-fabric"): make_fabric(2, torch.device("cpu"), "float32")
 
 
 def test_an_export_that_is_wrong_is_refused(tmp_path):
-    from lagm.predict import _compare
+    from lagm.evaluation_export import _compare
     (tmp_path / "bad").write_text("")
     with pytest.raises(InputError, match="differs"): _compare(tiny_segmenter().eval(), lambda x: torch.zeros(len(x), 3, 16, 16), (16, 16), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()

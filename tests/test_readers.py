@@ -18,7 +18,7 @@ from lagm.folds import read_test_folder
 from lagm.labels import LabelSet
 from lagm.pascal import crowded, listed, overlap, usable_boxes
 from lagm.picture_files import by_name, list_files, read_image, read_pair, save_mask
-from lagm.predict import list_pictures, predict_folder
+from lagm.evaluation_predict import list_pictures, predict_folder
 from lagm.stages import read_labelled
 
 TWO = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))

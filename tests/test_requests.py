@@ -15,7 +15,7 @@ from lagm.core import InputError
 from lagm.folders import Folder
 from lagm.importers import import_coco
 from lagm.labels import LabelSet
-from lagm.predict import predict_folder
+from lagm.evaluation_predict import predict_folder
 
 LABELS = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 

@@ -23,7 +23,7 @@ from templates import run_cells
 from torch import nn
 
 import lagm.training as training
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.augment import Augment
 from lagm.convolutions import can_winograd
 from lagm.core import InputError, load_tensors

@@ -23,12 +23,24 @@ def _head(channels: int, n_classes: int, layers: int, fuse_bn_relu: bool) -> nn.
         steps += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*steps, nn.Conv2d(channels, n_classes, 3, padding=1))
 
+# %% ../nbs/book/04_the_annotator.ipynb #83cb1dce
+def _check_features(features: Sequence[Tensor], channels: Sequence[int]) -> None:
+    """Raise `InputError` unless there is one map per entry of `channels`, with these channels, coarse to fine."""
+    if [f.shape[1] for f in features] != list(channels):
+        raise InputError(f"this annotator was built for feature maps of {list(channels)} channels (coarse to fine) but "
+                         "got "
+                         f"{[f.shape[1] for f in features]}; use it with its own generator, or build one for this "
+                         "generator")
+    sizes = [tuple(f.shape[-2:]) for f in features]
+    if any(b[0] < a[0] or b[1] < a[1] for a, b in itertools.pairwise(sizes)):
+        raise InputError(f"feature maps must come coarse to fine but have the sizes {sizes}; reverse the list")
+
 # %% ../nbs/book/04_the_annotator.ipynb #c07e3037
 class FPNAnnotator(nn.Module):
     """Feature pyramid network from a generator's feature maps to part logits (LAGM, ICLR 2022, section 3).
 
-    `forward` takes one map (B, C_i, H_i, W_i) per entry of `feature_channels`, coarse to fine, and returns
-    logits (B, n_classes, H, W) at the size of the last map.
+    One map (B, C_i, H_i, W_i) per entry of `feature_channels`, coarse to fine, gives logits (B, n_classes, H, W) at the
+    size of the last map. Raises `InputError` for impossible counts, and for maps that do not fit.
     """
 
     def __init__(
@@ -44,11 +56,9 @@ class FPNAnnotator(nn.Module):
         if not feature_channels or min(*feature_channels, n_classes, channels, layers) < 1:
             raise InputError("FPNAnnotator needs at least one feature map, and every count must be 1 or more; got "
                              f"feature_channels={list(feature_channels)}, {n_classes=}, {channels=}, {layers=}")
-        self.feature_channels = list(feature_channels)
-        self.n_classes = n_classes
+        self.feature_channels, self.n_classes = list(feature_channels), n_classes
         self.factor = 1 / math.sqrt(len(feature_channels)) if use_factor else 1.0
-        for i, c in enumerate(feature_channels):
-            self.add_module(f"lateral{i}", nn.Conv2d(c, channels, 1))
+        for i, c in enumerate(feature_channels): self.add_module(f"lateral{i}", nn.Conv2d(c, channels, 1))
         self.to_logit = _head(channels, n_classes, layers, fuse_bn_relu)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -57,18 +67,7 @@ class FPNAnnotator(nn.Module):
         for i, f in enumerate(features):
             lateral = self.get_submodule(f"lateral{i}")(f)
             if self.factor != 1.0: lateral = lateral * self.factor
-            if total is None: total = lateral; continue
-            if total.shape[-2:] != lateral.shape[-2:]:
+            if total is not None and total.shape[-2:] != lateral.shape[-2:]:
                 total = F.interpolate(total, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            total = total + lateral
+            total = lateral if total is None else total + lateral
         return self.to_logit(total)
-
-# %% ../nbs/book/04_the_annotator.ipynb #83cb1dce
-def _check_features(features: Sequence[Tensor], channels: Sequence[int]) -> None:
-    """Raise `InputError` unless there is one map per entry of `channels`, with these channels, coarse to fine."""
-    if [f.shape[1] for f in features] != list(channels):
-        raise InputError(f"this annotator was built for feature maps of {list(channels)} channels (coarse to fine) but got "
-                         f"{[f.shape[1] for f in features]}; use it with its own generator, or build one for this generator")
-    sizes = [tuple(f.shape[-2:]) for f in features]
-    if any(b[0] < a[0] or b[1] < a[1] for a, b in itertools.pairwise(sizes)):
-        raise InputError(f"feature maps must come coarse to fine but have the sizes {sizes}; reverse the list")
