@@ -30,7 +30,7 @@ from .models_annotator import FPNAnnotator
 from .core import InputError, all_finite, describe_tensors, load_tensors, printable, random_generator
 from .generator import as_weight, check_names, generator_header, network_from_tensors, of_class
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
-from .stylegan1 import StyleGAN1
+from .generators_stylegan1 import StyleGAN1
 from .generators_stylegan2 import StyleGAN2
 from .generators_stylegan2_ops import resampling_filter
 from .generators_pickle_machine import read_legacy_torch, read_pickle

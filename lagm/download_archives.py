@@ -48,7 +48,7 @@ def find_root(folder: Path, source: Source) -> Path:
     raise InputError(f"{source.name} should hold the folders {', '.join(source.holds)}; they are not in it. It holds "
                      f"{found}")
 
-
+# %% ../nbs/components/18_archives.ipynb #e19f9255
 def unpack(archive_path: Path, folder: Path, source: Source) -> Path:
     """Unpack into `folder`; the folder in it that holds what the source should. Raises `InputError`."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -85,7 +85,7 @@ def _is_torch(path: Path) -> bool:
     if not zipfile.is_zipfile(path): return False
     with zipfile.ZipFile(path) as archive: return any(name.endswith("/data.pkl") for name in archive.namelist())
 
-
+# %% ../nbs/components/18_archives.ipynb #ebbb9a2e
 def _any_folder(whole: Path) -> Path:
     """A folder with the released result in it: the unpacked archive, or the one file."""
     folder, torchs = whole.parent / "unpacked", _is_torch(whole)
@@ -97,7 +97,7 @@ def _any_folder(whole: Path) -> Path:
     os.replace(whole, folder / f"released{suffix}")
     return folder
 
-
+# %% ../nbs/components/18_archives.ipynb #17836684
 def put_in_place(
     source: Source,
     whole: Path,  # a checked file, on the disk of `target`; it is used up

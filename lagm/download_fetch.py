@@ -67,7 +67,7 @@ def _check_digest(path: Path, source: Source) -> str | None:
     if digest.startswith(source.sha256): return None
     return f"its SHA-256 begins with {digest[:12]}, not {source.sha256[:12]}"
 
-
+# %% ../nbs/components/18_fetch.ipynb #08faa963
 def _from_drive(file_id: str, part: Path, progress: bool) -> None:
     """Download from Google Drive with gdown, which knows its confirmation pages and can resume."""
     gdown, advice = optional_module("gdown"), f"a browser may still, try https://drive.google.com/file/d/{file_id}"
@@ -185,7 +185,7 @@ def fetch_from(
         try: return _copied(source, path, target, folder)
         finally: shutil.rmtree(folder, ignore_errors=True)
 
-
+# %% ../nbs/components/18_fetch.ipynb #d849d77c
 def _copied(source: Source, path: Path, target: Path, folder: Path) -> Path:
     """Check a file or folder, copy it into `folder`, and put it in place."""
     if path.is_dir():
@@ -208,7 +208,7 @@ def _list_sources(data: Path, checkpoints: Path, say: Callable[[str], None]) -> 
         state = "there" if is_there(source, target) else "download" if source.addresses else "ask"
         say(f"{source.name:{width}}  {state:8}  {target}")
 
-
+# %% ../nbs/components/18_fetch.ipynb #8e4be257
 def fetch_command(arguments: Any, say: Callable[[str], None] = print) -> None:
     """`lagm fetch`. Raises `InputError`."""
     from lagm.catalogue import project_path

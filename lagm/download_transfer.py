@@ -86,13 +86,13 @@ def _length(response: Any, have: int) -> tuple[int, int | None]:
     if start != str(have): raise Unavailable("the server sent another part of the file than it was asked for")
     return have, int(total) if total.isdecimal() else None
 
-
+# %% ../nbs/components/18_transfer.ipynb #d5c05e2a
 def _version(response: Any) -> str | None:
     """What the server calls this version of the file: a strong ETag, or when it was last modified."""
     tag = response.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
-
+# %% ../nbs/components/18_transfer.ipynb #2a9b4ae1
 def _begun_is_other(note: dict[str, Any], version: str | None, total: int | None) -> bool:
     """Whether the file that a server goes on with is another than the one that was begun."""
     named = note.get("version") and version and note["version"] != version
@@ -105,7 +105,7 @@ def _pieces(raw: Any) -> Iterator[bytes]:
     while piece := read(65536):
         yield piece
 
-
+# %% ../nbs/components/18_transfer.ipynb #68f7b650
 def _receive(response: Any, part: Path, start: int, most: int, window: float, bar: tqdm) -> None:
     """Write what comes after the first `start` bytes of a file.
 
@@ -148,7 +148,7 @@ def _check_answer(response: Any) -> None:
     if encoding not in ("", "identity"):
         raise Unavailable(f"it sends the file compressed ({printable(encoding, 40)}), which was not asked for")
 
-
+# %% ../nbs/components/18_transfer.ipynb #4e2a157a
 def _attempt(
     url: str, part: Path,
     note: dict[str, Any],  # what is known of the file that was begun; kept up to date
@@ -191,13 +191,13 @@ def _known_note(part: Path, url: str) -> dict[str, Any]:
     part.unlink(missing_ok=True)
     return {"url": url}
 
-
+# %% ../nbs/components/18_transfer.ipynb #d572fde3
 def _bar(url: str, progress: bool) -> tqdm:
     """A progress line."""
     name = url.rsplit("/", 1)[-1][:40]
     return tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not progress, dynamic_ncols=True)
 
-
+# %% ../nbs/components/18_transfer.ipynb #28f266f1
 def transfer(
     url: str,  # http or https
     part: Path,  # where the bytes go; kept if the transfer fails

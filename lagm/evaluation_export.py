@@ -21,7 +21,7 @@ from .saved import load_segmenter
 def _free_batch() -> dict:
     return {"x": {0: torch.export.Dim("batch", min=1, max=4096)}}
 
-
+# %% ../nbs/components/76_export.ipynb #ae67f47c
 @torch.no_grad()
 def _compare(segmenter: nn.Module, run: Any, size: tuple[int, int], path: str | Path) -> float:
     """The largest relative difference on random batches of 3 and of 1.
@@ -57,7 +57,7 @@ def export_program(
         run = torch.export.load(path).module()
     return _compare(segmenter, lambda x: run(x), size, path)
 
-
+# %% ../nbs/components/76_export.ipynb #77604f6d
 def export_onnx(
     segmenter: nn.Module,
     path: str | Path,  # ends in .onnx
@@ -94,7 +94,7 @@ def _facts(file: str, header: dict[str, Any], segmenter: nn.Module, licence: str
             "H, W)",
             f"- licence: {licence}", f"- made {made.get('date', '?')} with torch {torchs}, commit {commit}", ""]
 
-
+# %% ../nbs/components/76_export.ipynb #c16c923a
 def _class_table(labels: Any, n_classes: int, iou: dict[str, float]) -> list[str]:
     """A row per class."""
     lines = ["## Classes", "", "| index | name | colour | IoU |", "|---|---|---|---|"]

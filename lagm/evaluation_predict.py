@@ -43,7 +43,7 @@ class Placement:
         if self.inner == self.original: return cut
         return F.interpolate(cut[None].float(), self.original, mode="bilinear", align_corners=False)[0]
 
-
+# %% ../nbs/components/75_predict.ipynb #90d8a46b
 def place(
     picture: Image.Image,  # RGB
     policy: str = "fit",  # "fit", "stretch" or "native"
@@ -85,7 +85,7 @@ def predict_pictures(
             masks[i] = placed[i][1].back(own).argmax(0).to(torch.uint8).numpy()
     return masks
 
-
+# %% ../nbs/components/75_predict.ipynb #0fa5bbc6
 def overlay(
     picture: Image.Image,  # RGB
     mask: np.ndarray,  # (H, W) class indices
@@ -116,7 +116,7 @@ def open_segmenter(
                          f"{labels.n_classes}; give the one it was trained with")
     return segmenter.to(device).eval(), labels, tuple(size) if size else None
 
-
+# %% ../nbs/components/75_predict.ipynb #bd3fd1c5
 def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any]]:
     """A segmenter for pictures, its label set, and what else its file says."""
     if Path(path).is_dir(): path = find_segmenters(path)[-1]
@@ -127,7 +127,7 @@ def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any
         raise InputError(f"{path} holds a segmenter of pictures with {channels} channels; pictures here have three")
     return segmenter, LabelSet(**facts["labels"]) if facts.get("labels") else None, facts
 
-
+# %% ../nbs/components/75_predict.ipynb #0769a8bd
 def _numbered(n_classes: int) -> LabelSet:
     """Names and colours for classes that nobody named."""
     if n_classes == CELEBA8.n_classes: palette = CELEBA8.palette
@@ -145,12 +145,12 @@ class Predicted:
         failed = (f"failed: {printable(reason, 1000)}" for reason in self.failed.values())
         return "\n".join([f"{len(self.done)} pictures labelled", *failed])
 
-
+# %% ../nbs/components/75_predict.ipynb #e3481340
 def list_pictures(folder: str | Path) -> list[Path]:
     """The picture files below a folder, sorted. `InputError` if there are none, or if two would get the same mask."""
     return _look_for_pictures(Path(folder))[0]
 
-
+# %% ../nbs/components/75_predict.ipynb #42050cb4
 def _look_for_pictures(folder: Path) -> tuple[list[Path], set[str]]:
     """As `list_pictures`; and the real paths of the folders that were read."""
     if not folder.is_dir(): raise InputError(f"{folder} is no folder; give a folder of pictures")
@@ -176,7 +176,7 @@ def _readable(paths: Sequence[Path], folder: Path, result: Predicted,
             group = []
     if group: yield group
 
-
+# %% ../nbs/components/75_predict.ipynb #7e9fb9d9
 def _check_request(folder: Path, size: tuple[int, int] | None, batch: int) -> None:
     """`InputError` for a batch or a size that cannot be, and for a folder that holds masks beside its pictures."""
     if batch < 1: raise InputError(f"batch is {batch}: give 1 or more")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convolutions import FastConvolutions
+from .ops_convolutions import FastConvolutions
 from .core import InputError, all_finite, asset, check_fields, printable, save_tensors
-from .stylegan1 import StyleGAN1
+from .generators_stylegan1 import StyleGAN1
 from .generators_stylegan2 import NOISE_MODES, Generated, StyleGAN2
 from .generators_stylegan2_classes import one_class
 from .generators_pickle_records import quoted

@@ -85,7 +85,7 @@ def _read_text(size_format: str) -> Callable:
         return LazyText(piece) if isinstance(piece, memoryview) else str(piece, "utf-8", "surrogatepass")
     return read
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #b181e0ff
 def _read_bytes(size_format: str) -> Callable:
     "A reader of bytes with their size in front."
     def read(source: Source) -> bytes | memoryview:
@@ -109,7 +109,7 @@ def _call(machine: Machine, _: None) -> None:
     machine.budget.spend(OBJECT)
     machine.stack.append(CALLS[name](machine, *arguments) if name in CALLS else Extra(name))
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #a433001f
 def _new(machine: Machine, _: None) -> None:
     "NEWOBJ"
     arguments, name = machine.pop(), machine.pop()
@@ -120,7 +120,7 @@ def _new(machine: Machine, _: None) -> None:
         machine.stack.append(Extra(name))
     else: raise Unreadable(f"makes an object of {quoted(name)}", DO_NOT_OPEN)
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #14b2f155
 def _build(machine: Machine, _: None) -> None:
     "BUILD"
     state, target = machine.pop(), machine.stack[-1] if machine.stack else None
@@ -178,7 +178,7 @@ def _set_items(machine: Machine, items: list) -> None:
     machine.budget.spend(ENTRY // 2 * len(items))
     for key, value in zip(items[::2], items[1::2]): target[paid_key(machine, key)] = value
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #c497606c
 def _make_tuple(n: int) -> Callable:
     "TUPLE1, TUPLE2, TUPLE3"
     def make(machine: Machine, _: None) -> None:
@@ -186,7 +186,7 @@ def _make_tuple(n: int) -> Callable:
         machine.stack.append(tuple(reversed(items)))
     return make
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #a1f3a665
 def _protocol(machine: Machine, version: int) -> None:
     "PROTO"
     if version > NEWEST_PROTOCOL:
@@ -222,7 +222,7 @@ def _add_items(machine: Machine, _: None) -> None:
     items = machine.pop_mark()
     machine.top(set).update(make_set(machine, items))
 
-
+# %% ../nbs/components/25_pickle_machine.ipynb #5f175f55
 def _stack_name(machine: Machine, _: None) -> None:
     "STACK_GLOBAL"
     name, module = machine.pop(), machine.pop()

@@ -49,12 +49,12 @@ def _make_dict(machine: Spender, items: Any = ()) -> dict:
         raise Unreadable("has a dict that is not made of pairs")
     return {paid_key(machine, key): value for key, value in pairs}
 
-
+# %% ../nbs/components/25_pickle_names.ipynb #4f064505
 def _make_default_dict(machine: Spender, factory: Any = None, items: Any = ()) -> dict:
     "collections.defaultdict: what it would make of a missing key is not needed."
     return _make_dict(machine, items)
 
-
+# %% ../nbs/components/25_pickle_names.ipynb #7a2145d3
 def make_set(machine: Spender, items: Any = ()) -> set:
     "builtins.set and frozenset."
     if not isinstance(items, list | tuple): raise Unreadable("has a set that is not made of a list")
@@ -80,13 +80,13 @@ def raw_bytes(machine: Spender, data: Any) -> Any:
     "The bytes of an array, which old pickles spell as a text."
     return make_bytes(machine, data) if isinstance(data, str | LazyText) else data
 
-
+# %% ../nbs/components/25_pickle_names.ipynb #4412d635
 def _make_scalar(machine: Spender, kind: Any, data: Any = None) -> int | float | bool | LazyArray:
     "numpy's scalar."
     found = LazyArray().set((), kind, raw_bytes(machine, data))
     return found.array().item() if found.plain else found
 
-
+# %% ../nbs/components/25_pickle_names.ipynb #951a7cad
 def _make_array(machine: Spender, *claims: Any) -> LazyArray:
     "numpy's _reconstruct: an empty array, filled by the BUILD that follows."
     return LazyArray()

@@ -139,19 +139,22 @@ class Record:
     def __repr__(self) -> str:
         return f"Record({quoted(self.class_name)}, {len(self.state)} attributes)"
 
-
+# %% ../nbs/components/25_pickle_records.ipynb #5c005f00
 class Extra:
     "An object that no network needs, such as a path, a date or an option: nothing of it is kept."
 
     def __init__(self, class_name: str):
         self.class_name = class_name
 
+    def __repr__(self) -> str:
+        return f"Extra({quoted(self.class_name)})"
+
     def ignore(self, *_: Any) -> None:
         "Any change."
 
     append = extend = update = __setitem__ = ignore
 
-
+# %% ../nbs/components/25_pickle_records.ipynb #ad4a0203
 class LazyText:
     "A long text, left in the file as UTF-8."
 
@@ -173,12 +176,12 @@ class Storage:
         self.crc = None
         return self.data
 
-
+# %% ../nbs/components/25_pickle_records.ipynb #9d42d3c0
 def is_count(value: Any, most: int = 2**48) -> bool:
     "Whether `value` is a whole number from 0 to `most`."
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
-
+# %% ../nbs/components/25_pickle_records.ipynb #1c8a2a4b
 def checked_shape(shape: Any, what: str = "a tensor") -> tuple[int, ...]:
     "`shape`, if it is one."
     if not isinstance(shape, tuple | list) or len(shape) > 16 or not all(is_count(n) for n in shape):
@@ -199,6 +202,9 @@ class LazyTensor:
         if offset + self.span > storage.numel or self.numel > storage.numel:
             raise Unreadable(f"has a tensor of shape {self.shape} in a block of {storage.numel:,} numbers, which is "
                              "too small for it")
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.shape}, {self.dtype})"
 
     @property
     def numel(self) -> int:

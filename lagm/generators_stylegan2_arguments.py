@@ -50,7 +50,7 @@ def _is_number(value: Any) -> bool:
     "Whether it is a number that float32 can hold."
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
-
+# %% ../nbs/components/22_stylegan2_arguments.ipynb #9fc53508
 def check_layer(
     taps: Sequence,  # of the low-pass filter: numbers, or rows of them
     conv_clamp: float | None,
@@ -87,7 +87,7 @@ def mapping_arguments(
     widths = {name: width for name, width in widths.items() if width != w_dim}
     return dict(num_layers=layers, **widths, **({} if lr == 0.01 else {"lr_multiplier": lr}))
 
-
+# %% ../nbs/components/22_stylegan2_arguments.ipynb #654492ae
 def synthesis_arguments(channel_base: int, channel_max: int, architecture: str, conv_clamp: float | None,
                         taps: Sequence, use_noise: bool) -> dict[str, Any]:
     "A synthesis network's arguments as the released checkpoints name them."

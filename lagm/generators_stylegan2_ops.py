@@ -24,7 +24,7 @@ def resampling_filter(
     if kernel.ndim == 1: kernel = kernel[:, None] * kernel[None, :]
     return kernel / kernel.sum()
 
-
+# %% ../nbs/components/22_stylegan2_ops.ipynb #c9aeaf10
 def blur(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, l)
@@ -38,7 +38,7 @@ def blur(
     kernel = (kernel * gain).flip(0, 1).to(x.dtype)
     return F.conv2d(x, kernel.expand(x.shape[1], 1, *kernel.shape), padding=top if even else 0, groups=x.shape[1])
 
-
+# %% ../nbs/components/22_stylegan2_ops.ipynb #25d9dcbe
 def upsample2x(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, l), from `resampling_filter`
@@ -78,7 +78,7 @@ def scale_channels(
     factors = factors[:, :, None, None].to(x.dtype)
     return x.mul_(factors) if overwrite and not torch.is_grad_enabled() else x * factors
 
-
+# %% ../nbs/components/22_stylegan2_ops.ipynb #2c63f146
 def scale_and_shift(
     x: Tensor,  # (B, C, H, W), not needed afterwards if there are no gradients
     factors: Tensor,  # (B, C)

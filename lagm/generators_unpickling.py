@@ -41,7 +41,7 @@ def _table_of_contents(path_or_file: Any, data: memoryview) -> list[zipfile.ZipI
         raise Unreadable("is a zip file whose entries are together larger than the file: a bomb", DO_NOT_OPEN)
     return infos
 
-
+# %% ../nbs/components/25_unpickling.ipynb #b273ccd2
 def _check_info(info: zipfile.ZipInfo) -> None:
     "Raise `Unreadable` for an entry that points outside, or is not plainly stored."
     name = info.filename
@@ -91,7 +91,7 @@ def read_torch_zip(path_or_file: Any, data: memoryview, budget: Budget | None = 
             raise Unreadable("has a block of numbers of another length than it says")
     return value
 
-
+# %% ../nbs/components/25_unpickling.ipynb #608d889a
 def _root(entries: dict[str, tuple[memoryview, int]]) -> str:
     "What stands in front of the names of a torch file's entries."
     roots = [name.removesuffix("data.pkl") for name in entries if name.split("/")[1:] == ["data.pkl"]]
@@ -120,7 +120,7 @@ def read_npy(data: memoryview | bytes) -> np.ndarray:
     array = LazyArray().set(shape, kind, memoryview(data)[source.tell():], fortran).array()
     return array.astype(kind.dtype.newbyteorder("="))
 
-
+# %% ../nbs/components/25_unpickling.ipynb #8d5eb5a5
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     "The arrays of an `.npy` (under the name \"\") or `.npz` file. Raises `InputError`."
     with reading(path) as data:
@@ -141,7 +141,7 @@ def _groups(module: Any, depth: int) -> tuple[dict, dict, dict]:
             return parameters, buffers, children
     raise Unreadable("has a network that is not made of modules")
 
-
+# %% ../nbs/components/25_unpickling.ipynb #76660cb5
 def module_tensors(
     record: Record,  # a network
     prefix: str = "",

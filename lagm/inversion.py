@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import resize_nearest, wide_crop
-from .convolutions import FastConvolutions
+from .ops_convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
 from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
 from .evaluation import check_pictures
 from .generator import FrozenGenerator, check_generated
 from .labels import IGNORE, LabelSet
 from .run_state import digest, forced, generator_digest, set_aside
-from .stylegan1 import StyleGAN1, limited
+from .generators_stylegan1 import StyleGAN1, limited
 from .generators_stylegan2 import Generated, StyleGAN2
 from .synthetic import Plan, SyntheticDataset, generate, select
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import Augment, resize_nearest, wide_crop
-from .convolutions import FastConvolutions, can_winograd
+from .ops_convolutions import FastConvolutions, can_winograd
 from .core import InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value
 from .core import printable, provenance, random_generator
 from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
@@ -45,7 +45,7 @@ from .generator import check_generated, check_version
 from .labels import IGNORE, LabelSet
 from .matching import METRICS, REDUCTIONS, Match, SyntheticPass, clean_gradients, labelled_gradient, layer_cosines
 from .matching import match_double_backward, match_forward_mode
-from .memory import kept_memory
+from .ops_memory import kept_memory
 from .parts import check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed
 from .parts import supervised_step_in_parts, this_process
 from .run_state import CheckpointError, Checkpoints, checkpoint_lock, digest, forced, generator_digest, random_states, restore_random_states
@@ -53,7 +53,7 @@ from .saved import NETWORKS, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .signs import class_shares, signs, warning_sign
 from .watching import Estimate, Watch, Watcher, free_space, measure
-from .winograd import can_compile, fused_winograd
+from .ops_winograd import can_compile, fused_winograd
 
 # %% ../nbs/components/60_training.ipynb #826ed822
 CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "metric": METRICS, "reduction": REDUCTIONS,

@@ -14,7 +14,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from lagm.datasets import CGPART_MODELS
 from lagm.pascal import prepare_pascal
 from lagm.sources import CHECKPOINTS
-from lagm.stylegan1 import StyleGAN1
+from lagm.generators_stylegan1 import StyleGAN1
 from lagm.generators_stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"

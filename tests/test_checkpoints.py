@@ -21,7 +21,7 @@ from lagm.core import InputError, save_tensors
 from lagm.evaluation import evaluate
 from lagm.generator import Sampling, load_generator, save_generator
 from lagm.segmenters import DeepLabV3, UNet
-from lagm.stylegan1 import StyleGAN1
+from lagm.generators_stylegan1 import StyleGAN1
 from lagm.generators_stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,7 +21,7 @@ from lagm.core import InputError, all_finite, check_fields, load_tensors, random
 from lagm.datasetgan import label_generated
 from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
 from lagm.evaluation import evaluate, predict
-from lagm.gan import GANRecipe
+from lagm.generators_train import GANRecipe
 from lagm.generator import Sampling
 from lagm.evaluation_predict import predict_pictures
 from lagm.stages import make_recipe

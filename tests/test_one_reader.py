@@ -33,7 +33,6 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "sources:_*_problem": "first and last bytes",
     "download_transfer:*": "downloads and their own notes",
     "download_archives:*": "archives that were downloaded",
-    "download_fetch:_alone": "a lock",
     "avatars:load_definition": "a file of an installed package",
     "avatars:rasterise": "a picture that was drawn just now",
     "experiments:*": "parameters in YAML, which has its own rules",

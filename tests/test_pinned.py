@@ -14,18 +14,18 @@ import lagm.core as core
 import lagm.evaluation as evaluation
 import lagm.download_transfer as fetching
 from lagm.augment import Augment
-from lagm.convolutions import FastConvolutions
+from lagm.ops_convolutions import FastConvolutions
 from lagm.core import random_generator
 from lagm.downstream import DownstreamRecipe, change_batch
 from lagm.evaluation import BoundaryScore, within
 from lagm.folds import number_in
-from lagm.gan import GANRecipe, GANTrainer
+from lagm.generators_train import GANRecipe, GANTrainer
 from lagm.matching import (
     SyntheticPass, directional_derivative, distance, distance_and_derivative, graph_of, labelled_gradient,
     log_probabilities)
 from lagm.parts import each_part, imitation_step_in_parts, labelled_gradient_in_parts, mean_over_parts
 from lagm.run_state import digest
-from lagm.stylegan1 import NoiseLayer
+from lagm.generators_stylegan1 import NoiseLayer
 from lagm.generators_stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.sweep import last_error
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair

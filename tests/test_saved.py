@@ -29,7 +29,7 @@ from lagm.evaluation_predict import open_segmenter
 from lagm.saved import ARGUMENTS, describe_network, find_segmenters, read_networks, save_networks
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import load_any_segmenter, load_networks, load_segmenters, read_validation, split_problems
-from lagm.stylegan1 import StyleGAN1
+from lagm.generators_stylegan1 import StyleGAN1
 from lagm.generators_stylegan2 import StyleGAN2
 from lagm.training import FAST, train_lagm, train_supervised
 

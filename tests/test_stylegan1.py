@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from lagm.core import InputError
 from lagm.generator import FrozenGenerator, Sampling, load_generator, save_generator
-from lagm.stylegan1 import StyleGAN1
+from lagm.generators_stylegan1 import StyleGAN1
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan1.safetensors"
 

@@ -25,7 +25,7 @@ from torch import nn
 import lagm.training as training
 from lagm.models_annotator import FPNAnnotator
 from lagm.augment import Augment
-from lagm.convolutions import can_winograd
+from lagm.ops_convolutions import can_winograd
 from lagm.core import InputError, load_tensors
 from lagm.run_state import Checkpoints
 from lagm.segmenters import UNet, matched_parameter_names
