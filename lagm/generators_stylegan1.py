@@ -217,12 +217,15 @@ def limited(x: Tensor, largest: int) -> Tensor:
     if x.shape[-1] <= largest: return x
     return F.interpolate(x, size=(largest, largest), mode="bilinear", align_corners=False)
 
-# %% ../nbs/components/23_stylegan1.ipynb #024bdc20
+# %% ../nbs/components/23_stylegan1.ipynb #f9a5ea0e
 class StyleHalves(nn.Module):
     "Mapping, truncation and synthesis, put together; a subclass makes them."
 
     num_ws: int
     largest: int
+    g_mapping: nn.Module
+    truncation: nn.Module
+    g_synthesis: nn.Module
 
     def set_noise(self, maps: Sequence[Tensor]) -> None:
         "Noise maps (1, 1, r, r) for `noise_mode='const'`, two per block, coarse to fine. Raises `InputError`."

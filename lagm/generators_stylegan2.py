@@ -31,7 +31,7 @@ class Generated(NamedTuple):
     image: Tensor  # (B, 3, R, R), about [-1, 1]
     features: list[Tensor]  # (B, C_i, H_i, W_i), coarse to fine
 
-# %% ../nbs/book/03_stylegan2.ipynb #9c565b70
+# %% ../nbs/book/03_stylegan2.ipynb #d6b782b8
 SQRT2 = math.sqrt(2)
 
 
@@ -94,7 +94,7 @@ class Mapping(nn.Module):
         for i in range(self.layers): w = leaky_relu(getattr(self, f"fc{i}")(w))
         return w
 
-# %% ../nbs/book/03_stylegan2.ipynb #fc10d28a
+# %% ../nbs/book/03_stylegan2.ipynb #5bf0e567
 def truncated(
     ws: Tensor,  # (B, num_ws, w_dim)
     w_avg: Tensor,  # (w_dim,)
@@ -130,7 +130,7 @@ def modulated_conv2d(
     x = convolve(x, weight, upsampling)
     return scale_and_shift(x, demodulation(weight, styles) * gain, bias)
 
-# %% ../nbs/book/03_stylegan2.ipynb #6391bec7
+# %% ../nbs/book/03_stylegan2.ipynb #af959b38
 def layer_noise(
     layer: "SynthesisLayer",
     batch: int,
@@ -229,7 +229,7 @@ class SynthesisBlock(nn.Module):
         contribution = self.torgb(x, ws[:, self.num_conv])
         return x, contribution if image is None else image + contribution
 
-# %% ../nbs/book/03_stylegan2.ipynb #1674365c
+# %% ../nbs/book/03_stylegan2.ipynb #236a5e06
 ARCHITECTURES = ("skip", "resnet", "orig")
 
 
@@ -274,7 +274,7 @@ class Synthesis(nn.Module):
             features.append(x)
         return Generated(image, features)
 
-# %% ../nbs/book/03_stylegan2.ipynb #c68ac2b7
+# %% ../nbs/book/03_stylegan2.ipynb #fd9f8c67
 class StyleGenerator(nn.Module):
     "Two halves: `z (B, z_dim) -> Generated(image, features)`. Raises `InputError` for an unknown `noise_mode`."
 

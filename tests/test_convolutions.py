@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from lagm import convolutions
+from lagm import ops_convolutions as convolutions
 from lagm.ops_convolutions import (
     FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits)
 from lagm.core import InputError

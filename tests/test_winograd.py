@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from lagm import winograd
+from lagm import ops_winograd as winograd
 from lagm.ops_convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
 from lagm.core import InputError
 from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode
