@@ -166,11 +166,14 @@ class SynthesisLayer(nn.Module):
             self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("resample_filter", resampling_filter(taps))
 
+    def noise(self, batch: int, noise_mode: str, rng: torch.Generator | None) -> Tensor | None:
+        return layer_noise(self, batch, noise_mode, rng)
+
     def forward(self, x: Tensor, w: Tensor, noise_mode: str = "random", gain: float = 1.0,
                 rng: torch.Generator | None = None, overwrite: bool = False) -> Tensor:
         total, low_pass = SQRT2 * gain, self.resample_filter if self.up else None
         x = modulated_conv2d(x, self.weight, self.affine(w), low_pass, total, self.bias * total, overwrite)
-        noise = layer_noise(self, x.shape[0], noise_mode, rng)
+        noise = self.noise(x.shape[0], noise_mode, rng)
         if noise is not None: x += (noise * (self.noise_strength * total)).to(x.dtype)
         x = F.leaky_relu(x, 0.2, inplace=True)
         return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)

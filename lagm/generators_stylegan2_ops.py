@@ -24,7 +24,7 @@ def resampling_filter(
     if kernel.ndim == 1: kernel = kernel[:, None] * kernel[None, :]
     return kernel / kernel.sum()
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #c9aeaf10
+# %% ../nbs/components/22_stylegan2_ops.ipynb #e440fb58
 def blur(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, l)
@@ -38,7 +38,7 @@ def blur(
     kernel = (kernel * gain).flip(0, 1).to(x.dtype)
     return F.conv2d(x, kernel.expand(x.shape[1], 1, *kernel.shape), padding=top if even else 0, groups=x.shape[1])
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #25d9dcbe
+# %% ../nbs/components/22_stylegan2_ops.ipynb #be41ac8f
 def upsample2x(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, l), from `resampling_filter`
@@ -68,7 +68,7 @@ def remembered(
     if what not in known or known[what][0] != state: known[what] = state, make(weight.detach())
     return known[what][1]
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #dfa44543
+# %% ../nbs/components/22_stylegan2_ops.ipynb #5a7898f4
 def scale_channels(
     x: Tensor,  # (B, C, H, W)
     factors: Tensor,  # (B, C)
@@ -78,7 +78,7 @@ def scale_channels(
     factors = factors[:, :, None, None].to(x.dtype)
     return x.mul_(factors) if overwrite and not torch.is_grad_enabled() else x * factors
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #2c63f146
+# %% ../nbs/components/22_stylegan2_ops.ipynb #60b0fc58
 def scale_and_shift(
     x: Tensor,  # (B, C, H, W), not needed afterwards if there are no gradients
     factors: Tensor,  # (B, C)
@@ -90,7 +90,7 @@ def scale_and_shift(
     out = None if torch.is_grad_enabled() else x
     return torch.addcmul(bias[:, None, None].to(x.dtype), x, factors, out=out)
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #180f8e84
+# %% ../nbs/components/22_stylegan2_ops.ipynb #64473f1b
 def convolve(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, k, k)
@@ -104,7 +104,7 @@ def convolve(
     turned = remembered(weight, ("turned", x.dtype), lambda _: kernel.transpose(0, 1).contiguous(memory_format=last))
     return blur(F.conv_transpose2d(x, turned, stride=2), upsampling, more=-1, gain=4)
 
-# %% ../nbs/components/22_stylegan2_ops.ipynb #293863ab
+# %% ../nbs/components/22_stylegan2_ops.ipynb #5f643882
 class SkipConv(nn.Module):
     "The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."
 

@@ -107,7 +107,7 @@ def can_compile() -> bool:
         return False
     return True
 
-
+# %% ../nbs/components/21_winograd.ipynb #5bab9fd1
 _FUSED: ContextVar[bool] = ContextVar("fused", default=False)
 
 
@@ -126,7 +126,7 @@ def fused_winograd() -> Iterator[bool]:
     try: yield is_fused()
     finally: _FUSED.reset(token)
 
-# %% ../nbs/components/21_winograd.ipynb #e0dbcc68
+# %% ../nbs/components/21_winograd.ipynb #a957512e
 _BOOKKEEPING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)  # of views, for automatic differentiation
 
 
