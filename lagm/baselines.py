@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, Registry, check_fields
 from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder

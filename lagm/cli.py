@@ -252,7 +252,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     fetch.add_argument("--dry-run", action="store_true", help="show licence, size and place only")
     fetch.add_argument("--force", action="store_true", help="again, even if it is there")
     _add_places(fetch)
-    fetch.set_defaults(command=_call("fetch", "fetch_command"))
+    fetch.set_defaults(command=_call("download_fetch", "fetch_command"))
 
     doctor = commands.add_parser("doctor", help="what is there, missing or broken", description="Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could run, 1 if something is missing or broken.")
     doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for `lagm run`, or a family, e.g. horse (default: the paper's 28)")
@@ -272,7 +272,7 @@ def add_predict_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="the size of training (default: as the file says)")
     parser.add_argument("--batch", type=at_least_one, default=16, metavar="N", help="pictures at a time (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.set_defaults(command=_call("predict", "predict_command"))
+    parser.set_defaults(command=_call("evaluation_predict", "predict_command"))
 
 
 def add_run_parser(commands: argparse._SubParsersAction) -> None:

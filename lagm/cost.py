@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .annotator import FPNAnnotator
 from .core import InputError, random_generator, seed_everything
 from .data_labels import IGNORE
 from .generator import FrozenGenerator, Generated, Sampling
 from .generators_load import load_generator
+from .generators_stylegan2 import StyleGAN2, SynthesisLayer, ToRGB, leaky_relu
+from .generators_stylegan2_ops import upsample2x
+from .models_annotator import FPNAnnotator
 from .segmenters import build_segmenter, matched_parameter_names
-from .stylegan2 import StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
 from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
 from .watching import measure
 

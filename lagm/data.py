@@ -22,7 +22,8 @@ from torchvision.datasets import VisionDataset
 
 from .core import InputError, asset, printable, read_json
 from .data_labels import IGNORE, LabelSet, Labelled
-from .unpickling import Unreadable, read_npy
+from .generators_pickle_records import Unreadable
+from .generators_unpickling import read_npy
 
 # %% ../nbs/components/10_data.ipynb #7c2e8c0f
 SPLITS = ("train", "val", "test")

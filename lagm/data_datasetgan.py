@@ -20,7 +20,7 @@ from .data_base import PartDataset, choose_split, find_map, need_path
 from .data_label_maps import get_labels
 from .data_images import describe_file, read_pair, to_item
 from .data_images import check_classes
-from .unpickling import read_arrays
+from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/14_data_datasetgan.ipynb #73f69d03
 SPECK_PIXELS, SPECK_CLASSES = 30, range(1, 50)

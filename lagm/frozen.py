@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, install_advice, printable
 from .segmenters import CLASSES, HEAD, SEGMENTERS, NetworkEntry, UNet, unet_widths
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields
+from .ops_convolutions import FastConvolutions
 
 # %% ../nbs/components/20_generator.ipynb #f40271eb
 NOISE_MODES = ("random", "const", "none")

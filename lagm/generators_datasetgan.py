@@ -12,8 +12,8 @@ import torch
 
 from .generators_formats import (
     FORMATS, Found, GeneratorFormat, count_numbered, from_tensor, given, lazy_shape, on_meta, plain_weights)
-from .stylegan1 import StyleGAN1
-from .unpickling import LazyTensor, Unreadable
+from .generators_stylegan1 import StyleGAN1
+from .generators_pickle_records import LazyTensor, Unreadable
 
 # %% ../nbs/components/26_generators_datasetgan.ipynb #26c00001
 def datasetgan(

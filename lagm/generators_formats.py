@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from .core import InputError, Registry, all_finite
 from .generators_weights import as_weight, check_names
-from .stylegan2 import resampling_filter
-from lagm.unpickling import (
-    Extra, LazyArray, LazyTensor, Record, Unreadable, forget_pages, quoted, read_legacy_torch, read_pickle,
-    read_torch_zip)
+from .generators_stylegan2_ops import resampling_filter
+from .generators_pickle_machine import read_legacy_torch, read_pickle
+from .generators_pickle_records import Extra, LazyArray, LazyTensor, Unreadable, forget_pages, quoted
+from .generators_unpickling import read_torch_zip
+from .unpickling import Record
 
 # %% ../nbs/components/26_generators_formats.ipynb #b5378d52
 WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what to do

@@ -24,8 +24,9 @@ from .core import (
 from .generator import FrozenGenerator, Sampling
 from .generators_formats import FORMATS, Found, fill_network, generator_in, name_other, recognise
 from .generators_weights import generator_header, network_from_tensors, of_class
-from .stylegan1 import StyleGAN1
-from .unpickling import GET_AGAIN, read_arrays, reading
+from .generators_stylegan1 import StyleGAN1
+from .generators_pickle_records import GET_AGAIN, reading
+from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/26_generators_load.ipynb #c2394c49
 MEAN_OF = 8000  # latents

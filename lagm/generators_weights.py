@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .core import InputError, all_finite, printable, save_tensors
-from .stylegan1 import StyleGAN1
-from .stylegan2 import StyleGAN2, one_class
-from .unpickling import quoted
+from .generators_stylegan1 import StyleGAN1
+from .generators_stylegan2 import StyleGAN2
+from .generators_stylegan2_classes import one_class
+from .generators_pickle_records import quoted
 
 # %% ../nbs/components/26_generators_weights.ipynb #42b1c918
 FORMAT_VERSION = 1

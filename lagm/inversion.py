@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .convolutions import FastConvolutions
 from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
 from .data_augment import resize_nearest, wide_crop
 from .data_checks import check_pictures
@@ -29,10 +28,12 @@ from .data_labels import IGNORE
 from .datasetgan import (
     Annotated, FeatureStore, PixelEnsemble, check_ensemble, check_masks, new_ensemble, train_on_pairs, train_pixels)
 from .generator import FrozenGenerator, Generated, check_generated
+from .generators_stylegan1 import StyleGAN1, limited
+from .generators_stylegan2 import StyleGAN2
+from .ops_convolutions import FastConvolutions
 from .run_state import digest, forced, generator_digest, set_aside
-from .stylegan1 import StyleGAN1, limited
-from .stylegan2 import StyleGAN2
 from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
+from .inversion import Inverted
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
 class StyleSpace:

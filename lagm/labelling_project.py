@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, atomic_path, check_fields, choose_device, read_text
 from .core import seed_everything, write_json
 from .evaluation_metrics import ConfusionMatrix, predict

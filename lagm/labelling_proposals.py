@@ -20,7 +20,7 @@ from .core import InputError, load_tensors, random_generator, save_tensors
 from .generator import FrozenGenerator
 from .labelling_album import Album
 from .data_labels import LabelSet
-from .predict import open_segmenter, predict_pictures
+from .evaluation_predict import open_segmenter, predict_pictures
 
 # %% ../nbs/components/84_proposals.ipynb #c03e0d55
 def cluster(

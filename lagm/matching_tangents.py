@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lagm.winograd  # its operations
+import lagm.ops_winograd  # its operations
 
 # %% ../nbs/components/48_tangents.ipynb #eb06c4aa
 aten = torch.ops.aten

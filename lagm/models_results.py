@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .annotator import FPNAnnotator
+from .models_annotator import FPNAnnotator
 from .core import InputError, printable
 from .generators_formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
-from .unpickling import LazyTensor, Record, Unreadable, module_tensors, reading
+from .generators_pickle_records import LazyTensor, Unreadable, reading
+from .generators_unpickling import module_tensors
+from .unpickling import Record
 
 # %% ../nbs/components/43_models_results.ipynb #eda7204e
 class Results(NamedTuple):

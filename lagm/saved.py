@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .annotator import FPNAnnotator
 from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
 from .data_label_maps import distinct_colours
 from .data_labels import LabelSet
 from .frozen import HeadedEncoder
 from .generators_formats import count_numbered
+from .generators_pickle_records import Unreadable, quoted
 from .generators_weights import FORMAT_VERSION, check_names, check_tensors, check_version
+from .models_annotator import FPNAnnotator
 from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
-from .unpickling import Unreadable, quoted
 
 # %% ../nbs/components/42_saved.ipynb #f6e8f56a
 def _annotator_arguments(network: nn.Module) -> dict[str, Any]:

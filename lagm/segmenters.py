@@ -23,7 +23,7 @@ from torchvision.models.segmentation import deeplabv3_resnet101
 
 from .core import InputError, Registry, printable
 from .generators_formats import count_numbered
-from .unpickling import Unreadable
+from .generators_pickle_records import Unreadable
 
 # %% ../nbs/components/40_segmenters.ipynb #116f8b7e
 class ConvBlock(nn.Module):

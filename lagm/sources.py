@@ -16,7 +16,7 @@ from pathlib import Path
 from .core import InputError
 from .data_images import describe_file
 from .data_images import open_picture
-from .unpickling import read_arrays
+from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/11_sources.ipynb #a2b79337
 NVIDIA, NOT_STATED = "NVIDIA Source Code License (non-commercial research)", "not stated by its authors; ask them before any use beyond research"

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/components/88_stages.ipynb #f695f046
-from .annotator import FPNAnnotator
 from .core import InputError, load_tensors, provenance, read_json, write_json
 from .data import choose_labelled, stack
 from .data_labels import LabelSet, warn_of_absent
@@ -30,6 +29,7 @@ from .generator import FrozenGenerator, Sampling
 from .generators_formats import FORMATS
 from .generators_load import load_generator
 from .generators_weights import check_version
+from .models_annotator import FPNAnnotator
 from .models_results import Results, load_results
 from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .convolutions import FastConvolutions, can_winograd
 from .core import (
     InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value, printable,
     provenance, random_generator)
@@ -49,8 +48,10 @@ from .generators_weights import check_version
 from .matching_distance import METRICS, REDUCTIONS, layer_cosines
 from .matching_forward import SyntheticPass, match_forward_mode
 from .matching_gradients import Match, clean_gradients, labelled_gradient, match_double_backward
-from .memory import kept_memory
 from .models_modes import eval_mode, kept_modes, resting_modules, train_mode
+from .ops_convolutions import FastConvolutions, can_winograd
+from .ops_memory import kept_memory
+from .ops_winograd import can_compile, fused_winograd
 from .parts import (
     check_shares, imitation_step_in_parts, make_fabric, matching_step_in_parts, own_parts, reweighed,
     supervised_step_in_parts, this_process)
@@ -61,7 +62,6 @@ from .saved import can_be_saved, describe_network, save_segmenter
 from .segmenters import matched_parameter_names
 from .signs import class_shares, signs, warning_sign
 from .watching import Estimate, Watch, Watcher, free_space, measure
-from .winograd import can_compile, fused_winograd
 
 # %% ../nbs/components/60_training.ipynb #826ed822
 CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "metric": METRICS, "reduction": REDUCTIONS,

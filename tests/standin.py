@@ -14,8 +14,8 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from lagm.data_cgpart import CGPART_MODELS
 from lagm.data_pascal import prepare_pascal
 from lagm.sources import CHECKPOINTS
-from lagm.stylegan1 import StyleGAN1
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan1 import StyleGAN1
+from lagm.generators_stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"
 

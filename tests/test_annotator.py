@@ -8,7 +8,7 @@ import torch
 from filling import fill, relative_error
 from safetensors import safe_open
 
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "annotator_fpn.safetensors"

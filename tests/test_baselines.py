@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.annotator import FPNAnnotator
 from lagm.core import InputError, random_generator
 from lagm.data_augment import Augment
+from lagm.models_annotator import FPNAnnotator
 from lagm.teachers import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training,
     train_taught)

@@ -15,16 +15,16 @@ from filling import relative_error
 from safetensors import safe_open
 from test_stylegan1 import golden_network
 
-from lagm.annotator import FPNAnnotator
 from lagm.core import InputError, save_tensors
 from lagm.evaluation_metrics import evaluate
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator, read_generator
+from lagm.generators_stylegan1 import StyleGAN1
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.generators_weights import save_generator
+from lagm.models_annotator import FPNAnnotator
 from lagm.models_results import load_results, read_generator_kwargs
 from lagm.segmenters import DeepLabV3, UNet
-from lagm.stylegan1 import StyleGAN1
-from lagm.stylegan2 import StyleGAN2
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -5,14 +5,14 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lagm.annotator import FPNAnnotator
 from lagm.core import random_generator
 from lagm.data_augment import Augment, recolour
 from lagm.datasetgan import label_generated
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator
+from lagm.generators_stylegan2 import StyleGAN2
+from lagm.models_annotator import FPNAnnotator
 from lagm.segmenters import UNet
-from lagm.stylegan2 import StyleGAN2
 from lagm.synthetic import Plan, make_pair
 from lagm.teachers import train_self_training
 from lagm.training import FAST, PAPER, SyntheticBatches, train_lagm

@@ -33,7 +33,7 @@ from lagm.experiments import check_parameters, read_parameter_file
 from lagm.data_labels import CELEBA8
 from lagm.segmenters import UNet
 from lagm.sources import CHECKPOINTS
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")

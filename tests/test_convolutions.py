@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from lagm import convolutions
-from lagm.convolutions import FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits
+from lagm import ops_convolutions as convolutions
 from lagm.core import InputError
 from lagm.cost import WORKLOADS, make_step, prepare, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.matching_forward import directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, match_double_backward
-from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
-from lagm.stylegan2 import StyleGAN2
 from lagm.matching_tangents import record
+from lagm.ops_convolutions import (
+    FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits)
+from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 from lagm.training import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")

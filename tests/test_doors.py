@@ -19,9 +19,9 @@ from lagm.data_augment import Augment
 from lagm.datasetgan import label_generated
 from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
 from lagm.evaluation_metrics import evaluate, predict
-from lagm.gan import GANRecipe
+from lagm.evaluation_predict import predict_pictures
 from lagm.generator import Sampling
-from lagm.predict import predict_pictures
+from lagm.generators_train import GANRecipe
 from lagm.stages import make_recipe
 from lagm.synthetic import GeneratedPairs, Plan, make_pair
 from lagm.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught

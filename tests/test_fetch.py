@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from lagm import cli, fetch as fetching
+from lagm import cli, download_fetch as fetching
 from lagm.core import InputError
-from lagm.fetch import Unavailable, download, fetch, fetch_command, fetch_from, is_there, remote_size, transfer
 from lagm.data_registry import EXPERIMENTS, match_experiments
+from lagm.download_fetch import download, fetch, fetch_command, fetch_from, is_there, remote_size
+from lagm.download_transfer import Unavailable, transfer
 from lagm.sources import SOURCES, Source, file_problem
 
 pytest.importorskip("pooch")

@@ -13,9 +13,10 @@ import zipfile
 
 import pytest
 
-from lagm import fetch as fetching
+from lagm import download_fetch as fetching, download_transfer as transferring
 from lagm.core import InputError
-from lagm.fetch import Unavailable, download, fetch, fetch_from, remote_size, transfer
+from lagm.download_fetch import download, fetch, fetch_from, remote_size
+from lagm.download_transfer import Unavailable, transfer
 from lagm.sources import Source
 
 pytest.importorskip("pooch")
@@ -231,14 +232,14 @@ class Elsewhere(requests.adapters.BaseAdapter):
 
 @pytest.mark.parametrize("places", [{"https://a.test/x": "http://a.test/x"}, {"https://a.test/x": "//b.test/x", "https://b.test/x": "HTTP://c.test/x"}, {"http://a.test/x": "https://b.test/x", "https://b.test/x": "ftp://c.test/x"}])
 def test_no_redirect_leads_from_https_to_http(tmp_path, monkeypatch, places):
-    adapter, make = Elsewhere(places), fetching._session
+    adapter, make = Elsewhere(places), transferring.open_session
 
     def session():
         made = make()
         for scheme in ("https://", "http://"): made.mount(scheme, adapter)
         return made
 
-    monkeypatch.setattr(fetching, "_session", session)
+    for module in (fetching, transferring): monkeypatch.setattr(module, "open_session", session)
     first = next(iter(places))
     with pytest.raises(Unavailable, match="redirects from https to"): transfer(first, tmp_path / "part", **QUICK)
     assert adapter.asked == list(places)  # nothing was asked of the last one, and nothing twice
@@ -268,7 +269,7 @@ def test_two_calls_for_one_place(server, tmp_path):
 
 
 def test_a_second_process_waits(server, tmp_path):
-    code = f"from lagm.fetch import fetch; from lagm.sources import Source; fetch(Source('toy', 'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, progress=False)"
+    code = f"from lagm.download_fetch import fetch; from lagm.sources import Source; fetch(Source('toy', 'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, progress=False)"
     with fetching._alone(tmp_path / "c" / "toy.pkl"):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()

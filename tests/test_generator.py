@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from lagm.core import InputError, asset, load_tensors, save_tensors
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.generators_weights import save_generator
-from lagm.stylegan2 import StyleGAN2
 
 
 @pytest.fixture

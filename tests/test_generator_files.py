@@ -25,7 +25,8 @@ from lagm.generators_weights import save_generator
 from lagm.run_state import generator_digest
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import open_generator
-from lagm.stylegan2 import StyleGAN2, modulated_conv2d, resampling_filter, upsample2x
+from lagm.generators_stylegan2 import StyleGAN2, modulated_conv2d
+from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
 
 
 def refused(path, *words: str, read=load_generator) -> str:

@@ -9,12 +9,12 @@ from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 import lagm.inversion
 from lagm.core import InputError, load_tensors, save_tensors
+from lagm.data_labels import IGNORE
 from lagm.generator import FrozenGenerator, Sampling
+from lagm.generators_stylegan1 import StyleGAN1
 from lagm.inversion import (
     HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
     learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
-from lagm.data_labels import IGNORE
-from lagm.stylegan1 import StyleGAN1
 from lagm.training import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)

@@ -19,7 +19,8 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "picture_files:_decoded": "the reader of pictures",
     "picture_files:describe_file": "the first bytes, to name the kind",
     "picture_files:_png_depth": "the first bytes of a PNG that was read",
-    "unpickling:*": "the reader of pickles and arrays",
+    "generators_pickle_records:reading": "the reader of pickles and arrays",
+    "generators_unpickling:_table_of_contents": "the reader of pickles and arrays",
     "data:_member": "compressed arrays, which go to the reader of arrays",
     "data:_arrays": "compressed arrays, which go to the reader of arrays",
     "pascal:unpacked_mat": "the reader of MATLAB files",
@@ -30,7 +31,8 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "cache:item_key": "bytes, for a sum",
     "doctor:picture_problem": "first and last bytes",
     "sources:_*_problem": "first and last bytes",
-    "fetch:*": "downloads and their own notes",
+    "download_transfer:*": "downloads and their own notes",
+    "download_archives:*": "archives that were downloaded",
     "avatars:load_definition": "a file of an installed package",
     "avatars:rasterise": "a picture that was drawn just now",
     "experiments:*": "parameters in YAML, which has its own rules",
@@ -98,7 +100,7 @@ def e(p):
 def test_nothing_else_reads():
     found = [f"lagm/{path.name}:{line}: {where} calls {name}" for path in sorted(PACKAGE.glob("*.py")) for where, name, line in readings(path.read_text(encoding="utf-8"))
              if not any(fnmatchcase(f"{path.stem}:{where}", allowed) for allowed in ALLOWED)]
-    assert not found, "\n".join(["read these through the readers in lagm.core, lagm.data_images or lagm.unpickling:", *found])
+    assert not found, "\n".join(["read these through the readers in lagm.core, lagm.picture_files or lagm.generators_unpickling:", *found])
 
 
 def test_only_readers_are_allowed():

@@ -13,7 +13,7 @@ import torch
 from test_training import CLASSES, FAST, PAPER, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors
 from lagm.parts import matching_step_in_parts, own_parts
 from lagm.segmenters import matched_parameter_names

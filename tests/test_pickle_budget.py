@@ -24,11 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import tiny
 
-from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.core import InputError
 from lagm.generators_load import load_generator
-from lagm.unpickling import Extra, LazyArray, Record, Unreadable, is_extra, module_tensors, read_pickle, read_torch_zip
+from lagm.generators_pickle_machine import read_pickle
+from lagm.generators_pickle_names import is_extra
+from lagm.generators_pickle_records import Extra, LazyArray, Record, Unreadable
+from lagm.generators_unpickling import module_tensors, read_torch_zip
+from lagm.models_results import load_results
 
 LONG = 60_000
 

@@ -12,28 +12,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lagm.core as core
 import lagm.evaluation_metrics as evaluation
-import lagm.fetch as fetching
+import lagm.download_transfer as fetching
 from lagm.data_augment import Augment
-from lagm.convolutions import FastConvolutions
+from lagm.ops_convolutions import FastConvolutions
 from lagm.core import random_generator
 from lagm.downstream import DownstreamRecipe, change_batch
 from lagm.evaluation_boundary import BoundaryScore, within
 from lagm.evaluation_folds import number_in
-from lagm.gan import GANRecipe, GANTrainer
+from lagm.generators_train import GANRecipe, GANTrainer
 from lagm.matching_distance import distance, distance_and_derivative
 from lagm.matching_forward import SyntheticPass, directional_derivative
 from lagm.matching_gradients import graph_of, labelled_gradient, log_probabilities
 from lagm.parts import each_part, imitation_step_in_parts, labelled_gradient_in_parts, mean_over_parts
 from lagm.run_state import digest
-from lagm.stylegan1 import NoiseLayer
-from lagm.stylegan2 import SQRT2, SynthesisLayer, ToRGB
+from lagm.generators_stylegan1 import NoiseLayer
+from lagm.generators_stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.sweep import last_error
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair
 from lagm.matching_tangents import record
 from lagm.training import (
     PAPER, Players, SyntheticBatch, Trained, get_recipe, imitation_step, learning_rate, phase_segmenter,
     train_supervised)
-from lagm.unpickling import Budget, Storage, Unreadable
+from lagm.generators_pickle_records import Budget, Storage, Unreadable
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from lagm.core import InputError, save_tensors
 from lagm.data_labels import CELEBA8
+from lagm.evaluation_export import export_onnx, export_program, write_model_card
 from lagm.evaluation_metrics import evaluate, predict
+from lagm.evaluation_predict import (
+    evaluate_checkpoint, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures)
 from lagm.exports import rle_decode
-from lagm.predict import (
-    evaluate_checkpoint, export_onnx, export_program, list_pictures, open_segmenter, overlay, place, predict_folder,
-    predict_pictures, write_model_card)
 from lagm.saved import save_segmenter
 
 
@@ -179,7 +179,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
 
 
 def test_an_export_that_is_wrong_is_refused(tmp_path):
-    from lagm.predict import _compare
+    from lagm.evaluation_export import _compare
     (tmp_path / "bad").write_text("")
     with pytest.raises(InputError, match="differs"): _compare(tiny_segmenter().eval(), lambda x: torch.zeros(len(x), 3, 16, 16), (16, 16), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()

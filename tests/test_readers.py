@@ -10,17 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lagm.data_cache import Cached
 from lagm.core import InputError
+from lagm.data_cache import Cached
 from lagm.data_celeba import CelebAMaskHQ, celeba_numbers
 from lagm.data_datasetgan import DatasetGAN, read_array_mask
-from lagm.data_pascal import PascalPart
-from lagm.folders import Folder, read_classes
-from lagm.evaluation_folds import read_test_folder
-from lagm.data_labels import LabelSet
-from lagm.data_pascal import crowded, listed, overlap, usable_boxes
 from lagm.data_images import by_name, list_files, read_image, read_pair, save_mask
-from lagm.predict import list_pictures, predict_folder
+from lagm.data_labels import LabelSet
+from lagm.data_pascal import PascalPart, crowded, listed, overlap, usable_boxes
+from lagm.evaluation_folds import read_test_folder
+from lagm.evaluation_predict import list_pictures, predict_folder
+from lagm.folders import Folder, read_classes
 from lagm.stages import read_labelled
 
 TWO = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))

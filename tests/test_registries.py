@@ -32,7 +32,7 @@ from lagm.generator import Generated
 from lagm.generators_formats import Found, GeneratorFormat, given, on_meta
 from lagm.data_label_maps import make_labels
 from lagm.segmenters import CLASSES, NetworkEntry
-from lagm.stylegan2 import StyleGAN2
+from lagm.generators_stylegan2 import StyleGAN2
 
 LABELS = make_labels("flags", ("left", "right", "stripe"))
 

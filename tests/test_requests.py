@@ -12,10 +12,10 @@ from torch import nn
 from lagm import cli
 from lagm.cli import main
 from lagm.core import InputError
-from lagm.folders import Folder
 from lagm.data_coco import import_coco
 from lagm.data_labels import LabelSet
-from lagm.predict import predict_folder
+from lagm.evaluation_predict import predict_folder
+from lagm.folders import Folder
 
 LABELS = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lagm.run_state as run_state
 import lagm.training as training
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors, save_tensors
 from lagm.run_state import CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states
 from lagm.training import Diverged, Loop, get_recipe, train_lagm, train_supervised

@@ -16,7 +16,7 @@ from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
 from lagm import cli, experiments
-from lagm.annotator import FPNAnnotator
+from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run_notebook, unfinished_copy

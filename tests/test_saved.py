@@ -16,22 +16,21 @@ from safetensors.torch import save_file
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm import saved, segmenters
-from lagm.annotator import FPNAnnotator
-from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
 from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
-from lagm.saved import load_segmenter, save_segmenter
+from lagm.evaluation_predict import open_segmenter
 from lagm.folders import save_folder
 from lagm.generators_load import load_generator
+from lagm.generators_stylegan1 import StyleGAN1
+from lagm.generators_stylegan2 import StyleGAN2
 from lagm.generators_weights import save_generator
-from lagm.predict import open_segmenter
-from lagm.saved import describe_network, find_segmenters, read_networks, save_networks
+from lagm.models_annotator import FPNAnnotator
+from lagm.models_results import load_results
+from lagm.saved import describe_network, find_segmenters, load_segmenter, read_networks, save_networks, save_segmenter
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import load_any_segmenter, load_networks, load_segmenters, read_validation, split_problems
-from lagm.stylegan1 import StyleGAN1
-from lagm.stylegan2 import StyleGAN2
 from lagm.training import FAST, train_lagm, train_supervised
 
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)

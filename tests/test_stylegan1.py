@@ -12,8 +12,8 @@ from safetensors import safe_open
 from lagm.core import InputError
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator
+from lagm.generators_stylegan1 import StyleGAN1
 from lagm.generators_weights import save_generator
-from lagm.stylegan1 import StyleGAN1
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan1.safetensors"
 

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from lagm.core import InputError
-from lagm.stylegan2 import ARCHITECTURES, StyleGAN2, modulated_conv2d, resampling_filter, upsample2x
+from lagm.generators_stylegan2 import ARCHITECTURES, StyleGAN2, modulated_conv2d
+from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan2_pytorch.safetensors"
 

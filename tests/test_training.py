@@ -23,13 +23,15 @@ from templates import run_cells
 from torch import nn
 
 import lagm.training as training
-from lagm.annotator import FPNAnnotator
-from lagm.data_augment import Augment
-from lagm.convolutions import can_winograd
 from lagm.core import InputError, load_tensors
+from lagm.data_augment import Augment
+from lagm.models_annotator import FPNAnnotator
+from lagm.ops_convolutions import can_winograd
 from lagm.run_state import Checkpoints
 from lagm.segmenters import UNet, matched_parameter_names
-from lagm.training import Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm, train_supervised
+from lagm.training import (
+    Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm,
+    train_supervised)
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES, SIZE = 4, 16

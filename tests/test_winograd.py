@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from lagm import winograd
-from lagm.convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
+from lagm import ops_winograd as winograd
+from lagm.ops_convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
 from lagm.core import InputError
 from lagm.matching_forward import directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, match_double_backward
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.matching_tangents import record
 from lagm.training import PAPER, Players, get_recipe, supervised_step, surroundings
-from lagm.winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
+from lagm.ops_winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .winograd import is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
+from .ops_winograd import is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
 
 # %% ../nbs/components/21_convolutions.ipynb #20a8b53c
-LEAST_CHANNELS, LEAST_PIXELS = 64, 32 * 32  # below these Winograd's sums cost more than its multiplications save: on one thread; on several, which memory keeps waiting, below 2 and 4 times these
+# Below these Winograd's sums cost more than its multiplications save: on one thread. On several, which memory keeps
+# waiting, below 2 and 4 times these.
+LEAST_CHANNELS, LEAST_PIXELS = 64, 32 * 32
 
 
 @functools.cache
@@ -27,41 +29,51 @@ def can_winograd() -> bool:
     """Whether this build of PyTorch, on this machine, has the kernel."""
     return torch.backends.nnpack.is_available()
 
-
+# %% ../nbs/components/21_convolutions.ipynb #2b8a34c9
 def winograd_fits(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     dilation: int = 1,
 ) -> bool:
-    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation): float32 on a CPU, wide and large enough."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"): return False
+    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation).
+
+    It is for float32 on a CPU, wide and large enough.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32: return False
+    if torch.is_autocast_enabled("cpu"): return False
     if is_fused(): return tiles_pay(x.shape, weight.shape, dilation)
     more = 1 if torch.get_num_threads() == 1 else 2
-    return dilation == 1 and min(weight.shape[:2]) >= more * LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS and can_winograd()
+    large = min(weight.shape[:2]) >= more * LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS
+    return dilation == 1 and large and can_winograd()
 
+# %% ../nbs/components/21_convolutions.ipynb #46f95dd5
+def _is_ours(dilation: int) -> bool:
+    """Whether our own algorithm is used: where it is compiled, and where PyTorch's kernel cannot do it.
 
+    A backward pass may come after the context it was compiled in.
+    """
+    return is_fused() or dilation > 1 or not can_winograd()
+
+# %% ../nbs/components/21_convolutions.ipynb #0c258ba6
 def _one_by_one(x: Tensor, weight: Tensor) -> Tensor:
     """The kernel on each picture of a batch. It works on contiguous pictures, and gives such."""
     weight = weight.contiguous()
-    return torch.cat([torch._nnpack_spatial_convolution(x[i : i + 1].contiguous(), weight, None, padding=1) for i in range(len(x))])
+    one = torch._nnpack_spatial_convolution
+    return torch.cat([one(x[i : i + 1].contiguous(), weight, None, padding=1) for i in range(len(x))])
 
-# %% ../nbs/components/21_convolutions.ipynb #19f62689
-def _is_ours(dilation: int) -> bool:
-    """Whether our own algorithm is used: where it is compiled, and where PyTorch's kernel cannot do it (a backward pass may come after the context it was compiled in)."""
-    return is_fused() or dilation > 1 or not can_winograd()
-
-
+# %% ../nbs/components/21_convolutions.ipynb #622ee7e7
 def _convolve(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor:
     """The convolution of x (B, I, H, W) with weight (O, I, 3, 3), or the swapped one of x (B, O, H, W)."""
     if _is_ours(dilation): return tiled_conv2d(x, weight, dilation, swapped)
     return _one_by_one(x, weight.transpose(0, 1).flip(2, 3) if swapped else weight)
 
-
+# %% ../nbs/components/21_convolutions.ipynb #19f62689
 class WinogradConv2d(torch.autograd.Function):
-    """A 3 x 3 convolution, stride 1, padding = dilation, without bias, by Winograd's algorithm: `apply(x, weight, dilation, swapped)`."""
+    """A 3 x 3 convolution, stride 1, padding = dilation, without bias: `apply(x, weight, dilation, swapped)`."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor: return _convolve(x, weight, dilation, swapped)
+    def forward(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Tensor:
+        return _convolve(x, weight, dilation, swapped)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
@@ -72,25 +84,30 @@ class WinogradConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        of_x = WinogradConv2d.apply(gradient, weight, ctx.dilation, not ctx.swapped) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]: return of_x, None, None, None
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]: of_x = WinogradConv2d.apply(gradient, weight, ctx.dilation, not ctx.swapped)
         maps, gradients = (gradient, x) if ctx.swapped else (x, gradient)
-        if _is_ours(ctx.dilation): return of_x, WinogradWeightGradient.apply(maps, gradients, ctx.dilation), None, None
-        settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-        return of_x, torch.ops.aten.convolution_backward(gradients, maps, weight, None, *settings, [False, True, False])[1], None, None
+        if ctx.needs_input_grad[1] and _is_ours(ctx.dilation):
+            of_weight = WinogradWeightGradient.apply(maps, gradients, ctx.dilation)
+        elif ctx.needs_input_grad[1]:
+            settings = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            of_weight = torch.ops.aten.convolution_backward(gradients, maps, weight, None, *settings)[1]
+        return of_x, of_weight, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, *_: None) -> Tensor:
         x, weight = ctx.saved_tensors
-        terms = [_convolve(a, b, ctx.dilation, ctx.swapped) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+        pairs = [(a, b) for a, b in ((dx, weight), (x, dweight)) if a is not None and b is not None]
+        terms = [_convolve(a, b, ctx.dilation, ctx.swapped) for a, b in pairs]
         return sum(terms[1:], terms[0])
 
-
+# %% ../nbs/components/21_convolutions.ipynb #d0726d53
 class WinogradWeightGradient(torch.autograd.Function):
     """The gradient of that convolution to its weights: `apply(x (B, I, H, W), gradient (B, O, H, W), dilation)`."""
 
     @staticmethod
-    def forward(x: Tensor, gradient: Tensor, dilation: int) -> Tensor: return tiled_weight_gradient(x, gradient, dilation)
+    def forward(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
+        return tiled_weight_gradient(x, gradient, dilation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -100,17 +117,22 @@ class WinogradWeightGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, gradient = ctx.saved_tensors
-        of_x = WinogradConv2d.apply(gradient, of_weight, ctx.dilation, True) if ctx.needs_input_grad[0] else None
-        return of_x, WinogradConv2d.apply(x, of_weight, ctx.dilation, False) if ctx.needs_input_grad[1] else None, None
+        of_x = of_gradient = None
+        if ctx.needs_input_grad[0]: of_x = WinogradConv2d.apply(gradient, of_weight, ctx.dilation, True)
+        if ctx.needs_input_grad[1]: of_gradient = WinogradConv2d.apply(x, of_weight, ctx.dilation, False)
+        return of_x, of_gradient, None
 
-
+# %% ../nbs/components/21_convolutions.ipynb #02855346
 def winograd_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     bias: Tensor | None = None,  # (O,)
     dilation: int = 1,
 ) -> Tensor:  # (B, O, H, W)
-    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`."""
+    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm.
+
+    Differentiable as often as you like. Needs `winograd_fits`.
+    """
     y = WinogradConv2d.apply(x, weight, dilation, False)
     return y if bias is None else y + bias[:, None, None]
 
@@ -119,7 +141,9 @@ def live_share(
     size: tuple[int, int],  # height and width of the map
     dilation: tuple[int, int],
 ) -> float:  # 1: no padding at all, 1 / 9: only the middle weight sees the map
-    """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with padding."""
+    """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with
+    padding.
+    """
     rows, columns = ((1 + 2 * max(0, n - rate) / n) / 3 for n, rate in zip(size, dilation))
     return rows * columns
 
@@ -136,7 +160,7 @@ def trimmed_conv2d(
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding."""
     return _trimmed(x, weight, bias, dict(zip((2, 3), dilation)))
 
-
+# %% ../nbs/components/21_convolutions.ipynb #bbff5323
 def _trimmed(x: Tensor, weight: Tensor, bias: Tensor | None, rates: dict[int, int]) -> Tensor:
     """Split the kernel along the axes in `rates`, one after the other."""
     if not rates: return F.conv2d(x, weight, bias)
@@ -150,18 +174,24 @@ def _trimmed(x: Tensor, weight: Tensor, bias: Tensor | None, rates: dict[int, in
 
 # %% ../nbs/components/21_convolutions.ipynb #f994f060
 class FastConvolutions(TorchFunctionMode):
-    """While in this context, convolutions with something to gain take the quicker way. On other devices than a CPU, only those that are mostly padding."""
+    """While in this context, convolutions with something to gain take the quicker way.
 
-    def __torch_function__(self, function: Callable, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+    On other devices than a CPU, only those that are mostly padding.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, arguments: tuple = (),
+                           keywords: dict | None = None) -> Any:
         if function is torch.conv2d: return _quickest(*arguments, **(keywords or {}))
         return function(*arguments, **(keywords or {}))
 
-
-def _quickest(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:
+# %% ../nbs/components/21_convolutions.ipynb #4cc57bee
+def _quickest(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+              dilation: Any = 1, groups: int = 1) -> Tensor:
     """`F.conv2d`, by the quickest way that is known here."""
     def pair(value): return (value, value) if isinstance(value, int) else tuple(value)
-    if input.ndim == 4 and weight.shape[2:] == (3, 3) and pair(stride) == (1, 1) and groups == 1 and pair(padding) == pair(dilation):
-        rows, columns = pair(dilation)
+    usual = input.ndim == 4 and weight.shape[2:] == (3, 3) and groups == 1
+    if usual and pair(stride) == (1, 1) and pair(padding) == pair(dilation):
+        rows, columns = rates = pair(dilation)
         if rows == columns and winograd_fits(input, weight, rows): return winograd_conv2d(input, weight, bias, rows)
-        if live_share(input.shape[2:], pair(dilation)) < LARGEST_LIVE_SHARE: return trimmed_conv2d(input, weight, bias, pair(dilation))
+        if live_share(input.shape[2:], rates) < LARGEST_LIVE_SHARE: return trimmed_conv2d(input, weight, bias, rates)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
