@@ -25,11 +25,23 @@ from .core import InputError, check_fields, choose_device, random_generator
 from .evaluation import eval_mode
 from .labels import IGNORE
 from .matching import SyntheticPass, log_probabilities, soft_cross_entropy, uncompiled
-from .parts import each_part, labelled_gradient_in_parts, mean_over_parts, supervised_step_in_parts
-from .training import FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage
-from .training import SyntheticBatches, Trained
-from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
-from .training import supervised_step
+from .training_processes import each_part, mean_over_parts
+from .training_batches import Parts, in_parts
+from .training_steps import labelled_gradients
+from .training_batches import LabelledBatches
+from .training_checkpoints import Identity
+from .training_loop import Loop
+from .training_recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .training_state import Stage, TrainState
+from .training_batches import SyntheticBatches
+from .training_loop import Trained
+from .training import check_labelled
+from .training_batches import balanced_weights
+from .training_checkpoints import data_digest
+from .training_loop import check_options
+from .training_recipe import check_counting
+from .training_state import frozen_note
+from .training_steps import supervised_step
 
 # %% ../nbs/components/66_baselines.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
@@ -158,7 +170,7 @@ class View:
 
 
 def taught_pictures(
-    players: Players,
+    players: TrainState,
     teacher: nn.Module,
     images: Tensor,  # generated pictures, unchanged
     teaching: Teaching,
@@ -173,7 +185,7 @@ def taught_pictures(
 
 # %% ../nbs/components/66_baselines.ipynb #8360a334
 def weak_to_strong_views(
-    players: Players,
+    players: TrainState,
     teacher: nn.Module,
     images: Tensor,  # generated pictures, unchanged
     teaching: WeakToStrong,
@@ -196,14 +208,14 @@ def weak_to_strong_views(
     return [view for view in views if view.share]
 
 
-def taught_views(players: Players, teacher: nn.Module, images: Tensor, teaching: Teaching, *changes: Any) -> list[View]:
+def taught_views(players: TrainState, teacher: nn.Module, images: Tensor, teaching: Teaching, *changes: Any) -> list[View]:
     """The views of `taught_pictures`, or of `weak_to_strong_views`."""
     if isinstance(teaching, WeakToStrong): return weak_to_strong_views(players, teacher, images, teaching, *changes)
     return [View(*taught_pictures(players, teacher, images, teaching, *changes))]
 
 # %% ../nbs/components/66_baselines.ipynb #8d7c2d4d
 def taught_step(
-    players: Players,
+    players: TrainState,
     teacher: nn.Module,
     labelled: tuple[Tensor, Tensor],  # x_l, y_l
     images: Tensor,  # generated pictures, unchanged
@@ -229,7 +241,7 @@ def taught_step(
 
 # %% ../nbs/components/66_baselines.ipynb #100ab085
 def taught_step_in_parts(
-    players: Players,
+    players: TrainState,
     teacher: nn.Module,
     labelled: Callable[[int], tuple[Tensor, Tensor]],  # from the number of a part to its pictures and masks
     pictures: Callable[[int], tuple[Tensor, torch.Generator]],  # to its generated pictures, and for their changes
@@ -240,7 +252,7 @@ def taught_step_in_parts(
 ) -> dict[str, Tensor]:  # loss_label, loss_s
     """`taught_step`, part by part."""
     segmenter, names = players.train("segmenter"), players.trained["segmenter"]
-    gradients_l, loss_label = labelled_gradient_in_parts(players, names, labelled, parts)
+    gradients_l, loss_label = labelled_gradients(players, names, Parts(parts, labelled))
 
     def one_view(view):
         with dropped_channels(segmenter, view.dropout):
@@ -265,7 +277,7 @@ def taught_step_in_parts(
 
 # %% ../nbs/components/66_baselines.ipynb #bd80a8d5
 def taught_stages(
-    players: Players,
+    players: TrainState,
     generator: Callable,
     images: Tensor,
     masks: Tensor,
@@ -283,8 +295,7 @@ def taught_stages(
     def generated_part(step: int): return lambda part: generated(step * parts + part)
 
     def warm(step: int) -> dict[str, Tensor]:
-        if parts > 1: return supervised_step_in_parts(players, labelled_part(step, "warm"), parts)
-        return supervised_step(players, labelled(step, "warm"))
+        return supervised_step(players, in_parts(labelled, step, "warm", parts))
 
     def teach(step: int) -> dict[str, Tensor]:
         kinds = {"fixed": players.networks.get("teacher"), "average": players.average, "student": players.segmenter}
@@ -314,7 +325,7 @@ def train_taught(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `lagm.training_loop.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Learn from labelled pictures and from a teacher's labels of generated ones. Raises as `train_lagm` does."""
     check_options(options, recipe, train_taught)
@@ -325,7 +336,7 @@ def train_taught(
     check_labelled(images, masks, segmenter.n_classes)
     if teaching.teacher == "average" and not recipe.average:
         raise InputError("teaching: the teacher is the running average, but the recipe has none; give the recipe average=0.98, say")
-    players = Players(segmenter, None, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance))
+    players = TrainState(segmenter, None, recipe, choose_device(device), balanced_weights(masks, segmenter.n_classes, recipe.balance))
     if teaching.teacher == "fixed":
         players.networks["teacher"] = _copy(players.networks["segmenter"])
         if not recipe.warm_segmenter: raise InputError("teaching: a fixed teacher has to be trained first; give the recipe warm_segmenter steps")

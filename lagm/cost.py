@@ -28,7 +28,10 @@ from .generator import FrozenGenerator, Sampling, load_generator
 from .labels import IGNORE
 from .segmenters import build_segmenter, matched_parameter_names
 from .stylegan2 import Generated, StyleGAN2, SynthesisLayer, ToRGB, leaky_relu, upsample2x
-from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
+from .training_batches import SyntheticBatches
+from .training_recipe import PAPER, Recipe
+from .training_state import TrainState, surroundings
+from .training_steps import matching_step
 from .watching import measure
 
 # %% ../nbs/components/67_cost.ipynb #c252c2c9
@@ -186,15 +189,16 @@ class OurStep:
 
     def __init__(self, setting: Setting, recipe: Recipe, lr: float = 1e-3):
         self.setting, self.recipe, self.annotator_gradients = setting, recipe, []
-        self.players = Players(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
+        self.players = TrainState(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
         self.players.begin({"segmenter": lr, "annotator": lr}, averaged=False)
         self.players.optimizers["annotator"].register_step_pre_hook(lambda *_: self.annotator_gradients.__setitem__(slice(None), [p.grad for p in setting.annotator.parameters()]))
         self.names = matched_parameter_names(setting.segmenter)
 
     def __call__(self, step: int, seed: int = 0) -> dict[str, Tensor]:
         batches = SyntheticBatches(self.setting.generator, len(self.setting.images), self.setting.images.shape[2:], seed, arrange=self.players.arrange)
-        fresh = None if self.recipe.shared_batch else batches(step, "match, phase S")
-        return matching_step(self.players, self.names, (self.setting.images, self.setting.masks), batches(step), fresh)
+        fresh = None if self.recipe.shared_batch else [batches(step, "match, phase S")]
+        labelled = [(self.setting.images, self.setting.masks)]
+        return matching_step(self.players, self.names, labelled, [batches(step)], fresh)
 
 
 def make_step(

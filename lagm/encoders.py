@@ -18,12 +18,22 @@ from torch import Tensor
 from .augment import Augment
 from .core import InputError, check_fields, choose_device, random_generator
 from .frozen import EncoderSegmenter, TimmSegmenter
-from .parts import supervised_step_in_parts
-from .run_state import generator_digest
-from .training import FAST, SUPERVISED_FIELDS, Identity, LabelledBatches, Loop, Players, Recipe, Stage
-from .training import SyntheticBatches, Trained
-from .training import balanced_weights, check_counting, check_labelled, check_options, data_digest, frozen_note
-from .training import supervised_step
+from .training_batches import in_parts
+from .training_checkpoints import generator_digest
+from .training_batches import LabelledBatches
+from .training_checkpoints import Identity
+from .training_loop import Loop
+from .training_recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .training_state import Stage, TrainState
+from .training_batches import SyntheticBatches
+from .training_loop import Trained
+from .training import check_labelled
+from .training_batches import balanced_weights
+from .training_checkpoints import data_digest
+from .training_loop import check_options
+from .training_recipe import check_counting
+from .training_state import frozen_note
+from .training_steps import supervised_step
 
 # %% ../nbs/components/69_encoders.ipynb #e4f44560
 TASKS = ("contrast", "denoise")
@@ -89,7 +99,7 @@ def contrast_loss(
 
 # %% ../nbs/components/69_encoders.ipynb #c89ba181
 def contrast_step(
-    players: Players,
+    players: TrainState,
     images: Tensor,  # generated pictures, unchanged
     how: Pretraining,
     augment: Augment,
@@ -104,7 +114,7 @@ def contrast_step(
 
 
 def denoise_step(
-    players: Players,
+    players: TrainState,
     images: Tensor,  # generated pictures, unchanged
     how: Pretraining,
     augment: Augment | None,
@@ -122,7 +132,7 @@ OUTPUTS = {"contrast": 32, "denoise": 3}  # channels of the encoder's last layer
 
 # %% ../nbs/components/69_encoders.ipynb #44390ec6
 def encoder_stages(
-    players: Players,
+    players: TrainState,
     generator: Callable,
     images: Tensor,
     masks: Tensor,
@@ -143,8 +153,7 @@ def encoder_stages(
         return {f"loss_{how.task}": loss.detach()}
 
     def learn(step: int) -> dict[str, Tensor]:
-        if parts == 1: return supervised_step(players, labelled(step, "supervised"))
-        return supervised_step_in_parts(players, lambda part: labelled(step * parts + part, "supervised"), parts)
+        return supervised_step(players, in_parts(labelled, step, "supervised", parts))
 
     return [Stage("pretrain", how.steps, pretrain, {"encoder": how.lr}),
             Stage("head", recipe.steps, learn, {"segmenter": recipe.lr_segmenter}, averaged=True)]
@@ -166,7 +175,7 @@ def train_frozen_encoder(
     recipe: Recipe = FAST,  # its steps and `ENCODER_FIELDS`; what it says of annotators does not apply
     seed: int = 0,  # of everything random, the initial weights included
     device: str | torch.device = "cpu",
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `lagm.training_loop.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:  # its segmenter is an `EncoderSegmenter`
     """Learn an encoder from generated pictures, then a head from the labelled ones. Raises as `train_lagm` does."""
     check_options(options, recipe, train_frozen_encoder)
@@ -179,7 +188,7 @@ def train_frozen_encoder(
         torch.manual_seed(seed)
         segmenter = EncoderSegmenter(n_classes, width, levels, OUTPUTS[pretraining.task], frozen=not finetune)
     weights = balanced_weights(masks, n_classes, recipe.balance)
-    players = Players(segmenter, None, recipe, choose_device(device), weights)
+    players = TrainState(segmenter, None, recipe, choose_device(device), weights)
     note = f"{pretraining!r}, width {width}, levels {levels}{frozen_note(players)}"
     encoder = players.networks["encoder"] = segmenter.encoder.requires_grad_(True)
     players.trained["encoder"], players.resting["encoder"] = [name for name, _ in encoder.named_parameters()], []

@@ -30,11 +30,13 @@ from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_
 from .evaluation import check_pictures
 from .generator import FrozenGenerator, check_generated
 from .labels import IGNORE, LabelSet
-from .run_state import digest, forced, generator_digest, set_aside
+from .training_checkpoints import digest, forced, generator_digest, set_aside
 from .stylegan1 import StyleGAN1, limited
 from .stylegan2 import Generated, StyleGAN2
 from .synthetic import Plan, SyntheticDataset, generate, select
-from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
+from .training import check_labelled, train_lagm
+from .training_loop import Trained, check_options
+from .training_recipe import FAST, Recipe
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
 class StyleSpace:
@@ -351,7 +353,7 @@ def train_handsoff(
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `lagm.training_loop.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Invert the labelled pictures, let an ensemble label generated ones from their features, and learn from both.
 

@@ -316,7 +316,7 @@ def write_model_card(
     segmenter, header = load_segmenter(checkpoint)
     labels, made = header["labels"], header.get("provenance", {})
     name, parameters = header["network"]["name"], sum(p.numel() for p in segmenter.parameters())
-    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.downstream.load_segmenter`)",
+    lines = [f"# {title}", "", intended, "", f"- file: `{Path(checkpoint).name}` (safetensors; open with `lagm.saved.load_segmenter`)",
              f"- network: {name}, {parameters:,} parameters, {', '.join(f'{k} {v}' for k, v in header['network'].items() if k != 'name')}",
              f"- input: pictures (B, 3, H, W) in [-1, 1], trained at {' x '.join(map(str, header['size'])) if header.get('size') else 'an unknown size'}; output: logits (B, {segmenter.n_classes}, H, W)",
              f"- licence: {licence}", f"- made {made.get('date', '?')} with torch {made.get('versions', {}).get('torch', '?')}, commit {made.get('commit') or 'unknown'}", ""]

@@ -40,7 +40,7 @@ from .evaluation import eval_mode
 from .generator import check_generated
 from .labels import CELEBA8, LabelSet
 from .picture_files import decode_picture
-from .run_state import forced, set_aside
+from .training_checkpoints import forced, set_aside
 
 # %% ../nbs/components/62_synthetic.ipynb #9d162428
 VOTES = ("mean", "majority")

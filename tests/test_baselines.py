@@ -12,7 +12,9 @@ from lagm.augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training, train_taught)
 from lagm.core import InputError, random_generator
-from lagm.training import FAST, Players, train_lagm
+from lagm.training import train_lagm
+from lagm.training_state import TrainState
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)
 TRAINERS = {"self-training": train_self_training, "mean teacher": train_mean_teacher}
@@ -53,7 +55,7 @@ def test_a_step_by_hand():
     q = teacher.eval()(synthetic).softmax(1).detach()
     loss = F.cross_entropy(expected(images), masks, weight=w) + 0.3 * -(q * expected(synthetic).log_softmax(1)).sum(1).mean()  # the teacher's labels have the weights already
     loss.backward()
-    players = Players(tiny_segmenter(), None, recipe, torch.device("cpu"), w)
+    players = TrainState(tiny_segmenter(), None, recipe, torch.device("cpu"), w)
     players.begin({"segmenter": 0.1}, False)
     losses = taught_step(players, teacher, (images, masks), synthetic, Teaching(hard=False), 0.3, None, random_generator(0))
     for p, e in zip(players.segmenter.parameters(), expected.parameters()): assert torch.allclose(p, e - 0.1 * e.grad, atol=1e-6)
@@ -66,7 +68,7 @@ def test_labels_go_with_the_picture(generator):
         def forward(self, x): return torch.cat([-x[:, :1], x[:, :1]], 1) * 50
 
     recipe = dataclasses.replace(FAST, average=0.0, channels_last=False)
-    players = Players(torch.nn.Conv2d(3, 2, 1), None, recipe, torch.device("cpu"))
+    players = TrainState(torch.nn.Conv2d(3, 2, 1), None, recipe, torch.device("cpu"))
     players.begin({"segmenter": 0.0}, False)
     with torch.no_grad():
         for p, v in zip(players.segmenter.parameters(), (torch.tensor([[-50.0, 0, 0], [50, 0, 0]])[:, :, None, None], torch.zeros(2))): p.copy_(v)

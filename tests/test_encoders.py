@@ -16,7 +16,9 @@ from lagm.encoders import Pretraining, contrast_loss, denoise_step, matching_poi
 from lagm.evaluation import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
-from lagm.training import FAST, Players, train_supervised
+from lagm.training import train_supervised
+from lagm.training_state import TrainState
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, batch_labelled=2, batch_synthetic=2, average=0.9)
 SHORT = Pretraining(steps=3, batch=2, points=20)
@@ -72,7 +74,7 @@ def test_denoising_by_hand():
     class Same(torch.nn.Conv2d):
         def forward(self, x): return super().forward(x) * 0 + x
 
-    players = Players(Same(3, 3, 1), None, dataclasses.replace(RECIPE, channels_last=False), torch.device("cpu"))
+    players = TrainState(Same(3, 3, 1), None, dataclasses.replace(RECIPE, channels_last=False), torch.device("cpu"))
     players.networks["encoder"], players.resting["encoder"] = players.segmenter, []
     images, rng = tiny_pictures(2)[0], random_generator(0)
     noise = torch.randn(images.shape, generator=rng) * 0.3 * torch.rand(2, 1, 1, 1, generator=rng)

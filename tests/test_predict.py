@@ -14,7 +14,7 @@ from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
 from lagm.core import InputError, save_tensors
-from lagm.downstream import save_segmenter
+from lagm.saved import save_segmenter
 from lagm.evaluation import evaluate, predict
 from lagm.labels import CELEBA8
 from lagm.predict import (
@@ -173,7 +173,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"): export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    from lagm.downstream import make_fabric
+    from lagm.training_processes import make_fabric
     with pytest.raises(InputError, match="python -m pip install .lightning-fabric"): make_fabric(2, torch.device("cpu"), "float32")
 
 

@@ -13,7 +13,8 @@ from lagm.baselines import (
     taught_step, taught_step_in_parts, taught_views, train_taught, train_weak_to_strong)
 from lagm.core import InputError, random_generator
 from lagm.segmenters import DeepLabV3, UNet
-from lagm.training import FAST, Players
+from lagm.training_state import TrainState
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 PLAIN = dataclasses.replace(FAST, optimizer="sgd", momentum=0.0, average=0.0, channels_last=False)
@@ -31,7 +32,7 @@ def weights(network):
 
 
 def players_of(segmenter, recipe=PLAIN):
-    players = Players(segmenter, None, recipe, torch.device("cpu"))
+    players = TrainState(segmenter, None, recipe, torch.device("cpu"))
     players.begin({"segmenter": 0.1}, False)
     return players
 
