@@ -29,10 +29,13 @@ from .datasetgan import (
 from .evaluation import check_pictures
 from .generator import FrozenGenerator, check_generated
 from .labels import IGNORE
-from .run_state import digest, forced, generator_digest, set_aside
+from .rivals import told
 from .stylegan1 import StyleGAN1, limited
 from .stylegan2 import Generated, StyleGAN2
-from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
+from .training import check_labelled, train_lagm
+from .training_checkpoints import digest, forced, generator_digest, set_aside
+from .training_loop import Trained, check_options
+from .training_recipe import FAST, Recipe
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
 class StyleSpace:
@@ -307,7 +310,7 @@ def train_handsoff(
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Invert the labelled pictures, let an ensemble label generated ones from their features, and learn from both.
 
@@ -315,7 +318,7 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    shared = dict(seed=seed, folder=folder, progress=options.get("progress", True))
+    shared = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
     ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
@@ -427,8 +430,7 @@ def train_prototypes(
     """
     check_options(options, recipe, train_prototypes)
     check_labelled(images, masks, segmenter.n_classes)
-    device, progress = choose_device(device), options.get("progress", True)
-    shared = dict(seed=seed, folder=folder, progress=progress)
+    device, shared = choose_device(device), dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
     annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)

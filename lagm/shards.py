@@ -33,7 +33,7 @@ from tqdm import tqdm
 from .core import InputError, choose_device, decode_text, parse_json, printable, read_json, write_json
 from .labels import CELEBA8, LabelSet
 from .picture_files import decode_picture
-from .run_state import forced, set_aside
+from .training_checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 
 # %% ../nbs/components/63_shards.ipynb #2762490a

@@ -28,10 +28,11 @@ from .data import Avatars, choose_labelled, stack
 from .experiments import SPEED, describe_inputs
 from .generator import FrozenGenerator, Sampling, check_version, load_generator
 from .labels import LabelSet, warn_of_absent
-from .run_state import set_aside
+from .training_checkpoints import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import build_segmenter
-from .training import Recipe, get_recipe, train_lagm
+from .training import train_lagm
+from .training_recipe import Recipe, get_recipe
 
 # %% ../nbs/components/88_stages.ipynb #c6ae15dc
 DATASETS = ("avatars", "celeba", "pascal", "datasetgan", "cgpart-render", "cgpart-real", "folder")
@@ -203,7 +204,7 @@ def make_recipe(
     recipe: str,  # "paper" or "fast"
     iterations: int,
     warm_up: int = 0,  # steps of each warm start, if the recipe has them
-    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training.Recipe`; numbers may be text, as YAML reads 1e-4
+    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training_recipe.Recipe`; numbers may be text, as YAML reads 1e-4
 ) -> Recipe:
     """A recipe from parameters; `InputError` for an unknown field or an impossible value."""
     steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})

@@ -11,7 +11,7 @@ from lagm.catalogue import (SMALL, change_runs, choose_runs, declared_parameters
                             read_catalogue, write_parameter_files)
 from lagm.core import InputError
 from lagm.sources import EXPERIMENTS
-from lagm.training import Recipe
+from lagm.training_recipe import Recipe
 
 CATALOGUE = read_catalogue(ROOT)
 EXPERIMENT_FOLDER = ROOT / "nbs" / "experiments"

@@ -14,7 +14,9 @@ from lagm.generator import FrozenGenerator, Sampling, load_generator
 from lagm.segmenters import UNet
 from lagm.stylegan2 import StyleGAN2
 from lagm.synthetic import Plan, make_pair
-from lagm.training import FAST, PAPER, SyntheticBatches, train_lagm
+from lagm.training import train_lagm
+from lagm.training_batches import SyntheticBatches
+from lagm.training_recipe import FAST, PAPER
 
 CLASSES = 3
 

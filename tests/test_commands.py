@@ -28,7 +28,7 @@ from standin import make_data
 from sync import ROOT, notebooks
 
 from lagm import cli
-from lagm.downstream import save_segmenter
+from lagm.saved import save_segmenter
 from lagm.experiments import check_parameters, read_parameter_file
 from lagm.labels import CELEBA8
 from lagm.segmenters import UNet

@@ -20,7 +20,7 @@ from lagm.matching import directional_derivative, labelled_gradient, match_doubl
 from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
 from lagm.stylegan2 import StyleGAN2
 from lagm.tangents import record
-from lagm.training import get_recipe
+from lagm.training_recipe import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")
 

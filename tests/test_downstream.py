@@ -11,8 +11,9 @@ from torch.utils.data import TensorDataset
 
 from lagm.augment import Augment
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
-from lagm.downstream import (
-    Diverged, DownstreamRecipe, change_batch, epoch_batches, load_segmenter, pair_loss, save_segmenter, train_downstream)
+from lagm.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
+from lagm.saved import load_segmenter, save_segmenter
+from lagm.training_loop import Diverged
 from lagm.segmenters import DeepLabV3
 from lagm.synthetic import GeneratedPairs, Plan
 
@@ -186,5 +187,5 @@ def test_segmenter_files(tmp_path):
     save_tensors(tmp_path / "broken.safetensors", {k: v for k, v in tensors.items() if k != "outc.bias"}, header)
     with pytest.raises(InputError, match="outc.bias"): load_segmenter(tmp_path / "broken.safetensors")
     with torch.device("meta"): deeplab = DeepLabV3(4)
-    from lagm.downstream import segmenter_options
+    from lagm.saved import segmenter_options
     assert segmenter_options(deeplab) == {"name": "deeplabv3", "n_classes": 4}

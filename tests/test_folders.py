@@ -8,7 +8,9 @@ from PIL import Image
 
 from lagm import cli
 from lagm.core import InputError
-from lagm.folders import Folder, import_coco, import_cvat, import_label_studio, read_classes, read_label_map, unpack_brush
+from lagm.folders import Folder, read_classes
+from lagm.importers import import_coco, import_cvat, import_label_studio, read_label_map
+from lagm.regions import unpack_brush
 
 TRUTH = np.zeros((20, 30), np.uint8)
 TRUTH[4:16, 5:25], TRUTH[6:10, 8:14] = 1, 2

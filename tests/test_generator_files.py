@@ -19,7 +19,7 @@ from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
 from lagm.generator import Sampling, load_generator, save_generator
-from lagm.run_state import generator_digest
+from lagm.training_checkpoints import generator_digest
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import open_generator
 from lagm.stylegan2 import StyleGAN2, modulated_conv2d, resampling_filter, upsample2x

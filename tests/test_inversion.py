@@ -15,7 +15,7 @@ from lagm.inversion import (
     learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
 from lagm.labels import IGNORE
 from lagm.stylegan1 import StyleGAN1
-from lagm.training import FAST
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 QUICK = Inversion(steps=3, samples=4, batch=2)

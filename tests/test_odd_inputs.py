@@ -15,7 +15,7 @@ from lagm.generator import check_names
 from lagm.importers import import_label_studio
 from lagm.pascal import listed
 from lagm.stylegan2 import StyleGAN2
-from lagm.training import get_recipe
+from lagm.training_recipe import get_recipe
 from PIL import Image
 
 

@@ -166,7 +166,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from lagm.cli import main
-from lagm.downstream import save_segmenter
+from lagm.saved import save_segmenter
 from lagm.labels import CELEBA8
 from lagm.segmenters import UNet
 Path("pictures").mkdir()

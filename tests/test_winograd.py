@@ -17,7 +17,10 @@ from lagm.core import InputError
 from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.tangents import record
-from lagm.training import PAPER, Players, get_recipe, supervised_step, surroundings
+from lagm.training_state import TrainState
+from lagm.training_recipe import PAPER, get_recipe
+from lagm.training_state import surroundings
+from lagm.training_steps import supervised_step
 from lagm.winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
@@ -193,9 +196,9 @@ def test_a_training_step_with_it_is_the_same_step():
     weights = []
     for recipe in (PAPER, *2 * [dataclasses.replace(PAPER, channels_last=True, fast_convolutions=True, compile_convolutions=True)]):
         network = copy.deepcopy(start)
-        players = Players(network, None, recipe, torch.device("cpu"))
+        players = TrainState(network, None, recipe, torch.device("cpu"))
         players.begin({"segmenter": 0.1}, averaged=False)
-        with surroundings(recipe): supervised_step(players, (images, masks))
+        with surroundings(recipe): supervised_step(players, [(images, masks)])
         weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     usual, quick, again = weights
     origin = torch.cat([p.detach().flatten() for p in start.parameters()])
