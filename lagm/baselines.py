@@ -22,7 +22,9 @@ from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder
 from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes
 from .teachers import MEAN_TEACHER, SELF_TRAINING, train_mean_teacher, train_self_training
-from .training import FAST, RECIPES, Recipe, Trained, train_lagm, train_supervised
+from .training import train_lagm, train_supervised
+from .training_loop import Trained
+from .training_recipe import FAST, RECIPES, Recipe
 from .weak_to_strong import WEAK_TO_STRONG, train_weak_to_strong
 
 # %% ../nbs/components/69_baselines.ipynb #672d36b2

@@ -31,7 +31,10 @@ from .generators_stylegan2 import StyleGAN2, SynthesisLayer, ToRGB, leaky_relu
 from .generators_stylegan2_ops import upsample2x
 from .models_annotator import FPNAnnotator
 from .segmenters import build_segmenter, matched_parameter_names
-from .training import PAPER, Players, Recipe, SyntheticBatches, matching_step, surroundings
+from .training_batches import SyntheticBatches
+from .training_recipe import PAPER, Recipe
+from .training_state import TrainState, surroundings
+from .training_steps import matching_step
 from .watching import measure
 
 # %% ../nbs/components/67_cost.ipynb #c252c2c9
@@ -207,9 +210,9 @@ class OurStep:
 
     def __init__(self, setting: Prepared, recipe: Recipe, lr: float = 1e-3):
         self.setting, self.recipe, self.annotator_gradients = setting, recipe, []
-        self.players = Players(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
-        self.players.begin({"segmenter": lr, "annotator": lr}, averaged=False)
-        self.players.optimizers["annotator"].register_step_pre_hook(self.note_gradients)
+        self.state = TrainState(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
+        self.state.begin({"segmenter": lr, "annotator": lr}, averaged=False)
+        self.state.optimizers["annotator"].register_step_pre_hook(self.note_gradients)
         self.names = matched_parameter_names(setting.segmenter)
 
     def note_gradients(self, *_: Any) -> None:
@@ -219,9 +222,9 @@ class OurStep:
     def __call__(self, step: int, seed: int = 0) -> dict[str, Tensor]:
         images, masks = self.setting.images, self.setting.masks
         batches = SyntheticBatches(self.setting.generator, len(images), images.shape[2:], seed,
-                                   arrange=self.players.arrange)
-        fresh = None if self.recipe.shared_batch else batches(step, "match, phase S")
-        return matching_step(self.players, self.names, (images, masks), batches(step), fresh)
+                                   arrange=self.state.arrange)
+        fresh = None if self.recipe.shared_batch else [batches(step, "match, phase S")]
+        return matching_step(self.state, self.names, [(images, masks)], [batches(step)], fresh)
 
 
 def make_step(

@@ -25,13 +25,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import InputError, check_fields, choose_device, random_generator
-from .data_labels import IGNORE
+from .data_labels import IGNORE, LabelSet
 from .generator import check_generated
-from .data_labels import LabelSet
 from .models_modes import eval_mode, resting_modules, train_mode
+from .rivals import told
 from .shards import SyntheticDataset, generate, select
 from .synthetic import Plan
-from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
+from .training import check_labelled, train_lagm
+from .training_loop import Trained, check_options
+from .training_recipe import FAST, Recipe
 
 # %% ../nbs/components/68_datasetgan.ipynb #72f4c3c5
 def _neighbours(at: Tensor, have: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -422,19 +424,19 @@ def train_on_pairs(
     seed: int,
     device: str | torch.device,
     folder: str | Path | None,  # keeps the pairs
-    **options: Any,  # of `lagm.training.Loop`
+    **options: Any,  # of `RunOptions`
 ) -> Trained:
     """Let an ensemble label generated pictures, drop the least certain, and learn from the rest.
 
     Raises as `train_lagm` and `generate` do.
     """
-    labels, progress = _named(options.get("labels"), segmenter.n_classes), options.get("progress", True)
-    n_classes, device = labels.n_classes, choose_device(device)
-    size, band = tuple(images.shape[2:]), recipe.wide_crop
-    plan = Plan(setting.pairs, seed, size, band, "majority", shard_size=100)
+    run, device = told(options), choose_device(device)
+    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, tuple(images.shape[2:])
+    plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:
-        made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)], progress)
+        made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)],
+                        run.progress)
         kept = SyntheticDataset(made.folder, select(made.records, setting.keep).indices)
         source = Annotated(PairSource(kept, n_classes, device), ensemble, setting)
         return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
@@ -452,7 +454,7 @@ def train_datasetgan(
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the pairs, so that a stopped run goes on
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Let an ensemble learn labelled pixels of generated pictures, and a segmenter from what it says of others.
 
@@ -467,6 +469,6 @@ def train_datasetgan(
                          "generator draws; label those of draw_to_label(generator, k, seed)")
     ensemble = new_ensemble(store.channels, segmenter.n_classes, setting.members, seed)
     train_pixels(ensemble, store, masks, setting.pixel_steps, seed=seed, device=device,
-                 progress=options.get("progress", True))
+                 progress=told(options).progress)
     return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
                           folder=folder, **options)

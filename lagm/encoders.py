@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from .core import InputError, check_fields, random_generator
 from .data_augment import Augment
 from .frozen import EncoderSegmenter
-from .rivals import Batches, labelled_step, run_stages, set_up
-from .run_state import generator_digest
-from .training import FAST, SUPERVISED_FIELDS, Players, Recipe, Stage, Trained, frozen_note
+from .rivals import Batches, run_stages, set_up
+from .training_checkpoints import generator_digest
+from .training_loop import Trained
+from .training_recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .training_state import Stage, TrainState, frozen_note
+from .training_steps import supervised_step
 
 # %% ../nbs/components/69_encoders.ipynb #e4f44560
 TASKS = ("contrast", "denoise")
@@ -87,7 +90,7 @@ def contrast_loss(
 
 # %% ../nbs/components/69_encoders.ipynb #c89ba181
 def contrast_step(
-    players: Players,
+    state: TrainState,
     images: Tensor,  # generated pictures, unchanged
     how: Pretraining,
     augment: Augment,
@@ -96,13 +99,13 @@ def contrast_step(
     """Change the pictures twice, and the loss of telling their points apart."""
     changes = [augment.draw(images, rng) for _ in range(2)]
     pictures = torch.cat([change.pictures(images) for change in changes])
-    with players.passes(): features = players.train("encoder")(players.arrange(pictures)).float().chunk(2)
+    with state.passes(): features = state.train("encoder")(state.arrange(pictures)).float().chunk(2)
     *places, both = matching_points(changes[0].maps, changes[1].maps, how.points, rng)
     return contrast_loss(*map(read_points, features, places), both, how.temperature)
 
 
 def denoise_step(
-    players: Players,
+    state: TrainState,
     images: Tensor,  # generated pictures, unchanged
     how: Pretraining,
     augment: Augment | None,
@@ -111,7 +114,7 @@ def denoise_step(
     """Change the pictures, add noise, and the squared error of what the encoder takes for the picture."""
     if augment: images = augment.draw(images, rng).pictures(images)
     noise = torch.randn(images.shape, generator=rng) * how.noise * torch.rand(len(images), 1, 1, 1, generator=rng)
-    with players.passes(): clean = players.train("encoder")(players.arrange(images + noise.to(images.device))).float()
+    with state.passes(): clean = state.train("encoder")(state.arrange(images + noise.to(images.device))).float()
     return F.mse_loss(clean, images)
 
 
@@ -142,7 +145,7 @@ class FrozenEncoder:
 
 # %% ../nbs/components/69_encoders.ipynb #44390ec6
 def encoder_stages(
-    players: Players,
+    state: TrainState,
     generator: Callable,
     images: Tensor,
     masks: Tensor,
@@ -150,16 +153,16 @@ def encoder_stages(
     seed: int,
 ) -> list[Stage]:
     """The stages of a run: without labels, with them."""
-    recipe, batches = players.recipe, Batches(players, generator, images, masks, seed, how.batch)
+    recipe, batches = state.recipe, Batches(state, generator, images, masks, seed, how.batch)
 
     def pretrain(step: int) -> dict[str, Tensor]:
         rng = random_generator(seed, "pretrain", step)
-        loss = STEPS[how.task](players, batches.generated(step, "pretrain"), how, recipe.augment, rng)
+        loss = STEPS[how.task](state, batches.generated(step, "pretrain"), how, recipe.augment, rng)
         loss.backward()
-        players.update("encoder")
+        state.update("encoder")
         return {f"loss_{how.task}": loss.detach()}
 
-    def learn(step: int) -> dict[str, Tensor]: return labelled_step(players, batches.labelled(step, "supervised"))
+    def learn(step: int) -> dict[str, Tensor]: return supervised_step(state, batches.labelled(step, "supervised"))
 
     return [Stage("pretrain", how.steps, pretrain, {"encoder": how.lr}),
             Stage("head", recipe.steps, learn, {"segmenter": recipe.lr_segmenter}, averaged=True)]
@@ -179,18 +182,18 @@ def train_frozen_encoder(
     seed: int = 0,  # of everything random, the initial weights included
     device: str | torch.device = "cpu",
     folder: Any = None,  # not used: nothing but a checkpoint is kept
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:  # its segmenter is an `EncoderSegmenter`
     """Learn an encoder from generated pictures, then a head from the labelled ones. Raises as `train_lagm` does."""
     network, how = setting.build(segmenter.n_classes, seed), setting.pretraining
-    players = set_up(train_frozen_encoder, ENCODER_FIELDS, network, images, masks, recipe, device, options)
+    state = set_up(train_frozen_encoder, ENCODER_FIELDS, network, images, masks, recipe, device, options)
     if how.task == "contrast" and recipe.augment is None:
         raise InputError("pretraining: contrast compares changed pictures, but the recipe has no augment; "
                          "give it one, or the task denoise")
-    note = f"{how!r}, width {setting.width}, levels {setting.levels}{frozen_note(players)}"
-    encoder = players.networks["encoder"] = network.encoder.requires_grad_(True)
-    players.trained["encoder"], players.resting["encoder"] = [name for name, _ in encoder.named_parameters()], []
-    stages = encoder_stages(players, generator, images, masks, how, seed)
-    trained = run_stages(players, stages, note, images, masks, seed, generator_digest(generator), **options)
+    note = f"{how!r}, width {setting.width}, levels {setting.levels}{frozen_note(state)}"
+    encoder = state.networks["encoder"] = network.encoder.requires_grad_(True)
+    state.trained["encoder"], state.resting["encoder"] = [name for name, _ in encoder.named_parameters()], []
+    stages = encoder_stages(state, generator, images, masks, how, seed)
+    trained = run_stages(state, stages, note, images, masks, seed, generator_digest(generator), **options)
     if trained.segmenter is network: network.requires_grad_(True)  # but for a frozen encoder
     return trained

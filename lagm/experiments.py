@@ -44,7 +44,7 @@ from traitlets.config import Config
 
 # %% ../nbs/components/90_experiments.ipynb #c7b4309e
 from .core import InputError, atomic_path, checksum, inside, parse_json, printable, provenance, read_text
-from .run_state import folder_lock, set_aside
+from .training_checkpoints import folder_lock, set_aside
 
 # %% ../nbs/components/90_experiments.ipynb #e15195c9
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .generators_stylegan2_ops import resampling_filter
 from .generators_pickle_machine import read_legacy_torch, read_pickle
 from .generators_pickle_records import Extra, LazyArray, LazyTensor, Unreadable, forget_pages, quoted
 from .generators_unpickling import read_torch_zip
-from .unpickling import Record
+from .generators_pickle_records import Record
 
 # %% ../nbs/components/26_generators_formats.ipynb #b5378d52
 WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what to do

@@ -18,7 +18,7 @@ from .generators_stylegan2 import StyleGAN2
 from .generators_stylegan2_ops import resampling_filter
 from .generators_pickle_records import ArrayType, LazyArray, Unreadable, quoted
 from .generators_unpickling import module_tensors
-from .unpickling import Record
+from .generators_pickle_records import Record
 
 # %% ../nbs/components/26_generators_nvidia.ipynb #752e39e2
 TF_SIZES = {"latent_size": "z_dim", "dlatent_size": "w_dim", "resolution": "img_resolution", "num_channels": "img_channels", "mapping_layers": "mapping_layers",

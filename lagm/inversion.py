@@ -30,9 +30,13 @@ from .datasetgan import (
 from .generator import FrozenGenerator, Generated, check_generated
 from .generators_stylegan1 import StyleGAN1, limited
 from .generators_stylegan2 import StyleGAN2
+
 from .ops_convolutions import FastConvolutions
-from .run_state import digest, forced, generator_digest, set_aside
-from .training import FAST, Recipe, Trained, check_labelled, check_options, train_lagm
+from .rivals import told
+from .training import check_labelled, train_lagm
+from .training_checkpoints import digest, forced, generator_digest, set_aside
+from .training_loop import Trained, check_options
+from .training_recipe import FAST, Recipe
 from .inversion import Inverted
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
@@ -308,7 +312,7 @@ def train_handsoff(
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,  # keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Invert the labelled pictures, let an ensemble label generated ones from their features, and learn from both.
 
@@ -316,7 +320,7 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    shared = dict(seed=seed, folder=folder, progress=options.get("progress", True))
+    shared = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
     ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
@@ -428,8 +432,7 @@ def train_prototypes(
     """
     check_options(options, recipe, train_prototypes)
     check_labelled(images, masks, segmenter.n_classes)
-    device, progress = choose_device(device), options.get("progress", True)
-    shared = dict(seed=seed, folder=folder, progress=progress)
+    device, shared = choose_device(device), dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
     annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)

@@ -40,7 +40,9 @@ from .labelling_proposals import LATENTS, colour_regions, feature_clusters, pred
 from .data_images import list_files, read_image
 from .evaluation_grids import labelled_grid
 from .segmenters import UNet
-from .training import data_digest, get_recipe, train_lagm, train_supervised
+from .training import train_lagm, train_supervised
+from .training_checkpoints import data_digest
+from .training_recipe import get_recipe
 
 # %% ../nbs/components/85_project.ipynb #c8bf930b
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .generators_formats import Weight, fill_network, from_tensor, lazy_tensor, 
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .generators_pickle_records import LazyTensor, Unreadable, reading
 from .generators_unpickling import module_tensors
-from .unpickling import Record
+from .generators_pickle_records import Record
 
 # %% ../nbs/components/43_models_results.ipynb #eda7204e
 class Results(NamedTuple):

@@ -31,10 +31,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import InputError, choose_device, decode_text, parse_json, printable, read_json, write_json
-from .data_labels import CELEBA8, LabelSet
 from .data_images import decode_picture
-from .run_state import forced, set_aside
+from .data_labels import CELEBA8, LabelSet
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
+from .training_checkpoints import forced, set_aside
 
 # %% ../nbs/components/63_shards.ipynb #2762490a
 def png(

@@ -31,10 +31,11 @@ from .generators_load import load_generator
 from .generators_weights import check_version
 from .models_annotator import FPNAnnotator
 from .models_results import Results, load_results
-from .run_state import set_aside
 from .saved import find_segmenters as load_segmenters, save_networks, save_segmenter
 from .segmenters import SEGMENTERS, build_segmenter
-from .training import Recipe, get_recipe, train_lagm
+from .training import train_lagm
+from .training_checkpoints import set_aside
+from .training_recipe import Recipe, get_recipe
 
 # %% ../nbs/components/88_stages.ipynb #1e48307b
 def read_labelled(
@@ -169,7 +170,7 @@ def make_recipe(
     recipe: str,  # "paper" or "fast"
     iterations: int,
     warm_up: int = 0,  # steps of each warm start, if the recipe has them
-    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training.Recipe`; numbers may be text, as YAML reads 1e-4
+    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training_recipe.Recipe`; numbers may be text, as YAML reads 1e-4
 ) -> Recipe:
     """A recipe from parameters; `InputError` for an unknown field or an impossible value."""
     steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})

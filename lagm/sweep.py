@@ -22,7 +22,7 @@ from .catalogue import Run, missing_inputs
 from .cli import explain_error
 from .core import InputError, printable
 from .experiments import run_notebook
-from .run_state import folder_lock
+from .training_checkpoints import folder_lock
 
 # %% ../nbs/components/93_sweep.ipynb #b82f83e1
 @dataclass

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from .core import InputError, check_fields, random_generator
 from .data_augment import Augment
-from .matching_gradients import graph_of, named_parameters
-from .matching_gradients import log_probabilities, soft_cross_entropy
+from .matching_gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
 from .models_modes import eval_mode
-from .parts import mean_over_parts
-from .rivals import Batches, labelled_gradients, labelled_step, parts_of, run_stages, set_up
+from .rivals import Batches, run_stages, set_up
 from .segmenters import network_entry
-from .training import FAST, SUPERVISED_FIELDS, Players, Recipe, Stage, Trained, check_options, frozen_note
+from .training_batches import in_parts
+from .training_loop import Trained, check_options
+from .training_processes import gradient_of_parts
+from .training_recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .training_state import Stage, TrainState, frozen_note
+from .training_steps import labelled_gradients, supervised_step
 
 # %% ../nbs/components/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
@@ -63,7 +66,7 @@ class Teaching:
 
     def views(
         self,
-        players: Players,
+        state: TrainState,
         teacher: nn.Module,
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
         augment: Augment | None,
@@ -73,7 +76,7 @@ class Teaching:
         q = teacher_labels(teacher, images, self)
         if augment is None: return [View(images, q)]
         change = augment.draw(images, rng)
-        return [View(players.arrange(change.pictures(images)), change.labels(q))]
+        return [View(state.arrange(change.pictures(images)), change.labels(q))]
 
 # %% ../nbs/components/66_teachers.ipynb #03ba46b4
 SELF_TRAINING = Teaching(threshold=0.5)
@@ -119,36 +122,35 @@ def view_gradient(
 
 # %% ../nbs/components/66_teachers.ipynb #8d7c2d4d
 def taught_step(
-    players: Players,
+    state: TrainState,
     teacher: nn.Module,
-    labelled: Callable[[int], tuple[Tensor, Tensor]],  # from the number of a part to its pictures and masks
-    generated: Callable[[int], tuple[Tensor, torch.Generator]],  # to its generated pictures, and for their changes
+    labelled: Sequence[tuple[Tensor, Tensor]],  # x_l, y_l: the parts of a batch
+    generated: Sequence[tuple[Tensor, torch.Generator]],  # of each part its pictures, unchanged, and for their changes
     teaching: Teaching,
     weight: float,  # of the generated pictures at this step
     augment: Augment | None,
 ) -> dict[str, Tensor]:  # loss_label, loss_s
-    """The segmenter learns from labelled pictures and from its teacher, in the recipe's parts."""
-    segmenter, names = players.train("segmenter"), players.trained["segmenter"]
-    gradients, loss_label = labelled_gradients(players, labelled)
+    """The segmenter learns from labelled pictures and from its teacher, part by part."""
+    segmenter, names = state.train("segmenter"), state.trained["segmenter"]
+    gradients, loss_label = labelled_gradients(state, names, labelled)
 
-    def one(part):
-        images, rng = generated(part)
-        with players.passes():
-            views = teaching.views(players, teacher, images, augment, rng)
+    def vote(part):
+        images, rng = generated[part]
+        with state.passes():
+            views = teaching.views(state, teacher, images, augment, rng)
             found = [view_gradient(segmenter, names, view, weight) for view in views]
-        total = [*found[0][0], found[0][1]]
-        for more, loss in found[1:]: total = torch._foreach_add(total, [*more, loss])
-        return total
+        total, loss = found[0]
+        for more, other in found[1:]: total, loss = torch._foreach_add(total, more), loss + other
+        return total, loss, loss.new_ones(())
 
-    found = parts_of(players, one)
-    *taught, loss_s = mean_over_parts(found, [loss.new_ones(()) for *_, loss in found])
-    players.update("segmenter", torch._foreach_add(gradients, taught))
-    players.update_average()
+    taught, loss_s = gradient_of_parts(segmenter, len(generated), vote)
+    state.update("segmenter", torch._foreach_add(gradients, taught))
+    state.update_average()
     return {"loss_label": loss_label, "loss_s": loss_s}
 
 # %% ../nbs/components/66_teachers.ipynb #bd80a8d5
 def taught_stages(
-    players: Players,
+    state: TrainState,
     generator: Callable,
     images: Tensor,
     masks: Tensor,
@@ -156,21 +158,21 @@ def taught_stages(
     seed: int,
 ) -> list[Stage]:
     """The stages of a run: warm start of the segmenter, teaching."""
-    recipe, parts = players.recipe, players.recipe.parts
-    batches = Batches(players, generator, images, masks, seed, recipe.batch_synthetic // parts)
+    recipe, parts = state.recipe, state.recipe.parts
+    batches = Batches(state, generator, images, masks, seed, recipe.batch_synthetic // parts)
 
-    def generated(number: int) -> tuple[Tensor, torch.Generator]:
-        return batches.generated(number, "match"), random_generator(seed, "augment taught", number)
+    def generated(number: int, stage: str) -> tuple[Tensor, torch.Generator]:
+        return batches.generated(number, stage), random_generator(seed, "augment taught", number)
 
-    def warm(step: int) -> dict[str, Tensor]: return labelled_step(players, batches.labelled(step, "warm"))
+    def warm(step: int) -> dict[str, Tensor]: return supervised_step(state, batches.labelled(step, "warm"))
 
     def teach(step: int) -> dict[str, Tensor]:
-        kinds = {"fixed": players.networks.get("teacher"), "average": players.average, "student": players.segmenter}
+        kinds = {"fixed": state.networks.get("teacher"), "average": state.average, "student": state.segmenter}
         teacher = kinds[teaching.teacher]
-        if step == 0 and teaching.teacher == "fixed": teacher.load_state_dict(players.segmenter.state_dict())
+        if step == 0 and teaching.teacher == "fixed": teacher.load_state_dict(state.segmenter.state_dict())
         weight = teaching.weight_at(step, recipe.steps)
-        pictures = batches.labelled(step, "match"), lambda part: generated(step * parts + part)
-        return taught_step(players, teacher, *pictures, teaching, weight, recipe.augment)
+        pictures = batches.labelled(step, "match"), in_parts(generated, step, "match", parts)
+        return taught_step(state, teacher, *pictures, teaching, weight, recipe.augment)
 
     return [Stage("warm segmenter", recipe.warm_segmenter, warm, {"segmenter": recipe.lr_warm}),
             Stage("teach", recipe.steps, teach, {"segmenter": recipe.lr_segmenter}, averaged=True)]
@@ -190,10 +192,10 @@ def train_taught(
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: Any = None,  # not used: nothing but a checkpoint is kept
-    **options: Any,  # of `lagm.training.Loop`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
     """Learn from labelled pictures and from a teacher's labels of generated ones. Raises as `train_lagm` does."""
-    players = set_up(train_taught, (*TAUGHT_FIELDS, "label_weight"), segmenter, images, masks, recipe, device, options)
+    state = set_up(train_taught, (*TAUGHT_FIELDS, "label_weight"), segmenter, images, masks, recipe, device, options)
     if recipe.label_weight not in (0, 1):
         raise InputError(f"recipe: label_weight is {recipe.label_weight}, but with a teacher the labelled loss always "
                          "counts 1; weigh the loss on generated pictures by Teaching.weight")
@@ -201,12 +203,12 @@ def train_taught(
         raise InputError("teaching: the teacher is the running average, but the recipe has none; "
                          "give the recipe average=0.98, say")
     if setting.teacher == "fixed":
-        players.networks["teacher"] = copy.deepcopy(players.networks["segmenter"]).requires_grad_(False)
+        state.networks["teacher"] = copy.deepcopy(state.networks["segmenter"]).requires_grad_(False)
         if not recipe.warm_segmenter:
             raise InputError("teaching: a fixed teacher has to be trained first; give the recipe warm_segmenter steps")
-    stages = taught_stages(players, generator, images, masks, setting, seed)
-    note = repr(setting) + frozen_note(players)
-    return run_stages(players, stages, note, images, masks, seed, **options)
+    stages = taught_stages(state, generator, images, masks, setting, seed)
+    note = repr(setting) + frozen_note(state)
+    return run_stages(state, stages, note, images, masks, seed, **options)
 
 # %% ../nbs/components/66_teachers.ipynb #4f8b766f
 def train_self_training(

@@ -20,7 +20,9 @@ from .data_augment import Augment, recolour, warp_images
 from .core import InputError
 from .matching_gradients import uncompiled
 from .teachers import Teaching, View, teacher_labels, train_taught
-from .training import FAST, Players, Recipe, Trained, check_options
+from .training_loop import Trained, check_options
+from .training_recipe import FAST, Recipe
+from .training_state import TrainState
 
 # %% ../nbs/components/66_weak_to_strong.ipynb #51596fb5
 def cutmix_boxes(
@@ -101,7 +103,7 @@ class WeakToStrong(Teaching):
 
     def views(
         self,
-        players: Players,
+        state: TrainState,
         teacher: nn.Module,
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
         augment: Augment | None,  # None: the weak view is the picture, a strong one is mixed only
@@ -109,7 +111,7 @@ class WeakToStrong(Teaching):
     ) -> list[View]:
         """Move the pictures, label them, then recolour and mix them twice."""
         change = augment and augment.draw(images, rng)
-        weak = images if augment is None else players.arrange(warp_images(images, change.maps, change.outside))
+        weak = images if augment is None else state.arrange(warp_images(images, change.maps, change.outside))
         labels = teacher_labels(teacher, weak, self)
         if augment and augment.outside == "ignore": labels = labels * change.labels(torch.ones_like(images[:, :1]))
         strong = []
@@ -117,9 +119,9 @@ class WeakToStrong(Teaching):
             coloured = recolour(weak, augment.draw(weak, rng).matrices, augment.clip) if augment else weak
             boxes = cutmix_boxes(len(weak), weak.shape[2:], self.cutmix, rng).to(weak.device)
             strong.append((mix_neighbours(boxes, coloured), mix_neighbours(boxes, labels)))
-        dropped = self.dropped if self.dropout and deepest_maps(players.segmenter) is not None else 0.0
+        dropped = self.dropped if self.dropout and deepest_maps(state.segmenter) is not None else 0.0
         pictures, q = map(torch.cat, zip(*strong))
-        views = [PerturbedView(players.arrange(pictures), q, 1 - dropped),
+        views = [PerturbedView(state.arrange(pictures), q, 1 - dropped),
                  PerturbedView(weak, labels, dropped, self.dropout)]
         return [view for view in views if view.share]
 

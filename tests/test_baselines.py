@@ -13,7 +13,9 @@ from lagm.models_annotator import FPNAnnotator
 from lagm.teachers import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training,
     train_taught)
-from lagm.training import FAST, Players, train_lagm
+from lagm.training import train_lagm
+from lagm.training_state import TrainState
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)
 TRAINERS = {"self-training": train_self_training, "mean teacher": train_mean_teacher}
@@ -54,10 +56,10 @@ def test_a_step_by_hand():
     q = teacher.eval()(synthetic).softmax(1).detach()
     loss = F.cross_entropy(expected(images), masks, weight=w) + 0.3 * -(q * expected(synthetic).log_softmax(1)).sum(1).mean()  # the teacher's labels have the weights already
     loss.backward()
-    players = Players(tiny_segmenter(), None, recipe, torch.device("cpu"), w)
+    players = TrainState(tiny_segmenter(), None, recipe, torch.device("cpu"), w)
     players.begin({"segmenter": 0.1}, False)
-    losses = taught_step(players, teacher, lambda part: (images, masks), lambda part: (synthetic, random_generator(0)),
-                         Teaching(hard=False), 0.3, None)
+    losses = taught_step(players, teacher, [(images, masks)], [(synthetic, random_generator(0))], Teaching(hard=False), 0.3,
+                         None)
     for p, e in zip(players.segmenter.parameters(), expected.parameters()): assert torch.allclose(p, e - 0.1 * e.grad, atol=1e-6)
     assert (losses["loss_label"] + 0.3 * losses["loss_s"]).item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -68,15 +70,14 @@ def test_labels_go_with_the_picture(generator):
         def forward(self, x): return torch.cat([-x[:, :1], x[:, :1]], 1) * 50
 
     recipe = dataclasses.replace(FAST, average=0.0, channels_last=False)
-    players = Players(torch.nn.Conv2d(3, 2, 1), None, recipe, torch.device("cpu"))
+    players = TrainState(torch.nn.Conv2d(3, 2, 1), None, recipe, torch.device("cpu"))
     players.begin({"segmenter": 0.0}, False)
     with torch.no_grad():
         for p, v in zip(players.segmenter.parameters(), (torch.tensor([[-50.0, 0, 0], [50, 0, 0]])[:, :, None, None], torch.zeros(2))): p.copy_(v)
     images = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)).round() * 2 - 1, size=(64, 64))
     masks = torch.zeros(4, 64, 64, dtype=torch.int64)
     only_moves = Augment(hue=0, saturation=(1, 1), brightness=(1, 1))
-    losses = taught_step(players, Red(), lambda part: (images, masks), lambda part: (images, random_generator(0)), Teaching(),
-                         1.0, only_moves)
+    losses = taught_step(players, Red(), [(images, masks)], [(images, random_generator(0))], Teaching(), 1.0, only_moves)
     assert losses["loss_s"] < 1.0  # but for pixels at borders; labels that stayed where they were would give about 25
 
 

@@ -15,7 +15,9 @@ from lagm.models_annotator import FPNAnnotator
 from lagm.segmenters import UNet
 from lagm.synthetic import Plan, make_pair
 from lagm.teachers import train_self_training
-from lagm.training import FAST, PAPER, SyntheticBatches, train_lagm
+from lagm.training import train_lagm
+from lagm.training_batches import SyntheticBatches
+from lagm.training_recipe import FAST, PAPER
 
 CLASSES = 3
 

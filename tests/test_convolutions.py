@@ -22,7 +22,7 @@ from lagm.matching_tangents import record
 from lagm.ops_convolutions import (
     FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits)
 from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
-from lagm.training import get_recipe
+from lagm.training_recipe import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")
 

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from lagm.core import InputError, all_finite, check_fields, load_tensors, random_generator
 from lagm.data_augment import Augment
 from lagm.datasetgan import label_generated
-from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
+from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.evaluation_metrics import evaluate, predict
 from lagm.evaluation_predict import predict_pictures
 from lagm.generator import Sampling
@@ -25,7 +25,11 @@ from lagm.generators_train import GANRecipe
 from lagm.stages import make_recipe
 from lagm.synthetic import GeneratedPairs, Plan, make_pair
 from lagm.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
-from lagm.training import FAST, PAPER, Players, Recipe, get_recipe, train_lagm, train_supervised, validated
+from lagm.training import estimate_lagm, train_lagm, train_supervised
+from lagm.training_batches import Parts
+from lagm.training_loop import Diverged, validated
+from lagm.training_recipe import FAST, PAPER, Recipe, get_recipe
+from lagm.training_state import TrainState
 from lagm.watching import Watch
 
 CPU = torch.device("cpu")
@@ -165,13 +169,13 @@ def test_without_batch_norm_a_taught_step_in_parts_is_the_whole(augment):
     masks[0, :12] = 255  # parts count by what is known
     synthetic, results = torch.rand(4, 3, 16, 16) * 2 - 1, []
     for parts in (1, 2):
-        own = dataclasses.replace(recipe, parts=parts)
-        players = Players(copy.deepcopy(segmenter), None, own, CPU, torch.tensor([0.5, 1, 2, 1]))
+        players = TrainState(copy.deepcopy(segmenter), None, recipe, CPU, torch.tensor([0.5, 1, 2, 1]))
         players.begin({"segmenter": 0.1}, averaged=True)
         share = 4 // parts
         def known(p): return images[share * p:share * (p + 1)], masks[share * p:share * (p + 1)]
         def generated(p): return synthetic[share * p:share * (p + 1)], random_generator(0, *[p] * (parts > 1))
-        losses = taught_step(players, teacher, known, generated, Teaching(hard=False), 0.3, augment)
+        batches = Parts(parts, known), Parts(parts, generated)
+        losses = taught_step(players, teacher, *batches, Teaching(hard=False), 0.3, augment)
         results.append((players, losses))
     (whole, losses), (parted, losses_in_parts) = results
     assert losses.keys() == losses_in_parts.keys()
@@ -314,7 +318,7 @@ def test_all_matched_parameters_frozen():
 def test_an_estimate_and_a_snapshot_leave_no_trace(tmp_path):
     (a, s), _ = frozen_networks()
     before = modes(a), modes(s), copy.deepcopy(s.state_dict())
-    train_lagm(ToyGenerator(), a, s, *labelled(), SHORT, dry_run=True, progress=False)
+    estimate_lagm(ToyGenerator(), a, s, *labelled(), SHORT, progress=False)
     assert (modes(a), modes(s)) == before[:2] and all(torch.equal(v, before[2][k]) for k, v in s.state_dict().items())
     plain, watched = run(SHORT, nets=frozen_networks()[0]), run(SHORT, nets=frozen_networks()[0],
             watch=Watch(tmp_path, snapshot_every=1))

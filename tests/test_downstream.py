@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
-from lagm.data_augment import Augment
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
-from lagm.downstream import Diverged, DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
+from lagm.data_augment import Augment
+from lagm.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
 from lagm.saved import load_segmenter, save_segmenter
 from lagm.segmenters import DeepLabV3
 from lagm.synthetic import GeneratedPairs, Plan
+from lagm.training_loop import Diverged
 
 QUICK = DownstreamRecipe(epochs=3, batch=4)
 

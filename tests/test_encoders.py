@@ -17,7 +17,9 @@ from lagm.encoders import (
 from lagm.evaluation_metrics import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
-from lagm.training import FAST, Players, train_supervised
+from lagm.training import train_supervised
+from lagm.training_state import TrainState
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, batch_labelled=2, batch_synthetic=2, average=0.9)
 SHORT = Pretraining(steps=3, batch=2, points=20)
@@ -75,7 +77,7 @@ def test_denoising_by_hand():
     class Same(torch.nn.Conv2d):
         def forward(self, x): return super().forward(x) * 0 + x
 
-    players = Players(Same(3, 3, 1), None, dataclasses.replace(RECIPE, channels_last=False), torch.device("cpu"))
+    players = TrainState(Same(3, 3, 1), None, dataclasses.replace(RECIPE, channels_last=False), torch.device("cpu"))
     players.networks["encoder"], players.resting["encoder"] = players.segmenter, []
     images, rng = tiny_pictures(2)[0], random_generator(0)
     noise = torch.randn(images.shape, generator=rng) * 0.3 * torch.rand(2, 1, 1, 1, generator=rng)
@@ -148,7 +150,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finet
 
 
 def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
-    import lagm.rivals as module
+    import lagm.encoders as module
     images, masks = tiny_pictures(3)
     arguments = dict(setting=SMALL, recipe=RECIPE, progress=False, checkpoint_every=1)
     whole, step, done = train_frozen_encoder(ANY, generator, images, masks, **arguments), module.supervised_step, []

@@ -12,10 +12,15 @@ from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 
 from lagm.core import InputError
-from lagm.finishing import anchor_labels, finish_step, labels_say
-from lagm.parts import reweighed
+from lagm.finishing import anchor_labels, finish_step
+from lagm.training_recipe import labels_say
+from lagm.training_steps import reweighed
 from lagm.signs import class_shares, signs, warning_sign
-from lagm.training import PAPER, Players, SyntheticBatches, alignment, get_recipe, train_finish, train_lagm
+from lagm.training import estimate_lagm, train_finish, train_lagm
+from lagm.training_state import TrainState
+from lagm.training_batches import SyntheticBatches
+from lagm.training_recipe import PAPER, get_recipe
+from lagm.training_steps import alignment
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
@@ -51,11 +56,11 @@ def test_the_step_is_the_gradient_of_the_weighted_sum():
     annotator, segmenter = networks()
     reference, share = copy.deepcopy(segmenter), 0.3
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
-    players = Players(segmenter, annotator, recipe, CPU, weights)
+    players = TrainState(segmenter, annotator, recipe, CPU, weights)
     players.begin({"segmenter": 1.0}, averaged=False)
     batch = SyntheticBatches(ToyGenerator(), 2, (16, 16), 0)(0)
     images, masks = labelled()
-    losses = finish_step(players, lambda part: (images, masks), lambda part: batch, lambda b: anchor_labels([], annotator, b), share)
+    losses = finish_step(players, [(images, masks)], [batch], lambda b: anchor_labels([], annotator, b), share)
 
     with torch.no_grad(): q = annotator.eval()(batch.features).softmax(1)
     known = F.cross_entropy(reference.train()(images), masks, weight=weights)
@@ -93,20 +98,20 @@ def test_in_one_go_or_by_itself_the_same_bits():
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_stopped_finish_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
     """The anchor of a network without annotator is how it came; it is kept with the state."""
-    import lagm.training as training
+    import lagm.training_loop as training_loop
 
     _, start = networks(3)
     options = dict(checkpoint_every=1, progress=False)
     whole = train_finish(copy.deepcopy(start), ToyGenerator(), *labelled(), FAST, **options)
-    advance, count = training.Loop.advance, [0]
+    advance, count = training_loop.advance, [0]
 
-    def counted(self, bar):
+    def counted(loop, bar):
         if count[0] == stop: raise KeyError
         count[0] += 1
-        advance(self, bar)
+        advance(loop, bar)
 
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(training.Loop, "advance", counted)
+        patch.setattr(training_loop, "advance", counted)
         train_finish(copy.deepcopy(start), ToyGenerator(), *labelled(), FAST, checkpoint=tmp_path / "f.safetensors", **options)
     _, other = networks(9)
     again = train_finish(other, ToyGenerator(), *labelled(), FAST, checkpoint=tmp_path / "f.safetensors", **options)
@@ -124,7 +129,7 @@ def test_without_an_anchor_no_picture_is_generated():
 def test_in_parts_and_estimated():
     recipe = dataclasses.replace(FAST, parts=2)
     assert same(run(recipe), run(recipe))
-    estimate = train_lagm(ToyGenerator(), *networks(), *labelled(), FAST, dry_run=True, progress=False)
+    estimate = estimate_lagm(ToyGenerator(), *networks(), *labelled(), FAST, progress=False)
     assert estimate.steps["finish"][0] == FAST.finish_steps(2)
 
 
@@ -171,7 +176,7 @@ def test_alignment_by_hand():
         def forward(self, images): return torch.tensor([0.80, 0.15, 0.04, 0.01]).log()[None, :, None, None].expand(len(images), -1, 16, 16)
 
     masks = torch.tensor([0] * 40 + [1] * 30 + [2] * 28 + [3] * 2).reshape(1, 10, 10)
-    players = Players(Constant(), networks()[0], get_recipe("fast", align=5.0), CPU)
+    players = TrainState(Constant(), networks()[0], get_recipe("fast", align=5.0), CPU)
     factors = alignment(players, SyntheticBatches(ToyGenerator(), 2, (16, 16), 0), masks)
     assert factors.tolist() == pytest.approx([0.5, 2.0, 5.0, 2.0], rel=1e-5)  # the third: 7, but 5 at most
     q = torch.tensor([0.80, 0.15, 0.04, 0.01]).reshape(1, 4, 1, 1)
@@ -200,7 +205,7 @@ def test_an_aligned_warm_start_names_what_the_segmenter_hardly_finds():
 
 def test_an_estimate_leaves_no_factors_behind(monkeypatch):
     """A long run tells its estimate first; the segmenter that this measures with is not the one to align."""
-    import lagm.training as training
+    import lagm.training_loop as training_loop
 
     seen = []
     monkeypatch.setattr(training, "alignment", lambda *given: seen.append(alignment(*given)) or seen[-1])

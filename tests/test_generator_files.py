@@ -14,19 +14,18 @@ import torch.nn.functional as F
 from filling import relative_error
 from test_checkpoints import GOLDEN, same_pictures, tiny
 
-from lagm.generators_load import mean_style, read_generator
-from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
 from lagm.core import InputError, load_tensors, random_generator, save_tensors
 from lagm.generator import Sampling
-from lagm.generators_load import load_generator
-from lagm.generators_weights import save_generator
-from lagm.run_state import generator_digest
-from lagm.segmenters import DeepLabV3, UNet
-from lagm.stages import open_generator
+from lagm.generators_load import load_generator, mean_style, read_generator
 from lagm.generators_stylegan2 import StyleGAN2, modulated_conv2d
 from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
+from lagm.generators_weights import save_generator
+from lagm.models_results import load_results
+from lagm.segmenters import DeepLabV3, UNet
+from lagm.stages import open_generator
+from lagm.training_checkpoints import generator_digest
 
 
 def refused(path, *words: str, read=load_generator) -> str:
@@ -339,7 +338,6 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 FULL = """
 import errno, os, resource, sys
 import lagm.core
-from lagm.cli import main
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 real, lagm.core.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]

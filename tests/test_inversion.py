@@ -15,7 +15,7 @@ from lagm.generators_stylegan1 import StyleGAN1
 from lagm.inversion import (
     HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
     learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
-from lagm.training import FAST
+from lagm.training_recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 QUICK = Inversion(steps=3, samples=4, batch=2)

@@ -144,7 +144,7 @@ import torch
 torch.set_num_threads(1)
 import test_training as t
 from lagm.core import load_tensors
-from lagm.run_state import CheckpointError
+from lagm.training_checkpoints import CheckpointError
 
 folder = {folder!r}
 warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ from lagm.data import Avatars, stack
 from lagm.labelling_album import Album, labelled_shares, save_painted
 from lagm.labelling_project import (
     Settings, disagreement, missing, new_project, next_step, read_settings, run_project, settings_text)
-from lagm.labelling_proposals import cluster, draw_for_labelling, feature_clusters
+from lagm.labelling_proposals import cluster, draw_for_labelling, clusters_of_features
 from lagm.data_images import read_mask
 
 CLASSES = Avatars().classes
@@ -150,7 +150,7 @@ def test_clusters_of_drawn_pictures(tmp_path):
 
     generator = tiny_generator()
     album = Album(draw_for_labelling(generator, tmp_path / "d", 2, seed=3), ["a", "b"])
-    regions = feature_clusters(generator, k=5)(album, 1)
+    regions = clusters_of_features(generator, k=5)(album, 1)
     assert regions.shape == (16, 16) and 2 <= len(np.unique(regions)) <= 5
     with pytest.raises(InputError, match="holds images already"): draw_for_labelling(generator, tmp_path / "d", 2)
     points = torch.cat([torch.randn(50, 3) * 0.01 + c for c in torch.eye(3)])

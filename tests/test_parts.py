@@ -15,9 +15,13 @@ from torch import nn
 
 from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors
-from lagm.parts import matching_step_in_parts, own_parts
+from lagm.training_processes import own_parts
 from lagm.segmenters import matched_parameter_names
-from lagm.training import Players, SyntheticBatches, get_recipe, matching_step, train_supervised
+from lagm.training import train_supervised
+from lagm.training_state import TrainState
+from lagm.training_batches import SyntheticBatches
+from lagm.training_recipe import get_recipe
+from lagm.training_steps import matching_step
 
 
 def close(first, second, tolerance):
@@ -59,14 +63,12 @@ def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     def double(batch, rows): return dataclasses.replace(batch, images=batch.images[rows].double(), features=[f[rows].double() for f in batch.features])
     results = []
     for parts in (1, 2):
-        players = Players(copy.deepcopy(segmenter), copy.deepcopy(annotator), recipe, torch.device("cpu"))
+        players = TrainState(copy.deepcopy(segmenter), copy.deepcopy(annotator), recipe, torch.device("cpu"))
         players.begin({"segmenter": 0.1, "annotator": 0.1}, averaged=False)
         names = matched_parameter_names(players.segmenter, "all")
-        if parts == 1:
-            losses = matching_step(players, names, (images, masks), double(batches["match"], slice(None)), None if shared else double(batches["s"], slice(None)))
-        else:
-            def part_of(stage): return lambda part: double(batches[stage], slice(2 * part, 2 * part + 2))
-            losses = matching_step_in_parts(players, names, lambda part: (images[2 * part:2 * part + 2], masks[2 * part:2 * part + 2]), part_of("match"), None if shared else part_of("s"), 2)
+        rows = [slice(4 // parts * part, 4 // parts * (part + 1)) for part in range(parts)]
+        pairs, own = [(images[r], masks[r]) for r in rows], [double(batches["match"], r) for r in rows]
+        losses = matching_step(players, names, pairs, own, None if shared else [double(batches["s"], r) for r in rows])
         results.append((players, losses))
     (whole, whole_losses), (parts, parts_losses) = results
     assert whole_losses.keys() == parts_losses.keys()
@@ -102,7 +104,7 @@ def test_mistakes():
     for changes, says in [(dict(parts=3), "divide both batches"), (dict(parts=0), "1 or more"), (dict(parts=2, gradients="double"), "forward"), (dict(parts=2, fresh_labels=False), "fresh_labels")]:
         with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="2 processes cannot share 3 parts"):
-        patch.setattr("lagm.parts.this_process", lambda: (0, 2))
+        patch.setattr("lagm.training_processes.this_process", lambda: (0, 2))
         own_parts(3)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lagm.core import InputError
-from lagm.data_pascal import Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes
+from lagm.data_pascal_annotations import (
+    Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes)
 from lagm.data_regions import unpack_counts
 
 pytest.importorskip("scipy.io")

@@ -13,27 +13,30 @@ from torch.utils.flop_counter import FlopCounterMode
 import lagm.core as core
 import lagm.evaluation_metrics as evaluation
 import lagm.download_transfer as fetching
-from lagm.data_augment import Augment
-from lagm.ops_convolutions import FastConvolutions
 from lagm.core import random_generator
-from lagm.downstream import DownstreamRecipe, change_batch
+from lagm.data_augment import Augment
+from lagm.downstream import change_batch
 from lagm.evaluation_boundary import BoundaryScore, within
 from lagm.evaluation_folds import number_in
+from lagm.generators_pickle_records import Budget, Storage, Unreadable
+from lagm.generators_stylegan1 import NoiseLayer
+from lagm.generators_stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.generators_train import GANRecipe, GANTrainer
 from lagm.matching_distance import distance, distance_and_derivative
 from lagm.matching_forward import SyntheticPass, directional_derivative
 from lagm.matching_gradients import graph_of, labelled_gradient, log_probabilities
-from lagm.parts import each_part, imitation_step_in_parts, labelled_gradient_in_parts, mean_over_parts
-from lagm.run_state import digest
-from lagm.generators_stylegan1 import NoiseLayer
-from lagm.generators_stylegan2 import SQRT2, SynthesisLayer, ToRGB
+from lagm.matching_tangents import record
+from lagm.ops_convolutions import FastConvolutions
 from lagm.sweep import last_error
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair
-from lagm.matching_tangents import record
-from lagm.training import (
-    PAPER, Players, SyntheticBatch, Trained, get_recipe, imitation_step, learning_rate, phase_segmenter,
-    train_supervised)
-from lagm.generators_pickle_records import Budget, Storage, Unreadable
+from lagm.training import train_supervised
+from lagm.training_batches import SyntheticBatch
+from lagm.training_checkpoints import digest
+from lagm.training_loop import Trained
+from lagm.training_processes import each_part, mean_over_parts
+from lagm.training_recipe import PAPER, get_recipe, learning_rate
+from lagm.training_state import TrainState
+from lagm.training_steps import imitation_step, labelled_gradients, phase_segmenter
 
 CPU = torch.device("cpu")
 
@@ -55,7 +58,7 @@ class Dot(nn.Module):
 def test_two_steps_of_the_average_by_hand():
     """0.9 of what was, 0.1 of what is: 0.9 * 1 + 0.1 * 2 = 1.1, 0.9 * 1.1 + 0.1 * 4 = 1.39; a counter is copied."""
     segmenter = Dot(1.0)
-    players = Players(segmenter, None, get_recipe("fast", average=0.9, channels_last=False), CPU)
+    players = TrainState(segmenter, None, get_recipe("fast", average=0.9, channels_last=False), CPU)
     players.begin({"segmenter": 0.0}, averaged=True)
     for value, expected in ((2.0, 1.1), (4.0, 1.39)):
         with torch.no_grad(): segmenter.weight.fill_(value), segmenter.mean.fill_(10 * value), segmenter.count.add_(3)
@@ -67,9 +70,8 @@ def test_two_steps_of_the_average_by_hand():
     assert players.average is None and players.result is segmenter
 
 
-@pytest.mark.parametrize("rate", [learning_rate,
-        lambda base, step, steps, schedule: DownstreamRecipe(lr=base, schedule=schedule).rate(step, steps)])
-def test_the_cosine_schedule_by_hand(rate):
+def test_the_cosine_schedule_by_hand():
+    rate = learning_rate
     assert rate(0.01, 0, 100, "cosine") == 0.01 and rate(0.01, 50, 100, "cosine") == pytest.approx(0.005, rel=1e-12)
     assert rate(0.01, 25, 100, "cosine") == pytest.approx(0.01 * (2 + math.sqrt(2)) / 4, rel=1e-12)
     assert rate(0.01, 99, 100, "cosine") == pytest.approx(0.01 * math.sin(math.pi / 200) ** 2, rel=1e-9)
@@ -96,12 +98,11 @@ def test_imitation_is_of_the_segmenter_at_rest(parts):
     segmenter.norm.running_mean.fill_(1.0), segmenter.norm.running_var.fill_(4.0 - 1e-5)
     annotator.forward = lambda features: nn.Conv2d.forward(annotator, features[0])
     with torch.no_grad(): annotator.weight.zero_(), annotator.bias.copy_(torch.tensor([1.0, 0.0]))
-    players = Players(segmenter, annotator, PAPER, CPU)
+    players = TrainState(segmenter, annotator, PAPER, CPU)
     players.begin({"annotator": 0.0}, averaged=False)
     batch = SyntheticBatch(torch.full((1, 3, 2, 2), 3.0), [torch.zeros(1, 1, 2, 2)], lambda q: q)
     p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-1))  # target sigmoid((3 - 1) / 2), annotator sigmoid(1)
-    loss = (imitation_step(players, batch)
-            if parts == 1 else imitation_step_in_parts(players, lambda part: batch, 2))["loss_imitation"].item()
+    loss = imitation_step(players, [batch] * parts)["loss_imitation"].item()
     assert loss == pytest.approx(-(p * math.log(q) + (1 - p) * math.log(1 - q)), rel=1e-6)
     assert segmenter.norm.num_batches_tracked == 0 and segmenter.norm.running_mean.item() == 1.0 and annotator.training
 
@@ -109,7 +110,7 @@ def test_imitation_is_of_the_segmenter_at_rest(parts):
 def test_the_labelled_gradient_has_its_weight():
     """Half of the labelled gradient 4 and the synthetic 2, at a rate of 0.1: 1 - 0.1 * (2 + 2) = 0.6."""
     segmenter = Dot(1.0)
-    players = Players(segmenter, nn.Identity(), get_recipe("paper", momentum=0.0, label_weight=0.5), CPU)
+    players = TrainState(segmenter, nn.Identity(), get_recipe("paper", momentum=0.0, label_weight=0.5), CPU)
     players.begin({"segmenter": 0.1}, averaged=False)
     phase_segmenter(players, None, gradients_l=[torch.tensor([4.0])], gradients_s=[torch.tensor([2.0])])
     assert segmenter.weight.item() == pytest.approx(0.6, rel=1e-6)
@@ -117,8 +118,8 @@ def test_the_labelled_gradient_has_its_weight():
 
 def test_every_step_has_its_learning_rate(monkeypatch):
     """Four steps of the cosine: 1, (2 + sqrt 2) / 4, 1 / 2 and (2 - sqrt 2) / 4 of the base."""
-    rates, update = [], Players.update
-    monkeypatch.setattr(Players, "update",
+    rates, update = [], TrainState.update
+    monkeypatch.setattr(TrainState, "update",
             lambda self, role, *a: rates.append(self.optimizers[role].param_groups[0]["lr"]) or update(self, role, *a))
     train_supervised(tiny_segmenter(), *tiny_pictures(2), get_recipe("fast", lr_segmenter=0.01), 4, progress=False)
     assert rates == pytest.approx([0.01, 0.01 * (2 + math.sqrt(2)) / 4, 0.005, 0.01 * (2 - math.sqrt(2)) / 4], rel=1e-9)
@@ -149,9 +150,8 @@ def test_statistics_of_the_parts_are_averaged_and_each_has_its_own_dropout():
 def test_a_part_without_labels_has_no_vote():
     segmenter, (images, masks) = nn.Conv2d(3, 3, 1), tiny_pictures(2)
     masks[1] = 255
-    players, names = Players(segmenter, None, PAPER, CPU), ["weight", "bias"]
-    gradients, loss = labelled_gradient_in_parts(players, names,
-            lambda part: (images[part:part + 1], masks[part:part + 1]), 2)
+    players, names = TrainState(segmenter, None, PAPER, CPU), ["weight", "bias"]
+    gradients, loss = labelled_gradients(players, names, [(images[i:i + 1], masks[i:i + 1]) for i in (0, 1)])
     alone, loss_alone = labelled_gradient(segmenter, names, images[:1], masks[:1])
     assert loss.item() == pytest.approx(loss_alone.item())
     assert all(torch.allclose(a, b) for a, b in zip(gradients, alone))

@@ -174,7 +174,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"): export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    from lagm.parts import make_fabric
+    from lagm.training_processes import make_fabric
     with pytest.raises(InputError, match="python -m pip install .lightning-fabric"): make_fabric(2, torch.device("cpu"), "float32")
 
 

@@ -19,7 +19,8 @@ import torch
 
 from lagm.baselines import Baseline
 from lagm.rivals import Batches, labelled_step, run_stages, set_up
-from lagm.training import FAST, SUPERVISED_FIELDS, Stage
+from lagm.training_recipe import FAST, SUPERVISED_FIELDS
+from lagm.training_state import Stage
 
 
 @dataclass(frozen=True)

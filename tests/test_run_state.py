@@ -11,12 +11,16 @@ import torch
 from test_training import CLASSES, FAST, PAPER, RECIPES, SIZE, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
-import lagm.run_state as run_state
+import lagm.training_checkpoints as run_state
 import lagm.training as training
 from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors, save_tensors
-from lagm.run_state import CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states
-from lagm.training import Diverged, Loop, get_recipe, train_lagm, train_supervised
+from lagm.training_checkpoints import (
+    CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states)
+from lagm.training import estimate_lagm, estimate_supervised, train_lagm, train_supervised
+from lagm.training_loop import Diverged, Loop
+from lagm.training_recipe import get_recipe
+from lagm.training_state import TrainState
 from lagm.watching import Estimate, MetricsLog, Watch, Watcher, palette_for, snapshot_grid
 
 
@@ -177,12 +181,12 @@ def test_intervals():
 
     def count(recipe, match=True):
         counts.update(annotator=0, segmenter=0)
-        update = training.Players.update
+        update = TrainState.update
         def counted(self, role, gradients=None):
             counts[role] += 1
             update(self, role, gradients)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.Players, "update", counted)
+            patch.setattr(TrainState, "update", counted)
             run(recipe, match)
         return counts["annotator"], counts["segmenter"]
 
@@ -284,13 +288,13 @@ def test_supervised_runs_are_watched_and_estimated(tmp_path):
     images, masks = labelled()
     train_supervised(networks()[1], images, masks, FAST, 4, watch=Watch(tmp_path, snapshot_every=2), record_every=1, progress=False)
     assert len(MetricsLog(tmp_path / "metrics.jsonl").records()) == 4
-    estimate = train_supervised(networks()[1], images, masks, FAST, 1000, dry_run=True, progress=False)
+    estimate = estimate_supervised(networks()[1], images, masks, FAST, 1000, progress=False)
     assert estimate.steps["supervised"][0] == 1000
 
 
-def test_dry_run_leaves_no_trace(tmp_path):
+def test_an_estimate_leaves_no_trace(tmp_path):
     nets, untouched = networks(), networks()
-    estimate = train_lagm(ToyGenerator(), *nets, *labelled(), FAST, dry_run=True, checkpoint=tmp_path / "deep" / "run.safetensors", progress=False)
+    estimate = estimate_lagm(ToyGenerator(), *nets, *labelled(), FAST, checkpoint=tmp_path / "deep" / "run.safetensors", progress=False)
     assert isinstance(estimate, Estimate) and list(estimate.steps) == ["warm segmenter", "warm annotator", "match"] and estimate.seconds > 0
     assert estimate.free_bytes > 0 and estimate.checkpoint_bytes > 1000 and "steps of" in str(estimate) and not list(tmp_path.iterdir())
     for net, other in zip(nets, untouched): assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))

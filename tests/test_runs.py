@@ -16,16 +16,16 @@ from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
 from lagm import cli, experiments
-from lagm.models_annotator import FPNAnnotator
 from lagm.core import InputError, load_tensors, save_tensors
+from lagm.data_labels import CELEBA8
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run_notebook, unfinished_copy
-from lagm.data_labels import CELEBA8
-from lagm.run_state import Checkpoints, checkpoint_lock, folder_lock, set_aside
-from lagm.stages import check_size, start_stage
+from lagm.models_annotator import FPNAnnotator
 from lagm.shards import generate
+from lagm.stages import check_size, start_stage
 from lagm.synthetic import Plan
-from lagm.training import get_recipe
+from lagm.training_checkpoints import Checkpoints, checkpoint_lock, folder_lock, set_aside
+from lagm.training_recipe import get_recipe
 
 PARAMETERS = """\
 dataset: str = "avatars:big-ears"  # pictures
@@ -38,7 +38,6 @@ out_dir: str = "."  # results"""
 WORK = """\
 class InputError(ValueError): pass
 from pathlib import Path
-from lagm.run_state import set_aside
 if k == 40: set_aside([Path(out_dir) / "state.safetensors", Path(out_dir) / "pairs"])
 (Path(out_dir) / "state.safetensors").unlink(missing_ok=True)
 (Path(out_dir) / "state.safetensors").write_text(f"state of {k}")
@@ -221,7 +220,6 @@ def test_a_refused_run_leaves_the_finished_one_as_it_was(toy, tmp_path, capsys):
 
 HOLD = """
 import sys, time
-from lagm.run_state import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -287,7 +285,7 @@ def test_force_sets_downstream_runs_and_pairs_aside(tmp_path, monkeypatch):
 
 
 def test_force_reaches_the_notebook(toy, tmp_path):
-    write_experiment(toy, "from lagm.run_state import forced\nprint(forced())", parameters=PARAMETERS)
+    write_experiment(toy, "from lagm.training_checkpoints import forced\nprint(forced())", parameters=PARAMETERS)
     for force in (False, True): assert printed(run_notebook(toy, "outputs/toy.ipynb", force=force)) == f"{force}\n"
     assert "LAGM_FORCE" not in os.environ
 

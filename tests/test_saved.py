@@ -31,7 +31,8 @@ from lagm.models_results import load_results
 from lagm.saved import describe_network, find_segmenters, load_segmenter, read_networks, save_networks, save_segmenter
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.stages import load_any_segmenter, load_networks, load_segmenters, read_validation, split_problems
-from lagm.training import FAST, train_lagm, train_supervised
+from lagm.training import train_lagm, train_supervised
+from lagm.training_recipe import FAST
 
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 
@@ -226,7 +227,7 @@ def test_the_state_of_a_downstream_run_is_used_too(tmp_path, pictures):
         assert alike(network, done.segmenter) and labels == LABELS and size == (16, 16)
     assert alike(open_segmenter(tmp_path / "run")[0], done.segmenter)
     tensors, header = load_tensors(tmp_path / "run" / "state.safetensors")
-    for change in ({"format_version": 2}, {"epoch": "1"}, {"identity": [1]}, {"history": None}):
+    for change in ({"format_version": 2}, {"step": "1"}, {"identity": [1]}, {"history": None}):
         save_tensors(tmp_path / "run" / "state.safetensors", tensors, header | change)
         with pytest.raises(InputError, match="state.safetensors"): train_downstream(
             tiny_segmenter(), list(zip(images, masks)), DownstreamRecipe(epochs=1, batch=2), folder=tmp_path / "run", labels=LABELS, progress=False)

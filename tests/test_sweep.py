@@ -12,7 +12,7 @@ from notebooks import write_experiment
 from lagm import cli
 from lagm.catalogue import read_catalogue
 from lagm.core import InputError
-from lagm.run_state import folder_lock
+from lagm.training_checkpoints import folder_lock
 from lagm.sweep import Sweep, describe_steps, execute, last_error, plan_steps
 
 ANNOTATE = """\

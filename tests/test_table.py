@@ -24,7 +24,7 @@ from lagm.report import (
     learning_curves_figure)
 from lagm.saved import load_segmenter
 from lagm.stages import without_finish
-from lagm.training import FAST, PAPER, get_recipe
+from lagm.training_recipe import FAST, PAPER, get_recipe
 
 METHODS = ROOT / "nbs" / "experiments" / "methods.ipynb"
 NAMES = ["supervised", "self-training", "mean teacher", "weak to strong", "frozen encoder", "DatasetGAN", "HandsOff",

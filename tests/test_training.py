@@ -27,11 +27,17 @@ from lagm.core import InputError, load_tensors
 from lagm.data_augment import Augment
 from lagm.models_annotator import FPNAnnotator
 from lagm.ops_convolutions import can_winograd
-from lagm.run_state import Checkpoints
 from lagm.segmenters import UNet, matched_parameter_names
-from lagm.training import (
-    Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm,
-    train_supervised)
+from lagm.training import train_lagm, train_supervised
+from lagm.training_batches import LabelledBatches, SyntheticBatch, balanced_weights
+from lagm.training_checkpoints import Checkpoints, Identity
+from lagm.training_loop import Diverged
+from lagm.training_recipe import Recipe, get_recipe
+from lagm.training_state import TrainState
+from lagm.training_steps import matching_step
+from lagm.ops_winograd import can_compile
+from lagm import training_loop
+from lagm import training
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES, SIZE = 4, 16
@@ -66,7 +72,7 @@ def filled_networks(annotator_seed, segmenter_seed):
 def run_trace(meta, gradients):
     annotator, segmenter = copy.deepcopy(filled_networks(int(meta["A_seed"]), int(meta["S_seed"])))
     recipe = get_recipe("paper", metric=meta["metric"], reduction=meta["reduction"], gradients=gradients)
-    players = Players(segmenter, annotator, recipe, torch.device("cpu"))
+    players = TrainState(segmenter, annotator, recipe, torch.device("cpu"))
     players.begin({"segmenter": 0.01, "annotator": 0.05}, averaged=False)
     names, first_gradient, losses = matched_parameter_names(segmenter, meta["matched"]), {}, []
 
@@ -76,7 +82,7 @@ def run_trace(meta, gradients):
     players.optimizers["annotator"].register_step_pre_hook(keep_first)
     synthetic, labelled = trace_data(int(meta["data_seed"]))
     for step in range(5):
-        losses.append(matching_step(players, names, labelled[step], synthetic[2 * step], synthetic[2 * step + 1]))
+        losses.append(matching_step(players, names, [labelled[step]], [synthetic[2 * step]], [synthetic[2 * step + 1]]))
     return annotator, segmenter, first_gradient, {name: torch.stack([record[name] for record in losses]) for name in TRACE_NAMES}
 
 
@@ -178,7 +184,7 @@ def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
     """True: channels last, of the kernels and of what they see. Winograd's kernel, in float32, wants the annotator's maps contiguous."""
     def is_last(tensor): return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     a, s = networks()
-    players = Players(s, a, dataclasses.replace(PAPER, **changes), torch.device("cpu"))
+    players = TrainState(s, a, dataclasses.replace(PAPER, **changes), torch.device("cpu"))
     maps = torch.randn(2, 6, 8, 8)
     assert is_last(s.inc.conv1.weight) == is_last(players.arrange(maps)) == segmenter
     assert is_last(players.arrange(maps, "annotator")) == annotator
@@ -238,14 +244,14 @@ class Stop(Exception): pass
 
 def stop_after(monkeypatch, steps):
     """Make the loop raise after so many steps, as a crash would."""
-    count, advance = [0], training.Loop.advance
+    count, advance = [0], training_loop.advance
 
-    def counted(self, bar):
+    def counted(loop, bar):
         if count[0] == steps: raise Stop
         count[0] += 1
-        advance(self, bar)
+        advance(loop, bar)
 
-    monkeypatch.setattr(training.Loop, "advance", counted)
+    monkeypatch.setattr(training_loop, "advance", counted)
 
 
 @pytest.mark.parametrize("name, steps", [("fast", 1), ("fast", 4), ("fast", 5), ("fast", 7), ("fast", 9), ("fast, finished", 12), ("fast, finished", 14), ("paper", 1), ("paper", 5), ("stale labels", 9)])
@@ -376,7 +382,7 @@ def test_wrong_inputs():
 
 
 def test_recipe_survives_json():
-    plain = training.Identity(FAST, 0, "matching", "x").header()["recipe"]
+    plain = Identity(FAST, 0, "matching", "x").header()["recipe"]
     assert Recipe(**plain) == FAST
 
 
@@ -404,14 +410,12 @@ def test_compiled_networks_learn_the_same():
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
-    from lagm import training
-
     def broken(*_, **__): raise RuntimeError("no compiler\nand more")
     monkeypatch.setattr(torch, "compile", broken)
-    training.can_compile.cache_clear()
+    can_compile.cache_clear()
     recipe = dataclasses.replace(FAST, steps=1, warm_segmenter=1, warm_annotator=1, compile=True)
     with pytest.warns(UserWarning, match="torch.compile does not work here \\(no compiler\\)") as said: run(recipe), run(recipe)
-    training.can_compile.cache_clear()
+    can_compile.cache_clear()
     assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
 
 
@@ -463,7 +467,7 @@ def test_labels_of_an_imitating_annotator_can_go_without_class_weights():
 def test_class_weights_by_hand():
     masks = torch.full((1, 10, 10), 255)
     masks[0, :9, :], masks[0, 9, :5] = 0, 1  # 90 pixels, 5 pixels, class 2 nowhere, the rest unknown
-    weights = training.balanced_weights(masks, 3, 0.5)
+    weights = balanced_weights(masks, 3, 0.5)
     shares = torch.tensor([90 / 95, 5 / 95])
     assert weights[1] / weights[0] == pytest.approx(18**0.5, rel=1e-5) and weights[2] == weights[1]
-    assert (weights[:2] * shares).sum() == pytest.approx(1, rel=1e-6) and training.balanced_weights(masks, 3, 0.0) is None
+    assert (weights[:2] * shares).sum() == pytest.approx(1, rel=1e-6) and balanced_weights(masks, 3, 0.0) is None

@@ -11,7 +11,8 @@ from lagm.core import InputError, random_generator
 from lagm.data_augment import Augment
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
-from lagm.training import FAST, Players
+from lagm.training_recipe import FAST
+from lagm.training_state import TrainState
 from lagm.weak_to_strong import (
     WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours, train_weak_to_strong)
 
@@ -31,7 +32,7 @@ def weights(network):
 
 
 def players_of(segmenter, recipe=PLAIN):
-    players = Players(segmenter, None, recipe, torch.device("cpu"))
+    players = TrainState(segmenter, None, recipe, torch.device("cpu"))
     players.begin({"segmenter": 0.1}, False)
     return players
 
@@ -182,7 +183,7 @@ def test_a_step_by_hand(dropout):
     loss.backward()
     torch.manual_seed(1)
     teaching, rng = WeakToStrong(teacher="student", threshold=0.4, cutmix=0.0, dropout=dropout), random_generator(0)
-    batches = lambda part: labelled, lambda part: (images, rng)
+    batches = [labelled], [(images, rng)]
     losses = taught_step(players, players.segmenter, *batches, teaching, 0.7, None)
     for p, e in zip(players.segmenter.parameters(), expected.parameters()):
         assert torch.allclose(p, e - 0.1 * e.grad, atol=1e-6)

@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from lagm import ops_winograd as winograd
-from lagm.ops_convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
 from lagm.core import InputError
 from lagm.matching_forward import directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, match_double_backward
-from lagm.segmenters import UNet, matched_parameter_names
 from lagm.matching_tangents import record
-from lagm.training import PAPER, Players, get_recipe, supervised_step, surroundings
+from lagm.ops_convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
 from lagm.ops_winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
+from lagm.segmenters import UNet, matched_parameter_names
+from lagm.training_recipe import PAPER, get_recipe
+from lagm.training_state import TrainState, surroundings
+from lagm.training_steps import supervised_step
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 
@@ -194,9 +196,9 @@ def test_a_training_step_with_it_is_the_same_step():
     weights = []
     for recipe in (PAPER, *2 * [dataclasses.replace(PAPER, channels_last=True, fast_convolutions=True, compile_convolutions=True)]):
         network = copy.deepcopy(start)
-        players = Players(network, None, recipe, torch.device("cpu"))
+        players = TrainState(network, None, recipe, torch.device("cpu"))
         players.begin({"segmenter": 0.1}, averaged=False)
-        with surroundings(recipe): supervised_step(players, (images, masks))
+        with surroundings(recipe): supervised_step(players, [(images, masks)])
         weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     usual, quick, again = weights
     origin = torch.cat([p.detach().flatten() for p in start.parameters()])
