@@ -34,7 +34,6 @@ from .generator import check_version
 from .labels import LabelSet
 from .saved import NETWORKS, describe_network
 from .training_processes import this_process
-from .training_recipe import Recipe
 from .training_state import Stage, TrainState, locate
 
 # %% ../nbs/components/57_training_checkpoints.ipynb #beed4512

@@ -30,7 +30,6 @@ from lagm.core import InputError, load_tensors
 from lagm.training_checkpoints import Checkpoints, Identity
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm import training_loop
-from lagm import training
 from lagm.training import train_lagm, train_supervised
 from lagm.training_batches import LabelledBatches, SyntheticBatch, balanced_weights
 from lagm.training_loop import Diverged
