@@ -15,7 +15,6 @@ from .matching_forward import SyntheticPass
 from .models_modes import eval_mode
 from .training_batches import SyntheticBatch
 from .training_processes import Voted, gradient_of_parts
-from .training_recipe import labels_say
 from .training_state import TrainState
 from .training_steps import Pair, labelled_gradients
 

@@ -36,7 +36,7 @@ from .generators_load import load_generator
 from .data_label_maps import make_labels
 from .labelling_album import Album, Desk, check_parts, labelled_shares, unpainted_classes
 from .labelling_page import LabelServer, respond
-from .labelling_proposals import LATENTS, colour_regions, feature_clusters, predictions
+from .labelling_proposals import LATENTS, colour_regions, clusters_of_features, predictions
 from .data_images import list_files, read_image
 from .evaluation_grids import labelled_grid
 from .segmenters import UNet
@@ -271,7 +271,7 @@ def new_command(arguments: Any) -> None:
 def proposals_for(album: Album, segmenter: str = "", generator: str = "") -> dict[str, Callable]:
     """What the painter can start from in a folder."""
     drawn = generator and (album.folder / LATENTS).is_file()
-    found = {"clusters": feature_clusters(load_generator(generator)) if drawn else colour_regions()}
+    found = {"clusters": clusters_of_features(load_generator(generator)) if drawn else colour_regions()}
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)
     return found
 

@@ -45,10 +45,12 @@ def warning_sign(
 ) -> str:  # one sentence; empty if there is nothing to say
     """What a person should hear of the signs."""
     names = classes or [f"class {i}" for i in range(len(record["shares"]))]
-    lost = [f"{name} ({share:.2f})" for name, share in zip(names, record["shares"]) if share is not None and share < LOST]
+    lost = [f"{name} ({share:.2f})" for name, share in zip(names, record["shares"])
+            if share is not None and share < LOST]
     said = []
     if lost:
-        said.append(f"the annotator names too little of {', '.join(lost)}, as a fraction of the labelled pictures' share")
+        said.append(f"the annotator names too little of {', '.join(lost)}, as a fraction of the labelled pictures' "
+                    "share")
     if record["agreement"] < APART:
         said.append(f"annotator and segmenter agree on {100 * record['agreement']:.0f} % of the pixels only")
     if not said: return ""

@@ -35,7 +35,6 @@ from .data_labels import LabelSet
 from .generators_weights import NETWORKS
 from .saved import describe_network
 from .training_processes import this_process
-from .training_recipe import Recipe
 from .training_state import Stage, TrainState, locate
 from .saved import can_be_saved
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import signal
@@ -416,7 +417,7 @@ def estimate_loop(loop: Loop) -> Estimate:
         stage.start()
         state.begin(stage.rates, stage.averaged, stage.fused)
         with surroundings(state.recipe), kept_modes(*networks):
-            costs = [measure(lambda: take_step(state, stage, within, loop.seed), state.device)
+            costs = [measure(functools.partial(take_step, state, stage, within, loop.seed), state.device)
                      for within in (0, min(1, stage.steps - 1))]
         steps[stage.name] = (stage.steps, costs[1].seconds)
         size = max(size, sum(t.nbytes for t in pack_state(state).values()))

@@ -88,8 +88,9 @@ def mean_over_parts(
 def kept_statistics(network: nn.Module) -> Iterator[None]:
     """While in this context the network's statistics (buffers) may change; afterwards they are what they were."""
     start = [b.clone() for b in network.buffers()]
-    yield
-    for buffer, value in zip(network.buffers(), start): buffer.copy_(value)
+    try: yield
+    finally:
+        for buffer, value in zip(network.buffers(), start): buffer.copy_(value)
 
 # %% ../nbs/components/58_training_processes.ipynb #95b82e46
 Voted = tuple[Sequence[Tensor], Tensor, Tensor]  # gradients, loss, and how much the part counts; 0: nothing

@@ -37,17 +37,23 @@ class MetricsLog:
         """Keep only whole records up to this step."""
         if not self.path.exists(): return
         kept = [record for record in self.records() if record["step"] <= step]
-        with atomic_path(self.path) as temporary: temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Append one record; it has a "step". A full disk is not worth a run: the record is dropped, with a warning on the error stream."""
+        """Append one record; it has a "step".
+
+        A full disk is not worth a run: the record is dropped, with a warning on the error stream.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file: file.write(json.dumps({"kind": kind, **record}) + "\n")
         except OSError as error: print(f"cannot write {self.path}: {error.strerror}", file=sys.stderr)
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records; a line that is none, because a process was killed or somebody wrote into the file, is passed over."""
+        """All whole records; a line that is none, because a process was killed or somebody wrote into the file, is
+        passed over.
+        """
         found = []
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             with contextlib.suppress(InputError): found.append(parse_json(decode_text(line)))
@@ -59,7 +65,8 @@ def palette_for(
 ) -> LabelSet:  # the kit's own for eight classes, else colours around the wheel
     """A label set to colour with, when none is given."""
     if n_classes == CELEBA8.n_classes: return CELEBA8
-    wheel = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3]) for i in range(n_classes - 1)]
+    wheel = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
+             for i in range(n_classes - 1)]
     return LabelSet(f"{n_classes} classes", tuple(f"class {i}" for i in range(n_classes)), ((0, 0, 0), *wheel))
 
 
@@ -83,9 +90,11 @@ def snapshot_grid(
     threshold: float = 0.9,
 ) -> np.ndarray:  # (B * H, 4 * W, 3) uint8: picture, annotator, annotator where sure, segmenter
     """The pictures with what the two networks say of them."""
-    pictures = ((images.detach().float().cpu().permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    pictures = ((images.detach().float().cpu().permute(0, 2, 3, 1).clamp(-1, 1) + 1)
+                * 127.5).round().to(torch.uint8).numpy()
     first, second = [np.array(colourise(p.detach().cpu().argmax(1), labels)) for p in (annotator, segmenter)]
-    return np.concatenate(np.concatenate([pictures, first, sure_labels(annotator, labels, threshold), second], axis=2), axis=0)
+    return np.concatenate(np.concatenate([pictures, first, sure_labels(annotator, labels, threshold), second], axis=2),
+                          axis=0)
 
 
 def save_picture(path: str | Path, picture: np.ndarray) -> None:
@@ -102,13 +111,17 @@ class TensorBoard:
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error: raise InputError(f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False") from error
+        except ImportError as error:
+            raise InputError(
+                f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False"
+            ) from error
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, kind: str, record: Mapping[str, Any]) -> None:
         """The numbers of a record, as scalars named kind/name."""
         for name, value in record.items():
-            if isinstance(value, int | float) and name != "step": self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def add_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """(H, W, 3) uint8."""
@@ -206,7 +219,8 @@ class Estimate:
         stages = "; ".join(f"{name}: {n} steps of {each:.3g} s" for name, (n, each) in self.steps.items())
         memory = "unknown" if self.peak_bytes is None else f"{self.peak_bytes / 2**20:.0f} MiB beside {self.resting}"
         disk = "" if self.free_bytes is None else f", {self.free_bytes / 2**30:.1f} GiB are free"
-        return f"{duration(self.seconds)} ({stages}); memory {memory}; a checkpoint takes {self.checkpoint_bytes / 2**20:.1f} MiB{disk}"
+        return (f"{duration(self.seconds)} ({stages}); memory {memory}; a checkpoint takes "
+                f"{self.checkpoint_bytes / 2**20:.1f} MiB{disk}")
 
     @property
     def resting(self) -> str:

@@ -205,12 +205,13 @@ def test_an_aligned_warm_start_names_what_the_segmenter_hardly_finds():
 
 def test_an_estimate_leaves_no_factors_behind(monkeypatch):
     """A long run tells its estimate first; the segmenter that this measures with is not the one to align."""
+    import lagm.training as training
     import lagm.training_loop as training_loop
 
     seen = []
     monkeypatch.setattr(training, "alignment", lambda *given: seen.append(alignment(*given)) or seen[-1])
     plain = run(FAST)
     assert len(seen) == 1
-    monkeypatch.setattr(training, "LONG", 1)
+    monkeypatch.setattr(training_loop, "LONG", 1)
     told = train_lagm(ToyGenerator(), *networks(), *labelled(), FAST, progress=True)
     assert same(plain, told) and len(seen) == 3 and torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])

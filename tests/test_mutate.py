@@ -26,11 +26,11 @@ def test_a_text_that_is_gone_is_said(monkeypatch, capsys):
 
 def test_a_mistake_is_caught_and_one_without_effect_survives(monkeypatch, capsys):
     """With a stand-in for pytest: the copy is changed, the checkout is not."""
-    row = next(row for row in mutate.ROWS if row.module == "training" and "math.pi" in row.old)
+    row = next(row for row in mutate.ROWS if row.module == "training_recipe" and "math.pi" in row.old)
     before, seen = mutate.source(row).read_bytes(), []
 
     def fake(run, copy):
-        seen.append("math.pi * (step + 1)" in (copy / "lagm" / "training.py").read_text(encoding="utf-8"))
+        seen.append("math.pi * (step + 1)" in (copy / "lagm" / "training_recipe.py").read_text(encoding="utf-8"))
         return not (seen[-1] and catches)
 
     monkeypatch.setattr(mutate, "passes", fake)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import CLASSES, FAST, PAPER, ToyGenerator, labelled, networks, run, same
+from test_training import CLASSES, PAPER, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
 from lagm.models_annotator import FPNAnnotator

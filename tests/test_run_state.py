@@ -12,13 +12,13 @@ from test_training import CLASSES, FAST, PAPER, RECIPES, SIZE, ToyGenerator, lab
 from torch import nn
 
 import lagm.training_checkpoints as run_state
-import lagm.training as training
-from lagm.models_annotator import FPNAnnotator
+import lagm.training_loop as training_loop
 from lagm.core import InputError, load_tensors, save_tensors
+from lagm.models_annotator import FPNAnnotator
+from lagm.training import estimate_lagm, estimate_supervised, train_lagm, train_supervised
 from lagm.training_checkpoints import (
     CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states)
-from lagm.training import estimate_lagm, estimate_supervised, train_lagm, train_supervised
-from lagm.training_loop import Diverged, Loop
+from lagm.training_loop import Diverged
 from lagm.training_recipe import get_recipe
 from lagm.training_state import TrainState
 from lagm.watching import Estimate, MetricsLog, Watch, Watcher, palette_for, snapshot_grid
@@ -262,15 +262,15 @@ def test_watched_runs_leave_the_same_numbers_when_resumed(tmp_path, monkeypatch)
     whole, pictures = watched("whole")
     kinds = [json.loads(line)["kind"] for line in whole.splitlines()]
     assert kinds.count("losses") == 4 and kinds.count("validation") == 3 and "cosines" in kinds and pictures == ["00000006.png", "00000012.png"]
-    advance, calls = Loop.advance, [0]
+    advance, calls = training_loop.advance, [0]
 
-    def dies(self, bar):
+    def dies(loop, bar):
         calls[0] += 1
         if calls[0] == 10: raise RuntimeError("dies")
-        advance(self, bar)
+        advance(loop, bar)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dies"):
-        patch.setattr(Loop, "advance", dies)
+        patch.setattr(training_loop, "advance", dies)
         watched("killed")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file: file.write('{"kind": "los')
     assert watched("killed") == (whole, pictures)
@@ -302,7 +302,7 @@ def test_an_estimate_leaves_no_trace(tmp_path):
 
 
 def test_a_long_run_says_its_estimate_first(capsys, monkeypatch):
-    monkeypatch.setattr(training, "LONG", 3)
+    monkeypatch.setattr(training_loop, "LONG", 3)
     train_lagm(ToyGenerator(), *networks(), *labelled(), get_recipe("paper", steps=3), progress=True)
     printed = "".join(capsys.readouterr())
     assert "estimate: " in printed and "3 steps of" in printed and "loss_gm" in printed

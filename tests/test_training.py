@@ -27,6 +27,7 @@ from lagm.core import InputError, load_tensors
 from lagm.data_augment import Augment
 from lagm.models_annotator import FPNAnnotator
 from lagm.ops_convolutions import can_winograd
+from lagm.ops_winograd import can_compile
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.training import train_lagm, train_supervised
 from lagm.training_batches import LabelledBatches, SyntheticBatch, balanced_weights
@@ -35,9 +36,7 @@ from lagm.training_loop import Diverged
 from lagm.training_recipe import Recipe, get_recipe
 from lagm.training_state import TrainState
 from lagm.training_steps import matching_step
-from lagm.ops_winograd import can_compile
 from lagm import training_loop
-from lagm import training
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES, SIZE = 4, 16
