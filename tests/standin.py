@@ -12,7 +12,7 @@ from torchvision.models import resnet101
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from lagm.datasets import CGPART_MODELS
-from lagm.data_pascal import prepare_pascal
+from lagm.data_prepare_pascal import prepare_pascal
 from lagm.sources import CHECKPOINTS
 from lagm.stylegan1 import StyleGAN1
 from lagm.stylegan2 import StyleGAN2

@@ -13,7 +13,7 @@ from lagm.core import InputError
 from lagm.folders import Folder
 from lagm.generator import check_names
 from lagm.data_label_studio import import_label_studio
-from lagm.data_pascal import listed
+from lagm.data_prepare_pascal import listed
 from lagm.stylegan2 import StyleGAN2
 from lagm.training import get_recipe
 from PIL import Image

@@ -17,7 +17,7 @@ from lagm.folders import Folder, read_classes
 from lagm.evaluation_folds import read_test_folder
 from lagm.data_labels import LabelSet
 from lagm.data_pascal_boxes import crowded, overlap, usable_boxes
-from lagm.data_pascal import listed
+from lagm.data_prepare_pascal import listed
 from lagm.data_images import by_name, list_files, read_image, read_pair, save_mask
 from lagm.predict import list_pictures, predict_folder
 from lagm.stages import read_labelled
