@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lagm.core as core
-import lagm.evaluation_metrics as evaluation
+import lagm.evaluation_intervals as evaluation
 import lagm.fetch as fetching
 from lagm.data_augment import Augment
 from lagm.convolutions import FastConvolutions
