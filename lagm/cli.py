@@ -232,7 +232,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     pascal.add_argument("--step", choices=("all", "parse", "copy", "crop"), default="all", help="one step only; parse alone reads every annotation")
     pascal.add_argument("--minpx", type=at_least_one, metavar="N", help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
     pascal.add_argument("--workers", type=at_least_one, metavar="N", help="processes (default: one per core)")
-    pascal.set_defaults(command=_call("pascal", "prepare_command"))
+    pascal.set_defaults(command=_call("data_prepare_pascal", "prepare_command"))
 
     for name, text in (("coco", "COCO instances or panoptic, a JSON file"), ("cvat", "CVAT 'Segmentation mask 1.1', the zip or a folder"), ("label-studio", "Label Studio, a JSON export")):
         tool = kinds.add_parser(name, help=f"a folder of your own from {text}", description=f"Make images/, masks/ and classes.txt from {text}.")
@@ -242,7 +242,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
         if name == "coco": tool.add_argument("--panoptic", metavar="FOLDER", help="panoptic annotations: the folder of their PNGs")
         if name == "label-studio": tool.add_argument("--classes", nargs="+", metavar="NAME", help="the classes after the background, in order (default: alphabetical)")
         tool.add_argument("--only-labelled", action="store_true", help="leave pictures without labels behind (default: they come along)")
-        tool.set_defaults(command=_call("importers", "import_command"))
+        tool.set_defaults(command=_call("data_importers", "import_command"))
 
     fetch = commands.add_parser("fetch", help="download checkpoints and data", description="Download what may be downloaded, check it, and put it in its place. Licence and size are shown first.")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="what to get; none: list what there is")

@@ -33,7 +33,7 @@ _UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeErr
 
 
 def _content_hash(array: np.ndarray) -> str:
-    """SHA-256 of an array's type, shape and values, as `lagm.data_avatars.array_hash` wrote it."""
+    """SHA-256 of an array's type, shape and values, as `lagm.data_draw_avatars.array_hash` wrote it."""
     return sha256(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 

@@ -71,18 +71,9 @@ class Cached(Dataset):
         transforms: Callable | None = None,  # (image, mask) -> (image, mask)
         in_memory: bool = True,  # False: on disk only
     ):
-        if getattr(dataset, "transforms", None) is not None:
-            raise InputError("the data set to be cached has transforms; give them to Cached instead, or their first "
-                             "result would be kept")
-        if folder is not None and not hasattr(dataset, "sources"):
-            raise InputError(f"{type(dataset).__name__} cannot say which files its items are made of, so it can be "
-                             "cached in memory only")
-        self.dataset, self.folder, self.transforms, self.in_memory = (
-            dataset,
-            Path(folder) if folder is not None else None,
-            transforms,
-            in_memory,
-        )
+        _check_cachable(dataset, folder)
+        self.dataset, self.transforms, self.in_memory = dataset, transforms, in_memory
+        self.folder = None if folder is None else Path(folder)
         self.hits = {"memory": 0, "disk": 0, "decoded": 0}
         self._items: dict[int, dict[str, Tensor]] = {}
 
@@ -101,28 +92,45 @@ class Cached(Dataset):
         if index in self._items:
             self.hits["memory"] += 1
             return self._items[index]
-        packed = self._from_disk(index) if self.folder is not None else self._decoded(index)
+        packed = self._made(index)
         if self.in_memory:
             self._items[index] = packed
         return packed
 
-    def _decoded(self, index: int) -> dict[str, Tensor]:
-        self.hits["decoded"] += 1
-        return pack(*self.dataset[index])
-
-    def _from_disk(self, index: int) -> dict[str, Tensor]:
-        key = item_key(self.dataset, index)
-        path = self.folder / key[:2] / f"{key}.safetensors"
-        if path.is_file():
-            try:
-                packed, header = load_tensors(path)
-                if header.get("format") == FORMAT and _is_item(packed):
-                    self.hits["disk"] += 1
-                    return packed
-            except InputError: pass  # damaged: decoded again, and replaced
-        packed = self._decoded(index)
-        save_tensors(path, packed, {"format": FORMAT, "settings": self.dataset.settings()})
+    def _made(self, index: int) -> dict[str, Tensor]:
+        """An item from disk, or else decoded and put there."""
+        path = None if self.folder is None else _place(self.folder, item_key(self.dataset, index))
+        packed = None if path is None else _from_disk(path)
+        self.hits["decoded" if packed is None else "disk"] += 1
+        if packed is not None: return packed
+        packed = pack(*self.dataset[index])
+        if path is not None:
+            save_tensors(path, packed, {"format": FORMAT, "settings": self.dataset.settings()})
         return packed
+
+# %% ../nbs/components/16_cache.ipynb #9308b6c8
+def _check_cachable(dataset: Dataset, folder: str | Path | None) -> None:
+    """Raise `InputError` for a data set with transforms, or one whose files are unknown, if there is a folder."""
+    if getattr(dataset, "transforms", None) is not None:
+        raise InputError("the data set to be cached has transforms; give them to Cached instead, or their first "
+                         "result would be kept")
+    if folder is not None and not hasattr(dataset, "sources"):
+        raise InputError(f"{type(dataset).__name__} cannot say which files its items are made of, so it can be "
+                         "cached in memory only")
+
+
+def _place(folder: Path, key: str) -> Path:
+    """Where the item of a key is kept."""
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def _from_disk(path: Path) -> dict[str, Tensor] | None:
+    """The item in a file; None if there is none, or if it is damaged: it is decoded again then, and replaced."""
+    if not path.is_file(): return None
+    try:
+        packed, header = load_tensors(path)
+    except InputError: return None
+    return packed if header.get("format") == FORMAT and _is_item(packed) else None
 
 
 def _is_item(packed: dict[str, Tensor]) -> bool:

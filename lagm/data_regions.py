@@ -106,7 +106,7 @@ def _outline(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     across = np.trunc(np.where(flat, first[:, 1], first[:, 0])[side] + slope[side] * step + 0.5).astype(np.int64)
     return np.where(flat[side], along, across), np.where(flat[side], across, along)
 
-
+# %% ../nbs/components/15_regions.ipynb #e46d8df7
 def _polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
     """The runs of one polygon (n, 2) of pixel coordinates."""
     x, y = _outline(points)
@@ -127,7 +127,10 @@ def polygon_runs(
     width: int,  # of the picture
     height: int,
 ) -> np.ndarray:  # (n, 2) int64
-    """The runs of COCO polygons; `InputError` unless each has three points or more, near the picture, one in it."""
+    """The runs of COCO polygons.
+
+    Raises `InputError` unless each has three points or more, near the picture, one of them in it.
+    """
     if not isinstance(polygons, list) or not polygons: raise InputError("it has no polygons")
     pieces, inside = [], False
     for polygon in polygons:
@@ -136,8 +139,7 @@ def polygon_runs(
         if len(polygon) < 6 or len(polygon) % 2:
             raise InputError(f"one of its polygons has {len(polygon)} numbers; three points or more need an even "
                              "number from 6 on")
-        sides = (width, height)
-        pairs = zip(polygon, sides * (len(polygon) // 2))
+        pairs = zip(polygon, (width, height) * (len(polygon) // 2))
         points = [number(value, "a coordinate of a polygon", -side, 2 * side) for value, side in pairs]
         points = np.array(points).reshape(-1, 2)
         inside |= bool((points.max(0) > 0).all() and (points.min(0) < (width, height)).all())
@@ -163,7 +165,7 @@ def unpack_counts(
     if shift: raise InputError("its packed run lengths are cut off")
     return counts
 
-
+# %% ../nbs/components/15_regions.ipynb #951d90ec
 def run_length_runs(
     counts: Any,  # from a file: a list of run lengths, or their packed form
     width: int,  # of the picture
@@ -185,7 +187,10 @@ def unpack_brush(
     height: int,
     width: int,
 ) -> np.ndarray:  # (H, W) bool
-    """Decode a brush region; `InputError` if it holds other things than bytes, is cut off, or of another size."""
+    """Decode a brush region.
+
+    Raises `InputError` if it holds other things than bytes, is cut off, or of another size.
+    """
     if not isinstance(values, list | tuple | np.ndarray):
         raise InputError(f"its brush strokes are {shown(values)}, not a list of bytes")
     if isinstance(values, np.ndarray):
@@ -253,7 +258,7 @@ def _turned(kind: str, box: tuple[float, float, float, float], degrees: float, w
     if kind == "rectangle": return (0 <= along) & (along < wide) & (0 <= across) & (across < high)
     return (along / max(wide, 1e-9)) ** 2 + (across / max(high, 1e-9)) ** 2 <= 1
 
-
+# %% ../nbs/components/15_regions.ipynb #bde6d0ec
 def _percent_polygon(points: Any, width: int, height: int) -> list[tuple[float, float]]:
     """The points of a polygon for PIL's pixels; `InputError` unless there are three or more, near the picture."""
     pairs = isinstance(points, list) and all(isinstance(point, list) and len(point) == 2 for point in points)
@@ -272,7 +277,10 @@ def percent_shape(
     height: int,
     width: int,
 ) -> np.ndarray:  # (H, W) bool
-    """Draw one of Label Studio's shapes; `InputError` if it is not closed, has no size, or lies outside the picture."""
+    """Draw one of Label Studio's shapes.
+
+    Raises `InputError` if it is not closed, has no size, or lies outside the picture.
+    """
     canvas = Image.new("1", (width, height))
     if kind == "polygon":
         if value.get("closed") is False: raise InputError("its polygon is not closed")
@@ -292,7 +300,7 @@ def percent_shape(
     if outside: raise InputError(f"its {kind} lies outside the picture, or covers none of its pixels")
     return mask
 
-
+# %% ../nbs/components/15_regions.ipynb #b1f11509
 def _upright(kind: str, box: tuple[float, float, float, float], canvas: Image.Image) -> np.ndarray:
     """As `_turned`, by 0 degrees."""
     (x, y, wide, high), draw = box, ImageDraw.Draw(canvas)

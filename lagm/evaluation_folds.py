@@ -67,7 +67,7 @@ class CrossValidation:
     def __str__(self) -> str:
         return f"mIoU {100 * self.mean:.2f} +- {100 * self.std:.2f}"
 
-
+# %% ../nbs/components/72_folds.ipynb #6aa45a90
 def cross_validate(
     names: Sequence[str],  # of the n test pictures
     counts: Tensor,  # (checkpoints, n, C, C): of each checkpoint and picture, in the order of `names`
@@ -79,8 +79,10 @@ def cross_validate(
         raise InputError(f"the counts have shape {tuple(counts.shape)}; for {len(names)} pictures they must be "
                          f"(checkpoints, {len(names)}, C, C)")
     place, first, results = {name: i for i, name in enumerate(names)}, max(0, len(counts) - last), []
+
     def miou(checkpoints: Tensor, chosen: list[str]) -> Tensor:
         return scores(checkpoints[:, [place[name] for name in chosen]].sum(1), "miou")
+
     for fold in make_folds(names, n_folds):
         on_fold = miou(counts[first:], fold.selection).numpy()
         best = int(np.argmax(on_fold))
@@ -90,13 +92,24 @@ def cross_validate(
     return CrossValidation(results, float(tests.mean()), float(tests.std()))
 
 # %% ../nbs/components/72_folds.ipynb #cc76b032
-def number_in(name: str) -> int:
-    """The last number in a file name (without its extension); `InputError` if there is none."""
+def number_in(
+    name: str,  # of a file
+) -> int:
+    """The last number in a file name, without its extension. Raises `InputError` if there is none."""
     found = re.findall(r"\d+", Path(name).stem)
     if not found: raise InputError(f"the file name {name!r} holds no number; pictures and labels are paired by it")
     return int(found[-1])
 
 
+def _by_number(paths: Sequence[Path]) -> dict[int, Path]:
+    """Files by the number in their name; `InputError` if two have the same."""
+    found: dict[int, Path] = {}
+    for path in paths:
+        other = found.setdefault(number_in(path.name), path)
+        if other != path: raise InputError(f"{other} and {path} have the same number; remove one")
+    return found
+
+# %% ../nbs/components/72_folds.ipynb #0bf512b0
 def _paired(folder: Path) -> list[tuple[Path, Path]]:
     """Pictures and labels of a folder, by the pictures' names; `InputError` unless each has just one partner."""
     if not folder.is_dir(): raise InputError(f"there are no pictures in {folder}: it is no folder")
@@ -112,15 +125,6 @@ def _paired(folder: Path) -> list[tuple[Path, Path]]:
     if lonely: raise InputError(f"there is no picture for the label {labels[lonely[0]].name} in {folder}")
     return sorted(((pictures[number], labels[number]) for number in pictures), key=lambda pair: pair[0].name)
 
-
-def _by_number(paths: Sequence[Path]) -> dict[int, Path]:
-    """Files by the number in their name; `InputError` if two have the same."""
-    found: dict[int, Path] = {}
-    for path in paths:
-        other = found.setdefault(number_in(path.name), path)
-        if other != path: raise InputError(f"{other} and {path} have the same number; remove one")
-    return found
-
 # %% ../nbs/components/72_folds.ipynb #c74787e9
 @dataclass(frozen=True)
 class TestFolder:
@@ -130,7 +134,7 @@ class TestFolder:
     images: Tensor  # (n, 3, H, W) in [-1, 1]
     masks: Tensor  # (n, H, W) int64
 
-
+# %% ../nbs/components/72_folds.ipynb #6326f637
 def read_test_folder(
     folder: str | Path,
     # height and width to resize to (pictures bicubic, labels nearest); None: as they are, if all are alike
@@ -164,7 +168,7 @@ def sorted_checkpoints(
     if not found: raise InputError(f"there are no checkpoints {pattern} in {folder}")
     return found[-last:]
 
-
+# %% ../nbs/components/72_folds.ipynb #4b7920d6
 def five_folds(
     checkpoints: Sequence[Any],  # in the order of training: paths, or whatever `load` takes
     load: Callable[[Any], nn.Module],  # gives the segmenter of a checkpoint

@@ -37,7 +37,6 @@ from .training import check_labelled, train_lagm
 from .training_checkpoints import digest, forced, generator_digest, set_aside
 from .training_loop import Trained, check_options
 from .training_recipe import FAST, Recipe
-from .inversion import Inverted
 
 # %% ../nbs/components/69_inversion.ipynb #7b1af4d9
 class StyleSpace:

@@ -15,7 +15,8 @@ from PIL import Image
 from test_folders import brush
 from test_regions import data_url
 
-from lagm import cli, importers
+from lagm import cli
+from lagm.data_import_folder import _new_names
 from lagm.core import InputError
 from lagm.folders import Folder
 from lagm.data_coco import import_coco
@@ -209,7 +210,7 @@ def test_names_of_one_stem_in_one_folder(tmp_path):
     done = coco_of(tmp_path, ["a.png"])
     assert done.names == ["a_png"] and done.unlabelled == ["A_bmp"] and "a.jpg" in str(done)
     pictures(tmp_path / "more", "d/a.png", "e/a.png", "d_a.png", "d/A.PNG" if sys.platform == "linux" else "d/b.png")
-    assert len({name.casefold() for name in importers._new_names(Pictures(tmp_path / "more").paths).values()}) == 4
+    assert len({name.casefold() for name in _new_names(Pictures(tmp_path / "more").paths).values()}) == 4
 
 
 def test_a_picture_turned_by_its_header(tmp_path):
@@ -779,7 +780,7 @@ def test_an_import_that_fails_changes_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "mask.png")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
-        patch.setattr(importers, "save_mask", full)
+        patch.setattr(sys.modules[_new_names.__module__], "save_mask", full)
         import_coco(tmp_path / "x.json", tmp_path / "img", tmp_path / "new" / "out")
     (tmp_path / "x.json").unlink()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

@@ -10,7 +10,7 @@ import torch
 from lagm import core
 from lagm.core import InputError
 from lagm.data_label_studio import import_label_studio
-from lagm.data_pascal_annotations import listed
+from lagm.data_prepare_pascal import listed
 from lagm.folders import Folder
 from lagm.generators_load import read_generator
 from lagm.generators_stylegan2 import StyleGAN2

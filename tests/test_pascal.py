@@ -12,9 +12,9 @@ from PIL import Image
 from lagm import cli
 from lagm.core import InputError
 from lagm.data_pascal import PascalPart
-from lagm.data_pascal_annotations import (
-    N_LABELLED, Unusable, _write_lists, cut_square, decode_mask, encode_mask, labelled_share, overlap, paint_parts,
-    part_presence, prepare_pascal, read_annotation, read_boxes, square_around, usable_boxes)
+from lagm.data_pascal_boxes import cut_square, overlap, read_boxes, square_around, usable_boxes
+from lagm.data_pascal_files import Unusable, decode_mask, encode_mask, paint_parts, read_annotation
+from lagm.data_prepare_pascal import N_LABELLED, _write_lists, labelled_share, part_presence, prepare_pascal
 
 scipy_io = pytest.importorskip("scipy.io")
 pytest.importorskip("pycocotools")

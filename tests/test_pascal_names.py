@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lagm.core import InputError
-from lagm.data_pascal_annotations import (
-    Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes)
+from lagm.data_pascal_boxes import read_boxes
+from lagm.data_pascal_files import Unusable, decode_mask, encode_mask
+from lagm.data_prepare_pascal import Report, copy_one, listed, prepare_pascal
 from lagm.data_regions import unpack_counts
 
 pytest.importorskip("scipy.io")

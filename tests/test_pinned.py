@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lagm.core as core
-import lagm.evaluation_metrics as evaluation
 import lagm.download_transfer as fetching
+import lagm.evaluation_intervals as evaluation
 from lagm.core import random_generator
 from lagm.data_augment import Augment
 from lagm.downstream import change_batch

@@ -24,7 +24,8 @@ from lagm.core import InputError
 from lagm.data import Avatars, _content_hash
 from lagm.data_datasetgan import read_array_mask
 from lagm.data_images import read_image, read_mask
-from lagm.data_pascal_annotations import Unusable, read_annotation, read_boxes, unpacked_mat
+from lagm.data_pascal_boxes import read_boxes
+from lagm.data_pascal_files import Unusable, read_annotation, unpacked_mat
 from lagm.evaluation_folds import read_test_folder
 from lagm.shards import SyntheticDataset, add_to_tar, png
 from lagm.sources import array_problem
@@ -254,7 +255,7 @@ def test_little_memory(tmp_path):
     code = """if True:
         import resource, sys
         from lagm.data_datasetgan import read_array_mask
-        from lagm.data_pascal_annotations import read_annotation
+        from lagm.data_pascal_files import read_annotation
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 2**40
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
         for reader, name in ((read_array_mask, "image_mask1.npy"), (read_annotation, "a.mat")):

@@ -17,7 +17,8 @@ from lagm.data_datasetgan import DatasetGAN, read_array_mask
 from lagm.data_images import by_name, list_files, read_image, read_pair, save_mask
 from lagm.data_labels import LabelSet
 from lagm.data_pascal import PascalPart
-from lagm.data_pascal_annotations import crowded, listed, overlap, usable_boxes
+from lagm.data_pascal_boxes import crowded, overlap, usable_boxes
+from lagm.data_prepare_pascal import listed
 from lagm.evaluation_folds import read_test_folder
 from lagm.evaluation_predict import list_pictures, predict_folder
 from lagm.folders import Folder, read_classes
