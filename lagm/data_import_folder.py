@@ -317,16 +317,6 @@ def _write(work: Import, made: Path, only_labelled: bool) -> None:
         done.notes.append(f"not taken along, as asked for: {behind} pictures without labels")
     write_classes(made, work.labels)
 
-
-def finish_import(work: Import, records: Iterable[Record], only_labelled: bool, least: int) -> Imported:
-    """Write the folder, if it has `least` labelled pictures; after an error its place is as it was."""
-    work.claim(records)
-    with work_folder(work.done.root) as folder:
-        _write(work, folder / "made", only_labelled)
-        if len(work.done.names) >= least:
-            _publish(folder / "made", work.done.root)
-    return work.done
-
 # %% ../nbs/components/15_import_folder.ipynb #d57a9259
 def finish_import(
     work: Import,

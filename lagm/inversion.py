@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start', 'descend',
-           'read_kept', 'keep', 'invert', 'Inverted', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
+           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
            'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../nbs/components/69_inversion.ipynb #4dac90e8
@@ -191,39 +191,6 @@ def keep(path: Path | None, kind: str, identity: dict[str, Any], tensors: dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors, {"kind": kind, "format_version": 1, "identity": identity})
 
-# %% ../nbs/components/69_inversion.ipynb #d74ee896
-def invert(
-    generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
-    images: Tensor,  # (n, 3, H, W) in [-1, 1]
-    plan: Inversion = Inversion(),
-    *,
-    seed: int = 0,  # of the random latents to start from
-    wide: bool = False,  # the pictures are like the central 4:3 band of generated ones
-    folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped inversion goes on
-    progress: bool = True,
-) -> Inverted:
-    """Latents in W+ for which the generator draws these pictures, picture by picture.
-
-    Raises `InputError` for a generator without style vectors, for what are no pictures, and if the folder holds
-    another run's.
-    """
-    check_pictures(images, "labelled")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise InputError(f"the pictures to invert have shape {tuple(images.shape)}; give (n, 3, H, W), n of 1 or more")
-    space, path = StyleSpace(generator, seed), Path(folder) / "inversion.safetensors" if folder else None
-    identity = dataclasses.asdict(plan) | {"seed": seed, "wide": wide, "pictures": digest([images]),
-                                           "generator": generator_digest(generator)}
-    v, losses = _found(path, read_kept(path, "inversion", identity), space, len(images), plan.steps)
-    points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
-    batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
-    hidden = not progress or not batches
-    with tqdm(total=len(batches) * plan.steps, disable=hidden, desc="inversion", dynamic_ncols=True) as bar:
-        for part in batches:
-            found = descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
-            v, losses = torch.cat([v, found[0]]), torch.cat([losses, found[1]])
-            keep(path, "inversion", identity, {"v": v, "losses": losses})
-    return _drawn(space, v, losses, plan.batch)
-
 # %% ../nbs/components/69_inversion.ipynb #15395d70
 @dataclass
 class Inverted:
@@ -257,6 +224,39 @@ def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted
     features = [torch.cat(maps) for maps in zip(*(part.features for part in parts))]
     check_generated(images, features)
     return Inverted(space.mean + space.spread * v, images, features, losses)
+
+# %% ../nbs/components/69_inversion.ipynb #d74ee896
+def invert(
+    generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]
+    plan: Inversion = Inversion(),
+    *,
+    seed: int = 0,  # of the random latents to start from
+    wide: bool = False,  # the pictures are like the central 4:3 band of generated ones
+    folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped inversion goes on
+    progress: bool = True,
+) -> Inverted:
+    """Latents in W+ for which the generator draws these pictures, picture by picture.
+
+    Raises `InputError` for a generator without style vectors, for what are no pictures, and if the folder holds
+    another run's.
+    """
+    check_pictures(images, "labelled")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        raise InputError(f"the pictures to invert have shape {tuple(images.shape)}; give (n, 3, H, W), n of 1 or more")
+    space, path = StyleSpace(generator, seed), Path(folder) / "inversion.safetensors" if folder else None
+    identity = dataclasses.asdict(plan) | {"seed": seed, "wide": wide, "pictures": digest([images]),
+                                           "generator": generator_digest(generator)}
+    v, losses = _found(path, read_kept(path, "inversion", identity), space, len(images), plan.steps)
+    points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
+    batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
+    hidden = not progress or not batches
+    with tqdm(total=len(batches) * plan.steps, disable=hidden, desc="inversion", dynamic_ncols=True) as bar:
+        for part in batches:
+            found = descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
+            v, losses = torch.cat([v, found[0]]), torch.cat([losses, found[1]])
+            keep(path, "inversion", identity, {"v": v, "losses": losses})
+    return _drawn(space, v, losses, plan.batch)
 
 # %% ../nbs/components/69_inversion.ipynb #ea4b9739
 @dataclass(frozen=True)
