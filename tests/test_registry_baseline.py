@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,45 +14,6 @@ from lagm.baselines import BASELINES, Baseline, with_numbers
 from lagm.core import InputError
 from lagm.inversion import HandsOff, Inversion
 
-CODE = '''
-from dataclasses import dataclass
-
-import torch
-
-from lagm.baselines import Baseline
-from lagm.rivals import Batches, labelled_step, run_stages, set_up
-from lagm.training_recipe import FAST, SUPERVISED_FIELDS
-from lagm.training_state import Stage
-
-
-@dataclass(frozen=True)
-class Mirror:
-    weight: float = 1.0
-    members: int = 1  # a number that the comparison sets for all who have it
-
-
-def train_mirror(segmenter, generator, images, masks, *, setting=Mirror(), recipe=FAST, seed=0, device="cpu",
-                 folder=None, **options):
-    """Learn from labelled pictures, those of the second half of the steps mirrored."""
-    players = set_up(train_mirror, SUPERVISED_FIELDS, segmenter, images, masks, recipe, device, options)
-    batches = Batches(players, generator, images, masks, seed, 2)
-    assert batches.generated(0, "mirror").shape[1] == 3 and setting.members == 3
-
-    def step(number):
-        def flipped(part): return tuple(tensor.flip(-1) for tensor in batches.labelled(number, "mirror")(part))
-        return labelled_step(players, flipped)
-
-    stage = Stage("mirror", recipe.steps, step, {"segmenter": recipe.lr_segmenter * setting.weight}, averaged=True)
-    (folder / "mirror.txt").parent.mkdir(exist_ok=True)
-    (folder / "mirror.txt").write_text(repr(setting))
-    return run_stages(players, [stage], repr(setting), images, masks, seed, **options)
-
-
-mirror = Baseline("mirror", "labelled pictures in a mirror", train_mirror, Mirror(), warm_up="none", steps=7)
-no_finish = Baseline("mirror, alone", "the same", train_mirror, Mirror(), warm_up="none", finish="none")
-nothing = 7
-'''
-
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -58,7 +21,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "path"
     (folder / "other_rivals").mkdir(parents=True)
     (folder / "other_rivals" / "__init__.py").write_text("")
-    (folder / "other_rivals" / "table.py").write_text(CODE)
+    shutil.copy(Path(__file__).with_name("outside_rival.py"), folder / "other_rivals" / "table.py")
     monkeypatch.syspath_prepend(folder)
     return folder
 
