@@ -281,7 +281,8 @@ def downstream_loop(
     check_pairs(data, segmenter, this_process()[1], recipe.batch)
     if validation is not None: check_pictures(validation[0], "validation")
     segmenter_options(segmenter)  # `InputError` for a network that cannot be saved
-    labels, place, size = labels or getattr(data, "labels", None), folder and Path(folder), data[0][0].shape[-2:]
+    labels, place = labels or getattr(data, "labels", None), Path(folder) if folder else None
+    height, width = data[0][0].shape[-2:]
     state = TrainState(segmenter, None, compute_recipe(recipe, this_process()[1]), choose_device(device))
     batches = PairBatches(data, recipe, seed, state.device, workers)
     steps = batches.per_epoch
@@ -293,15 +294,16 @@ def downstream_loop(
     stage = Stage("downstream", recipe.epochs * steps, learn, {"segmenter": recipe.lr}, fused=False)
     options = RunOptions(checkpoint=place and place / "state.safetensors", checkpoint_every=steps, keep=1,
                          record_every=1, progress=progress, explode_at=math.inf, labels=labels)
-    facts = {"labels": labels, "size": list(size), "training": identity.header()}
+    facts = {"labels": labels, "size": [height, width], "training": identity.header()}
     epochs = Epochs(steps, recipe, validation, place, facts)
-    return Loop(state, [stage], identity, options, size=tuple(size), appointments=[epochs])
+    return Loop(state, [stage], identity, options, size=(height, width), appointments=[epochs])
 
 # %% ../nbs/components/64_downstream.ipynb #0ae30638
 def make_room(loop: Loop) -> None:
     """`InputError` if a folder holds another run; as `forced` allows, that run is set aside with its networks."""
-    path = loop.options.checkpoint
-    if path is None or not path.exists(): return
+    if loop.options.checkpoint is None: return
+    path = Path(loop.options.checkpoint)
+    if not path.exists(): return
     with checkpoint_lock(path):
         try: check_same_run(loop.writer, load_tensors(path, names=())[1], path)
         except InputError:
@@ -337,8 +339,8 @@ def train_downstream(
     A submodule in eval mode while the network is in train mode, a frozen batch norm, stays so. Raises `InputError` on
     what does not fit together, `Diverged` if the loss is not finite, `CheckpointError` if the result cannot be written.
     """
-    options = dict(data=data, recipe=recipe, folder=folder, validation=validation, labels=labels, seed=seed,
-                   workers=workers, progress=progress)
+    options: dict[str, Any] = dict(data=data, recipe=recipe, folder=folder, validation=validation, labels=labels,
+                                   seed=seed, workers=workers, progress=progress)
     check_pairs(data, segmenter, processes, recipe.batch)
     if processes > 1 and folder is None:
         raise InputError("several processes hand over their result by a file; give a folder")
