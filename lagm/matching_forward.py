@@ -95,8 +95,11 @@ class SyntheticPass:
         loss, parameters = soft_cross_entropy(self.log_probs, labels.detach()), named_parameters(self.segmenter, names)
         return list(torch.autograd.grad(loss, parameters, retain_graph=keep_graph)), loss.detach()
 
-    def directional_derivative(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """J_v[log softmax S(x)], (B, C, H, W), by replay of the tape, once, or by dual numbers."""
+    def directional_derivative(
+        self,
+        direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
+    ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
+        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers."""
         tape, self.tape = self.tape, None  # what it holds is let go
         if tape is not None:
             try: return tape.tangent(direction, self.log_probs)
