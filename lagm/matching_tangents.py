@@ -322,8 +322,12 @@ class Tape(TorchDispatchMode):
         if packet in SAVE_RESULT: self.expected = _key(results[0])
         self.records.append((inputs, number, RULES[packet](operation, arguments, keywords, result)))
 
-    def tangent(self, direction: Mapping[str, Tensor], result: Tensor) -> Tensor:
-        """How `result`, of the recorded pass, changes when the parameters move along `direction`; see `NoTangent`."""
+    def tangent(
+        self,
+        direction: Mapping[str, Tensor],  # parameter name -> tensor of its shape; the others stand still
+        result: Tensor,  # of the recorded pass
+    ) -> Tensor:  # of the result's shape
+        """How the result changes when the parameters move along `direction`; raises `NoTangent`."""
         return _replay(self, direction, self.numbers.known.get(_key(result)), result)
 
 # %% ../nbs/components/48_tangents.ipynb #24dbac9d

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .data_checks import check_pictures
 from .finishing import anchor_labels, finish_step
 from .data_labels import IGNORE
 from .segmenters import matched_parameter_names
-from .training_batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts
+from .training_batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
 from .training_checkpoints import Identity, data_digest, generator_digest
 from .training_loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
 from .training_processes import check_shares, launch
@@ -96,7 +96,7 @@ def supervised_loop(
 
     stage = Stage("supervised", recipe.steps, learn, {"segmenter": recipe.lr_segmenter}, averaged=True)
     identity = Identity(recipe, seed, "supervised" + frozen_note(state), data_digest(images, masks))
-    return Loop(state, [stage], identity, options, size=tuple(images.shape[2:]), **changes)
+    return Loop(state, [stage], identity, options, size=size_of(images), **changes)
 
 # %% ../nbs/components/60_training.ipynb #b5fc211b
 def train_supervised(
@@ -133,11 +133,11 @@ def estimate_supervised(
     return supervised_loop(segmenter, images, masks, recipe, steps, **more).estimate()
 
 
-def run_or_estimate(loop: Loop, dry_run: bool, instead: str) -> Any:
+def run_or_estimate(loop: Loop, dry_run: bool, instead: str) -> Trained:
     """Run a loop; or, for callers of an older version, estimate it."""
     if not dry_run: return loop.run()
     warnings.warn(f"dry_run is deprecated; call {instead} instead", DeprecationWarning, stacklevel=3)
-    return loop.estimate()
+    return cast(Trained, loop.estimate())
 
 # %% ../nbs/components/60_training.ipynb #28176d98
 class Sources:
@@ -151,7 +151,7 @@ class Sources:
         masks: Tensor,
         seed: int,
     ):
-        recipe, size = state.recipe, tuple(images.shape[2:])
+        recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
         self.labelled = LabelledBatches(images, masks, recipe.batch_labelled // recipe.parts, seed, recipe.augment,
                                         state.device)
@@ -276,7 +276,7 @@ def lagm_loop(
     arm = ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights")
     arm += frozen_note(state)
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))
-    size = tuple(images.shape[2:])
+    size = size_of(images)
     to_show = SyntheticBatches(generator, 4, size, seed, None, recipe.wide_crop, state.arrange, recipe.clip)
     looks = [Signs(to_show, masks), Snapshots(lambda: to_show(0, "snapshot"))]
     return Loop(state, stages, identity, options, size=size, appointments=looks, **changes)
@@ -310,14 +310,14 @@ def train_lagm(
     `InputError` on inputs that do not fit together, a mistyped option or a checkpoint of another run, `Diverged` if a
     loss is not finite or explodes, `CheckpointError` if the last state cannot be written.
     """
-    arguments = (generator, annotator, segmenter, images, masks, recipe)
-    arm = dict(seed=seed, match=match, weigh_labels=weigh_labels)
-    loop = functools.partial(lagm_loop, *arguments, device=device, options=options, **arm, **changes)
     if processes != 1:
-        check_lagm(*arguments[1:], changes)
+        check_lagm(annotator, segmenter, images, masks, recipe, changes)
         check_processes(recipe, processes, run_options(options, changes))
-        launch(processes, train_lagm, arguments, device, recipe.precision, options=options, **arm, **changes)
-    return run_or_estimate(loop(), dry_run, "estimate_lagm")
+        launch(processes, train_lagm, (generator, annotator, segmenter, images, masks, recipe), device,
+               recipe.precision, seed=seed, match=match, weigh_labels=weigh_labels, options=options, **changes)
+    loop = lagm_loop(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device, match=match,
+                     weigh_labels=weigh_labels, options=options, **changes)
+    return run_or_estimate(loop, dry_run, "estimate_lagm")
 
 # %% ../nbs/components/60_training.ipynb #bc8e5a7c
 def estimate_lagm(
@@ -358,7 +358,7 @@ def finish_loop(
     stage = finish_stage(state, Sources(state, generator, images, masks, seed))
     arm = "finish" + ("" if annotator is None else " of matching") + frozen_note(state)
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))
-    return Loop(state, [stage], identity, options, size=tuple(images.shape[2:]), **changes)
+    return Loop(state, [stage], identity, options, size=size_of(images), **changes)
 
 # %% ../nbs/components/60_training.ipynb #1751d5df
 def train_finish(

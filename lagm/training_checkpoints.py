@@ -369,7 +369,8 @@ class CheckpointWriter:
     ):
         self.state, self.stages, self.identity = state, stages, identity
         self.checkpoints = Checkpoints(path, keep) if path else None
-        self.about, self.provenance = about or describe_run(state), None
+        self.about = about or describe_run(state)
+        self.provenance: dict[str, Any] | None = None
 
     def contents(self, step: int, history: History) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on, and what the run was made from."""
@@ -429,8 +430,9 @@ def resume(
     resume_from: str | Path | None = None,  # a checkpoint to begin with if the run has none of its own
 ) -> tuple[int, History] | None:  # step and history
     """Put the writer's state into its newest checkpoint; None if there is none. `InputError` if it is another run's."""
-    path, found = writer.checkpoints and writer.checkpoints.path, own_checkpoint(writer)
-    if found is None and resume_from:
-        path, found = resume_from, load_tensors(resume_from)
-        check_same_run(writer, found[1], path)
-    return None if found is None else restore_state(writer.state, writer.stages, *found, path)
+    found = own_checkpoint(writer)
+    if found and writer.checkpoints: return restore_state(writer.state, writer.stages, *found, writer.checkpoints.path)
+    if not resume_from: return None
+    found = load_tensors(resume_from)
+    check_same_run(writer, found[1], resume_from)
+    return restore_state(writer.state, writer.stages, *found, resume_from)

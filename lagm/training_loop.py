@@ -228,7 +228,8 @@ class Records:
 
     def __init__(self, watch: Watch | None):
         self.history: History = {"losses": [], "validation": [], "signs": []}
-        self.watch, self.watcher = watch, None
+        self.watch = watch
+        self.watcher: Watcher | None = None
 
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -279,7 +280,7 @@ class Signs(Appointment):
         found = self.look(loop.state)
         loop.records.note("signs", {**moment.record, **found})
         last, labels = moment.within + 1 > moment.stage.steps - every, loop.options.labels
-        said = warning_sign(found, labels and labels.classes) if last else ""
+        said = warning_sign(found, labels.classes if labels else None) if last else ""
         if said: warnings.warn(said, stacklevel=2)
 
     @torch.no_grad()

@@ -81,7 +81,8 @@ def match_by_double_backward(
     with state.passes():
         labels = synthetic.labels(state.networks["annotator"], state.label_weights)
         match = match_double_backward(state.segmenter, names, synthetic.images, labels, gradients_l,
-                                      state.recipe.metric, state.recipe.reduction, shared and shared.log_probs)
+                                      state.recipe.metric, state.recipe.reduction,
+                                      None if shared is None else shared.log_probs)
     return Matched(match.loss, match.loss_synthetic, match.gradients_s, lambda part: (labels, match.label_gradient))
 
 # %% ../nbs/components/54_training_steps.ipynb #7112243d
