@@ -161,10 +161,9 @@ def _check_ranges(ranges: Augment) -> None:
         low, high = getattr(ranges, name)
         if not 0 <= low <= high or (name == "scale" and low == 0):
             raise InputError(f"Augment.{name} is {(low, high)}: give a smallest and a largest positive factor")
-    if ranges.outside not in OUTSIDE:
-        raise InputError(f"Augment.outside is {ranges.outside!r}: choose one of {', '.join(OUTSIDE)}")
-    if ranges.soft_labels not in ("bilinear", "nearest"):
-        raise InputError(f"Augment.soft_labels is {ranges.soft_labels!r}: choose bilinear or nearest")
+    for name, known in (("outside", OUTSIDE), ("soft_labels", ("bilinear", "nearest"))):
+        if getattr(ranges, name) not in known:
+            raise InputError(f"Augment.{name} is {getattr(ranges, name)!r}: choose one of {', '.join(known)}")
 
 # %% ../nbs/book/07_augmentation.ipynb #2f5b55d5
 def wide_crop(

@@ -148,7 +148,7 @@ class Finder:
         stems: bool = False,  # they have no suffix
     ):
         self.pictures, self._look = pictures, pictures.stem if stems else pictures.at
-        self.dropped = self._common_folders([name for name in names if not is_from_elsewhere(name)])
+        self.dropped = _common_folders(self, [name for name in names if not is_from_elsewhere(name)])
 
     def _seen(self, name: str) -> Path | None:
         try: return self._here(name)
@@ -160,15 +160,6 @@ class Finder:
         first, *rest = inside(self.pictures.folder, name).relative_to(self.pictures.folder).parts
         if found or not rest or same_name(first) != same_name(self.pictures.folder.resolve().name): return found
         return self._look("/".join(rest))
-
-    def _common_folders(self, names: list[str]) -> int:
-        """How many folders all names begin with that are none here."""
-        parts = [PurePosixPath(same_name(name).replace("\\", "/")).parts for name in names]
-        if len(parts) < 2 or any(self._seen(name) for name in names): return 0
-        common = os.path.commonprefix([p[:-1] for p in parts])
-        found = [sum(self._seen("/".join(p[n:])) is not None for p in parts) for n in range(min(len(common), 8) + 1)]
-        best = max(range(len(found)), key=found.__getitem__)
-        return best if found[best] > 1 else 0
 
     def notes(self) -> list[str]:
         """What is worth saying about how names were understood."""
@@ -193,3 +184,13 @@ class Finder:
         if found: return found, not self.dropped
         hint = "; the folders of its name count: give the folder they start from" if len(parts) > 1 else ""
         raise InputError(f"there is no picture {printable(name)} in {folder}{hint}")
+
+# %% ../nbs/components/15_import_names.ipynb #312189cf
+def _common_folders(find: Finder, names: list[str]) -> int:
+    """How many folders all names begin with that are none here."""
+    parts = [PurePosixPath(same_name(name).replace("\\", "/")).parts for name in names]
+    if len(parts) < 2 or any(find._seen(name) for name in names): return 0
+    common = os.path.commonprefix([p[:-1] for p in parts])
+    found = [sum(find._seen("/".join(p[n:])) is not None for p in parts) for n in range(min(len(common), 8) + 1)]
+    best = max(range(len(found)), key=found.__getitem__)
+    return best if found[best] > 1 else 0
