@@ -1,6 +1,7 @@
 # make demo     run the quickstart into outputs/quickstart
 # make bench    run the benchmarks into outputs/benchmarks
 # make test     check that everything is in step, run every notebook, run the tests
+# make export   write lagm/ from the notebooks
 # make readme   write README.md from nbs/index.ipynb
 # make clean    remove what was built (neither outputs/ nor .venv/)
 #
@@ -9,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test sync notebooks unit readme clean install install-dev
+.PHONY: help demo bench test sync notebooks unit export readme clean install install-dev
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -17,7 +18,7 @@ RUN := PATH="$(ENV)/bin:$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 demo: install
 	@$(RUN) lagm run quickstart
@@ -40,6 +41,9 @@ notebooks: install-dev
 # Two workers, a file of tests in one of them: most tests wait for processes, and one thread each is enough.
 unit: install-dev
 	@$(RUN) $(ONE_THREAD) python -m pytest -q -n 2 --dist loadfile tests
+
+export: install-dev
+	@$(RUN) python tests/export.py
 
 readme: install-dev
 	@$(RUN) python -m lagm.readme

@@ -71,7 +71,18 @@ MOST_LINES = 200  # of a summary
 def describe_results(
     output: str | Path,  # an executed notebook
 ) -> str:  # a few lines of text
-    """Where the results of a run are: the notebook, what lies beside it, and the lines under "summary" in metrics.json; an odd one is passed over, with a line."""
+    """Where the results of a run are: the notebook, what lies beside it, and the lines under "summary" in metrics.json; an odd one is passed over, with a line.
+
+    Parameters
+    ----------
+    output
+        an executed notebook
+
+    Returns
+    -------
+    str
+        a few lines of text
+    """
     from lagm.core import InputError, printable, read_json
 
     output = Path(output)
@@ -106,7 +117,13 @@ def run_one(arguments: argparse.Namespace, notebook: Path) -> None:
 
 # %% ../nbs/components/92_cli.ipynb #85d27095
 def chosen_runs(arguments: argparse.Namespace) -> tuple[dict, set[str]]:  # the runs, and the names of those to repeat
-    """The runs that a call is about: with other values, another seed, small, or elsewhere, as it says."""
+    """The runs that a call is about: with other values, another seed, small, or elsewhere, as it says.
+
+    Returns
+    -------
+    tuple[dict, set[str]]
+        the runs, and the names of those to repeat
+    """
     from lagm.catalogue import change_runs, choose_runs, read_catalogue
     from lagm.experiments import list_experiments, read_parameter_file
 
@@ -175,7 +192,13 @@ def convert_command(arguments: argparse.Namespace) -> None:
 def add_checkpoint_commands(
     commands: argparse._SubParsersAction,  # where `lagm`'s commands are
 ) -> None:
-    """Declare `inspect` and `convert`."""
+    """Declare `inspect` and `convert`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     known = "Reads NVIDIA's, DatasetGAN's, rosinality's, the authors' and our files; nothing in them is executed."
     inspecting = commands.add_parser("inspect", help="tell what a checkpoint is", description=f"Tell what a checkpoint is. {known}")
     inspecting.add_argument("source", metavar="SRC", help="a checkpoint")
@@ -333,7 +356,13 @@ def short_warnings() -> Iterator[None]:
 def explain_error(
     error: BaseException,
 ) -> tuple[str, int]:  # one line, and the exit code
-    """What to say of an error: that of the caller as it is; one that nobody foresaw with its kind and place."""
+    """What to say of an error: that of the caller as it is; one that nobody foresaw with its kind and place.
+
+    Returns
+    -------
+    tuple[str, int]
+        one line, and the exit code
+    """
     from lagm.core import InputError, printable
     from lagm.experiments import RunError
 
@@ -358,7 +387,18 @@ def _heard() -> bool:
 def main(
     argv: Sequence[str] | None = None,  # the words after `lagm`; none: those this process was called with
 ) -> int:  # the exit code
-    """Run the command line. Whatever goes wrong is one line; a traceback only with `--traceback`."""
+    """Run the command line. Whatever goes wrong is one line; a traceback only with `--traceback`.
+
+    Parameters
+    ----------
+    argv
+        the words after `lagm`; none: those this process was called with
+
+    Returns
+    -------
+    int
+        the exit code
+    """
     arguments = argparse.Namespace()
     try:
         if home := os.environ.get("LAGM_HOME"): os.environ["LAGM_HOME"] = str(Path(home).expanduser().absolute())  # for kernels, which run elsewhere

@@ -33,7 +33,15 @@ def winograd_fits(
     weight: Tensor,  # (O, I, 3, 3)
     dilation: int = 1,
 ) -> bool:
-    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation): float32 on a CPU, wide and large enough."""
+    """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation): float32 on a CPU, wide and large enough.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"): return False
     if is_fused(): return tiles_pay(x.shape, weight.shape, dilation)
     more = 1 if torch.get_num_threads() == 1 else 2
@@ -110,7 +118,22 @@ def winograd_conv2d(
     bias: Tensor | None = None,  # (O,)
     dilation: int = 1,
 ) -> Tensor:  # (B, O, H, W)
-    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`."""
+    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm, differentiable as often as you like. Needs `winograd_fits`.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    bias
+        (O,)
+
+    Returns
+    -------
+    Tensor
+        (B, O, H, W)
+    """
     y = WinogradConv2d.apply(x, weight, dilation, False)
     return y if bias is None else y + bias[:, None, None]
 
@@ -119,7 +142,18 @@ def live_share(
     size: tuple[int, int],  # height and width of the map
     dilation: tuple[int, int],
 ) -> float:  # 1: no padding at all, 1 / 9: only the middle weight sees the map
-    """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with padding."""
+    """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with padding.
+
+    Parameters
+    ----------
+    size
+        height and width of the map
+
+    Returns
+    -------
+    float
+        1: no padding at all, 1 / 9: only the middle weight sees the map
+    """
     rows, columns = ((1 + 2 * max(0, n - rate) / n) / 3 for n, rate in zip(size, dilation))
     return rows * columns
 
@@ -133,7 +167,22 @@ def trimmed_conv2d(
     bias: Tensor | None,  # (O,)
     dilation: tuple[int, int],
 ) -> Tensor:  # (B, O, H, W)
-    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding."""
+    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    bias
+        (O,)
+
+    Returns
+    -------
+    Tensor
+        (B, O, H, W)
+    """
     return _trimmed(x, weight, bias, dict(zip((2, 3), dilation)))
 
 

@@ -27,7 +27,21 @@ from .unpickling import read_arrays
 # %% ../nbs/components/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one thing that an experiment needs."""
+    """What was found about one thing that an experiment needs.
+
+    Attributes
+    ----------
+    need
+        e.g. "CelebAMask-HQ train"
+    status
+        present, missing, broken or note
+    where
+        a path
+    detail
+        what is wrong, or how much is there
+    mend
+        the command or page that helps
+    """
     need: str  # e.g. "CelebAMask-HQ train"
     status: str  # present, missing, broken or note
     where: str  # a path
@@ -43,7 +57,18 @@ def picture_problem(
     path: Path,
     deep: bool = False,  # decode it
 ) -> str | None:  # None: it looks whole
-    """What is wrong with a picture file."""
+    """What is wrong with a picture file.
+
+    Parameters
+    ----------
+    deep
+        decode it
+
+    Returns
+    -------
+    str | None
+        None: it looks whole
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -70,7 +95,13 @@ def array_problem(path: Path) -> str | None:
 
 # %% ../nbs/components/19_doctor.ipynb #79f10fd1
 class Doctor:
-    """Examines what experiments need; what was looked at once is remembered."""
+    """Examines what experiments need; what was looked at once is remembered.
+
+    Parameters
+    ----------
+    deep
+        decode every picture
+    """
 
     def __init__(
         self,
@@ -96,7 +127,17 @@ class Doctor:
         least: int = 1,  # how many items are needed
         first: int | None = None,  # look at so many items only
     ) -> Finding:
-        """Open a reader and look at its files; the same need is looked at once."""
+        """Open a reader and look at its files; the same need is looked at once.
+
+        Parameters
+        ----------
+        folder
+            if this is not there, the need is missing, and not broken
+        least
+            how many items are needed
+        first
+            look at so many items only
+        """
         key = (need, least, first)
         if key not in self._found: self._found[key] = self._items(need, folder, mend, make, least, first)
         return self._found[key]
@@ -132,7 +173,18 @@ def source_problem(
     source: Source,
     path: Path,  # where it is
 ) -> str | None:  # None: it looks whole
-    """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts."""
+    """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts.
+
+    Parameters
+    ----------
+    path
+        where it is
+
+    Returns
+    -------
+    str | None
+        None: it looks whole
+    """
     return file_problem(path, source.kind) or (_latent_problem(path) if source.kind == "npy" else None)
 
 
@@ -242,7 +294,18 @@ def examine_named(
     name: str,  # what `lagm run` takes, or the beginning of names
     doctor: Doctor,
 ) -> dict[str, list[Finding]]:  # by experiment, or by stage if not the whole experiment is meant
-    """What the runs that a name stands for need; `InputError` if it stands for none."""
+    """What the runs that a name stands for need; `InputError` if it stands for none.
+
+    Parameters
+    ----------
+    name
+        what `lagm run` takes, or the beginning of names
+
+    Returns
+    -------
+    dict[str, list[Finding]]
+        by experiment, or by stage if not the whole experiment is meant
+    """
     try: return {item.name: examine(item, doctor) for item in match_experiments(name)}
     except InputError as error: unknown = error
     catalogue, found = read_catalogue(), {}
@@ -263,7 +326,19 @@ def report(
     checkpoints: str | Path = "checkpoints",
     deep: bool = False,
 ) -> dict[str, Any]:  # plain values, for JSON
-    """The findings of one or more experiments; `InputError` if nothing is called by that name."""
+    """The findings of one or more experiments; `InputError` if nothing is called by that name.
+
+    Parameters
+    ----------
+    name
+        what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
+        28
+
+    Returns
+    -------
+    dict[str, Any]
+        plain values, for JSON
+    """
     doctor = Doctor(data, checkpoints, deep)
     found = examine_named(name, doctor) if name else {item.name: examine(item, doctor) for item in EXPERIMENTS.values()}
     return {"data": str(data), "checkpoints": str(checkpoints), "can_run": all(map(can_run, found.values())),

@@ -24,7 +24,21 @@ from .core import InputError, all_finite, provenance, random_generator
 # %% ../nbs/components/70_evaluation.ipynb #eaecc97d
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a segmentation over a whole set, as fractions 0..1 (LAGM, ICLR 2022; `fg_miou_present` is ours)."""
+    """Scores of a segmentation over a whole set, as fractions 0..1 (LAGM, ICLR 2022; `fg_miou_present` is ours).
+
+    Attributes
+    ----------
+    pixel_accuracy
+        share of the labelled pixels that are right
+    iou
+        per class, the background first; 0 for a class that neither occurs nor is predicted
+    miou
+        mean over all classes
+    fg_miou
+        mean over classes 1..C-1
+    fg_miou_present
+        mean over those of classes 1..C-1 that occur in the truth; not a number of the paper
+    """
 
     pixel_accuracy: float  # share of the labelled pixels that are right
     iou: list[float]  # per class, the background first; 0 for a class that neither occurs nor is predicted
@@ -42,6 +56,11 @@ class ConfusionMatrix:
 
     `update` takes integer arrays of equal shape, of any number of dimensions. Pixels whose true label is no class
     (255, or anything outside 0..C-1) are ignored.
+
+    Parameters
+    ----------
+    n_classes
+        C, background included
     """
 
     def __init__(
@@ -81,7 +100,13 @@ def _as_classes(values: Tensor | np.ndarray, name: str) -> Tensor:
 def metrics_from_counts(
     counts: Tensor,  # (C, C) pixels by (true class, predicted class)
 ) -> Metrics:
-    """Scores from a confusion matrix. Raises `InputError` if it is empty."""
+    """Scores from a confusion matrix. Raises `InputError` if it is empty.
+
+    Parameters
+    ----------
+    counts
+        (C, C) pixels by (true class, predicted class)
+    """
     counts = counts.double()
     total, right = counts.sum(), counts.diag()
     if total == 0: raise InputError("there are no labelled pixels to evaluate; all labels are outside the classes (255 means 'ignore')")
@@ -117,7 +142,13 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 def resting_modules(
     network: nn.Module,
 ) -> list[nn.Module]:  # none if the network itself is in eval mode: then all of it is only not in use
-    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm."""
+    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm.
+
+    Returns
+    -------
+    list[nn.Module]
+        none if the network itself is in eval mode: then all of it is only not in use
+    """
     return [m for m in network.modules() if not m.training] if network.training else []
 
 
@@ -125,7 +156,18 @@ def train_mode(
     network: nn.Module,
     resting: Sequence[nn.Module],  # of `resting_modules`, from before the training began
 ) -> nn.Module:  # the network
-    """Put a network in train mode, but for what is to rest."""
+    """Put a network in train mode, but for what is to rest.
+
+    Parameters
+    ----------
+    resting
+        of `resting_modules`, from before the training began
+
+    Returns
+    -------
+    nn.Module
+        the network
+    """
     network.train()
     for m in resting: m.training = False
     return network
@@ -138,7 +180,15 @@ def check_pictures(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     what: str = "",  # for the error message, e.g. "labelled"
 ) -> None:
-    """Raise `InputError` unless these are floating-point numbers that pictures can have."""
+    """Raise `InputError` unless these are floating-point numbers that pictures can have.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    what
+        for the error message, e.g. "labelled"
+    """
     name = f"the {what} pictures" if what else "the pictures"
     if not isinstance(images, Tensor):
         raise InputError(f"{name} are a {type(images).__name__}; give a torch tensor (n, 3, H, W), in [-1, 1]")
@@ -165,6 +215,20 @@ def predict(
     """The class with the highest logit at each pixel, in eval mode. Does not move the segmenter.
 
     Raises `InputError` for what cannot be pictures.
+
+    Parameters
+    ----------
+    segmenter
+        pictures (B, 3, H, W) to logits (B, C, H, W)
+    images
+        (n, 3, H, W) in [-1, 1]
+    device
+        where to compute; None: where the segmenter is
+
+    Returns
+    -------
+    Tensor
+        (n, H, W) int64 class indices on the CPU
     """
     check_pictures(images)
     if device is None: device = next((p.device for p in segmenter.parameters()), torch.device("cpu"))
@@ -180,7 +244,21 @@ def evaluate(
     batch_size: int = 64,
     device: str | torch.device | None = None,  # where to compute; None: where the segmenter is
 ) -> Metrics:
-    """Scores of a segmenter on labelled pictures, from one confusion matrix over all of them."""
+    """Scores of a segmenter on labelled pictures, from one confusion matrix over all of them.
+
+    Parameters
+    ----------
+    segmenter
+        pictures (B, 3, H, W) to logits (B, C, H, W)
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices, 255 = ignore
+    n_classes
+        C, background included
+    device
+        where to compute; None: where the segmenter is
+    """
     check_pictures(images)
     if len(images) != len(masks) or not len(images):
         raise InputError(f"there are {len(images)} pictures and {len(masks)} masks to evaluate; give one mask per picture, and at least one")
@@ -195,7 +273,20 @@ def picture_counts(
     masks: Tensor,  # of the same shapes, 255 = ignore
     n_classes: int,
 ) -> Tensor:  # (n, C, C) int64
-    """The confusion matrix of each picture."""
+    """The confusion matrix of each picture.
+
+    Parameters
+    ----------
+    predictions
+        (n, H, W) class indices; or a sequence of (H, W), if the pictures differ in size
+    masks
+        of the same shapes, 255 = ignore
+
+    Returns
+    -------
+    Tensor
+        (n, C, C) int64
+    """
     if len(predictions) != len(masks): raise InputError(f"there are {len(predictions)} predictions and {len(masks)} masks; give one of each per picture")
     found = []
     for prediction, mask in zip(predictions, masks, strict=True):
@@ -212,7 +303,20 @@ def scores(
     counts: Tensor,  # (..., C, C): any number of confusion matrices
     score: str = "fg_miou",  # or "miou", "pixel_accuracy", "fg_miou_present"
 ) -> Tensor:  # (...) float64, 0 to 1; nan where there is nothing to average
-    """One score of many confusion matrices at once, as `metrics_from_counts` has it."""
+    """One score of many confusion matrices at once, as `metrics_from_counts` has it.
+
+    Parameters
+    ----------
+    counts
+        (..., C, C): any number of confusion matrices
+    score
+        or "miou", "pixel_accuracy", "fg_miou_present"
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1; nan where there is nothing to average
+    """
     if score not in SCORES: raise InputError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     counts = counts.double()
     right, truth = counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1)
@@ -228,7 +332,18 @@ def worst_pictures(
     counts: Tensor,  # (n, C, C), of `picture_counts`
     number: int = 8,
 ) -> list[int]:  # the worst first
-    """Pictures with the lowest mean IoU over the foreground classes that they show."""
+    """Pictures with the lowest mean IoU over the foreground classes that they show.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+
+    Returns
+    -------
+    list[int]
+        the worst first
+    """
     values = scores(counts, "fg_miou_present")
     return [i for i in values.nan_to_num(2).argsort(stable=True).tolist() if values[i].isfinite()][:number]
 
@@ -253,7 +368,20 @@ def resampled_scores(
     of: str = "",  # which pictures these are, such as the name of the test set
 ) -> Tensor:  # (draws,) float64, 0 to 1
     """Scores of sets of pictures drawn with replacement, as many as there are. Which are drawn follows from their
-    number, `seed` and `of` alone: so draw i of one method is of the same pictures as draw i of any other."""
+    number, `seed` and `of` alone: so draw i of one method is of the same pictures as draw i of any other.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    of
+        which pictures these are, such as the name of the test set
+
+    Returns
+    -------
+    Tensor
+        (draws,) float64, 0 to 1
+    """
     n = len(counts)
     chosen = torch.randint(n, (draws, n), generator=random_generator(seed, "bootstrap", *[of] * bool(of)))
     weights = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, chosen, torch.ones(draws, n, dtype=torch.float64))
@@ -269,7 +397,15 @@ def bootstrap(
     seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap over pictures. `InputError` if the pictures of two methods are not as many, or for a level
-    that is no share."""
+    that is no share.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    versus
+        another method's, for the same pictures: the interval is of the difference
+    """
     if not 0 < level < 1 or draws < 1: raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")
     if versus is not None and versus.shape != counts.shape: raise InputError(f"the methods were tested on {len(counts)} and {len(versus)} pictures; a paired bootstrap needs the same pictures")
     value, values = scores(counts.sum(0), score), resampled_scores(counts, score, draws, seed)
@@ -283,7 +419,18 @@ def borders(
     masks: Tensor,  # (B, H, W) class indices
     n_classes: int,
 ) -> Tensor:  # (B, C, H, W) bool
-    """Pixels of a class that touch, above, below, left or right, a pixel of another class; a border with ignored pixels does not count."""
+    """Pixels of a class that touch, above, below, left or right, a pixel of another class; a border with ignored pixels does not count.
+
+    Parameters
+    ----------
+    masks
+        (B, H, W) class indices
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W) bool
+    """
     padded = F.pad(masks[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     middle = padded[:, 1:-1, 1:-1]
     others = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
@@ -295,7 +442,20 @@ def within(
     points: Tensor,  # (B, C, H, W) bool
     radius: int,  # in pixels
 ) -> Tensor:  # the same shape
-    """Pixels at most `radius` away from a point."""
+    """Pixels at most `radius` away from a point.
+
+    Parameters
+    ----------
+    points
+        (B, C, H, W) bool
+    radius
+        in pixels
+
+    Returns
+    -------
+    Tensor
+        the same shape
+    """
     side = torch.arange(-radius, radius + 1, device=points.device)
     disk = (side[:, None]**2 + side**2 <= radius**2).float()[None, None]
     b, c, h, w = points.shape
@@ -303,7 +463,13 @@ def within(
 
 
 class BoundaryScore:
-    """Counts border pixels, and those that the other side has nearby; `update` as in `ConfusionMatrix`, but with (B, H, W)."""
+    """Counts border pixels, and those that the other side has nearby; `update` as in `ConfusionMatrix`, but with (B, H, W).
+
+    Parameters
+    ----------
+    tolerance
+        share of the picture's diagonal; at least one pixel
+    """
 
     def __init__(
         self,
@@ -339,7 +505,26 @@ def evaluation_report(
     draws: int = 1000,  # of the bootstrap
     **facts: Any,  # more to be kept, e.g. checkpoint="…"
 ) -> dict[str, Any]:  # for `write_json`
-    """Everything this notebook measures, as plain values: the content of a metrics.json."""
+    """Everything this notebook measures, as plain values: the content of a metrics.json.
+
+    Parameters
+    ----------
+    predictions
+        (n, H, W) class indices, or a sequence of (H, W)
+    masks
+        alike, 255 = ignore
+    classes
+        names, the background first
+    draws
+        of the bootstrap
+    **facts
+        more to be kept, e.g. checkpoint="…"
+
+    Returns
+    -------
+    dict[str, Any]
+        for `write_json`
+    """
     counts, boundary = picture_counts(predictions, masks, len(classes)), BoundaryScore(len(classes))
     for prediction, mask in zip(predictions, masks, strict=True): boundary.update(torch.as_tensor(prediction)[None], torch.as_tensor(mask)[None])
     metrics, (f, mean_f) = metrics_from_counts(counts.sum(0)), boundary.compute()

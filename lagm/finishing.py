@@ -21,7 +21,20 @@ def labels_say(
     labelled: int,  # k, the number of labelled pictures
     anchor: float,  # the matched networks count as so many
 ) -> float:  # k / (k + anchor), from 0 to 1
-    """The labelled pictures' share of the loss, and of the steps, of the finish."""
+    """The labelled pictures' share of the loss, and of the steps, of the finish.
+
+    Parameters
+    ----------
+    labelled
+        k, the number of labelled pictures
+    anchor
+        the matched networks count as so many
+
+    Returns
+    -------
+    float
+        k / (k + anchor), from 0 to 1
+    """
     return labelled / (labelled + anchor)
 
 # %% ../nbs/components/59_finishing.ipynb #42829613
@@ -31,7 +44,22 @@ def anchor_labels(
     annotator: nn.Module | None,  # reads features; in eval mode here
     batch: Any,  # lagm.training.SyntheticBatch
 ) -> Tensor:  # (B, C, H, W): probabilities, aligned with batch.images
-    """What the matched networks say of generated pictures: the mean of their probabilities."""
+    """What the matched networks say of generated pictures: the mean of their probabilities.
+
+    Parameters
+    ----------
+    teachers
+        read pictures; in eval mode here
+    annotator
+        reads features; in eval mode here
+    batch
+        lagm.training.SyntheticBatch
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W): probabilities, aligned with batch.images
+    """
     with eval_mode(*teachers, *([] if annotator is None else [annotator])):
         said = [batch.follow(teacher(batch.plain).float().softmax(dim=1)) for teacher in teachers]
         if annotator is not None: said.append(batch.labels(annotator))
@@ -46,7 +74,26 @@ def finish_step(
     share: float,  # of the labelled loss, from 0 to 1; the rest is for the generated pictures
     parts: int = 1,
 ) -> dict[str, Tensor]:  # loss_label, loss_anchor
-    """One step of the segmenter on share * labelled loss + (1 - share) * loss on generated pictures."""
+    """One step of the segmenter on share * labelled loss + (1 - share) * loss on generated pictures.
+
+    Parameters
+    ----------
+    players
+        lagm.training.Players
+    labelled
+        from the number of a part to its pictures and masks
+    synthetic
+        to its SyntheticBatch; None: the labelled pictures alone
+    labels
+        from a SyntheticBatch to probabilities (B, C, H, W)
+    share
+        of the labelled loss, from 0 to 1; the rest is for the generated pictures
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_label, loss_anchor
+    """
     segmenter, names = players.train("segmenter"), players.trained["segmenter"]
     gradients, loss = labelled_gradient_in_parts(players, names, labelled, parts)
     losses = {"loss_label": loss}

@@ -61,6 +61,22 @@ def distance(
 
     Tensors with fewer than two dimensions add nothing, but count in the mean's denominator.
     Raises `InputError` for unknown names or lists that do not pair up.
+
+    Parameters
+    ----------
+    gradients_s
+        one tensor per matched parameter, from synthetic pictures
+    gradients_l
+        the same parameters' gradients, from labelled pictures
+    metric
+        "cosine", "l2" or "dotprod"
+    reduction
+        "mean" or "sum"
+
+    Returns
+    -------
+    Tensor
+        a number, differentiable in both
     """
     _check(gradients_s, gradients_l, metric, reduction)
     total = gradients_s[0].new_zeros(())
@@ -92,7 +108,18 @@ def distance_and_derivative(
     metric: str = "cosine",
     reduction: str = "mean",
 ) -> tuple[Tensor, list[Tensor]]:  # D, and v = dD/dg_s: one tensor per parameter, zero for those of one dimension
-    """`distance` and its derivative with respect to `gradients_s`, without a graph."""
+    """`distance` and its derivative with respect to `gradients_s`, without a graph.
+
+    Parameters
+    ----------
+    gradients_s
+        as in `distance`
+
+    Returns
+    -------
+    tuple[Tensor, list[Tensor]]
+        D, and v = dD/dg_s: one tensor per parameter, zero for those of one dimension
+    """
     _check(gradients_s, gradients_l, metric, reduction)
     total, derivatives = gradients_s[0].new_zeros(()), []
     for g_s, g_l in zip(gradients_s, gradients_l, strict=True):
@@ -110,7 +137,18 @@ def log_probabilities(
     segmenter: nn.Module,  # images (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W)
     images: Tensor,
 ) -> Tensor:  # (B, C, H, W), in float32 under autocast, too
-    """log softmax S(x)."""
+    """log softmax S(x).
+
+    Parameters
+    ----------
+    segmenter
+        images (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W)
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W), in float32 under autocast, too
+    """
     return F.log_softmax(_at_least_float32(segmenter(images)), dim=1)
 
 
@@ -123,7 +161,20 @@ def soft_cross_entropy(
     log_probs: Tensor,  # log softmax S(x), (B, C, H, W)
     labels: Tensor,  # q: probabilities, (B, C, H, W); a pixel whose q is all zero adds nothing (it still counts in N)
 ) -> Tensor:  # a number
-    """Cross-entropy against soft labels, the mean over all B * H * W pixels."""
+    """Cross-entropy against soft labels, the mean over all B * H * W pixels.
+
+    Parameters
+    ----------
+    log_probs
+        log softmax S(x), (B, C, H, W)
+    labels
+        q: probabilities, (B, C, H, W); a pixel whose q is all zero adds nothing (it still counts in N)
+
+    Returns
+    -------
+    Tensor
+        a number
+    """
     if log_probs.shape != labels.shape:
         raise InputError(f"predictions {tuple(log_probs.shape)} and labels {tuple(labels.shape)} differ in shape; "
                          "resize the labels, or the pictures, first")
@@ -134,7 +185,13 @@ def named_parameters(
     segmenter: nn.Module,
     names: Sequence[str],  # of matched parameters, e.g. from `lagm.segmenters.matched_parameter_names`
 ) -> list[nn.Parameter]:
-    """The parameters with these names, in this order; `InputError` if there is none or one is unknown."""
+    """The parameters with these names, in this order; `InputError` if there is none or one is unknown.
+
+    Parameters
+    ----------
+    names
+        of matched parameters, e.g. from `lagm.segmenters.matched_parameter_names`
+    """
     own = dict(segmenter.named_parameters())
     missing = [name for name in names if name not in own]
     if missing or not names:
@@ -147,7 +204,13 @@ def graph_of(
     segmenter: nn.Module,
     names: Sequence[str] | None,  # parameters whose gradients will be asked for; None: of all
 ) -> Iterator[None]:
-    """While in this context, passes of the segmenter build a graph from these parameters upwards, and none below."""
+    """While in this context, passes of the segmenter build a graph from these parameters upwards, and none below.
+
+    Parameters
+    ----------
+    names
+        parameters whose gradients will be asked for; None: of all
+    """
     wanted = None if names is None else set(names)
     resting = [p for name, p in segmenter.named_parameters() if wanted is not None and name not in wanted and p.requires_grad]
     for p in resting: p.requires_grad_(False)
@@ -169,7 +232,26 @@ def labelled_gradient(
     masks: Tensor,  # y_l: (B, H, W) class indices, 255 = ignored
     class_weights: Tensor | None = None,  # (C,): how much a pixel of each class counts; None: all alike, as in the paper
 ) -> tuple[list[Tensor], Tensor]:  # g_l, one tensor per name; the loss, detached
-    """g_l: the gradient of the cross-entropy on labelled pictures."""
+    """g_l: the gradient of the cross-entropy on labelled pictures.
+
+    Parameters
+    ----------
+    segmenter
+        runs in the mode it is in; batch norm in train mode updates its statistics
+    names
+        the matched parameters
+    images
+        x_l: (B, 3, H, W) in [-1, 1]
+    masks
+        y_l: (B, H, W) class indices, 255 = ignored
+    class_weights
+        (C,): how much a pixel of each class counts; None: all alike, as in the paper
+
+    Returns
+    -------
+    tuple[list[Tensor], Tensor]
+        g_l, one tensor per name; the loss, detached
+    """
     parameters = named_parameters(segmenter, names)
     with graph_of(segmenter, names): logits = segmenter(images)
     loss = F.cross_entropy(_at_least_float32(logits), masks, weight=class_weights, ignore_index=IGNORE)
@@ -178,7 +260,19 @@ def labelled_gradient(
 # %% ../nbs/components/50_matching.ipynb #c0a6ba31
 @dataclass(frozen=True)
 class Match:
-    """What phase A needs to know about one synthetic batch; everything is detached."""
+    """What phase A needs to know about one synthetic batch; everything is detached.
+
+    Attributes
+    ----------
+    loss
+        D(g_s, g_l)
+    loss_synthetic
+        the segmenter's loss on these labels
+    label_gradient
+        dD/dq, (B, C, H, W)
+    gradients_s
+        g_s(q), one tensor per matched parameter
+    """
     loss: Tensor  # D(g_s, g_l)
     loss_synthetic: Tensor  # the segmenter's loss on these labels
     label_gradient: Tensor  # dD/dq, (B, C, H, W)
@@ -195,7 +289,23 @@ def match_double_backward(
     reduction: str = "mean",
     log_probs: Tensor | None = None,  # log softmax S(x) with its graph, if it is there already; the graph is kept
 ) -> Match:
-    """The matching loss and dD/dq by differentiating the backward pass, as the paper's program does."""
+    """The matching loss and dD/dq by differentiating the backward pass, as the paper's program does.
+
+    Parameters
+    ----------
+    segmenter
+        runs in the mode it is in; batch norm in train mode updates its statistics, once
+    names
+        the matched parameters
+    images
+        x: synthetic pictures (B, 3, H, W) in [-1, 1]
+    labels
+        q: probabilities (B, C, H, W)
+    gradients_l
+        g_l, from `labelled_gradient` with the same names
+    log_probs
+        log softmax S(x) with its graph, if it is there already; the graph is kept
+    """
     shared = log_probs is not None
     if not shared:
         with graph_of(segmenter, names), uncompiled(segmenter): log_probs = log_probabilities(segmenter, images)
@@ -208,7 +318,19 @@ def match_double_backward(
 
 # %% ../nbs/components/50_matching.ipynb #77618455
 class SyntheticPass:
-    """One forward pass of S over synthetic pictures that can be asked for gradients with several label maps, and for a directional derivative."""
+    """One forward pass of S over synthetic pictures that can be asked for gradients with several label maps, and for a directional derivative.
+
+    Parameters
+    ----------
+    segmenter
+        runs in the mode it is in; batch norm in train mode updates its statistics, once
+    images
+        x: (B, 3, H, W) in [-1, 1]
+    names
+        parameters it will be asked about; None: all
+    tangents
+        parameters that directional derivatives may move; True: those of `names`, False: nothing is recorded
+    """
 
     def __init__(
         self,
@@ -230,7 +352,22 @@ class SyntheticPass:
         labels: Tensor,  # q: probabilities (B, C, H, W)
         keep_graph: bool = True,  # False frees the graph: the last use
     ) -> tuple[list[Tensor], Tensor]:  # g_s, one tensor per name; the loss, detached
-        """g_s(q): the gradient of the soft cross-entropy, by one backward pass."""
+        """g_s(q): the gradient of the soft cross-entropy, by one backward pass.
+
+        Parameters
+        ----------
+        names
+            of parameters
+        labels
+            q: probabilities (B, C, H, W)
+        keep_graph
+            False frees the graph: the last use
+
+        Returns
+        -------
+        tuple[list[Tensor], Tensor]
+            g_s, one tensor per name; the loss, detached
+        """
         loss = soft_cross_entropy(self.log_probs, labels.detach())
         return list(torch.autograd.grad(loss, named_parameters(self.segmenter, names), retain_graph=keep_graph)), loss.detach()
 
@@ -238,7 +375,18 @@ class SyntheticPass:
         self,
         direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
     ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
-        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers."""
+        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers.
+
+        Parameters
+        ----------
+        direction
+            v: parameter name -> tensor of its shape; the others stand still
+
+        Returns
+        -------
+        Tensor
+            J_v[log softmax S(x)], (B, C, H, W)
+        """
         tape, self.tape = self.tape, None  # what it holds is let go
         if tape is not None:
             try: return tape.tangent(direction, self.log_probs)
@@ -267,7 +415,24 @@ def directional_derivative(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
     random_state: Tensor | None = None,  # torch's CPU random state for this pass (dropout); None: as it stands
 ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
-    """How the log-probabilities change when the parameters move along `direction`: one forward-mode pass."""
+    """How the log-probabilities change when the parameters move along `direction`: one forward-mode pass.
+
+    Parameters
+    ----------
+    segmenter
+        its parameters, statistics and mode are left as they are
+    direction
+        v: parameter name -> tensor of the parameter's shape; the others stand still
+    images
+        (B, 3, H, W) in [-1, 1]
+    random_state
+        torch's CPU random state for this pass (dropout); None: as it stands
+
+    Returns
+    -------
+    Tensor
+        J_v[log softmax S(x)], (B, C, H, W)
+    """
     _load_forward_rules()
     parameters = dict(segmenter.named_parameters())
     if torch.is_autocast_enabled(images.device.type):  # there, batch norm gets the number format wrong unless its own parameters move, too
@@ -293,7 +458,15 @@ def match_forward_mode(
     reduction: str = "mean",
     synthetic_pass: SyntheticPass | None = None,  # over the same pictures, if there is one; its graph is kept
 ) -> Match:
-    """The matching loss and dD/dq, exactly, from one backward pass and one pass of tangents."""
+    """The matching loss and dD/dq, exactly, from one backward pass and one pass of tangents.
+
+    Parameters
+    ----------
+    segmenter
+        as in `match_double_backward`
+    synthetic_pass
+        over the same pictures, if there is one; its graph is kept
+    """
     shared = synthetic_pass is not None
     if not shared: synthetic_pass = SyntheticPass(segmenter, images, names)
     gradients_s, loss_synthetic = synthetic_pass.gradient(names, labels, keep_graph=shared)
@@ -309,7 +482,18 @@ def layer_cosines(
     gradients_s: Sequence[Tensor],
     gradients_l: Sequence[Tensor],
 ) -> dict[str, float]:  # -1 to 1 for each parameter of two or more dimensions
-    """The mean cosine similarity of the gradients' rows, parameter by parameter."""
+    """The mean cosine similarity of the gradients' rows, parameter by parameter.
+
+    Parameters
+    ----------
+    names
+        of the parameters
+
+    Returns
+    -------
+    dict[str, float]
+        -1 to 1 for each parameter of two or more dimensions
+    """
     pairs = zip(names, gradients_s, gradients_l, strict=True)
     return {name: 1 - _row_distances(s.flatten(1), l.flatten(1), "cosine").mean().item() for name, s, l in pairs if s.ndim > 1}
 
@@ -318,5 +502,11 @@ def layer_cosines(
 def clean_gradients(
     tensors: Sequence[Tensor],  # gradients, changed in place
 ) -> None:
-    """Replace nan by 0, inf by 1e5 and -inf by -1e5."""
+    """Replace nan by 0, inf by 1e5 and -inf by -1e5.
+
+    Parameters
+    ----------
+    tensors
+        gradients, changed in place
+    """
     for tensor in tensors: torch.nan_to_num(tensor, nan=0.0, posinf=1e5, neginf=-1e5, out=tensor)

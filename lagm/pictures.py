@@ -48,7 +48,18 @@ STYLE = {
 def to_bytes(
     images: Tensor | np.ndarray,  # (..., 3, H, W) or (..., 1, H, W), values in [-1, 1]
 ) -> np.ndarray:  # (..., H, W, 3) uint8
-    """Pictures in [-1, 1] as bytes for display; values beyond the range are clipped, NaN becomes mid-grey."""
+    """Pictures in [-1, 1] as bytes for display; values beyond the range are clipped, NaN becomes mid-grey.
+
+    Parameters
+    ----------
+    images
+        (..., 3, H, W) or (..., 1, H, W), values in [-1, 1]
+
+    Returns
+    -------
+    np.ndarray
+        (..., H, W, 3) uint8
+    """
     images = torch.as_tensor(images).detach().float().cpu()
     if images.ndim < 3 or images.shape[-3] not in (1, 3):
         raise InputError(f"pictures must have the shape (..., 3, H, W), channels before height and width; got {tuple(images.shape)}")
@@ -61,7 +72,22 @@ def fit_tile(
     size: int,  # wanted longer side in pixels of the figure
     smooth: bool = True,  # average when shrinking (pictures); False: nearest neighbour (labels)
 ) -> np.ndarray:  # (h, w, 3) uint8
-    """Enlarge by the whole factor that comes nearest to `size`, or shrink to `size` if the tile is larger."""
+    """Enlarge by the whole factor that comes nearest to `size`, or shrink to `size` if the tile is larger.
+
+    Parameters
+    ----------
+    pixels
+        (H, W, 3) uint8
+    size
+        wanted longer side in pixels of the figure
+    smooth
+        average when shrinking (pictures); False: nearest neighbour (labels)
+
+    Returns
+    -------
+    np.ndarray
+        (h, w, 3) uint8
+    """
     longer = max(pixels.shape[:2])
     if longer <= size:
         factor = max(1, round(size / longer))
@@ -142,7 +168,19 @@ def image_grid(
     title: str = "",
     names: Sequence[str] = (),  # names of the rows, if wanted
 ) -> Figure:
-    """Pictures in rows, from left to right and top to bottom."""
+    """Pictures in rows, from left to right and top to bottom.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    columns
+        pictures per row; None: all in one row up to 10, else about twice as wide as high
+    tile
+        wanted side of a picture in the figure, in pixels
+    names
+        names of the rows, if wanted
+    """
     tiles = [fit_tile(pixels, tile) for pixels in to_bytes(_several(images))]
     if columns is None: columns = len(tiles) if len(tiles) <= 10 else math.ceil(math.sqrt(2 * len(tiles)))
     rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
@@ -166,7 +204,21 @@ def labelled_grid(
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
     title: str = "",
 ) -> Figure:
-    """Pictures with their masks below them. Pixels without a label are white."""
+    """Pictures with their masks below them. Pixels without a label are white.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices, 255 = no label
+    labels
+        names and colours of the classes
+    rows
+        how many double rows; None: up to 10 pictures in each
+    tile
+        wanted side of a picture in the figure, in pixels
+    """
     images, masks = _several(images), _several(masks, 3)
     if len(images) != len(masks): raise InputError(f"{len(images)} pictures but {len(masks)} masks; give one mask per picture")
     tops = [fit_tile(pixels, tile) for pixels in to_bytes(images)]
@@ -187,7 +239,21 @@ def comparison_grid(
     title: str = "",
     image_name: str = "picture",  # name of the first row
 ) -> Figure:
-    """A row of pictures above one row of masks per name, e.g. each method's prediction and the truth."""
+    """A row of pictures above one row of masks per name, e.g. each method's prediction and the truth.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    rows
+        name of a row -> masks (n, H, W), 255 = no label
+    labels
+        names and colours of the classes
+    tile
+        wanted side of a picture in the figure, in pixels
+    image_name
+        name of the first row
+    """
     images = _several(images)
     grid = [[fit_tile(pixels, tile) for pixels in to_bytes(images)]]
     for name, masks in rows.items():
@@ -203,7 +269,20 @@ def principal_components(
     features: Tensor,  # (B, C, H, W)
     n: int = 3,  # how many; at most C
 ) -> Tensor:  # (B, n, H, W), the first component has the largest variance
-    """Coordinates of every pixel along the main directions of the batch; the sign makes the largest loading positive."""
+    """Coordinates of every pixel along the main directions of the batch; the sign makes the largest loading positive.
+
+    Parameters
+    ----------
+    features
+        (B, C, H, W)
+    n
+        how many; at most C
+
+    Returns
+    -------
+    Tensor
+        (B, n, H, W), the first component has the largest variance
+    """
     b, c, h, w = features.shape
     pixels = features.detach().float().movedim(1, -1).reshape(-1, c)
     pixels = pixels - pixels.mean(0)
@@ -216,7 +295,18 @@ def principal_components(
 def pca_colours(
     features: Tensor,  # (B, C, H, W)
 ) -> np.ndarray:  # (B, H, W, 3) uint8
-    """The first three principal components as red, green and blue; the 2nd to 98th percentile fill the range."""
+    """The first three principal components as red, green and blue; the 2nd to 98th percentile fill the range.
+
+    Parameters
+    ----------
+    features
+        (B, C, H, W)
+
+    Returns
+    -------
+    np.ndarray
+        (B, H, W, 3) uint8
+    """
     parts = principal_components(features).cpu()
     parts = torch.cat([parts, parts.new_zeros(parts.shape[0], 3 - parts.shape[1], *parts.shape[2:])], 1)
     flat = parts.movedim(1, 0).flatten(1).numpy()
@@ -230,7 +320,22 @@ def k_means(
     seed: int = 0,
     steps: int = 25,  # rounds of assigning and averaging
 ) -> tuple[Tensor, Tensor]:  # group of each point (N,) and centres (k, D), the largest group first
-    """Lloyd's algorithm from k-means++ seeds, the same for the same seed."""
+    """Lloyd's algorithm from k-means++ seeds, the same for the same seed.
+
+    Parameters
+    ----------
+    points
+        (N, D)
+    k
+        number of groups
+    steps
+        rounds of assigning and averaging
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        group of each point (N,) and centres (k, D), the largest group first
+    """
     if not 1 <= k <= len(points): raise InputError(f"cannot make {k} groups of {len(points)} points; choose 1 to {len(points)}")
     rng = torch.Generator().manual_seed(seed)
     points = points.detach().float().cpu()
@@ -253,7 +358,22 @@ def feature_clusters(
     size: int = 64,  # side at which the pixels are grouped
     seed: int = 0,
 ) -> Tensor:  # (B, size, size) integers 0..k-1, the largest group is 0
-    """Group the pixels of a batch by all their features together, without any label."""
+    """Group the pixels of a batch by all their features together, without any label.
+
+    Parameters
+    ----------
+    features
+        maps (B, C_i, H_i, W_i)
+    k
+        number of groups
+    size
+        side at which the pixels are grouped
+
+    Returns
+    -------
+    Tensor
+        (B, size, size) integers 0..k-1, the largest group is 0
+    """
     stack = []
     for f in features:
         parts = principal_components(f, min(16, f.shape[1]))
@@ -275,7 +395,21 @@ def feature_pyramid(
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
     title: str = "",
 ) -> Figure:
-    """Each picture with its feature maps in their principal colours, and their k-means groups."""
+    """Each picture with its feature maps in their principal colours, and their k-means groups.
+
+    Parameters
+    ----------
+    images
+        (B, 3, H, W) in [-1, 1]
+    features
+        maps (B, C_i, H_i, W_i), coarse to fine
+    shown
+        how many pictures to show; the colours are found on the whole batch
+    clusters
+        also group the pixels into so many clusters (at most 20)
+    tile
+        wanted side of a picture in the figure, in pixels
+    """
     images = _several(images)
     if clusters > len(CLUSTER_COLOURS): raise InputError(f"at most {len(CLUSTER_COLOURS)} clusters have a colour; got {clusters}")
     if any(len(f) != len(images) for f in features):
@@ -295,7 +429,20 @@ def moving_average(
     y: np.ndarray,  # (n,) values
     window: int,  # how many values are averaged, centred (an even number counts as one more); fewer at the ends
 ) -> np.ndarray:  # (n,)
-    """Centred moving average that ignores NaN."""
+    """Centred moving average that ignores NaN.
+
+    Parameters
+    ----------
+    y
+        (n,) values
+    window
+        how many values are averaged, centred (an even number counts as one more); fewer at the ends
+
+    Returns
+    -------
+    np.ndarray
+        (n,)
+    """
     y = np.asarray(y, float)
     half = window // 2
     kernel, known, inner = np.ones(2 * half + 1), np.isfinite(y), slice(half, half + len(y))
@@ -314,7 +461,19 @@ def curves(
     log_y: bool = False,
     ax: Axes | None = None,  # draw here instead of in a new figure
 ) -> Figure:
-    """Lines over iterations or time, named at their right ends."""
+    """Lines over iterations or time, named at their right ends.
+
+    Parameters
+    ----------
+    history
+        name of a line -> (x, y), two sequences of one length
+    smooth
+        window of a moving average; 1: none
+    percent
+        y is a fraction, shown in per cent
+    ax
+        draw here instead of in a new figure
+    """
     if ax is None: ax = panels(1, 6.4, 3.4)[1][0]
     ends = []
     for i, ((name, (x, y)), colour) in enumerate(zip(history.items(), _colours(len(history)), strict=True)):
@@ -348,7 +507,20 @@ def spread(
     heights: Sequence[float],  # wanted places
     distance: float,  # least distance between any two
 ) -> list[float]:  # places in the order given, moved as little as possible (least squares)
-    """Move numbers apart until any two are at least `distance` apart."""
+    """Move numbers apart until any two are at least `distance` apart.
+
+    Parameters
+    ----------
+    heights
+        wanted places
+    distance
+        least distance between any two
+
+    Returns
+    -------
+    list[float]
+        places in the order given, moved as little as possible (least squares)
+    """
     order = np.argsort(heights, kind="stable")
     groups: list[list[float]] = []  # [mean of h - i d, how many]
     for i, h in enumerate(np.asarray(heights, float)[order]):
@@ -369,7 +541,19 @@ def name_the_ends(
     leaders: bool = False,  # lines from the ends to names that had to move
     size: float = 10,  # of the letters, in points
 ) -> None:
-    """Write names beside the right ends of lines."""
+    """Write names beside the right ends of lines.
+
+    Parameters
+    ----------
+    ends
+        name, height in data units, colour
+    distance
+        least distance between two names, in points
+    leaders
+        lines from the ends to names that had to move
+    size
+        of the letters, in points
+    """
     ax.figure.draw_without_rendering()
     to_points = 72 / ax.figure.dpi
     ends = [(name, y, colour) for name, y, colour in ends if np.isfinite(ax.transData.transform((ax.get_xlim()[1], y))[1])]
@@ -387,7 +571,17 @@ def panels(
     width: float = 4.8,  # of each, in inches
     height: float = 3.2,  # in inches
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`."""
+    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`.
+
+    Parameters
+    ----------
+    columns
+        how many axes side by side
+    width
+        of each, in inches
+    height
+        in inches
+    """
     fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout="constrained", squeeze=False)
     plt.close(fig)
     return fig, list(axes[0])
@@ -410,7 +604,17 @@ def iou_bars(
     title: str = "IoU by class",
     numbers: bool | None = None,  # write the value above each bar; None: if there is room
 ) -> Figure:
-    """Bars of every class's IoU, side by side for each method, and their FG-mIoU at the right."""
+    """Bars of every class's IoU, side by side for each method, and their FG-mIoU at the right.
+
+    Parameters
+    ----------
+    results
+        method -> its metrics
+    classes
+        names of all classes, the background first
+    numbers
+        write the value above each bar; None: if there is room
+    """
     columns, values = _scores(results, classes, ["fg_miou"])
     step = 0.8 / max(len(results), 1)
     fig, ax = plt.subplots(figsize=(max(7.6, 0.26 * len(columns) * len(results) + 2), 3.6), layout="constrained")
@@ -440,7 +644,15 @@ def iou_table(
     classes: Sequence[str],  # names of all classes, the background first
     title: str = "",
 ) -> Figure:
-    """Per cent of every class and of the means, one row per method; the best of each column is bold, shade follows the value."""
+    """Per cent of every class and of the means, one row per method; the best of each column is bold, shade follows the value.
+
+    Parameters
+    ----------
+    results
+        method -> its metrics
+    classes
+        names of all classes, the background first
+    """
     columns, values = _scores(results, classes, ["miou", "fg_miou", "pixel_accuracy"])
     left = max(_text_width(name) for name in results) / 100 + 0.2
     widths = np.array([max(0.62, _text_width(column, 9) / 100 + 0.12) for column in columns])
@@ -472,7 +684,15 @@ def confusion_figure(
     classes: Sequence[str],  # names, the background first
     title: str = "",
 ) -> Figure:
-    """A confusion matrix, in per cent of each true class; a class without pixels has an empty row."""
+    """A confusion matrix, in per cent of each true class; a class without pixels has an empty row.
+
+    Parameters
+    ----------
+    counts
+        (C, C) pixels by (true class, predicted class)
+    classes
+        names, the background first
+    """
     counts = np.asarray(torch.as_tensor(counts), float)
     if counts.shape != (len(classes), len(classes)): raise InputError(f"the counts have shape {counts.shape} for {len(classes)} classes; give a square matrix")
     total = counts.sum(1, keepdims=True)
@@ -500,7 +720,17 @@ def worst_gallery(
     tile: int = 96,
     title: str = "",
 ) -> Figure:
-    """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth. `InputError` if no picture shows any."""
+    """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth. `InputError` if no picture shows any.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    predictions
+        (n, H, W) class indices
+    masks
+        (n, H, W), 255 = no label
+    """
     counts = picture_counts(predictions, masks, labels.n_classes)
     worst = worst_pictures(counts, number)
     if not worst: raise InputError("no picture shows a foreground class; there is nothing to rank them by")

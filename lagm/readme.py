@@ -29,7 +29,17 @@ def _move_links(
     folder: Path,  # the folder the links are relative to
     root: Path,  # the folder they shall be relative to
 ) -> str:
-    """Rewrite the relative links of a text that moves from `folder` up to `root`; `InputError` for a link to no file."""
+    """Rewrite the relative links of a text that moves from `folder` up to `root`; `InputError` for a link to no file.
+
+    Parameters
+    ----------
+    text
+        markdown
+    folder
+        the folder the links are relative to
+    root
+        the folder they shall be relative to
+    """
     prefix = folder.resolve().relative_to(root.resolve()).as_posix()
 
     def moved(match: re.Match) -> str:
@@ -58,7 +68,20 @@ def to_markdown(
     notebook: str | Path,  # a notebook in a folder below `root`
     root: str | Path,  # the folder of the README
 ) -> str:  # markdown, ending in a newline
-    """A notebook as one markdown text; `InputError` for broken links and for pictures drawn by cells."""
+    """A notebook as one markdown text; `InputError` for broken links and for pictures drawn by cells.
+
+    Parameters
+    ----------
+    notebook
+        a notebook in a folder below `root`
+    root
+        the folder of the README
+
+    Returns
+    -------
+    str
+        markdown, ending in a newline
+    """
     notebook, root, parts = Path(notebook), Path(root), []
     for cell in nbformat.read(notebook, as_version=4).cells:
         names = [name.split(":")[0].strip() for name in _DIRECTIVE.findall(cell.source)]
@@ -74,7 +97,18 @@ def to_markdown(
 def main(
     argv: Sequence[str] | None = None,  # the words of the command line
 ) -> int:  # 0, or 1 if the README is not what the notebook says
-    """Write README.md from nbs/index.ipynb, or with `--check` compare them."""
+    """Write README.md from nbs/index.ipynb, or with `--check` compare them.
+
+    Parameters
+    ----------
+    argv
+        the words of the command line
+
+    Returns
+    -------
+    int
+        0, or 1 if the README is not what the notebook says
+    """
     parser = argparse.ArgumentParser(prog="python -m lagm.readme", description="Write README.md from nbs/index.ipynb.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
     parser.add_argument("--root", default=".", help="the folder of README.md (default: the current one)")

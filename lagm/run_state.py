@@ -30,7 +30,13 @@ from .generator import check_version
 
 # %% ../nbs/components/54_run_state.ipynb #beed4512
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and plain values for the header
-    """The states of all global random generators: torch's (each device), numpy's and Python's."""
+    """The states of all global random generators: torch's (each device), numpy's and Python's.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict[str, Any]]
+        tensors, and plain values for the header
+    """
     tensors = {"random.torch": torch.get_rng_state()}
     for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0): tensors[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
     name, keys, *rest = np.random.get_state()
@@ -44,7 +50,13 @@ def restore_random_states(
     tensors: Mapping[str, Tensor],  # as `random_states` gave them; others in it are left alone
     plain: Mapping[str, Any],
 ) -> None:
-    """Put back what `random_states` gave; GPUs that are not there are skipped."""
+    """Put back what `random_states` gave; GPUs that are not there are skipped.
+
+    Parameters
+    ----------
+    tensors
+        as `random_states` gave them; others in it are left alone
+    """
     torch.set_rng_state(tensors["random.torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"random.cuda.{i}" in tensors: torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
@@ -67,7 +79,18 @@ def digest(tensors: Sequence[Tensor]) -> str:
 def generator_digest(
     generator: Callable,  # anything that keeps the generator's contract
 ) -> str | None:  # None: it shows no weights to take a digest of
-    """A digest of a generator's weights, sampling and number format."""
+    """A digest of a generator's weights, sampling and number format.
+
+    Parameters
+    ----------
+    generator
+        anything that keeps the generator's contract
+
+    Returns
+    -------
+    str | None
+        None: it shows no weights to take a digest of
+    """
     network = generator if isinstance(generator, nn.Module) else getattr(generator, "network", None)
     if not isinstance(network, nn.Module): return None
     text = f"{getattr(generator, 'sampling', '')} {getattr(generator, 'dtype', '')}".encode()
@@ -90,7 +113,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 
 # %% ../nbs/components/54_run_state.ipynb #4e1e1cd6
 class Checkpoints:
-    """The checkpoints of one run: the newest under `path`, the newest `keep` by step, and the best."""
+    """The checkpoints of one run: the newest under `path`, the newest `keep` by step, and the best.
+
+    Parameters
+    ----------
+    path
+        of the newest, ending in .safetensors
+    keep
+        how many of the newest are kept (the newest included), 1 or more
+    """
 
     def __init__(
         self,
@@ -170,7 +201,15 @@ def folder_lock(
     folder: str | Path,  # made if it is not there
     name: str = ".lagm.lock",  # of the file that is locked, and removed afterwards
 ) -> Iterator[None]:
-    """Hold a folder; `InputError` if another run does, or if the folder cannot be written to."""
+    """Hold a folder; `InputError` if another run does, or if the folder cannot be written to.
+
+    Parameters
+    ----------
+    folder
+        made if it is not there
+    name
+        of the file that is locked, and removed afterwards
+    """
     path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +231,13 @@ def folder_lock(
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
 ) -> contextlib.AbstractContextManager:
-    """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free."""
+    """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free.
+
+    Parameters
+    ----------
+    path
+        of a checkpoint; None: nothing is held
+    """
     return folder_lock(Path(path).parent, f".lagm-{Path(path).name}.lock") if path else contextlib.nullcontext()
 
 # %% ../nbs/components/54_run_state.ipynb #68a13918
@@ -205,7 +250,18 @@ def set_aside(
     paths: Iterable[str | Path],  # files and folders, all in one folder; those that are not there are passed over
     why: str = "of another run",
 ) -> Path | None:  # the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
-    """Move what is in the way into a folder of its own, and say so in a line."""
+    """Move what is in the way into a folder of its own, and say so in a line.
+
+    Parameters
+    ----------
+    paths
+        files and folders, all in one folder; those that are not there are passed over
+
+    Returns
+    -------
+    Path | None
+        the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
+    """
     there = [path for path in map(Path, paths) if os.path.lexists(path)]
     if not there: return None
     parent = there[0].parent

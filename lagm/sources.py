@@ -21,7 +21,25 @@ NVIDIA, NOT_STATED = "NVIDIA Source Code License (non-commercial research)", "no
 
 @dataclass(frozen=True)
 class Source:
-    """A file or folder that is needed, and the way to get it."""
+    """A file or folder that is needed, and the way to get it.
+
+    Attributes
+    ----------
+    name
+        what `lagm fetch` calls it
+    path
+        where it belongs; begins with data/ or checkpoints/
+    kind
+        pickle, torch, npy, folder (from a zip archive) or any
+    addresses
+        tried in order; none: it has to be asked for at `page`
+    page
+        where people read about it
+    sha256
+        of the download, or its first digits
+    holds
+        for folders: what must be inside
+    """
     name: str  # what `lagm fetch` calls it
     path: str  # where it belongs; begins with data/ or checkpoints/
     kind: str  # pickle, torch, npy, folder (from a zip archive) or any
@@ -37,7 +55,15 @@ class Source:
         data: str | Path = "data",  # what stands for data/
         checkpoints: str | Path = "checkpoints",  # what stands for checkpoints/
     ) -> Path:
-        """Where the file belongs."""
+        """Where the file belongs.
+
+        Parameters
+        ----------
+        data
+            what stands for data/
+        checkpoints
+            what stands for checkpoints/
+        """
         base, below = self.path.split("/", 1)
         return Path({"data": data, "checkpoints": checkpoints}[base]) / below
 
@@ -141,7 +167,18 @@ def file_problem(
     path: str | Path,
     kind: str,  # as in `Source`; "folder" stands for the zip archive it comes in
 ) -> str | None:  # None: nothing is wrong with its form
-    """What is wrong with a file, if it is not of its kind or was cut off."""
+    """What is wrong with a file, if it is not of its kind or was cut off.
+
+    Parameters
+    ----------
+    kind
+        as in `Source`; "folder" stands for the zip archive it comes in
+
+    Returns
+    -------
+    str | None
+        None: nothing is wrong with its form
+    """
     path = Path(path)
     if not path.is_file(): return "it is a folder" if path.is_dir() else "it is not there"
     if path.stat().st_size == 0: return "it is empty"
@@ -151,7 +188,31 @@ def file_problem(
 # %% ../nbs/components/11_sources.ipynb #742659c7
 @dataclass(frozen=True)
 class Experiment:
-    """The settings of one released experiment."""
+    """The settings of one released experiment.
+
+    Attributes
+    ----------
+    data
+        celeba, pascal, datasetgan or cgpart
+    object_class
+        face, horse, aeroplane, cat or car
+    k
+        labelled pictures; None: all there are
+    segmenter
+        deeplabv3_101 or unet
+    size
+        (width, height) of pictures in training
+    generator
+        a name of SOURCES
+    cutoff
+        layers that truncation acts on
+    latent
+        a name of SOURCES: the average latent of a first StyleGAN
+    wide_crop
+        generated pictures are cut to their central 4:3 band
+    matched
+        regex of the matched parameters
+    """
     name: str
     data: str  # celeba, pascal, datasetgan or cgpart
     object_class: str  # face, horse, aeroplane, cat or car
@@ -196,7 +257,13 @@ EXPERIMENTS = {item.name: item for item in (
 def match_experiments(
     name: str,  # an experiment, or the beginning of several names, e.g. "celeba" or "car20_stylegan2"
 ) -> list[Experiment]:
-    """The experiments a name stands for; `InputError` listing them if there is none."""
+    """The experiments a name stands for; `InputError` listing them if there is none.
+
+    Parameters
+    ----------
+    name
+        an experiment, or the beginning of several names, e.g. "celeba" or "car20_stylegan2"
+    """
     if name in EXPERIMENTS: return [EXPERIMENTS[name]]
     found = [item for key, item in EXPERIMENTS.items() if key.startswith(f"{name}_")]
     if not found: raise InputError(f"no experiment is called {name!r}; there are {', '.join(EXPERIMENTS)}")

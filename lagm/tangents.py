@@ -38,6 +38,12 @@ def _linear(operation, arguments, keywords, result):
 
 @rule(aten.view, aten._unsafe_view, aten.reshape)
 def _reshaped(operation, arguments, keywords, result):  # a tangent may lie in memory in another order than its value
+    """
+    Parameters
+    ----------
+    operation, arguments, keywords, result
+        a tangent may lie in memory in another order than its value
+    """
     shape = result.shape
     return lambda dx: dx.reshape(shape)
 
@@ -210,7 +216,15 @@ def _key(tensor: Tensor) -> tuple:
 
 # %% ../nbs/components/48_tangents.ipynb #4799f200
 class Tape(TorchDispatchMode):
-    """Records, as a context around a forward pass, how tangents of `parameters` travel to its results."""
+    """Records, as a context around a forward pass, how tangents of `parameters` travel to its results.
+
+    Parameters
+    ----------
+    parameters
+        those that may move, by name
+    others
+        those that require a gradient and stand still
+    """
 
     def __init__(
         self,
@@ -296,7 +310,22 @@ def record(
     function: Callable[[], Tensor],  # the forward pass, e.g. lambda: network(images)
     names: Sequence[str] | None = None,  # of parameters that may move; None: all
 ) -> tuple[Tensor, Tape]:  # the function's result, and its tape for `Tape.tangent`
-    """Run a forward pass and record it. The result is what it would have been, with its graph."""
+    """Run a forward pass and record it. The result is what it would have been, with its graph.
+
+    Parameters
+    ----------
+    network
+        runs in the mode it is in
+    function
+        the forward pass, e.g. lambda: network(images)
+    names
+        of parameters that may move; None: all
+
+    Returns
+    -------
+    tuple[Tensor, Tape]
+        the function's result, and its tape for `Tape.tangent`
+    """
     own = dict(network.named_parameters())
     moving = {name: own[name] for name in (own if names is None else names)}
     tape = Tape(moving, [p for name, p in own.items() if name not in moving])

@@ -62,7 +62,88 @@ CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "me
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice of a training run; the defaults are the paper's. Raises `InputError` on values that make no sense."""
+    """Every choice of a training run; the defaults are the paper's. Raises `InputError` on values that make no sense.
+
+    Attributes
+    ----------
+    steps
+        alternating steps
+    batch_labelled
+        labelled pictures per step, drawn in shuffled rounds (repeated if there are fewer)
+    batch_synthetic
+        generated pictures per step (and phase)
+    optimizer
+        "sgd" or "adam", for both networks
+    momentum
+        of sgd
+    lr_annotator
+        learning rate of A
+    lr_segmenter
+        learning rate of S
+    matched
+        parameters of S whose gradients are compared: a named group or a regex; None: the paper's choice for S
+    metric
+        distance of two gradients: "cosine", "l2" or "dotprod"
+    reduction
+        "mean" or "sum"
+    interval_annotator
+        phase A in every so many steps, the first included (the authors' program offers both intervals, and ignores
+        them)
+    interval_segmenter
+        phase S in every so many steps
+    wide_crop
+        cut the central 4:3 band from generated pictures (the paper's cars)
+    clip
+        ours: generated pictures are clipped to [-1, 1] before S sees them, as saved pictures are; the paper's are not
+    gradients
+        how phase A differentiates: "forward" mode, or "double" backward as the paper; equal to rounding
+    schedule
+        learning rates: "constant", or "cosine" down to zero over the steps of each stage
+    shared_batch
+        both phases use the same generated pictures: half the generator calls, one forward pass of S less
+    fresh_labels
+        phase S asks the updated annotator; False re-uses phase A's labels and gradient (needs shared_batch)
+    balance
+        rare classes count more, in every loss of S: pixel weights (share of the class in the labelled masks) **
+        -balance; 0: all alike
+    label_weight
+        weight of the labelled loss in phase S; its gradient is phase A's, for free
+    average
+        decay of a running average of S, which is then what is evaluated; 0: none
+    augment
+        random changes of labelled and generated pictures alike
+    warm_segmenter
+        steps of S on the labelled pictures before all else
+    warm_annotator
+        steps of A towards S's predictions on generated pictures, after that
+    lr_warm
+        learning rate of both warm starts
+    align
+        A's warm start: S's predictions are multiplied, by this at most, so that each class fills its labelled share; 0:
+        not
+    finish
+        length of the finish, in units of `steps`, were there any number of labelled pictures; see `finish_steps`
+    finish_anchor
+        the matched networks count as much as so many labelled pictures in the finish; 0: it learns from the labelled
+        ones alone
+    lr_finish
+        learning rate of the finish
+    precision
+        "float32", or "bfloat16": autocast
+    channels_last
+        memory layout; faster convolutions on most processors
+    fast_convolutions
+        leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
+    compile_convolutions
+        with fast_convolutions: Winograd's sums by torch.compile, so that most 3 x 3 convolutions gain (float32 on a
+        CPU); where it does not work, a warning says so, once; see `lagm.winograd`
+    keep_memory
+        freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
+    compile
+        torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
+    parts
+        each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
+    """
     steps: int = 150_000  # alternating steps
     batch_labelled: int = 2  # labelled pictures per step, drawn in shuffled rounds (repeated if there are fewer)
     batch_synthetic: int = 2  # generated pictures per step (and phase)
@@ -109,14 +190,26 @@ class Recipe:
         self,
         labelled: int,  # k, the number of labelled pictures
     ) -> int:
-        """Steps of the finish: `finish * steps`, times the labelled pictures' say in it, k / (k + finish_anchor)."""
+        """Steps of the finish: `finish * steps`, times the labelled pictures' say in it, k / (k + finish_anchor).
+
+        Parameters
+        ----------
+        labelled
+            k, the number of labelled pictures
+        """
         return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor))
 
     def total_steps(
         self,
         labelled: int,  # k, the number of labelled pictures
     ) -> int:
-        """Steps of all stages together."""
+        """Steps of all stages together.
+
+        Parameters
+        ----------
+        labelled
+            k, the number of labelled pictures
+        """
         return self.warm_segmenter + self.warm_annotator + self.steps + self.finish_steps(labelled)
 
 # %% ../nbs/components/60_training.ipynb #5b3c86fb
@@ -164,13 +257,33 @@ def get_recipe(
     name: str,  # "paper" or "fast"
     **changes: Any,  # fields to change, e.g. steps=300; numbers may be text, as YAML reads 1e-4
 ) -> Recipe:
-    """A named recipe, changed; `InputError` for an unknown name or field, or an impossible value."""
+    """A named recipe, changed; `InputError` for an unknown name or field, or an impossible value.
+
+    Parameters
+    ----------
+    name
+        "paper" or "fast"
+    **changes
+        fields to change, e.g. steps=300; numbers may be text, as YAML reads 1e-4
+    """
     if not isinstance(name, str) or name not in RECIPES: raise InputError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return dataclasses.replace(RECIPES[name], **check_field_names(changes, Recipe, "a recipe"))
 
 # %% ../nbs/components/60_training.ipynb #85592c22
 class LabelledBatches:
-    """The labelled pictures, in shuffled rounds: batch number t is a function of the seed and t alone."""
+    """The labelled pictures, in shuffled rounds: batch number t is a function of the seed and t alone.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices, 255 = ignored
+    batch
+        pictures per batch; may exceed n
+    device
+        the pictures are kept there
+    """
 
     def __init__(
         self,
@@ -200,7 +313,21 @@ class LabelledBatches:
 # %% ../nbs/components/60_training.ipynb #adf4cf84
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Generated pictures as the segmenter sees them, and the features to label them from."""
+    """Generated pictures as the segmenter sees them, and the features to label them from.
+
+    Attributes
+    ----------
+    images
+        x: (B, 3, H, W) about [-1, 1], clipped if the recipe says so, cropped, resized, augmented
+    features
+        f: as the generator gave them
+    warp
+        takes the annotator's probabilities the way the pictures went
+    plain
+        the pictures before the augmentation
+    follow
+        takes what a network says of `plain` the way of the augmentation
+    """
     images: Tensor  # x: (B, 3, H, W) about [-1, 1], clipped if the recipe says so, cropped, resized, augmented
     features: Sequence[Tensor]  # f: as the generator gave them
     warp: Callable[[Tensor], Tensor]  # takes the annotator's probabilities the way the pictures went
@@ -214,7 +341,21 @@ class SyntheticBatch:
 
 
 class SyntheticBatches:
-    """Pictures from a generator: batch (stage, t) is a function of the seed, the stage and t alone."""
+    """Pictures from a generator: batch (stage, t) is a function of the seed, the stage and t alone.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    size
+        height and width that the segmenter is trained at
+    wide
+        cut the central 4:3 band
+    arrange
+        puts a tensor into the memory layout of the "segmenter" or the "annotator"
+    clip
+        clip the pictures to [-1, 1]
+    """
 
     def __init__(
         self,
@@ -251,7 +392,20 @@ def balanced_weights(
     n_classes: int,
     balance: float,  # the exponent; 0 gives None
 ) -> Tensor | None:  # (C,), with mean 1 over the labelled pixels
-    """How much a pixel of each class counts; a class that no mask shows counts like the rarest one shown."""
+    """How much a pixel of each class counts; a class that no mask shows counts like the rarest one shown.
+
+    Parameters
+    ----------
+    masks
+        the labelled masks, class indices, 255 = ignored
+    balance
+        the exponent; 0 gives None
+
+    Returns
+    -------
+    Tensor | None
+        (C,), with mean 1 over the labelled pixels
+    """
     if not balance: return None
     share = torch.bincount(masks[masks != IGNORE].flatten(), minlength=n_classes).float()
     share = share / share.sum()
@@ -275,7 +429,17 @@ def learning_rate(
     steps: int,  # of the whole stage
     schedule: str,  # "constant" or "cosine"
 ) -> float:
-    """The learning rate of one step; the cosine goes from `base` to zero over the stage."""
+    """The learning rate of one step; the cosine goes from `base` to zero over the stage.
+
+    Parameters
+    ----------
+    step
+        of the stage, from 0
+    steps
+        of the whole stage
+    schedule
+        "constant" or "cosine"
+    """
     return base if schedule == "constant" else base * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 # %% ../nbs/components/60_training.ipynb #451a99fa
@@ -294,7 +458,17 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
 
 # %% ../nbs/components/60_training.ipynb #fa68ed95
 class Networks:
-    """The networks of a run, where and how they compute, and what of them is trained. They are trained in place."""
+    """The networks of a run, where and how they compute, and what of them is trained. They are trained in place.
+
+    Parameters
+    ----------
+    annotator
+        None: supervised training
+    class_weights
+        (C,), from `balanced_weights`
+    weigh_labels
+        False: the annotator's labels are used without class weights
+    """
 
     def __init__(
         self,
@@ -411,7 +585,17 @@ def phase_annotator(
     gradients_l: Sequence[Tensor],  # of the matched parameters
     synthetic_pass: SyntheticPass | None = None,  # over the same pictures, if phase S is to share it
 ) -> Match:
-    """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`."""
+    """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`.
+
+    Parameters
+    ----------
+    names
+        the matched parameters of S
+    gradients_l
+        of the matched parameters
+    synthetic_pass
+        over the same pictures, if phase S is to share it
+    """
     recipe = players.recipe
     players.train("annotator")
     with players.passes():
@@ -432,7 +616,22 @@ def phase_segmenter(
     synthetic_pass: SyntheticPass | None = None,  # phase A's, over the same pictures; None: a new one
     gradients_s: Sequence[Tensor] | None = None,  # of all parameters, phase A's; None: those of the annotator's labels now
 ) -> Tensor | None:  # the synthetic loss; None if its gradient was given
-    """Phase S: move the segmenter along its gradient on the annotator's labels, plus the labelled one if given."""
+    """Phase S: move the segmenter along its gradient on the annotator's labels, plus the labelled one if given.
+
+    Parameters
+    ----------
+    gradients_l
+        of all parameters; None: no labelled loss
+    synthetic_pass
+        phase A's, over the same pictures; None: a new one
+    gradients_s
+        of all parameters, phase A's; None: those of the annotator's labels now
+
+    Returns
+    -------
+    Tensor | None
+        the synthetic loss; None if its gradient was given
+    """
     everything, loss = players.trained["segmenter"], None
     if gradients_s is None:
         players.annotator.eval()
@@ -455,7 +654,28 @@ def matching_step(
     match: bool = True,  # False: no phase A
     learn: bool = True,  # False: no phase S
 ) -> dict[str, Tensor]:  # losses: gm (the distance D), label, syn (of phase A), s (the synthetic loss of phase S)
-    """One iteration: phase A, then phase S."""
+    """One iteration: phase A, then phase S.
+
+    Parameters
+    ----------
+    names
+        the matched parameters of S
+    labelled
+        x_l, y_l
+    synthetic
+        phase A's, or the shared one; not needed if there is no phase A and `fresh` is given
+    fresh
+        phase S's; None: shared
+    match
+        False: no phase A
+    learn
+        False: no phase S
+
+    Returns
+    -------
+    dict[str, Tensor]
+        losses: gm (the distance D), label, syn (of phase A), s (the synthetic loss of phase S)
+    """
     recipe, segmenter, losses = players.recipe, players.train("segmenter"), {}
     everything = players.trained["segmenter"]
     taught = learn and recipe.label_weight > 0
@@ -480,7 +700,13 @@ def supervised_step(
     players: Players,
     labelled: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:  # loss_label
-    """The segmenter learns from labelled pictures."""
+    """The segmenter learns from labelled pictures.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_label
+    """
     segmenter = players.train("segmenter")
     names, pictures = players.trained["segmenter"], players.arrange(labelled[0])
     with players.passes():
@@ -495,7 +721,20 @@ def imitation_step(
     synthetic: SyntheticBatch,  # not augmented
     factors: Tensor | None = None,  # (C,), from `alignment`
 ) -> dict[str, Tensor]:  # loss_imitation
-    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities."""
+    """The annotator learns what the segmenter, at rest, predicts on generated pictures: cross-entropy against its probabilities.
+
+    Parameters
+    ----------
+    synthetic
+        not augmented
+    factors
+        (C,), from `alignment`
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_imitation
+    """
     segmenter, annotator = players.segmenter.eval(), players.train("annotator")
     with players.passes():
         with torch.no_grad(): target = reweighed(segmenter(synthetic.images).float().softmax(dim=1), factors)
@@ -513,7 +752,20 @@ def alignment(
     masks: Tensor,  # of the labelled pictures
     batches: int = 16,
 ) -> Tensor:  # (C,), from 1 / align to align
-    """What S's probabilities are to be multiplied by for each class to fill its labelled share of generated pictures, on average."""
+    """What S's probabilities are to be multiplied by for each class to fill its labelled share of generated pictures, on average.
+
+    Parameters
+    ----------
+    pictures
+        not augmented
+    masks
+        of the labelled pictures
+
+    Returns
+    -------
+    Tensor
+        (C,), from 1 / align to align
+    """
     found = []
     for i in range(batches):
         images = pictures(i, "align").images  # the generator is never run under autocast
@@ -553,7 +805,17 @@ def unpack_state(players: Players, tensors: dict[str, Tensor]) -> None:
 # %% ../nbs/components/60_training.ipynb #88138fdc
 @dataclass(frozen=True)
 class Identity:
-    """What makes two runs the same run."""
+    """What makes two runs the same run.
+
+    Attributes
+    ----------
+    arm
+        "matching", "no matching" or "supervised"
+    data
+        a digest of the labelled pictures
+    generator
+        a digest of the generator's weights, if it shows any
+    """
     recipe: Recipe
     seed: int
     arm: str  # "matching", "no matching" or "supervised"
@@ -587,7 +849,19 @@ def data_digest(images: Tensor, masks: Tensor) -> str:
 # %% ../nbs/components/60_training.ipynb #8344277b
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run."""
+    """A part of a run.
+
+    Attributes
+    ----------
+    step
+        from the stage's step number to losses
+    rates
+        the networks it trains and their learning rates
+    averaged
+        whether the recipe's running average applies
+    start
+        called before the first step
+    """
     name: str
     steps: int
     step: Callable[[int], dict[str, Tensor]]  # from the stage's step number to losses
@@ -600,7 +874,18 @@ def locate(
     stages: Sequence[Stage],
     step: int,  # of the whole run, from 0
 ) -> tuple[Stage, int]:  # the stage it belongs to, and its number within that
-    """Find a step's stage."""
+    """Find a step's stage.
+
+    Parameters
+    ----------
+    step
+        of the whole run, from 0
+
+    Returns
+    -------
+    tuple[Stage, int]
+        the stage it belongs to, and its number within that
+    """
     for stage in stages:
         if step < stage.steps: return stage, step
         step -= stage.steps
@@ -613,7 +898,23 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Trained:
-    """What a run gives."""
+    """What a run gives.
+
+    Attributes
+    ----------
+    segmenter
+        the one to use, in eval mode: the running average, if the recipe has one
+    annotator
+        in eval mode
+    history
+        "losses", "validation" and "signs" (see `lagm.signs`): records with "step", "stage" and numbers
+    step
+        steps done
+    labels
+        what the classes mean, if the run was told
+    size
+        height and width of the labelled pictures
+    """
     segmenter: nn.Module  # the one to use, in eval mode: the running average, if the recipe has one
     annotator: nn.Module | None  # in eval mode
     history: dict[str, list[dict]]  # "losses", "validation" and "signs" (see `lagm.signs`): records with "step", "stage" and numbers
@@ -629,7 +930,21 @@ class Trained:
         policy: str | None = None,  # how pictures were brought to that size: "fit", "stretch" or "native"
         **facts: Any,  # more for the header, e.g. metrics={…}, recipe={…}
     ) -> None:
-        """Write the segmenter as `lagm predict` and all other commands read it; `InputError` if the labels do not fit."""
+        """Write the segmenter as `lagm predict` and all other commands read it; `InputError` if the labels do not fit.
+
+        Parameters
+        ----------
+        path
+            of the file, such as segmenter.safetensors
+        labels
+            None: as the run was told
+        size
+            height and width; None: of the labelled pictures
+        policy
+            how pictures were brought to that size: "fit", "stretch" or "native"
+        **facts
+            more for the header, e.g. metrics={…}, recipe={…}
+        """
         save_segmenter(path, self.segmenter, labels or self.labels, size or self.size, policy, step=self.step, **facts)
 
     @property
@@ -665,7 +980,15 @@ def require_finite(
     checkpoint: Path | None,
     explode_at: float = 1e3,  # a cross-entropy above this has exploded (it is about ln(classes) when nothing is learned)
 ) -> None:
-    """Raise `Diverged`, naming the step and the way back, if a loss is not a finite number or has exploded."""
+    """Raise `Diverged`, naming the step and the way back, if a loss is not a finite number or has exploded.
+
+    Parameters
+    ----------
+    within
+        step of the stage, from 0
+    explode_at
+        a cross-entropy above this has exploded (it is about ln(classes) when nothing is learned)
+    """
     broken = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
     broken += [f"{name} is {value:.3g}, above {explode_at:g}" for name, value in losses.items() if name != "loss_gm" and explode_at < value < math.inf]
     if not broken: return
@@ -679,7 +1002,20 @@ def validated(
     images: Tensor,  # (n, 3, H, W)
     masks: Tensor,  # (n, H, W)
 ) -> dict[str, float]:  # fg_miou and miou, 0 to 1
-    """The two numbers of the learning curve; every submodule's mode is left as it was."""
+    """The two numbers of the learning curve; every submodule's mode is left as it was.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W)
+    masks
+        (n, H, W)
+
+    Returns
+    -------
+    dict[str, float]
+        fg_miou and miou, 0 to 1
+    """
     metrics = evaluate(segmenter, images, masks, segmenter.n_classes, batch_size=32)
     return {"fg_miou": float(metrics.fg_miou), "miou": float(metrics.miou)}
 
@@ -689,7 +1025,20 @@ def describe_run(
     labels: LabelSet | None = None,  # what the classes mean
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
-    """What it takes to use the networks of a state by themselves."""
+    """What it takes to use the networks of a state by themselves.
+
+    Parameters
+    ----------
+    labels
+        what the classes mean
+    size
+        height and width of the labelled pictures
+
+    Returns
+    -------
+    dict[str, Any]
+        for the header of a state
+    """
     ours = {role: network for role, network in players.networks.items() if type(network) in NETWORKS.values()}
     networks = {role: describe_network(network) for role, network in ours.items()}
     return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
@@ -702,7 +1051,20 @@ def restore_players(
     header: dict[str, Any],
     path: str | Path,  # named in errors
 ) -> tuple[int, dict[str, list[dict]]]:  # step and history
-    """Put the players into a state; `InputError` if it does not fit them."""
+    """Put the players into a state; `InputError` if it does not fit them.
+
+    Parameters
+    ----------
+    tensors
+        of a state
+    path
+        named in errors
+
+    Returns
+    -------
+    tuple[int, dict[str, list[dict]]]
+        step and history
+    """
     step, history = header.get("step"), header.get("history")
     try:
         stage, _ = locate(stages, step - 1)
@@ -718,7 +1080,21 @@ def restore_players(
 
 # %% ../nbs/components/60_training.ipynb #f36c6cc8
 class Keeper:
-    """Writes and reads the checkpoints of one run."""
+    """Writes and reads the checkpoints of one run.
+
+    Parameters
+    ----------
+    path
+        of the newest checkpoint; None: nothing is written
+    keep
+        how many of the newest to keep
+    resume_from
+        a checkpoint to begin with if there is none at `path`
+    labels
+        what the classes mean
+    size
+        height and width of the labelled pictures
+    """
 
     def __init__(
         self,
@@ -788,7 +1164,33 @@ class Keeper:
 
 # %% ../nbs/components/60_training.ipynb #a5dc2c47
 class Course:
-    """A run's players, stages and appointments: what is due at which step."""
+    """A run's players, stages and appointments: what is due at which step.
+
+    Parameters
+    ----------
+    validation
+        images, masks
+    checkpoint
+        of the newest state; the kept and the best ones are beside it
+    keep
+        checkpoints to keep, the newest included; the best one comes on top
+    resume_from
+        a checkpoint to begin with if there is none at `checkpoint`
+    watch
+        metrics.jsonl, snapshots, TensorBoard
+    record_every
+        losses are recorded every so many steps
+    explode_at
+        see `require_finite`
+    labels
+        what the classes mean; written into the checkpoints
+    size
+        height and width of the labelled pictures; written, too
+    pictures
+        for snapshots
+    signs
+        a record of `lagm.signs`, asked for while matching
+    """
 
     def __init__(
         self,
@@ -988,7 +1390,15 @@ def check_options(
     recipe: Recipe,
     function: Callable,  # that was called with them
 ) -> None:
-    """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none."""
+    """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none.
+
+    Parameters
+    ----------
+    options
+        further options of a run
+    function
+        that was called with them
+    """
     if not isinstance(recipe, Recipe):
         raise InputError(f"recipe is {printable(repr(recipe))}; give a Recipe, such as get_recipe('fast', steps=300)")
     own = [name for name, p in inspect.signature(function).parameters.items() if p.kind != p.VAR_KEYWORD]
@@ -1010,7 +1420,15 @@ def check_counting(
     counting: Sequence[str],  # the fields that the run heeds
     function: Callable,  # that was called with it
 ) -> None:
-    """Raise `InputError` for intervals where no phases take turns, and warn of unusual values that have no effect."""
+    """Raise `InputError` for intervals where no phases take turns, and warn of unusual values that have no effect.
+
+    Parameters
+    ----------
+    counting
+        the fields that the run heeds
+    function
+        that was called with it
+    """
     for name in ("interval_annotator", "interval_segmenter"):
         if (value := getattr(recipe, name)) == 1: continue
         raise InputError(f"recipe: {name} is {value}, but in {function.__name__} no phases take turns; give 1")
@@ -1027,7 +1445,15 @@ def finish_stage(
     masks: Tensor,
     seed: int,
 ) -> Stage:
-    """The last stage: labelled pictures, and generated ones with the matched networks' labels; see `lagm.finishing`."""
+    """The last stage: labelled pictures, and generated ones with the matched networks' labels; see `lagm.finishing`.
+
+    Parameters
+    ----------
+    players
+        the anchor is their annotator, or without one a copy of their segmenter
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    """
     recipe, parts, size = players.recipe, players.recipe.parts, images.shape[2:]
     labelled = LabelledBatches(images, masks, recipe.batch_labelled // parts, seed, recipe.augment, players.device)
     drawn = SyntheticBatches(generator, recipe.batch_synthetic // parts, size, seed, recipe.augment, recipe.wide_crop,
@@ -1058,7 +1484,13 @@ def lagm_stages(
     seed: int,
     match: bool = True,
 ) -> list[Stage]:
-    """The stages of a run: warm start of the segmenter, warm start of the annotator, matching, finish."""
+    """The stages of a run: warm start of the segmenter, warm start of the annotator, matching, finish.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    """
     recipe = players.recipe
     everything = players.trained["segmenter"]
     matched = matched_parameter_names(players.segmenter, recipe.matched)
@@ -1108,7 +1540,20 @@ def signs_of(
     masks: Tensor,  # of the labelled pictures
     batches: int = 8,
 ) -> Callable[[], dict[str, Any]]:  # gives a record of `lagm.signs.signs`
-    """Looks at some generated pictures, always the same ones, with the networks as they are when it is called."""
+    """Looks at some generated pictures, always the same ones, with the networks as they are when it is called.
+
+    Parameters
+    ----------
+    pictures
+        not augmented
+    masks
+        of the labelled pictures
+
+    Returns
+    -------
+    Callable[[], dict[str, Any]]
+        gives a record of `lagm.signs.signs`
+    """
     @torch.no_grad()
     def look() -> dict[str, Any]:
         named, predicted = [], []
@@ -1129,7 +1574,17 @@ def in_processes(
     options: dict[str, Any],  # of `Loop`
     **more: Any,  # of `train_lagm`
 ) -> None:
-    """Let several processes do a run; its checkpoint is the result. `InputError` without a checkpoint, without Fabric, or if the parts cannot be shared."""
+    """Let several processes do a run; its checkpoint is the result. `InputError` without a checkpoint, without Fabric, or if the parts cannot be shared.
+
+    Parameters
+    ----------
+    arguments
+        of `train_lagm`, by position
+    options
+        of `Loop`
+    **more
+        of `train_lagm`
+    """
     recipe = arguments[-1]
     check_shares(recipe.parts, processes)
     if not options.get("checkpoint"): raise InputError("several processes hand over their result by a file; give checkpoint=...")
@@ -1164,6 +1619,34 @@ def train_lagm(
     With `checkpoint=path` a run that was stopped, or killed, goes on from there, to the same bits on a CPU. Raises
     `InputError` on inputs that do not fit together, a mistyped option or a checkpoint of another run, `Diverged` if a
     loss is not finite or explodes, `CheckpointError` if the last state cannot be written.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generator
+    annotator
+        features -> logits; trained in place
+    segmenter
+        pictures -> logits; trained in place. What is frozen in either stays so, see `frozen_note`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random in the run (but not of the networks' initial weights)
+    match
+        False: the annotator stays as its warm start left it, all else is the same
+    weigh_labels
+        False: no class weights on the annotator's labels; for one that is not matched but imitates S, whose predictions
+        have them already
+    dry_run
+        True: do two steps of each stage, leave no trace, and return an `Estimate` of time, memory and disk
+    processes
+        so many share the recipe's parts: of GPUs one each, of a CPU its cores; more than one need Fabric and a
+        checkpoint
+    **options
+        of `Loop`: validation, validate_every, checkpoint, checkpoint_every, keep, resume_from, watch, record_every,
+        progress, explode_at, labels
     """
     check_options(options, recipe, train_lagm)
     check_sides(segmenter, annotator)
@@ -1194,6 +1677,21 @@ def train_supervised(
     """The baseline: the same network on the labelled pictures alone, with the same changes, optimiser and averaging.
 
     Raises as `train_lagm` does.
+
+    Parameters
+    ----------
+    segmenter
+        trained in place
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices, 255 = ignored
+    recipe
+        its batch_labelled, optimizer, ...: see `SUPERVISED_FIELDS`
+    dry_run
+        as in `train_lagm`
+    **options
+        as in `train_lagm`
     """
     check_options(options, recipe, train_supervised)
     check_counting(recipe, SUPERVISED_FIELDS, train_supervised)
@@ -1226,6 +1724,25 @@ def train_finish(
     """The finish by itself, for a segmenter from anywhere: after `train_lagm` without it, the same bits as with it.
 
     Raises as `train_lagm` does, and `InputError` if the recipe has no finish.
+
+    Parameters
+    ----------
+    segmenter
+        trained in place, on from its weights
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generator
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        of the whole run: what it says of stages before the finish does not apply
+    annotator
+        the anchor, not trained; None: the segmenter as it comes
+    dry_run
+        as in `train_lagm`
+    **options
+        as in `train_lagm`
     """
     check_options(options, recipe, train_finish)
     check_labelled(images, masks, segmenter.n_classes)
