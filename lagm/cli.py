@@ -40,7 +40,14 @@ def list_command(arguments: argparse.Namespace) -> None:
 # %% ../nbs/components/92_cli.ipynb #21877b8a
 def show_command(arguments: argparse.Namespace) -> None:
     """`lagm show`: what an experiment is, what it needs and gives, and its parameters, those of its files marked."""
-    from lagm.catalogue import choose_runs, declared_parameters, missing_inputs, paper_numbers, project_folder, read_catalogue
+    from lagm.catalogue import (
+        choose_runs,
+        declared_parameters,
+        missing_inputs,
+        paper_numbers,
+        project_folder,
+        read_catalogue,
+    )
     from lagm.core import printable
     from lagm.experiments import find_experiment, list_experiments, purpose, read_parameters
 
@@ -99,7 +106,14 @@ def describe_results(
 # %% ../nbs/components/92_cli.ipynb #133edce3
 def run_one(arguments: argparse.Namespace, notebook: Path) -> None:
     """Run a single notebook, showing what its cells print, then say where the results are."""
-    from lagm.experiments import check_parameters, default_output, is_finished, read_parameter_file, run_notebook, working_folder
+    from lagm.experiments import (
+        check_parameters,
+        default_output,
+        is_finished,
+        read_parameter_file,
+        run_notebook,
+        working_folder,
+    )
 
     output, root = default_output(notebook), working_folder(notebook)
     if arguments.output: output = Path(arguments.output) / output.name
