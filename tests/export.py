@@ -219,6 +219,20 @@ def write(path: Path, text: str) -> None:
     if not path.is_file() or path.read_bytes() != text.encode(): path.write_bytes(text.encode())
 
 
+def public_face(source: str) -> str:
+    """`lagm/__init__.py` with what tools look for and its table `_PUBLIC` knows: `__all__`, imports of all names."""
+    found = re.search(r"^_PUBLIC = (\{.*?^\})$", source, re.M | re.S)
+    if not found or "if TYPE_CHECKING" in source: return source
+    public: dict[str, list[str]] = ast.literal_eval(found[1])
+    names = sorted(name for own in public.values() for name in own)
+    imports = [f"    from {module} import {', '.join(own)}" for module, own in sorted(public.items())]
+    block = [f"__all__ = {names}", "", "from typing import TYPE_CHECKING", "", "if TYPE_CHECKING:", *imports]
+    version = "".join(re.findall(r"^__version__ = .*\n", source, re.M))
+    lines = source.replace(version, "").split("\n")
+    lines[lines.index("__all__ = []")] = version + "\n".join(block)
+    return "\n".join(lines)
+
+
 def write_rooms(package: Path, rooms: dict[str, str] | None = None) -> None:
     """The `__init__.py` of every folder of modules; ValueError for one that `rooms` does not know."""
     rooms, moved = ROOMS if rooms is None else rooms, package / "_moved.py"
@@ -239,7 +253,7 @@ def export(root: Path = ROOT) -> int:
     package = root / "lagm"
     for path in sorted(package.rglob("*.py")):
         if path.name == "_modidx.py": continue
-        try: write(path, explained(path.read_bytes().decode()))
+        try: write(path, explained(public_face(path.read_bytes().decode())))
         except ValueError as error:
             print(f"export: {path.relative_to(root)}, {error}", file=sys.stderr)
             return 1
