@@ -16,11 +16,11 @@ def test_every_comment_beside_a_parameter_is_in_a_docstring(path):
     source = path.read_text(encoding="utf-8")
     comments = Comments(source)
     for node in definitions(ast.parse(source).body):
-        is_class = isinstance(node, ast.ClassDef)
-        if not is_class and node.name == "__init__": continue  # its comments stand in the docstring of the class
-        init = [own for own in node.body if isinstance(own, ast.FunctionDef) and own.name == "__init__"] if is_class else [node]
-        said = fields_of(node, comments) if is_class else result_of(node, comments)
-        said += [row for function in init for row in parameters_of(function, comments)]
+        if node.name == "__init__": continue  # its comments stand in the docstring of the class
+        if isinstance(node, ast.ClassDef):
+            init = [own for own in node.body if isinstance(own, ast.FunctionDef) and own.name == "__init__"]
+            said = fields_of(node, comments) + [row for own in init for row in parameters_of(own, comments)]
+        else: said = parameters_of(node, comments) + result_of(node, comments)
         shown = " ".join((ast.get_docstring(node) or "").split())
         for name, text in said: assert " ".join(f"{name} {text}".split()) in shown, f"{node.name}: {name}"
 

@@ -115,7 +115,8 @@ tuple[list, int]
     assert inspect.getdoc(names["Box"].area) == "Area of the \\box.\n\nTwice.\n\nReturns\n-------\nint\n    pixels"
     assert inspect.getdoc(names["Net"]) == "A network.\n\nParameters\n----------\nsize\n    of one side"
     assert names["Net"].__init__.__doc__ is None and inspect.getdoc(names["Net"].forward).startswith("Parameters\n---")
-    assert names["one_line"].__doc__ is None and names["bare"].__doc__.split() == ["Returns", "-------", "int", "one", "more"]
+    assert names["one_line"].__doc__ is None
+    assert names["bare"].__doc__.split() == ["Returns", "-------", "int", "one", "more"]
     assert inspect.getdoc(names["pairs"]) == "Some.\n\nNothing is said here."
 
 
@@ -126,7 +127,8 @@ def test_only_docstrings_change_and_only_once():
     def without_docstrings(source: str) -> str:
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None: node.body[:1] = []
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef): continue
+            if ast.get_docstring(node) is not None: node.body[:1] = []
         return ast.dump(tree)
 
     assert without_docstrings(once) == without_docstrings(SOURCE)
@@ -139,7 +141,8 @@ def test_a_generator_function_yields():
 
 
 def test_two_explanations_are_an_error():
-    source = 'def f(\n    x: int,  # this\n) -> None:\n    """Do.\n\n    Parameters\n    ----------\n    x\n        that\n    """\n'
+    source = ('def f(\n    x: int,  # this\n) -> None:\n'
+              '    """Do.\n\n    Parameters\n    ----------\n    x\n        that\n    """\n')
     with pytest.raises(ValueError, match=r"line 1: f has the section Parameters and comments"): explained(source)
     without = source.replace("  # this", "")
     assert explained(without) == without, "a section written by hand stays where there are no comments"
@@ -148,7 +151,8 @@ def test_two_explanations_are_an_error():
 def test_lines_are_wrapped():
     words = " ".join(["long"] * 60)
     head = f'"""{words}."""\n\n__all__ = [{", ".join(repr(f"name_{i:03}") for i in range(40))}]\n'
-    source = head + f'\n\nclass A:\n    def f(\n        self,\n        x: int,\n        # {words}\n        y: int,\n    ) -> None:\n        """Do."""\n'
+    method = f'    def f(\n        self,\n        x: int,\n        # {words}\n        y: int,\n    ) -> None:\n        """Do."""\n'
+    source = f"{head}\n\nclass A:\n{method}"
     text = explained(source)
     assert all(len(line) <= WIDTH for line in text.replace(f"        # {words}\n", "").splitlines())
     assert explained(text) == text and len(loaded(text)["__all__"]) == 40

@@ -85,7 +85,8 @@ def test_other_names_are_errors_as_ever(toy, code, error):
 
 
 def test_new_paths_do_not_warn(toy):
-    assert not run("import toy\nfrom toy.training.recipe import Recipe\nfrom toy.models.annotator import FPNAnnotator")[1]
+    code = "import toy\nfrom toy.training.recipe import Recipe\nfrom toy.models.annotator import FPNAnnotator"
+    assert not run(code)[1]
 
 
 # ---- the kit's own table
