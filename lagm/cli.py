@@ -111,9 +111,9 @@ def run_one(arguments: argparse.Namespace, notebook: Path) -> None:
         default_output,
         is_finished,
         read_parameter_file,
-        run_notebook,
         working_folder,
     )
+    from lagm.running import run_notebook
 
     output, root = default_output(notebook), working_folder(notebook)
     if arguments.output: output = Path(arguments.output) / output.name
@@ -164,7 +164,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     """`lagm run`: a notebook, an experiment with all its stages, or many."""
     from lagm.catalogue import project_folder
     from lagm.core import InputError
-    from lagm.experiments import RunError, find_experiment, list_experiments, run_notebook
+    from lagm.experiments import find_experiment, list_experiments
+    from lagm.running import RunError, run_notebook
     from lagm.sweep import Sweep, describe_steps, execute, plan_steps
 
     names = arguments.names
@@ -378,7 +379,7 @@ def explain_error(
         one line, and the exit code
     """
     from lagm.core import InputError, printable
-    from lagm.experiments import RunError
+    from lagm.running import RunError
 
     text = printable(" ".join(str(error).split()), 4000)
     if isinstance(error, InputError): return text, 2

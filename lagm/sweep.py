@@ -24,8 +24,8 @@ from typing import Any, TextIO
 from .catalogue import Run, missing_inputs
 from .cli import explain_error
 from .core import InputError, printable
-from .experiments import run_notebook
 from .run_state import folder_lock
+from .running import run_notebook
 
 # %% ../nbs/components/93_sweep.ipynb #b82f83e1
 @dataclass

@@ -19,13 +19,14 @@ from lagm.comparison import comparison_table, finish_figure, minutes_table, qual
 from lagm.comparison import saved_figure, saved_table
 from lagm.core import InputError
 from lagm.evaluation import Metrics
-from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
+from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record
 from lagm.labels import LabelSet
 from lagm.pictures import confusion_figure, curves, iou_bars, iou_table, labelled_grid
 from lagm.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
     in_markdown, learning_curves_figure,
     own_table, paper_rows, paper_table, why_missing, write_pages)
+from lagm.running import run_notebook
 from lagm.sweep import Step, Sweep, describe_steps, plan_steps
 from lagm.watching import MetricsLog
 
