@@ -106,7 +106,8 @@ def result_of(node: Function, comments: Comments) -> list[tuple[str, str]]:
     """The type of what a function returns or yields, and what its comment says; nothing if it has none."""
     if not node.returns or node.body[0].lineno <= (node.returns.end_lineno or 0): return []
     text = comments.about(node.returns.lineno, node.returns.end_lineno or 0, node.lineno + 1)
-    kind = ast.unparse(node.returns)
+    quoted = isinstance(node.returns, ast.Constant) and isinstance(node.returns.value, str)
+    kind = ast.literal_eval(node.returns) if quoted else ast.unparse(node.returns)
     return [(re.sub(r"^Iterator\[(.*)\]$", r"\1", kind) if yields(node) else kind, text)] if text else []
 
 
