@@ -387,15 +387,17 @@ def _predict(arguments: argparse.Namespace) -> Any:
 
 # %% ../nbs/components/92_cli.ipynb #60548fae
 def _add_pascal(kinds: "argparse._SubParsersAction[Any]") -> None:
-    about = "Make square crops of single objects from VOC 2010 and its part annotations. It can be stopped and repeated."
-    add = (pascal := kinds.add_parser("pascal", help="Pascal-Part: parse, copy and crop", description=about)).add_argument
+    about = "Make square crops of single objects from VOC 2010 and its part annotations. Can be stopped and repeated."
+    pascal = kinds.add_parser("pascal", help="Pascal-Part: parse, copy and crop", description=about)
+    add = pascal.add_argument
     add("--voc", metavar="FOLDER", help="VOC2010, with part_segmentation/Annotations_Part (default: data/VOC2010)")
     add("--object", action="append", dest="objects", metavar="CLASS",
         help="horse, aeroplane or another class; repeat for more (default: horse)")
     add("--out", metavar="FOLDER", help="where the crops go (default: data/PascalPart)")
     add("--step", choices=("all", "parse", "copy", "crop"), default="all",
         help="one step only; parse alone reads every annotation")
-    add("--minpx", type=at_least_one, metavar="N", help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
+    add("--minpx", type=at_least_one, metavar="N",
+        help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
     add("--workers", type=at_least_one, metavar="N", help="processes (default: one per core)")
     pascal.set_defaults(command=_prepare_pascal)
 
@@ -449,7 +451,8 @@ def add_data_commands(
     fetch = commands.add_parser("fetch", help="download checkpoints and data", description=about)
     add = fetch.add_argument
     add("names", nargs="*", metavar="NAME", help="what to get; none: list what there is")
-    add("--from", dest="source", metavar="PATH", help="a file or folder you already have: check it and put a copy in place")
+    add("--from", dest="source", metavar="PATH",
+        help="a file or folder you already have: check it and put a copy in place")
     add("--mirror", action="append", default=[], dest="mirrors", metavar="URL",
         help="an address to try first (repeat for more)")
     add("--list", action="store_true", help="list what there is")
@@ -458,11 +461,11 @@ def add_data_commands(
     _add_places(fetch)
     fetch.set_defaults(command=_fetch)
 
-    about = ("Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could run, "
-             "1 if something is missing or broken.")
+    about = ("Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could "
+             "run, 1 if something is missing or broken.")
     doctor = commands.add_parser("doctor", help="what is there, missing or broken", description=about)
-    doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for `lagm run`, or "
-                        "a family, e.g. horse (default: the paper's 28)")
+    doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for "
+                        "`lagm run`, or a family, e.g. horse (default: the paper's 28)")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--deep", action="store_true", help="decode every picture")
     _add_places(doctor)
@@ -483,13 +486,14 @@ def add_predict_command(
              "annotations.")
     parser = commands.add_parser("predict", help="label a folder of pictures", description=about)
     add = parser.add_argument
-    add("segmenter", metavar="FILE", help="a trained segmenter: segmenter.safetensors or another file of ours, the folder it "
-        "is in, or a checkpoint of the authors")
+    add("segmenter", metavar="FILE", help="a trained segmenter: segmenter.safetensors or another file of ours, the "
+        "folder it is in, or a checkpoint of the authors")
     add("folder", metavar="FOLDER", help="the pictures, also in folders below it")
     add("-o", "--output", required=True, metavar="FOLDER", help="where masks/, overlays/ and annotations.json go")
-    add("--policy", choices=("fit", "stretch", "native"), help="how a picture is brought to the size of training (default: "
-        "as the file says, else fit, in proportion)")
-    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="the size of training (default: as the file says)")
+    add("--policy", choices=("fit", "stretch", "native"),
+        help="how a picture is brought to the size of training (default: as the file says, else fit, in proportion)")
+    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        help="the size of training (default: as the file says)")
     add("--batch", type=at_least_one, default=16, metavar="N", help="pictures at a time (default: 16)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.set_defaults(command=_predict)
@@ -506,12 +510,12 @@ def add_run_parser(
         where `lagm`'s commands are
     """
     about = "Run a notebook, or an experiment with all its stages and what they need; what is finished is kept."
-    more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of -p goes "
-            "to every stage that has such a parameter. A wrong name lists them.")
+    more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of -p "
+            "goes to every stage that has such a parameter. A wrong name lists them.")
     run = commands.add_parser("run", help="run experiments", description=about, epilog=more)
     add = run.add_argument
-    add("names", metavar="NAME", nargs="*", help="a name of `lagm list`, a stage such as celeba_10/annotate, a pattern such "
-        "as 'cat16_*', or the path of a notebook")
+    add("names", metavar="NAME", nargs="*", help="a name of `lagm list`, a stage such as celeba_10/annotate, a pattern "
+        "such as 'cat16_*', or the path of a notebook")
     add("--all", action="store_true", help="all experiments, then the report")
     add("-p", "--parameter", nargs=2, action="append", default=[], dest="parameters", metavar=("KEY", "VALUE"),
         help="set one parameter (repeat for more)")
@@ -534,8 +538,8 @@ def add_run_parser(
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; every command stores its function as `command`."""
     about = "Learn to annotate part segmentation from a few labelled pictures and a generator."
-    more = ("Try `lagm run quickstart`: a few minutes on a laptop. Outputs, data and checkpoints are in the checkout one is "
-            "in, or in the current folder, or where the variable LAGM_HOME says.")
+    more = ("Try `lagm run quickstart`: a few minutes on a laptop. Outputs, data and checkpoints are in the checkout one "
+            "is in, or in the current folder, or where the variable LAGM_HOME says.")
     parser = argparse.ArgumentParser(prog="lagm", description=about, epilog=more)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

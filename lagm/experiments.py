@@ -188,7 +188,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent): raise _composer_error("an alias (*name); write the value out", event)
         self.depth += 1
         if self.depth > MAX_DEPTH: raise _composer_error(f"more than {MAX_DEPTH} levels in one another", event)

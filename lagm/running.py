@@ -186,12 +186,12 @@ def _put_back(
 # %% ../nbs/components/90_running.ipynb #599e05eb
 def _write_record(output: Path, name: str, notebook: Path, **record: Any) -> None:
     """Put the record of a run into its executed copy; of the paths only the names stay, so that it can be published."""
-    done = nbformat.from_dict(read_notebook(output))  # type: ignore[no-untyped-call]
+    done = nbformat.from_dict(read_notebook(output))
     beside = [path for path in output.parent.iterdir() if path.is_file() and not path.name.startswith(".")]
     files = sorted(path.name for path in beside if path.suffix not in (".ipynb", ".log", ".lock"))
     done.metadata["lagm"] = {**record, "files": files, "provenance": provenance()}
     done.metadata.setdefault("papermill", {}).update(input_path=notebook.name, output_path=name)
-    with atomic_path(output) as temporary: nbformat.write(done, temporary)  # type: ignore[no-untyped-call]
+    with atomic_path(output) as temporary: nbformat.write(done, temporary)
 
 
 @contextlib.contextmanager
