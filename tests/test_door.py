@@ -75,3 +75,9 @@ def test_ruff_knows_its_settings():
     assert done.returncode == 0 and "multiple-statements-on-one-line-colon" not in done.stdout, done.stderr
     for rule in ("unsorted-imports (I001)", "unused-import (F401)", "mutable-argument-default (B006)"):
         assert rule in done.stdout
+
+
+def test_the_slow_tests_are_there():
+    from conftest import SLOW
+
+    assert SLOW == sorted(SLOW) and all((ROOT / "tests" / f"test_{name}.py").is_file() for name in SLOW)
