@@ -24,7 +24,7 @@ MOVED: Table = {}  # old module -> name -> new module, or new module:new name
 # %% ../nbs/components/01_moved.ipynb #dbd0377e
 def forward(
     old: str,  # the module's old name
-    table: Table = MOVED,
+    table: Table = MOVED,  # where its names went
 ) -> Callable[[str], Any]:  # for the module's `__getattr__`
     """Look up names where they live now, with a `DeprecationWarning`; `AttributeError` for those not in the table.
 
@@ -32,6 +32,8 @@ def forward(
     ----------
     old
         the module's old name
+    table
+        where its names went
 
     Returns
     -------
@@ -51,25 +53,40 @@ def forward(
 
 # %% ../nbs/components/01_moved.ipynb #f5c44e2d
 class OldModules(MetaPathFinder, Loader):
-    """Finds the modules of the table that are gone, and makes empty ones whose names are looked up by `forward`."""
+    """Finds the modules of the table that are gone, and makes empty ones whose names are looked up by `forward`.
 
-    def __init__(self, table: Table = MOVED) -> None: self.table = table
+    Parameters
+    ----------
+    table
+        where names went
+    """
+
+    def __init__(
+        self,
+        table: Table = MOVED,  # where names went
+    ) -> None: self.table = table
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """What Python's import asks; `None` for a module that is not in the table."""
+        """What Python's import asks: how to load `fullname`, or `None`. `path` and `target` do not matter."""
         return ModuleSpec(fullname, self) if fullname in self.table else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module that Python has made."""
+        """Fill the `module` that Python has made."""
         names = {"__doc__": "Its names have moved.", "__all__": sorted(self.table[module.__name__]),
                  "__getattr__": forward(module.__name__, self.table)}
         vars(module).update(names)
 
 
 def install(
-    table: Table = MOVED,
+    table: Table = MOVED,  # where names went
 ) -> None:
-    """Let old modules be found from now on; done once, when `lagm` is imported."""
+    """Let old modules be found from now on; done once, when `lagm` is imported.
+
+    Parameters
+    ----------
+    table
+        where names went
+    """
     if table: sys.meta_path.append(OldModules(table))

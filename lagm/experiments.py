@@ -41,13 +41,19 @@ class Parameter:
 
     Attributes
     ----------
+    name
+        as in the notebook
     annotation
         "" if there is none
+    default
+        as in the notebook
+    help
+        its comment
     """
-    name: str
+    name: str  # as in the notebook
     annotation: str  # "" if there is none
-    default: str
-    help: str = ""
+    default: str  # as in the notebook
+    help: str = ""  # its comment
 
     def __str__(self) -> str:
         kind = f": {self.annotation}" if self.annotation else ""
@@ -785,8 +791,19 @@ def describe_inputs(
     return found
 
 
-def reads_all_results(values: Mapping[str, Any], cwd: str | Path = ".") -> bool:
-    """Whether a parameter names the folder of all results, which has always something new."""
+def reads_all_results(
+    values: Mapping[str, Any],  # parameters
+    cwd: str | Path = ".",  # what relative paths start from
+) -> bool:
+    """Whether a parameter names the folder of all results, which has always something new.
+
+    Parameters
+    ----------
+    values
+        parameters
+    cwd
+        what relative paths start from
+    """
     outputs, named = (Path(cwd) / "outputs").resolve(), [text for text in _texts(values).values() if "\0" not in text]
     return any((Path(cwd) / value).resolve() == outputs for value in named)
 

@@ -82,9 +82,14 @@ def plan_steps(
 
 # %% ../nbs/components/93_sweep.ipynb #93d00002
 def describe_steps(
-    steps: Mapping[str, Step],
+    steps: Mapping[str, Step],  # by name of the run
 ) -> str:  # a line per run, and one that counts
     """A plan or a result as text. A reason is said once; who has it, too, names the first that had it.
+
+    Parameters
+    ----------
+    steps
+        by name of the run
 
     Returns
     -------
@@ -151,8 +156,22 @@ def child(order: str) -> int:
     return 0
 
 
-def order_of(run: Run, root: str | Path, force: bool) -> str:
-    """A run as text for `child`."""
+def order_of(
+    run: Run,  # one stage of an experiment
+    root: str | Path,  # what relative paths start from
+    force: bool,  # run it again though it is finished
+) -> str:
+    """A run as text for `child`.
+
+    Parameters
+    ----------
+    run
+        one stage of an experiment
+    root
+        what relative paths start from
+    force
+        run it again though it is finished
+    """
     return json.dumps({
         "experiment": run.experiment, "stage": run.stage, "notebook": str(run.notebook.resolve()),
         "parameters": dict(run.parameters), "output": str(run.output), "root": str(root), "force": force})
