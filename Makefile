@@ -1,6 +1,9 @@
 # make demo     run the quickstart into outputs/quickstart
 # make bench    run the benchmarks into outputs/benchmarks
 # make test     check that everything is in step, run every notebook, run the tests
+# make quick    in step? linter and the quick tests: two minutes, before each commit
+# make lint     what ruff says; make types: what mypy says
+# make export   clean the notebooks and write lagm/ from them
 # make readme   write README.md from nbs/index.ipynb
 # make clean    remove what was built (neither outputs/ nor .venv/)
 #
@@ -9,7 +12,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test sync notebooks unit readme clean install install-dev
+.PHONY: help demo bench test quick sync lint types notebooks unit export readme clean install install-dev
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -17,7 +20,7 @@ RUN := PATH="$(ENV)/bin:$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 demo: install
 	@$(RUN) lagm run quickstart
@@ -27,6 +30,16 @@ bench: install
 		$(RUN) lagm run "$$notebook" -o "outputs/benchmarks/$$name" --force; done
 
 test: sync notebooks unit
+
+# Slow tests are those that tests/conftest.py names.
+quick: sync lint
+	@$(RUN) $(ONE_THREAD) python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+
+lint: install-dev
+	@$(RUN) ruff check
+
+types: install-dev
+	@$(RUN) mypy
 
 # Cleaning, exporting and the README must change nothing.
 sync: install-dev
@@ -41,11 +54,15 @@ notebooks: install-dev
 unit: install-dev
 	@$(RUN) $(ONE_THREAD) python -m pytest -q -n 2 --dist loadfile tests
 
+export: install-dev
+	@$(RUN) nbdev_clean
+	@$(RUN) python tests/export.py
+
 readme: install-dev
 	@$(RUN) python -m lagm.readme
 
 clean:
-	rm -rf build dist _proc _docs .pytest_cache .hypothesis
+	rm -rf build dist _proc _docs .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find lagm nbs tests -name __pycache__ -prune -exec rm -rf {} +
 	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 	find nbs -name .last_checked -delete

@@ -22,12 +22,11 @@ def requirements(key: str) -> list[str]:
 
 
 extras = {key.removesuffix(SUFFIX): requirements(key) for key in cfg if key.endswith(SUFFIX)}
-extras["dev"] += extras["avatars"] + extras["pascal"] + extras["fetch"] + extras["encoders"]  # their notebooks are run by the tests
-
+for used in ("avatars", "pascal", "fetch", "encoders"): extras["dev"] += extras[used]  # the tests run their notebooks
 
 
 class BuildWithExperiments(build_py):
-    """Puts the experiments and the Snakefile into what is built, so that an installed `lagm` knows them; a checkout uses its own."""
+    """Puts the experiments and the Snakefile into what is built, for an installed `lagm`; a checkout uses its own."""
 
     def run(self) -> None:
         super().run()
@@ -43,7 +42,8 @@ class BuildWithExperiments(build_py):
 def experiment_files() -> list[Path]:
     """The notebooks and parameter files of the experiments, and the Snakefile; no copies that editors leave."""
     found = [path for pattern in ("*.ipynb", "*.yaml", "*/*.yaml") for path in EXPERIMENTS.glob(pattern)]
-    return [ROOT / "nbs" / "Snakefile", *sorted(path for path in found if path.name[0] not in "._" and path.parent.name[0] != ".")]
+    shown = sorted(path for path in found if path.name[0] not in "._" and path.parent.name[0] != ".")
+    return [ROOT / "nbs" / "Snakefile", *shown]
 
 
 setup(
@@ -67,7 +67,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["assets/**/*"]},
+    package_data={cfg["lib_path"]: ["assets/**/*", "py.typed"]},
     install_requires=requirements("requirements"),
     extras_require=extras,
     entry_points={

@@ -4,6 +4,23 @@ import numpy
 import pytest
 import torch
 
+# Files whose tests take more than some ten seconds of processor time together, most of them because they start
+# processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10 tests/test_kill.py
+SLOW = """
+    avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
+    fetch_limits gan inversion kill methods mutate numbers odd_files odd_inputs parts pickle_budget quickstart
+    reader_fuzz report requests runs stylegan2 sweep synthetic table tangents templates training unpickling
+    weak_to_strong wheel winograd""".split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by `make quick`")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW: item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():

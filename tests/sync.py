@@ -17,7 +17,8 @@ MOST_LINES = 60  # that are shown of a notebook's difference
 
 def notebooks(root: Path = ROOT) -> list[Path]:
     """All notebooks that nbdev reads."""
-    return sorted(p for p in (root / "nbs").rglob("*.ipynb") if not any(q[0] in "._" for q in p.relative_to(root).parts))
+    found = sorted((root / "nbs").rglob("*.ipynb"))
+    return [path for path in found if not any(part[0] in "._" for part in path.relative_to(root).parts)]
 
 
 def modules(root: Path = ROOT) -> list[Path]:
@@ -31,20 +32,21 @@ def differences(before: dict[Path, str], after: dict[Path, str], root: Path = RO
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) == after.get(path): continue
         name, old, new = path.relative_to(root).as_posix(), before.get(path, ""), after.get(path, "")
-        lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} as it was", f"{name} as it should be", lineterm="", n=1))
+        lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), f"{name} as it was",
+                                          f"{name} as it should be", lineterm="", n=1))
         shown = lines[:MOST_LINES] + ["..."] if path.suffix == ".ipynb" and len(lines) > MOST_LINES else lines
         found.append("\n".join(shown) or f"{name}: only its line ends differ")
     return found
 
 
-def unchanged_by(command: str, files: Callable[[Path], list[Path]], root: Path = ROOT) -> bool:
+def unchanged_by(command: list[str], files: Callable[[Path], list[Path]], root: Path = ROOT) -> bool:
     """Run a command; tell whether it left the files as they were, and print what it changed."""
     before = {path: path.read_bytes().decode("utf-8") for path in files(root)}
-    done = subprocess.run([command], cwd=root)
+    done = subprocess.run(command, cwd=root)
     after = {path: path.read_bytes().decode("utf-8") for path in files(root)}
     changed = differences(before, after, root)
     if changed: print("\n".join(changed))
-    if done.returncode: print(f"sync: {command} failed", file=sys.stderr)
+    if done.returncode: print(f"sync: {' '.join(command)} failed", file=sys.stderr)
     return not changed and not done.returncode
 
 
@@ -54,14 +56,16 @@ def main(root: Path = ROOT) -> int:
         print("sync: there are no notebooks in nbs/", file=sys.stderr)
         return 1
     advice = []
-    if not unchanged_by("nbdev_clean", notebooks, root):
-        advice.append("notebooks were not clean; they are now (nbdev_clean). To have it done on saving: nbdev_install_hooks")
-    if not unchanged_by("nbdev_export", modules, root):
-        advice.append("lagm/ was not what the notebooks export; it is now (nbdev_export). Edit the notebooks, not lagm/")
+    if not unchanged_by(["nbdev_clean"], notebooks, root):
+        advice.append("notebooks were not clean; they are now (nbdev_clean). "
+                      "To have it done on saving: nbdev_install_hooks")
+    if not unchanged_by([sys.executable, "tests/export.py"], modules, root):
+        advice.append("lagm/ was not what the notebooks export; it is now (make export). Edit the notebooks, not lagm/")
     if subprocess.run([sys.executable, "-m", "lagm.readme", "--check"], cwd=root).returncode:
         advice.append("README.md is out of date or nbs/index.ipynb is broken; see above")
     for line in advice: print(f"sync: {line}", file=sys.stderr)
-    if not advice: print(f"sync: {len(notebooks(root))} notebooks are clean, lagm/ is what they export, README.md is up to date")
+    if not advice:
+        print(f"sync: {len(notebooks(root))} notebooks are clean, lagm/ is what they export, README.md is up to date")
     return 1 if advice else 0
 
 

@@ -11,7 +11,8 @@ from notebooks import printed, write_experiment
 
 from lagm import experiments
 from lagm.core import InputError
-from lagm.experiments import RunError, check_parameters, is_finished, run_notebook
+from lagm.experiments import check_parameters, is_finished
+from lagm.running import RunError, run_notebook
 
 METRICS = "from pathlib import Path\nimport json\nprint('k is', k)\nPath(out_dir, 'metrics.json').write_text(json.dumps({'k': k}))"
 

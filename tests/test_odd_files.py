@@ -15,19 +15,19 @@ from sync import ROOT
 
 from lagm import cli, experiments
 from lagm.catalogue import paper_numbers, read_catalogue
-from lagm.comparison import comparison_table, finish_figure, minutes_table, quality_figure, read_cells
-from lagm.comparison import saved_figure, saved_table
+from lagm.comparison import (
+    comparison_table, finish_figure, minutes_table, quality_figure, read_cells, saved_figure, saved_table)
 from lagm.core import InputError
-from lagm.evaluation_metrics import Metrics
-from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
 from lagm.data_labels import LabelSet
 from lagm.evaluation_curves import curves
 from lagm.evaluation_grids import labelled_grid
+from lagm.evaluation_metrics import Metrics
 from lagm.evaluation_tables import confusion_figure, iou_bars, iou_table
+from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record
 from lagm.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
-    in_markdown, learning_curves_figure,
-    own_table, paper_rows, paper_table, why_missing, write_pages)
+    in_markdown, learning_curves_figure, own_table, paper_rows, paper_table, why_missing, write_pages)
+from lagm.running import run_notebook
 from lagm.sweep import Step, Sweep, describe_steps, plan_steps
 from lagm.watching import MetricsLog
 

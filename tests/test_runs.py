@@ -19,8 +19,9 @@ from lagm import cli, experiments
 from lagm.core import InputError, load_tensors, save_tensors
 from lagm.data_labels import CELEBA8
 from lagm.downstream import DownstreamRecipe, train_downstream
-from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run_notebook, unfinished_copy
+from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, unfinished_copy
 from lagm.models_annotator import FPNAnnotator
+from lagm.running import RunError, run_notebook
 from lagm.shards import generate
 from lagm.stages import check_size, start_stage
 from lagm.synthetic import Plan
@@ -207,7 +208,7 @@ def test_a_refused_run_leaves_the_finished_one_as_it_was(toy, tmp_path, capsys):
     after = content(out)
     assert [after.pop(name) for name in list(after) if name.startswith("aside-")] == [b"state of 40"] and after == before and is_finished(toy, out / "toy.ipynb")
 
-    with pytest.raises(experiments.RunError, match="toy.unfinished.ipynb failed: KeyError"): run_notebook(toy, out / "toy.ipynb", {"k": 41})
+    with pytest.raises(RunError, match="toy.unfinished.ipynb failed: KeyError"): run_notebook(toy, out / "toy.ipynb", {"k": 41})
     assert not is_finished(toy, out / "toy.ipynb") and unfinished_copy(out / "toy.ipynb").is_file(), "its files are not all its own any more"
     run_notebook(toy, out / "toy.ipynb", {"k": 3})
     assert is_finished(toy, out / "toy.ipynb", {"k": 3}) and not unfinished_copy(out / "toy.ipynb").exists() and not (out / "toy.refused.ipynb").exists()
