@@ -38,7 +38,19 @@ ORDER = [*DOMAINS.values()]
 
 @dataclass(frozen=True)
 class Score:
-    """One method, one seed, in one cell."""
+    """One method, one seed, in one cell.
+
+    Attributes
+    ----------
+    value
+        FG-mIoU on all test pictures, per cent
+    draws
+        (B,) float64: the same on resamples of the test pictures, per cent
+    iou
+        of each class, per cent
+    minutes
+        of everything that its network went through
+    """
     value: float  # FG-mIoU on all test pictures, per cent
     draws: Tensor | None = None  # (B,) float64: the same on resamples of the test pictures, per cent
     iou: tuple[float, ...] | None = None  # of each class, per cent
@@ -71,7 +83,18 @@ def _score(result: Result, method: str, value: float) -> Score:
 def read_cells(
     results: Iterable[Result],  # of `lagm.report.find_results`
 ) -> dict[tuple[str, int], dict[str, dict[str, Score]]]:  # `Cells`, by domain and number of labels
-    """The benchmark's cells among results; variants other than seeds are left out."""
+    """The benchmark's cells among results; variants other than seeds are left out.
+
+    Parameters
+    ----------
+    results
+        of `lagm.report.find_results`
+
+    Returns
+    -------
+    dict[tuple[str, int], dict[str, dict[str, Score]]]
+        `Cells`, by domain and number of labels
+    """
     cells: dict[tuple[str, int], dict[str, dict[str, Score]]] = {}
     for result in results:
         cell, seed = cell_of(result.experiment), result.variant or "seed0"
@@ -95,7 +118,13 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 def widening(
     seeds: int,  # 2 or more
 ) -> float:
-    """By how much the spread of few seeds has to grow, for the bootstrap to have the width of Student's interval."""
+    """By how much the spread of few seeds has to grow, for the bootstrap to have the width of Student's interval.
+
+    Parameters
+    ----------
+    seeds
+        2 or more
+    """
     z, free = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2), seeds - 1
     t = STUDENT[free - 1] if free <= len(STUDENT) else z + (z**3 + z) / (4 * free)
     return math.sqrt(seeds / free) * t / z
@@ -105,7 +134,13 @@ def differences(
     ours: Mapping[str, Score],
     other: Mapping[str, Score],
 ) -> Tensor:  # (S, B) float64, points: seeds that both have, resamples of the test pictures (1 if there are none)
-    """The paired differences of two methods in a cell."""
+    """The paired differences of two methods in a cell.
+
+    Returns
+    -------
+    Tensor
+        (S, B) float64, points: seeds that both have, resamples of the test pictures (1 if there are none)
+    """
     seeds = sorted(ours.keys() & other.keys())
     pairs = [(ours[seed], other[seed]) for seed in seeds]
     lengths = {None if s.draws is None else len(s.draws) for pair in pairs for s in pair}
@@ -119,7 +154,20 @@ def interval(
     draws: int = 4000,
     seed: int = 0,
 ) -> tuple[float, float] | None:  # None: there is neither a second seed nor a resample
-    """Where 95 % of the mean differences lie, with other test pictures and other seeds."""
+    """Where 95 % of the mean differences lie, with other test pictures and other seeds.
+
+    Parameters
+    ----------
+    table
+        (S, B), of `differences`
+    widen
+        False: as if there were many seeds
+
+    Returns
+    -------
+    tuple[float, float] | None
+        None: there is neither a second seed nor a resample
+    """
     seeds, resamples = table.shape
     if table.numel() < 2: return None
     if seeds > 1 and widen: table = table.mean(0) + widening(seeds) * (table - table.mean(0))
@@ -137,7 +185,23 @@ def is_rival(method: str) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against the best rival, in one cell or over a whole domain."""
+    """Ours against the best rival, in one cell or over a whole domain.
+
+    Attributes
+    ----------
+    k
+        None: all of them
+    method
+        ours
+    ours
+        mean over the seeds that both have, per cent
+    difference
+        points
+    ends
+        of the 95 % interval; None: no way to tell
+    ahead
+        seeds in which ours has the higher number
+    """
     domain: str
     k: int | None  # None: all of them
     method: str  # ours
@@ -181,7 +245,13 @@ def compare_cell(
     k: int,
     methods: Methods,
 ) -> Comparison | None:  # None: ours or all rivals are missing
-    """Ours, finished if it is there, against the best rival."""
+    """Ours, finished if it is there, against the best rival.
+
+    Returns
+    -------
+    Comparison | None
+        None: ours or all rivals are missing
+    """
     method = next((name for name in (OURS + FINISHED, OURS) if name in methods), None)
     rival = best_rival(methods, methods[method]) if method else None
     if rival is None: return None
@@ -194,7 +264,13 @@ def compare_cell(
 def compare(
     cells: Cells,
 ) -> list[Comparison]:  # by domain, in each by number of labels, the mean over all of them last
-    """Ours against the best rival in every cell that has both."""
+    """Ours against the best rival in every cell that has both.
+
+    Returns
+    -------
+    list[Comparison]
+        by domain, in each by number of labels, the mean over all of them last
+    """
     found = []
     for domain in dict.fromkeys(domain for domain, _ in cells):
         own = [c for (name, k), methods in cells.items() if name == domain and (c := compare_cell(domain, k, methods))]
@@ -221,7 +297,13 @@ def _over_all(domain: str, own: Sequence[Comparison], cells: Cells) -> Compariso
 def comparison_table(
     cells: Cells,
 ) -> list[list[str]]:  # the head first
-    """A row for each cell, and one for each domain; dashes where ours or all rivals are missing."""
+    """A row for each cell, and one for each domain; dashes where ours or all rivals are missing.
+
+    Returns
+    -------
+    list[list[str]]
+        the head first
+    """
     found = {(c.domain, c.k): c for c in compare(cells)}
     table = [["domain", "k", "ours", "best rival", "its score", "difference", "95 % interval", "seeds ahead",
               "verdict"]]
@@ -244,7 +326,18 @@ def labels_needed(
     curve: Mapping[int, float],  # number of labels -> quality; not empty
     quality: float,
 ) -> tuple[float, str]:  # labels; with ">": more than so many, "≤": so many or fewer, "": about so many
-    """Where a curve first reaches a quality, by straight lines over the logarithm of the number of labels."""
+    """Where a curve first reaches a quality, by straight lines over the logarithm of the number of labels.
+
+    Parameters
+    ----------
+    curve
+        number of labels -> quality; not empty
+
+    Returns
+    -------
+    tuple[float, str]
+        labels; with ">": more than so many, "≤": so many or fewer, "": about so many
+    """
     points = sorted(curve.items())
     if quality <= points[0][1]: return float(points[0][0]), "≤"
     for (k, low), (next_k, high) in zip(points, points[1:]):
@@ -255,7 +348,13 @@ def labels_needed(
 def labels_saved(
     cells: Cells,
 ) -> dict[str, dict[int, tuple[float, str]]]:  # domain -> labels of ours -> labels alone, as `labels_needed` gives them
-    """How many labels the supervised network needs to be as good as ours."""
+    """How many labels the supervised network needs to be as good as ours.
+
+    Returns
+    -------
+    dict[str, dict[int, tuple[float, str]]]
+        domain -> labels of ours -> labels alone, as `labels_needed` gives them
+    """
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for domain in dict.fromkeys(domain for domain, _ in cells):
         own = {k: methods for (name, k), methods in cells.items() if name == domain}
@@ -389,7 +488,13 @@ def finish_figure(
     cells: Cells,
     domain: str,
 ) -> Figure | None:  # None: no cell has both
-    """IoU of each class before and after the finish, a row of bars for each number of labels."""
+    """IoU of each class before and after the finish, a row of bars for each number of labels.
+
+    Returns
+    -------
+    Figure | None
+        None: no cell has both
+    """
     def means(methods: Methods, name: str) -> list[float] | None:
         known = [s.iou for s in methods.get(name, {}).values() if s.iou]
         return [statistics.fmean(column) for column in zip(*known)] if known else None
@@ -420,7 +525,13 @@ def finish_figure(
 def cell_pictures(
     results: Iterable[Result],
 ) -> list[tuple[str, Path]]:  # title and file, by domain and number of labels
-    """What each cell's run with the lowest seed left of its test pictures."""
+    """What each cell's run with the lowest seed left of its test pictures.
+
+    Returns
+    -------
+    list[tuple[str, Path]]
+        title and file, by domain and number of labels
+    """
     found: dict[tuple[int, int], tuple[str, Path]] = {}
     for result in sorted(results, key=lambda r: (len(r.variant), r.variant)):
         cell, file = cell_of(result.experiment), result.folder / "test.png"

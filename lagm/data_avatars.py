@@ -36,6 +36,18 @@ def split_seeds(
     """The seeds a role may use; the ranges of `SEED_RANGES` do not overlap.
 
     `InputError` for an unknown role or too many seeds.
+
+    Parameters
+    ----------
+    role
+        "train", "val", "test" or "gan"
+    n
+        how many; None for all of the role's seeds
+
+    Returns
+    -------
+    range
+        the role's first `n` seeds
     """
     if role not in SEED_RANGES:
         raise InputError(f"there is no seed range for role {role!r}; use one of {', '.join(SEED_RANGES)}")
@@ -49,7 +61,13 @@ def split_seeds(
 def need_package(
     module: str,  # dicebear_styles or resvg_py
 ):  # the module
-    """Import one of the renderer's packages; an `ImportError` says how to get it."""
+    """Import one of the renderer's packages; an `ImportError` says how to get it.
+
+    Parameters
+    ----------
+    module
+        dicebear_styles or resvg_py
+    """
     try:
         return import_module(module)
     except ImportError as error:
@@ -65,6 +83,16 @@ def load_definition(
     """One style's artwork.
 
     `canvas` (the drawing), `components` (named variants), `colors`, and `meta` (author, source, licence).
+
+    Parameters
+    ----------
+    style
+        a style of `dicebear-styles`, e.g. "big-ears"
+
+    Returns
+    -------
+    dict
+        the style's JSON definition; shared, so do not change it
     """
     need_package("dicebear_styles")
     file = resources.files("dicebear_styles") / f"{style}.json"
@@ -145,7 +173,19 @@ def clothed_colours(rng: np.random.RandomState) -> dict[str, str]:
 # %% ../nbs/components/12_avatars.ipynb #466daf28
 @dataclass(frozen=True)
 class Piece:
-    """A shape and the part of the face it belongs to."""
+    """A shape and the part of the face it belongs to.
+
+    Attributes
+    ----------
+    part
+        a class of `CELEBA8`
+    name
+        SVG element, e.g. "path"
+    attributes
+        its SVG attributes
+    clip
+        path data in the shape's own coordinates; only what lies inside is drawn
+    """
 
     part: str  # a class of `CELEBA8`
     name: str  # SVG element, e.g. "path"
@@ -160,7 +200,33 @@ class Piece:
 # %% ../nbs/components/12_avatars.ipynb #a55c4af6
 @dataclass(frozen=True)
 class Recipe:
-    """What is taken from one style and how it is changed; the artwork itself stays in the definition."""
+    """What is taken from one style and how it is changed; the artwork itself stays in the definition.
+
+    Attributes
+    ----------
+    style
+        name of the definition
+    number
+        goes into the random stream, so that one seed gives unlike faces in unlike styles
+    view
+        centre x, centre y and side of the square that is shown, in canvas units
+    choices
+        component -> variants that may be drawn ("" draws none)
+    colours
+        draws the colours of one picture
+    edit
+        (component, shape, colours) -> what is drawn for it
+    transforms
+        component -> transform instead of the canvas's own
+    max_rotation
+        degrees
+    max_zoom
+        relative
+    max_shift
+        pixels of a 64-pixel picture
+    changes
+        what was changed in the artwork, for the metadata
+    """
 
     style: str  # name of the definition
     number: int  # goes into the random stream, so that one seed gives unlike faces in unlike styles
@@ -380,7 +446,13 @@ _FIXED_COLOURS = {"stroke": "#000000", "eyebrows": "#000000", "eyes": "#000000",
 def get_avatar_recipe(
     style: str,  # "big-ears", "toon-head" or "micah"
 ) -> Recipe:
-    """The recipe of a style. Raises `InputError` if there is none."""
+    """The recipe of a style. Raises `InputError` if there is none.
+
+    Parameters
+    ----------
+    style
+        "big-ears", "toon-head" or "micah"
+    """
     if style not in RECIPES:
         raise InputError(f"there is no avatar style {style!r}; use one of {', '.join(RECIPES)}")
     return RECIPES[style]
@@ -390,7 +462,15 @@ def resolve_colour(
     value: object,  # of an attribute in a definition
     colours: Mapping[str, str],  # of one face
 ) -> str:
-    """A literal value, or the colour that a definition refers to by name."""
+    """A literal value, or the colour that a definition refers to by name.
+
+    Parameters
+    ----------
+    value
+        of an attribute in a definition
+    colours
+        of one face
+    """
     if not isinstance(value, Mapping):
         return str(value)
     name = _COLOUR_NAMES.get(value["name"], value["name"])

@@ -32,7 +32,19 @@ from .data_regions import shown
 # %% ../nbs/components/15_import_folder.ipynb #a5b10b04
 @dataclass
 class Imported:
-    """What an import made."""
+    """What an import made.
+
+    Attributes
+    ----------
+    names
+        pictures with masks
+    unlabelled
+        pictures without
+    skipped
+        what was left out -> why
+    notes
+        what else there is to say
+    """
     root: Path
     names: list[str] = field(default_factory=list)  # pictures with masks
     unlabelled: list[str] = field(default_factory=list)  # pictures without
@@ -55,7 +67,19 @@ class Imported:
 # %% ../nbs/components/15_import_folder.ipynb #4dcacce8
 @dataclass
 class Record:
-    """One picture of an export."""
+    """One picture of an export.
+
+    Attributes
+    ----------
+    name
+        for the reader
+    find
+        the picture, and whether it was named by its path; raises InputError
+    draw
+        path, upright size -> mask (H, W); None: no labels
+    source
+        the picture's name in the export
+    """
     name: str  # for the reader
     find: Callable[[], tuple[Path, bool]]  # the picture, and whether it was named by its path; raises InputError
     draw: Callable[[Path, tuple[int, int]], np.ndarray] | None  # path, upright size -> mask (H, W); None: no labels
@@ -86,7 +110,15 @@ def need_field(
     kind: type,  # that the value must have
     what: str,  # the record, for the error message
 ) -> Any:
-    """`record[key]`; `InputError` if the record is no object, has no such key, or something else there."""
+    """`record[key]`; `InputError` if the record is no object, has no such key, or something else there.
+
+    Parameters
+    ----------
+    kind
+        that the value must have
+    what
+        the record, for the error message
+    """
     if not isinstance(record, dict): raise InputError(f"{what} is {shown(record)}, not an object with names")
     value = record.get(key)
     if value is None: raise InputError(f"{what} has no {key}")
@@ -98,7 +130,13 @@ def identity(
     value: Any,
     what: str,  # the record, for the error message
 ) -> int | str:
-    """A number or name that tells records apart; "7" and 7.0 are 7. `InputError` for other things."""
+    """A number or name that tells records apart; "7" and 7.0 are 7. `InputError` for other things.
+
+    Parameters
+    ----------
+    what
+        the record, for the error message
+    """
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value): return int(value)
     if isinstance(value, str) and value: return value
     if isinstance(value, float) and math.isfinite(value) and value == int(value): return int(value)
@@ -111,7 +149,13 @@ def class_name(
     value: Any,
     what: str,  # for the error message
 ) -> str:
-    """The name of a class, as it can stand in classes.txt; `InputError` if it cannot."""
+    """The name of a class, as it can stand in classes.txt; `InputError` if it cannot.
+
+    Parameters
+    ----------
+    what
+        for the error message
+    """
     name = same_name(" ".join(value.split())) if isinstance(value, str) else ""
     if not name or printable(name) != name:
         raise InputError(f"the name of {what} is {shown(value)}; a class needs a name of visible letters, 200 at most")
@@ -123,7 +167,15 @@ def check_drawn_size(
     height: int,
     size: tuple[int, int],  # of the picture
 ) -> None:
-    """Raise `InputError` unless an annotation's size is its picture's, or that of the picture turned."""
+    """Raise `InputError` unless an annotation's size is its picture's, or that of the picture turned.
+
+    Parameters
+    ----------
+    width
+        of the annotation
+    size
+        of the picture
+    """
     if (width, height) not in (size, size[::-1]):
         raise InputError(f"its annotation is for {width} x {height} pixels, its picture has {size[0]} x {size[1]}; "
                          "they must show the same")
@@ -182,7 +234,22 @@ def _drawn(
     done: Imported,
     key: str,  # of the picture, for messages
 ) -> tuple[bool, np.ndarray | None]:  # as `Import.draw`
-    """The mask of the one record that has labels; several, or labels that cannot be drawn, are noted."""
+    """The mask of the one record that has labels; several, or labels that cannot be drawn, are noted.
+
+    Parameters
+    ----------
+    claims
+        records of one picture
+    size
+        of the picture
+    key
+        of the picture, for messages
+
+    Returns
+    -------
+    tuple[bool, np.ndarray | None]
+        as `Import.draw`
+    """
     labelled, good, mask = [record for record in claims if record.draw], [], None
     for record in labelled:
         try:
@@ -272,7 +339,20 @@ def check_place(
     root: str | Path,  # the folder to make
     images: str | Path | None,  # the folder of the pictures
 ) -> Path:  # root
-    """Raise `InputError` if the folder to make holds a data set, or is the folder of the pictures."""
+    """Raise `InputError` if the folder to make holds a data set, or is the folder of the pictures.
+
+    Parameters
+    ----------
+    root
+        the folder to make
+    images
+        the folder of the pictures
+
+    Returns
+    -------
+    Path
+        root
+    """
     if images is not None and Path(root).resolve() == Path(images).resolve():
         raise InputError(f"{root} is the folder of the pictures, and would hold each of them twice; choose another "
                          "folder to make")
@@ -324,7 +404,15 @@ def finish_import(
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
-    """Write the folder, if it has `least` labelled pictures; after an error its place is as it was."""
+    """Write the folder, if it has `least` labelled pictures; after an error its place is as it was.
+
+    Parameters
+    ----------
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
+    """
     work.claim(records)
     with work_folder(work.done.root) as folder:
         _write(work, folder / "made", only_labelled)

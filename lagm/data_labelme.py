@@ -72,7 +72,13 @@ WITHOUT_AREA = ("point", "line", "linestrip", "points")
 
 # %% ../nbs/components/15_labelme.ipynb #6bc19a8b
 def _shapes(content: Any, what: str) -> list[tuple[str, str, dict]]:  # label, kind, shape
-    """The shapes of one file, in order of painting."""
+    """The shapes of one file, in order of painting.
+
+    Returns
+    -------
+    list[tuple[str, str, dict]]
+        label, kind, shape
+    """
     found = []
     for i, shape in enumerate(need_field(content, "shapes", list, what)):
         where = f"shape {i + 1} of {what}"
@@ -122,7 +128,23 @@ def import_labelme(
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
-    """Turn a folder of LabelMe files into a plain folder; `InputError` if there are none, or the folder cannot be made."""
+    """Turn a folder of LabelMe files into a plain folder; `InputError` if there are none, or the folder cannot be made.
+
+    Parameters
+    ----------
+    export
+        the folder with the JSON files
+    root
+        the folder to make
+    images
+        the folder of the pictures; None: they lie beside the JSON files
+    classes
+        after the background, in order; None: alphabetical
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
+    """
     folder, root = Path(export), check_place(root, images or export)
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with LabelMe's JSON files")
     good, bad = _read_files(folder)

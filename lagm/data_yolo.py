@@ -45,7 +45,13 @@ def yolo_classes(folder: Path, classes: Sequence[str] | None = None) -> list[str
 
 # %% ../nbs/components/15_yolo.ipynb #774692cf
 def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  # class, x1, y1, x2, y2 ... in 0..1
-    """The lines of a label file; `InputError` with the number of a line that is none."""
+    """The lines of a label file; `InputError` with the number of a line that is none.
+
+    Returns
+    -------
+    list[tuple[int, list[float]]]
+        class, x1, y1, x2, y2 ... in 0..1
+    """
     found = []
     for i, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
@@ -74,7 +80,23 @@ def import_yolo(
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
-    """Turn a YOLO segmentation export into a plain folder; `InputError` if it is none, or the folder cannot be made."""
+    """Turn a YOLO segmentation export into a plain folder; `InputError` if it is none, or the folder cannot be made.
+
+    Parameters
+    ----------
+    export
+        the folder with labels/ (or with the text files)
+    root
+        the folder to make
+    images
+        the folder of the pictures; None: images/ of the export
+    classes
+        names without the background, in order; None: of data.yaml
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
+    """
     folder, images = Path(export), Path(images) if images else Path(export) / "images"
     root = check_place(root, images)
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with labels/")

@@ -106,6 +106,16 @@ def put_in_place(
     """Move the file, or unpack the archive, to where the experiments expect it. Raises `InputError`.
 
     An older one is replaced at the last moment.
+
+    Parameters
+    ----------
+    whole
+        a checked file, on the disk of `target`; it is used up
+
+    Returns
+    -------
+    Path
+        target
     """
     if source.kind == "folder": ready = unpack(whole, whole.parent / "unpacked", source)
     elif source.kind == "any": ready = _any_folder(whole)

@@ -27,7 +27,13 @@ def describe_source(
     target: Path,
     size: int | None = None,  # bytes, if known
 ) -> str:
-    """What will be fetched, in a few lines: licence, size, place."""
+    """What will be fetched, in a few lines: licence, size, place.
+
+    Parameters
+    ----------
+    size
+        bytes, if known
+    """
     known = f"{size / 1e6:,.1f} MB" if size else "not known before"
     lines = [source.name, f"  licence  {source.licence}", f"  page     {source.page}", f"  size     {known}",
              f"  goes to  {target}"]
@@ -45,7 +51,13 @@ def remote_size(
     address: str,
     timeout: tuple[float, float] = (10.0, 10.0),
 ) -> int | None:  # bytes; None if the server does not tell
-    """The size of a file on a server."""
+    """The size of a file on a server.
+
+    Returns
+    -------
+    int | None
+        bytes; None if the server does not tell
+    """
     if address.startswith("drive:"): return None
     requests, plain = optional_module("requests"), {"Accept-Encoding": "identity"}
     try:
@@ -88,7 +100,22 @@ def download(
     progress: bool = True,
     **options: Any,  # of `transfer`
 ) -> Path:  # the whole file, in `folder`
-    """Download from one address and check the result; raises `Unavailable` with the reason if that fails."""
+    """Download from one address and check the result; raises `Unavailable` with the reason if that fails.
+
+    Parameters
+    ----------
+    address
+        http(s) or drive:ID
+    folder
+        where to work; kept if it fails, to go on next time
+    **options
+        of `transfer`
+
+    Returns
+    -------
+    Path
+        the whole file, in `folder`
+    """
     pooch = optional_module("pooch")
     pooch.get_logger().setLevel(logging.WARNING)
     part, whole = folder / "part", folder / "whole"
@@ -145,7 +172,24 @@ def fetch(
     progress: bool = True,
     **options: Any,  # of `transfer`
 ) -> Path:  # where it is
-    """Download a source unless it is there; `InputError` that tells of every address tried if none gives it."""
+    """Download a source unless it is there; `InputError` that tells of every address tried if none gives it.
+
+    Parameters
+    ----------
+    name
+        a name of SOURCES
+    mirrors
+        addresses to try before the known ones
+    force
+        again, even if it is there
+    **options
+        of `transfer`
+
+    Returns
+    -------
+    Path
+        where it is
+    """
     source = get_source(name) if isinstance(name, str) else name
     target, addresses = source.place(data, checkpoints), [*mirrors, *source.addresses]
     if not force and is_there(source, target): return target
@@ -174,7 +218,18 @@ def fetch_from(
     data: str | Path = "data",
     checkpoints: str | Path = "checkpoints",
 ) -> Path:  # where it is now
-    """Put a copy of your own file in place, after the same checks; `InputError` if it fails them."""
+    """Put a copy of your own file in place, after the same checks; `InputError` if it fails them.
+
+    Parameters
+    ----------
+    path
+        a file, or for data sets a zip archive or an unpacked folder, that you have
+
+    Returns
+    -------
+    Path
+        where it is now
+    """
     source = get_source(name) if isinstance(name, str) else name
     path, target = Path(path).expanduser(), source.place(data, checkpoints)
     if not path.exists(): raise InputError(f"there is no {path}")

@@ -22,6 +22,16 @@ def borders(
     """Pixels of a class that touch, above, below, left or right, a pixel of another class.
 
     A border with ignored pixels does not count.
+
+    Parameters
+    ----------
+    masks
+        (B, H, W) class indices
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W) bool
     """
     padded = F.pad(masks[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     middle = padded[:, 1:-1, 1:-1]
@@ -34,7 +44,20 @@ def within(
     points: Tensor,  # (B, C, H, W) bool
     radius: int,  # in pixels
 ) -> Tensor:  # the same shape
-    """Pixels at most `radius` away from a point."""
+    """Pixels at most `radius` away from a point.
+
+    Parameters
+    ----------
+    points
+        (B, C, H, W) bool
+    radius
+        in pixels
+
+    Returns
+    -------
+    Tensor
+        the same shape
+    """
     side = torch.arange(-radius, radius + 1, device=points.device)
     disk = (side[:, None]**2 + side**2 <= radius**2).float()[None, None]
     b, c, h, w = points.shape
@@ -45,6 +68,11 @@ class BoundaryScore:
     """Counts border pixels, and those that the other side has nearby.
 
     `update` as in `ConfusionMatrix`, but with (B, H, W).
+
+    Parameters
+    ----------
+    tolerance
+        share of the picture's diagonal; at least one pixel
     """
 
     def __init__(

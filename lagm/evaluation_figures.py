@@ -38,7 +38,18 @@ def text_width(
     text: str,
     size: float = 10,  # of the letters, in points
 ) -> float:  # in pixels at 100 dots per inch
-    """Width of the longest line of a text in the font of the style."""
+    """Width of the longest line of a text in the font of the style.
+
+    Parameters
+    ----------
+    size
+        of the letters, in points
+
+    Returns
+    -------
+    float
+        in pixels at 100 dots per inch
+    """
     font = mpl.font_manager.FontProperties(family=STYLE["font.sans-serif"], size=size)
     return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) * 100 / 72
 
@@ -56,7 +67,17 @@ def panels(
     width: float = 4.8,  # of each, in inches
     height: float = 3.2,  # in inches
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`."""
+    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`.
+
+    Parameters
+    ----------
+    columns
+        how many axes side by side
+    width
+        of each, in inches
+    height
+        in inches
+    """
     fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout="constrained", squeeze=False)
     plt.close(fig)
     return fig, list(axes[0])

@@ -20,7 +20,20 @@ def picture_counts(
     masks: Tensor,  # of the same shapes, 255 = ignore
     n_classes: int,
 ) -> Tensor:  # (n, C, C) int64
-    """The confusion matrix of each picture."""
+    """The confusion matrix of each picture.
+
+    Parameters
+    ----------
+    predictions
+        (n, H, W) class indices; or a sequence of (H, W), if the pictures differ in size
+    masks
+        of the same shapes, 255 = ignore
+
+    Returns
+    -------
+    Tensor
+        (n, C, C) int64
+    """
     if len(predictions) != len(masks):
         raise InputError(f"there are {len(predictions)} predictions and {len(masks)} masks; give one of each per "
                          "picture")
@@ -42,6 +55,18 @@ def scores(
     """One score of many confusion matrices at once, as `metrics_from_counts` has it.
 
     Raises `InputError` for a score that does not exist.
+
+    Parameters
+    ----------
+    counts
+        (..., C, C): any number of confusion matrices
+    score
+        or "miou", "pixel_accuracy", "fg_miou_present"
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1; nan where there is nothing to average
     """
     if score not in SCORES: raise InputError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     counts = counts.double()
@@ -58,7 +83,18 @@ def worst_pictures(
     counts: Tensor,  # (n, C, C), of `picture_counts`
     number: int = 8,
 ) -> list[int]:  # the worst first
-    """Pictures with the lowest mean IoU over the foreground classes that they show."""
+    """Pictures with the lowest mean IoU over the foreground classes that they show.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+
+    Returns
+    -------
+    list[int]
+        the worst first
+    """
     values = scores(counts, "fg_miou_present")
     return [i for i in values.nan_to_num(2).argsort(stable=True).tolist() if values[i].isfinite()][:number]
 
@@ -87,6 +123,18 @@ def resampled_scores(
 
     Which are drawn follows from their number, `seed` and `of` alone: so draw i of one method is of the same pictures
     as draw i of any other.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    of
+        which pictures these are, such as the name of the test set
+
+    Returns
+    -------
+    Tensor
+        (draws,) float64, 0 to 1
     """
     n = len(counts)
     chosen = torch.randint(n, (draws, n), generator=random_generator(seed, "bootstrap", *[of] * bool(of)))
@@ -106,6 +154,13 @@ def bootstrap(
     """Percentile bootstrap over pictures.
 
     Raises `InputError` if the pictures of two methods are not as many, or for a level that is no share.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    versus
+        another method's, for the same pictures: the interval is of the difference
     """
     if not 0 < level < 1 or draws < 1:
         raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")

@@ -21,7 +21,15 @@ NOISE_MODES = ("random", "const", "none")
 
 
 class Generated(NamedTuple):
-    "What a generator gives for a batch of latents."
+    """What a generator gives for a batch of latents.
+
+    Attributes
+    ----------
+    image
+        (B, 3, R, R), about [-1, 1]
+    features
+        (B, C_i, H_i, W_i), coarse to fine
+    """
 
     image: Tensor  # (B, 3, R, R), about [-1, 1]
     features: list[Tensor]  # (B, C_i, H_i, W_i), coarse to fine
@@ -29,7 +37,17 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    "How pictures are drawn from a generator. Raises `InputError` on values that mean nothing."
+    """How pictures are drawn from a generator. Raises `InputError` on values that mean nothing.
+
+    Attributes
+    ----------
+    psi
+        truncation: 1 none, 0 only the mean picture
+    cutoff
+        number of style vectors that are truncated; None means all
+    noise
+        noise per pixel: "random", "const" (the stored one) or "none"
+    """
 
     psi: float = 0.7  # truncation: 1 none, 0 only the mean picture
     cutoff: int | None = 8  # number of style vectors that are truncated; None means all
@@ -51,6 +69,17 @@ class FrozenGenerator:
     `image` is (B, 3, R, R) float32 as the network gives it, and not clipped; `features` are float32 maps (B, C_i, H_i,
     W_i), coarse to fine. `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it; `header` holds what
     its file says about itself. Raises `InputError` for latents of another width.
+
+    Parameters
+    ----------
+    network
+        maps (z, truncation_psi, truncation_cutoff, noise_mode, rng, dtype) to Generated
+    sampling
+        truncation and noise
+    dtype
+        of the convolutions; bfloat16 is faster where the machine has it
+    header
+        provenance and other facts about the weights
     """
 
     def __init__(
@@ -81,7 +110,20 @@ class FrozenGenerator:
         n: int,  # how many latents
         rng: torch.Generator | None = None,  # on the CPU, so that a seed gives the same latents on every device
     ) -> Tensor:  # (n, z_dim), standard normal
-        "Draw `n` latents."
+        """Draw `n` latents.
+
+        Parameters
+        ----------
+        n
+            how many latents
+        rng
+            on the CPU, so that a seed gives the same latents on every device
+
+        Returns
+        -------
+        Tensor
+            (n, z_dim), standard normal
+        """
         return torch.randn(n, self.z_dim, generator=rng).to(self.device)
 
     @torch.no_grad()
@@ -90,7 +132,15 @@ class FrozenGenerator:
         z: Tensor,  # (B, z_dim)
         rng: torch.Generator | None = None,  # source of the noise per pixel
     ) -> Generated:
-        "Pictures, not clipped, and feature maps of the latents `z`."
+        """Pictures, not clipped, and feature maps of the latents `z`.
+
+        Parameters
+        ----------
+        z
+            (B, z_dim)
+        rng
+            source of the noise per pixel
+        """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {self.z_dim})")
         how = self.sampling
@@ -119,7 +169,13 @@ def check_generated(
     image: Tensor,  # (B, 3, H, W)
     features: Iterable[Tensor],
 ) -> None:
-    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers."""
+    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers.
+
+    Parameters
+    ----------
+    image
+        (B, 3, H, W)
+    """
     for what, tensors in (("pictures", [image]), ("features", features)):
         if all_finite(tensors): continue
         raise InputError(f"the generator's {what} hold NaN or infinite numbers: its weights, its sampling or its "

@@ -47,7 +47,18 @@ WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what
 def recognise(
     data: memoryview,  # the file's bytes
 ) -> str:  # "safetensors", "zip", "legacy" (an old torch file) or "pickle"
-    "The container a checkpoint is in. Raises `Unreadable` with the remedy for everything else."
+    """The container a checkpoint is in. Raises `Unreadable` with the remedy for everything else.
+
+    Parameters
+    ----------
+    data
+        the file's bytes
+
+    Returns
+    -------
+    str
+        "safetensors", "zip", "legacy" (an old torch file) or "pickle"
+    """
     head = bytes(data[:1024])
     for pattern, what, remedy in WRONG_KINDS:
         if re.match(pattern, head, re.I | re.S): raise Unreadable(what, remedy)
@@ -60,7 +71,13 @@ def recognise(
 
 # %% ../nbs/components/26_generators_formats.ipynb #3f9ef23a
 class Weight(NamedTuple):
-    "A tensor of a network-to-be."
+    """A tensor of a network-to-be.
+
+    Attributes
+    ----------
+    nbytes
+        of the numbers in the file
+    """
 
     shape: tuple[int, ...]
     nbytes: int  # of the numbers in the file
@@ -72,7 +89,17 @@ def from_tensor(
     change: Callable[[Tensor], Tensor] | None = None,  # what is done to it; None: nothing
     shape: tuple[int, ...] | None = None,  # of the result; None: as it was
 ) -> Weight:
-    "A weight that is a tensor of the file, or computed from one. Raises `Unreadable` for anything else."
+    """A weight that is a tensor of the file, or computed from one. Raises `Unreadable` for anything else.
+
+    Parameters
+    ----------
+    lazy
+        a tensor or array of the file
+    change
+        what is done to it; None: nothing
+    shape
+        of the result; None: as it was
+    """
     if isinstance(lazy, LazyTensor): read, size = lazy.tensor, lazy.nbytes
     elif isinstance(lazy, LazyArray):
         size = math.prod(lazy.shape) * lazy.dtype.itemsize
@@ -93,7 +120,17 @@ def fill_network(
     data: memoryview,  # the file's bytes
     progress: bool = False,
 ) -> nn.Module:
-    "Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite."
+    """Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite.
+
+    Parameters
+    ----------
+    path
+        named in errors
+    network
+        built on the meta device
+    data
+        the file's bytes
+    """
     check_names(path, network, {name: weight.shape for name, weight in weights.items()})
     if sum(weight.nbytes for weight in weights.values()) > 2 * len(data) + 2**20:
         raise Unreadable("uses the same numbers for many tensors, as no network does")
@@ -109,7 +146,21 @@ def fill_network(
 
 # %% ../nbs/components/26_generators_formats.ipynb #3e013a1b
 class Found(NamedTuple):
-    "What a file turned out to hold."
+    """What a file turned out to hold.
+
+    Attributes
+    ----------
+    kind
+        in words
+    network
+        on the meta device
+    mean
+        the name of the mean style if it is not in the file
+    noise
+        whether the constant noise is in the file
+    takes_mean
+        whether another mean style may be given, as for formats that may lack it
+    """
 
     kind: str  # in words
     network: nn.Module  # on the meta device
@@ -121,7 +172,17 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class GeneratorFormat:
-    """A program whose generators are read. Its functions raise `Unreadable` for what they know and cannot use."""
+    """A program whose generators are read. Its functions raise `Unreadable` for what they know and cannot use.
+
+    Attributes
+    ----------
+    about
+        the program, and what is in its files
+    recognise
+        whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
+    unpack
+        for files that are neither: their content from their bytes, None if they are others; `recognise` then sees it
+    """
     about: str  # the program, and what is in its files
     # whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
     recognise: Callable[[Any], bool]
@@ -161,7 +222,13 @@ def count_numbered(
     names: Iterable[str],
     pattern: str,  # with one group, the number
 ) -> int:
-    "How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one."
+    """How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one.
+
+    Parameters
+    ----------
+    pattern
+        with one group, the number
+    """
     numbers = {int(match[1]) for name in names if (match := re.fullmatch(pattern, name))}
     start = min(numbers, default=0)
     if numbers == set(range(start, start + len(numbers))): return len(numbers)
@@ -222,7 +289,13 @@ def name_other(names: list[str]) -> None:
 
 # %% ../nbs/components/26_generators_formats.ipynb #8af507e6
 def plain_weights(value: Any) -> tuple[dict[str, Any], Any]:  # tensors by name, and the mean style beside them or None
-    "A state dict in a torch file, or one that is kept as `g_ema`; empty if the file holds something else."
+    """A state dict in a torch file, or one that is kept as `g_ema`; empty if the file holds something else.
+
+    Returns
+    -------
+    tuple[dict[str, Any], Any]
+        tensors by name, and the mean style beside them or None
+    """
     if not isinstance(value, dict): return {}, None
     weights, mean = value, None
     if isinstance(value.get("g_ema"), dict): weights, mean = value["g_ema"], value.get("latent_avg")
@@ -277,7 +350,15 @@ def generator_in(
     path: str | Path,  # named in errors
     data: memoryview,  # the file's bytes
 ) -> Found:
-    "The generator in a file that is not ours. Raises `Unreadable`."
+    """The generator in a file that is not ours. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    path
+        named in errors
+    data
+        the file's bytes
+    """
     for entry in FORMATS.values():
         if entry.unpack and (content := entry.unpack(data)) is not None and entry.recognise(content):
             return entry.read(content)

@@ -21,7 +21,18 @@ def class_vector(
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
     classes: int,
 ) -> Tensor:  # (1, classes)
-    "A label as conditional generators take it. Raises `InputError` for one that they do not."
+    """A label as conditional generators take it. Raises `InputError` for one that they do not.
+
+    Parameters
+    ----------
+    label
+        a class, counted from 0, or a weight for each
+
+    Returns
+    -------
+    Tensor
+        (1, classes)
+    """
     if isinstance(label, int) and not isinstance(label, bool):
         if not 0 <= label < classes:
             raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to "
@@ -40,7 +51,20 @@ def one_class(
     network: StyleGAN2,  # conditional
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
 ) -> StyleGAN2:  # shares memory with it
-    "A generator that draws one class of a conditional one. Raises `InputError`."
+    """A generator that draws one class of a conditional one. Raises `InputError`.
+
+    Parameters
+    ----------
+    network
+        conditional
+    label
+        a class, counted from 0, or a weight for each
+
+    Returns
+    -------
+    StyleGAN2
+        shares memory with it
+    """
     if not network.c_dim: raise InputError("this generator is not conditional: leave label out")
     state, embed = network.state_dict(), network.mapping.embed
     vector = class_vector(label, network.c_dim).to(embed.weight.device).double()

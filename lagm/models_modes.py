@@ -35,7 +35,13 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 def resting_modules(
     network: nn.Module,
 ) -> list[nn.Module]:  # none if the network itself is in eval mode: then all of it is only not in use
-    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm."""
+    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm.
+
+    Returns
+    -------
+    list[nn.Module]
+        none if the network itself is in eval mode: then all of it is only not in use
+    """
     return [m for m in network.modules() if not m.training] if network.training else []
 
 
@@ -43,7 +49,18 @@ def train_mode(
     network: nn.Module,
     resting: Sequence[nn.Module],  # of `resting_modules`, from before the training began
 ) -> nn.Module:  # the network
-    """Put a network in train mode, but for the modules that are to stay in eval mode."""
+    """Put a network in train mode, but for the modules that are to stay in eval mode.
+
+    Parameters
+    ----------
+    resting
+        of `resting_modules`, from before the training began
+
+    Returns
+    -------
+    nn.Module
+        the network
+    """
     network.train()
     for m in resting:
         m.training = False

@@ -22,7 +22,13 @@ from .generators_pickle_records import Record
 
 # %% ../nbs/components/43_models_results.ipynb #eda7204e
 class Results(NamedTuple):
-    "Trained networks; what a file lacks is None."
+    """Trained networks; what a file lacks is None.
+
+    Attributes
+    ----------
+    facts
+        what the file says besides: class names, arguments of the networks and of the data
+    """
 
     annotator: FPNAnnotator | None
     segmenter: nn.Module | None
@@ -30,7 +36,13 @@ class Results(NamedTuple):
 
 # %% ../nbs/components/43_models_results.ipynb #26f00001
 class Trained(NamedTuple):
-    "A trained network in a file of another program, not read yet."
+    """A trained network in a file of another program, not read yet.
+
+    Attributes
+    ----------
+    name
+        class
+    """
 
     name: str  # class
     arguments: dict
@@ -46,7 +58,20 @@ def plain_facts(
     value: dict,  # from a file
     most: int = 50,  # entries
 ) -> dict[str, Any]:  # whose numbers are as they were, and whose texts are short and printable
-    "What a file says about itself, in a form that may be kept and shown."
+    """What a file says about itself, in a form that may be kept and shown.
+
+    Parameters
+    ----------
+    value
+        from a file
+    most
+        entries
+
+    Returns
+    -------
+    dict[str, Any]
+        whose numbers are as they were, and whose texts are short and printable
+    """
     kept = [(name, item) for name, item in list(value.items())[:most] if isinstance(item, str | int | float | None)]
     return {printable(name, 60): printable(item) if isinstance(item, str) else item for name, item in kept}
 
@@ -88,7 +113,20 @@ def load_results(
     path: str | Path,  # network-snapshot-*.pkl, segmentator-*.pth, or any file that `lagm.saved` reads
     n_classes: int | None = None,  # that there should be, background included; None: whatever there is
 ) -> Results:  # in eval mode
-    "Read a trained annotator and segmenter. Nothing in the file is executed. Raises `InputError`."
+    """Read a trained annotator and segmenter. Nothing in the file is executed. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        network-snapshot-*.pkl, segmentator-*.pth, or any file that `lagm.saved` reads
+    n_classes
+        that there should be, background included; None: whatever there is
+
+    Returns
+    -------
+    Results
+        in eval mode
+    """
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     with reading(path) as data:
         if recognise(data) == "safetensors": return _own_results(path, n_classes)

@@ -59,7 +59,18 @@ def check_record(
     record: Any,  # what metrics.json holds
     path: str | Path,
 ) -> dict[str, Any]:  # the same
-    """A record of a run, every part that the report computes with being what it should be; `InputError` otherwise."""
+    """A record of a run, every part that the report computes with being what it should be; `InputError` otherwise.
+
+    Parameters
+    ----------
+    record
+        what metrics.json holds
+
+    Returns
+    -------
+    dict[str, Any]
+        the same
+    """
     def need(condition: bool, what: str) -> None:
         if not condition: raise InputError(f"{path} is no record of a run: {what}")
 
@@ -81,7 +92,19 @@ def check_record(
 # %% ../nbs/components/94_report.ipynb #3c59b7ff
 @dataclass(frozen=True)
 class Result:
-    """What one run left."""
+    """What one run left.
+
+    Attributes
+    ----------
+    experiment
+        without the ending of a variant
+    stage
+        empty for single notebooks
+    variant
+        "", "seed1", "small", ...
+    record
+        the content of metrics.json
+    """
     experiment: str  # without the ending of a variant
     stage: str  # empty for single notebooks
     variant: str  # "", "seed1", "small", ...
@@ -99,7 +122,13 @@ class Result:
 def find_results(
     outputs: str | Path,
 ) -> tuple[list[Result], list[str]]:  # results sorted by folder; complaints about files that cannot be read
-    """All results below a folder. Links are not followed; a file that is no record is named, not taken."""
+    """All results below a folder. Links are not followed; a file that is no record is named, not taken.
+
+    Returns
+    -------
+    tuple[list[Result], list[str]]
+        results sorted by folder; complaints about files that cannot be read
+    """
     found, broken = [], []
     for path in sorted(Path(outputs).rglob("metrics.json")):
         below = path.parent.relative_to(outputs).parts
@@ -112,7 +141,19 @@ def find_results(
 # %% ../nbs/components/94_report.ipynb #4de4e39a
 @dataclass(frozen=True)
 class Row:
-    """An experiment, the paper's number and ours."""
+    """An experiment, the paper's number and ours.
+
+    Attributes
+    ----------
+    paper
+        per cent
+    values
+        ours, one per seed
+    hours
+        of all stages, mean over seeds
+    note
+        what is missing and why; empty if nothing is
+    """
     experiment: str
     metric: str
     paper: float | None  # per cent
@@ -137,7 +178,13 @@ def why_missing(
     runs: Sequence[Run],  # the stages of the experiment
     root: str | Path,
 ) -> str:
-    """Why an experiment has no number: which stage failed, or what it lacks, or that nobody ran it."""
+    """Why an experiment has no number: which stage failed, or what it lacks, or that nobody ran it.
+
+    Parameters
+    ----------
+    runs
+        the stages of the experiment
+    """
     for run in runs:
         path = Path(root) / run.output
         if path.is_file() or unfinished_copy(path).is_file():
@@ -183,7 +230,13 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
 
 
 def paper_table(rows: Iterable[Row]) -> list[list[str]]:  # the head first
-    """The paper's experiments: paper, ours, difference, cost, and what is missing."""
+    """The paper's experiments: paper, ours, difference, cost, and what is missing.
+
+    Returns
+    -------
+    list[list[str]]
+        the head first
+    """
     table = [["experiment", "metric", "paper", "ours", "difference", "seeds", "iterations", "hours", "missing"]]
     for row in rows:
         paper = number(row.paper) + (f" ± {row.paper_std:.2f}" if row.paper_std else "") if row.paper else "figure only"
@@ -243,7 +296,13 @@ def group_results(
     results: Iterable[Result],
     metric: str = "fg_miou",
 ) -> dict[tuple[str, str], list[float]]:  # (experiment, method) -> per cent, one per seed
-    """The numbers of experiments that the paper does not have, by method."""
+    """The numbers of experiments that the paper does not have, by method.
+
+    Returns
+    -------
+    dict[tuple[str, str], list[float]]
+        (experiment, method) -> per cent, one per seed
+    """
     names, found = set(paper_experiments()), {}
     for result in results:
         if result.experiment in names or "small" in result.variant or result.stage not in TESTED or on_validation(result): continue
@@ -256,7 +315,13 @@ def group_results(
 def group_minutes(
     results: Iterable[Result],
 ) -> dict[tuple[str, str], float]:  # (experiment, method) -> mean minutes
-    """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages before the test otherwise."""
+    """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages before the test otherwise.
+
+    Returns
+    -------
+    dict[tuple[str, str], float]
+        (experiment, method) -> mean minutes
+    """
     results, found = list(results), {}
     for result in results:
         if result.stage == "evaluate" and "small" not in result.variant:
@@ -279,7 +344,15 @@ def own_table(
     groups: Mapping[tuple[str, str], Sequence[float]],  # from `group_results`
     minutes: Mapping[tuple[str, str], float] = {},  # from `group_minutes`
 ) -> list[list[str]]:
-    """Mean, spread (standard deviation), range, number of seeds, and cost of every method."""
+    """Mean, spread (standard deviation), range, number of seeds, and cost of every method.
+
+    Parameters
+    ----------
+    groups
+        from `group_results`
+    minutes
+        from `group_minutes`
+    """
     table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
     return table + [[group, method, _mean(values), number(min(values), 1), number(max(values), 1), str(len(values)), number(minutes.get((group, method)), 1)]
                     for (group, method), values in sorted(groups.items())]
@@ -295,7 +368,18 @@ LONGER = {"paper": f"paper's recipe, {DEMO_PAPER['iterations']:,} steps",
 def cell_of(
     group: str,  # demo_k2, demo_micah_k10, ...: an experiment without its seed
 ) -> tuple[str, int] | None:  # domain and number of labels; None: it is none of the comparisons of all methods
-    """Which cell of the benchmark's table an experiment is."""
+    """Which cell of the benchmark's table an experiment is.
+
+    Parameters
+    ----------
+    group
+        demo_k2, demo_micah_k10, ...: an experiment without its seed
+
+    Returns
+    -------
+    tuple[str, int] | None
+        domain and number of labels; None: it is none of the comparisons of all methods
+    """
     match = re.fullmatch(r"demo_(?:(\w+)_)?k([1-9]\d{0,6})", group)
     return (DOMAINS[match[1] or ""], int(match[2])) if match and (match[1] or "") in DOMAINS else None
 
@@ -402,7 +486,13 @@ def learning_curves_figure(
     k: int = 2,  # labelled pictures
 ) -> Figure | None:
     """Validation FG-mIoU over the steps of every method of the demo benchmark, before its finish, from its first seed;
-    None if there is no record of them."""
+    None if there is no record of them.
+
+    Parameters
+    ----------
+    k
+        labelled pictures
+    """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         validation, benchmark = result.record.get("validation"), _benchmark({(_group(result), ""): None})
@@ -426,7 +516,13 @@ def class_figures(
     results: Iterable[Result],
 ) -> dict[str, Figure]:  # experiment -> bars
     """IoU by class of every experiment whose record has one, a bar per method, if these are not too many to be told
-    apart; the newest variant counts."""
+    apart; the newest variant counts.
+
+    Returns
+    -------
+    dict[str, Figure]
+        experiment -> bars
+    """
     figures = {}
     for result in results:
         classes = result.record.get("classes")
@@ -443,14 +539,28 @@ def result_pictures(
     results: Iterable[Result],
     names: Sequence[str] = ("generated.png", "test.png", "target.png"),
 ) -> list[tuple[str, Path]]:  # title and file
-    """The pictures that runs left: the annotator's labels, and predictions beside the truth."""
+    """The pictures that runs left: the annotator's labels, and predictions beside the truth.
+
+    Returns
+    -------
+    list[tuple[str, Path]]
+        title and file
+    """
     return [(f"{result.experiment} {result.stage} {result.variant}: {name.removesuffix('.png')}".replace("  ", " "), result.folder / name)
             for result in results if "small" not in result.variant for name in names if (result.folder / name).is_file()]
 
 # %% ../nbs/components/94_report.ipynb #220fab2f
 @dataclass(frozen=True)
 class Section:
-    """A part of a report."""
+    """A part of a report.
+
+    Attributes
+    ----------
+    text
+        paragraphs, plain
+    pictures
+        title and PNG file
+    """
     title: str
     text: str = ""  # paragraphs, plain
     table: Sequence[Sequence[str]] = ()
@@ -471,7 +581,13 @@ def write_pages(
     folder: str | Path,
     title: str = "Report",
 ) -> tuple[Path, Path]:  # report.md and report.html
-    """Write the sections as Markdown and as one HTML file."""
+    """Write the sections as Markdown and as one HTML file.
+
+    Returns
+    -------
+    tuple[Path, Path]
+        report.md and report.html
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     markdown, page = [f"# {in_markdown(title)}"], [f"<h1>{in_html(title)}</h1>"]

@@ -41,7 +41,7 @@ from lagm.experiments import (
     read_record,
     unfinished_copy,
 )
-from .run_state import folder_lock, set_aside
+from .training_checkpoints import folder_lock, set_aside
 
 # %% ../nbs/components/90_running.ipynb #3976561b
 class _AtomicFiles(LocalHandler):

@@ -60,7 +60,20 @@ def unet_widths(
     width: int = 64,  # channels at full resolution
     levels: int = 4,  # how many times the picture is halved
 ) -> tuple[list[int], list[int]]:  # widths of inc, down1, ... and of up1, up2, ...
-    """Channels of a U-Net on its way down and up; the deepest map is as wide as the one above it."""
+    """Channels of a U-Net on its way down and up; the deepest map is as wide as the one above it.
+
+    Parameters
+    ----------
+    width
+        channels at full resolution
+    levels
+        how many times the picture is halved
+
+    Returns
+    -------
+    tuple[list[int], list[int]]
+        widths of inc, down1, ... and of up1, up2, ...
+    """
     if width < 1 or levels < 1:
         raise InputError(f"a U-Net needs width and levels of 1 or more; got {width=}, {levels=}")
     down = [width * 2**min(i, levels - 1) for i in range(levels + 1)]
@@ -72,6 +85,17 @@ class UNet(nn.Module):
     """U-Net with bilinear upsampling: pictures (B, in_channels, H, W) to logits (B, n_classes, H, W), any H, W >= 2**levels.
 
     Parameter names as in the authors' released files: inc, down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
+
+    Parameters
+    ----------
+    n_classes
+        classes, background included
+    in_channels
+        channels of the picture
+    width
+        channels at full resolution; all others scale with it
+    levels
+        how many times the picture is halved
     """
 
     network = "unet"
@@ -119,6 +143,15 @@ class DeepLabV3(nn.Module):
 
     In train mode it needs a batch of 2 or more, because the pooled branch of its head has one value per picture.
     Raises `InputError` if the ImageNet weights cannot be had.
+
+    Parameters
+    ----------
+    n_classes
+        classes, background included
+    pretrained_backbone
+        start from ImageNet weights (downloaded once, 171 MB)
+    backbone_path
+        local file with these weights, instead of the download
     """
 
     network = "deeplabv3"
@@ -145,7 +178,15 @@ def load_backbone(
     backbone: nn.Module,  # torchvision's ResNet-101 without its classifier
     path: str | Path | None = None,  # state dict of torchvision's resnet101; None: download it
 ) -> None:
-    """Load ImageNet weights (torchvision's IMAGENET1K_V1) into a ResNet-101 backbone. Raises `InputError`."""
+    """Load ImageNet weights (torchvision's IMAGENET1K_V1) into a ResNet-101 backbone. Raises `InputError`.
+
+    Parameters
+    ----------
+    backbone
+        torchvision's ResNet-101 without its classifier
+    path
+        state dict of torchvision's resnet101; None: download it
+    """
     weights = ResNet101_Weights.IMAGENET1K_V1
     remedy = f"fetch {weights.url} on any machine and give its place as backbone_path"
     try:
@@ -178,7 +219,25 @@ def _only_classes(network: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NetworkEntry:
-    """A trained network, as experiments and files know it. `build` takes `n_classes`, and keeps it under that name."""
+    """A trained network, as experiments and files know it. `build` takes `n_classes`, and keeps it under that name.
+
+    Attributes
+    ----------
+    arguments
+        what a file may give it: least and most; in a list: of each of its items; bool; or a pattern for text like it
+    describe
+        the arguments of such a network
+    from_shapes
+        the arguments from names and shapes of weights alone; None: they are of another network. May raise `Unreadable`
+    options
+        arguments from what a parameter file says: width, levels, backbone
+    groups
+        named groups of parameters, as patterns for whole names
+    default_group
+        whose gradients are matched if nothing is said
+    deepest
+        the module whose maps end the encoder
+    """
     build: type[nn.Module]
     # what a file may give it: least and most; in a list: of each of its items; bool; or a pattern for text like it
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"n_classes": CLASSES})
@@ -275,7 +334,13 @@ SEGMENTERS.register("deeplab", SEGMENTERS.get("deeplabv3"))  # another word for 
 def network_entry(
     segmenter: nn.Module | str,  # a network, or the name of one
 ) -> NetworkEntry:
-    """The entry of a segmenter; an empty one for a network that has none. `InputError` for an unknown name."""
+    """The entry of a segmenter; an empty one for a network that has none. `InputError` for an unknown name.
+
+    Parameters
+    ----------
+    segmenter
+        a network, or the name of one
+    """
     if isinstance(segmenter, str): return SEGMENTERS.get(segmenter)
     found = next((entry for _, entry in SEGMENTERS.items() if entry.build is type(segmenter)), None)
     return found or NetworkEntry(type(segmenter))
@@ -288,6 +353,18 @@ def resolve_group(
     """Regular expression of a named group; a `group` without a name in the table is itself the expression.
 
     Raises `InputError` if it is not a valid expression.
+
+    Parameters
+    ----------
+    segmenter
+        the network, or its name in `SEGMENTERS`
+    group
+        name of a group, or a regular expression; None: the paper's choice for this network
+
+    Returns
+    -------
+    str
+        regular expression for whole parameter names
     """
     entry = network_entry(segmenter)
     if group is None: group = entry.default_group
@@ -313,6 +390,18 @@ def matched_parameter_names(
 
     Raises `InputError` if nothing matches, or if one alternative of a named group matches nothing (a group made
     for a deeper network).
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    group
+        name of a group, or a regular expression; None: the paper's choice for this network
+
+    Returns
+    -------
+    list[str]
+        names in the order of named_parameters()
     """
     entry, pattern = network_entry(segmenter), resolve_group(segmenter, group)
     names = [name for name, _ in segmenter.named_parameters()]
@@ -334,7 +423,17 @@ def build_segmenter(
     n_classes: int,  # classes, background included
     **options: Any,  # passed on to its class
 ) -> nn.Module:
-    """Build a segmentation network by name. Raises `InputError` for an unknown name or option."""
+    """Build a segmentation network by name. Raises `InputError` for an unknown name or option.
+
+    Parameters
+    ----------
+    name
+        a name of `SEGMENTERS`: "unet", "deeplabv3"; or package.module:Class
+    n_classes
+        classes, background included
+    **options
+        passed on to its class
+    """
     entry = SEGMENTERS.get(name)
     try: return entry.build(n_classes=n_classes, **options)
     except TypeError as error:

@@ -30,7 +30,13 @@ def check_shares(
     parts: int,  # of each batch
     processes: int,
 ) -> None:
-    """Raise `InputError` unless so many processes can share so many parts evenly."""
+    """Raise `InputError` unless so many processes can share so many parts evenly.
+
+    Parameters
+    ----------
+    parts
+        of each batch
+    """
     if processes >= 1 and parts % processes == 0: return
     raise InputError(f"{processes} processes cannot share {parts} parts evenly: "
                      f"set the recipe's parts to a multiple of {processes}")
@@ -57,7 +63,22 @@ def each_part(
     function: Callable[[int], Any],  # from the number of a part
     update: bool = True,  # False: the statistics are left as they were
 ) -> list[Any]:  # the function's results, for this process's parts
-    """Call a function for each own part; the mean of the statistics is kept."""
+    """Call a function for each own part; the mean of the statistics is kept.
+
+    Parameters
+    ----------
+    network
+        whose statistics (buffers) the function updates
+    function
+        from the number of a part
+    update
+        False: the statistics are left as they were
+
+    Returns
+    -------
+    list[Any]
+        the function's results, for this process's parts
+    """
     start, seed, results = [b.clone() for b in network.buffers()], torch.initial_seed(), []
     sums = [torch.zeros_like(b) for b in start]
     for part in own_parts(parts):
@@ -78,7 +99,15 @@ def mean_over_parts(
     gradients: Sequence[Sequence[Tensor]],  # one list per own part
     weights: Sequence[Tensor],  # how much each own part counts
 ) -> list[Tensor]:
-    """The weighted mean of the parts' gradients over all parts and processes."""
+    """The weighted mean of the parts' gradients over all parts and processes.
+
+    Parameters
+    ----------
+    gradients
+        one list per own part
+    weights
+        how much each own part counts
+    """
     totals = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
     *totals, weight = sum_over_processes([*totals, sum(weights)])
     return [total / weight for total in totals]
@@ -102,7 +131,13 @@ def do_parts(
     function: Callable[[int], Any],
     update: bool = True,  # False: `function` sees pictures again whose statistics are counted already
 ) -> list[Any]:
-    """`each_part`; a batch in one part is done as it comes."""
+    """`each_part`; a batch in one part is done as it comes.
+
+    Parameters
+    ----------
+    update
+        False: `function` sees pictures again whose statistics are counted already
+    """
     return [function(0)] if parts == 1 else each_part(network, parts, function, update)
 
 
@@ -113,7 +148,15 @@ def gradient_of_parts(
     update: bool = True,
     weigh_one: bool = False,  # treat a single part as one of several, dropout and rounding included
 ) -> tuple[list[Tensor], Tensor]:
-    """The mean of the parts' gradients and of their losses."""
+    """The mean of the parts' gradients and of their losses.
+
+    Parameters
+    ----------
+    vote
+        from the number of a part
+    weigh_one
+        treat a single part as one of several, dropout and rounding included
+    """
     if parts == 1 and not weigh_one:
         gradients, loss, _ = vote(0)
         return list(gradients), loss
@@ -131,7 +174,15 @@ def make_fabric(
     device: torch.device,  # its kind counts: cpu, cuda or mps
     precision: str = "float32",  # "float32" or "bfloat16"
 ) -> Any:
-    """A Fabric that starts `processes` processes on this machine; `InputError` if it is not installed."""
+    """A Fabric that starts `processes` processes on this machine; `InputError` if it is not installed.
+
+    Parameters
+    ----------
+    device
+        its kind counts: cpu, cuda or mps
+    precision
+        "float32" or "bfloat16"
+    """
     try: from lightning_fabric import Fabric
     except ImportError as error:
         raise InputError(f"several processes need Fabric: {install_advice('fabric')}") from error
@@ -146,7 +197,17 @@ def launch(
     precision: str,
     **options: Any,  # by name
 ) -> None:
-    """Call a function in each of several processes. Raises `InputError` without Fabric."""
+    """Call a function in each of several processes. Raises `InputError` without Fabric.
+
+    Parameters
+    ----------
+    function
+        of a module, so that another process finds it; called with `device`, too
+    arguments
+        by position; copied in each process
+    **options
+        by name
+    """
     fabric = make_fabric(processes, choose_device(device), precision)
     fabric.launch(functools.partial(_one_of_several, function, arguments, options))
 
