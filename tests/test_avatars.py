@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lagm.data_avatars import RECIPES, SEED_RANGES, hex_to_rgb, load_definition, split_seeds
+from lagm.data_avatars import AVATAR_RECIPES, SEED_RANGES, hex_to_rgb, load_definition, split_seeds
 from lagm.data_draw_avatars import (
     avatar_svg, decode_flat, draw_choices, rasterise, reduce_labels, render_avatar, render_set, renderer,
     write_assets)
@@ -65,7 +65,7 @@ def test_numpys_global_state_is_neither_used_nor_changed():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_choice_is_drawn_and_the_face_stays_in_its_limits(style):
-    recipe = RECIPES[style]
+    recipe = AVATAR_RECIPES[style]
     drawn = [draw_choices(style, seed) for seed in range(400)]
     for name, variants in recipe.choices.items():
         assert {d["choice"][name] for d in drawn} == set(variants)
