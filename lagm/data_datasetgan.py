@@ -92,7 +92,9 @@ def datasetgan_folder(
 
 # %% ../nbs/components/14_data_datasetgan.ipynb #1ed535a4
 class DatasetGAN(PartDataset):
-    """The annotations of DatasetGAN (Zhang et al., 2021): car with 20 (or 12) classes, cat with 16, face with 34 (or 8)."""
+    """The annotations of DatasetGAN (Zhang et al., 2021): car with 20 (or 12) classes, cat with 16, face with 34 (or
+    8).
+    """
 
     def __init__(
         self,

@@ -166,7 +166,9 @@ def from_elsewhere(
                          "arguments") from error
     if isinstance(made, FrozenGenerator): return made
     if isinstance(made, nn.Module) and hasattr(made, "z_dim") and hasattr(made, "img_resolution"): return made
-    raise InputError(f"{name} is no generator: a network with z_dim and img_resolution, or a FrozenGenerator, is needed")
+    raise InputError(
+        f"{name} is no generator: a network with z_dim and img_resolution, or a FrozenGenerator, is needed"
+    )
 
 
 def load_generator(

@@ -15,8 +15,19 @@ from torch import Tensor
 
 from .core import random_generator
 from lagm.generators_formats import (
-    FORMATS, Found, GeneratorFormat, Weight, count_numbered, filter_weights, from_tensor, given, lazy_shape, lazy_tensor,
-    on_meta, plain_weights)
+    FORMATS,
+    Found,
+    GeneratorFormat,
+    Weight,
+    count_numbered,
+    filter_weights,
+    from_tensor,
+    given,
+    lazy_shape,
+    lazy_tensor,
+    on_meta,
+    plain_weights,
+)
 from .stylegan2 import StyleGAN2, resampling_filter
 from .unpickling import Unreadable, quoted
 

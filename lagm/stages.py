@@ -70,7 +70,9 @@ def has_validation(
     split: str,
     data: str | Path = "data",
 ) -> bool:
-    """Whether a run has pictures to look at: not if its split is empty, or the dataset's entry says that it is absent."""
+    """Whether a run has pictures to look at: not if its split is empty, or the dataset's entry says that it is
+    absent.
+    """
     return bool(split) and dataset_entry(dataset)[0].has_split(Path(data), split)
 
 
@@ -169,10 +171,13 @@ def make_recipe(
     recipe: str,  # "paper" or "fast"
     iterations: int,
     warm_up: int = 0,  # steps of each warm start, if the recipe has them
-    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training.Recipe`; numbers may be text, as YAML reads 1e-4
+    # other fields of `lagm.training.Recipe`; numbers may be text, as YAML reads 1e-4
+    changes: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """A recipe from parameters; `InputError` for an unknown field or an impossible value."""
-    steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})
+    steps = dict(steps=iterations) | (
+        dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {}
+    )
     return get_recipe(recipe, **(steps | dict(changes or {})))
 
 
@@ -230,7 +235,10 @@ def hasty_networks(
 ) -> Results:  # in eval mode; good for nothing
     """A small annotator and U-Net after two steps of everything."""
     torch.manual_seed(seed)
-    annotator, segmenter = FPNAnnotator(generator.feature_channels, n_classes, channels=16), new_segmenter("unet", n_classes, width=8, levels=2)
+    annotator, segmenter = (
+        FPNAnnotator(generator.feature_channels, n_classes, channels=16),
+        new_segmenter("unet", n_classes, width=8, levels=2),
+    )
     trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
                          seed=seed, device=device, progress=False)
     return Results(trained.annotator, trained.segmenter, {"hasty": True})
@@ -260,7 +268,11 @@ def simple_values(
     namespace: Mapping[str, Any],  # globals() of a notebook, right after its parameters cell
 ) -> dict[str, Any]:
     """The parameters of a run: everything with a lower-case name and a plain value."""
-    return {name: value for name, value in namespace.items() if name == name.lower() and not name.startswith("_") and isinstance(value, SIMPLE)}
+    return {
+        name: value
+        for name, value in namespace.items()
+        if name == name.lower() and not name.startswith("_") and isinstance(value, SIMPLE)
+    }
 
 
 def write_metrics(
@@ -274,8 +286,16 @@ def write_metrics(
 ) -> Path:
     """Write metrics.json."""
     rows = {name: vars(value) if hasattr(value, "__dict__") else dict(value) for name, value in metrics.items()}
-    record = {"stage": stage, "summary": list(summary), "parameters": dict(parameters), "metrics": rows, **more, "seconds_in_all": round(seconds, 1),
-              "threads": torch.get_num_threads(), "provenance": provenance()}
+    record = {
+        "stage": stage,
+        "summary": list(summary),
+        "parameters": dict(parameters),
+        "metrics": rows,
+        **more,
+        "seconds_in_all": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
     path = Path(folder) / "metrics.json"
     write_json(path, record)
     return path
