@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError, check_fields
+from .core_errors import InputError
+from .core_values import check_fields
 from .labels import IGNORE
 
 # %% ../nbs/components/45_augment.ipynb #9e653daa

@@ -28,7 +28,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, install_advice, write_json
+from .core_errors import InputError
+from .core_files import atomic_path, write_json
+from .core_provenance import install_advice
 from .labels import CELEBA8, IGNORE
 
 # %% ../nbs/components/12_avatars.ipynb #830bc836

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import Augment, recolour, warp_images
-from .core import InputError, check_fields, choose_device, random_generator
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
+from .core_values import check_fields
 from .evaluation import eval_mode
 from .labels import IGNORE
 from .matching import SyntheticPass, log_probabilities, soft_cross_entropy, uncompiled

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 # %% ../nbs/components/91_catalogue.ipynb #d4bca730
-from .core import InputError, asset, read_text
+from .core_errors import InputError
+from .core_files import asset, read_text
 from lagm.experiments import (
     experiment_folder,
     experiment_name,
@@ -35,8 +36,6 @@ from lagm.experiments import (
 )
 from .experiments import read_parameter_file, read_parameters, read_record, read_yaml
 from .sources import SOURCES, source_problem
-
-if TYPE_CHECKING: from lagm.data_registry import Experiment
 
 # %% ../nbs/components/91_catalogue.ipynb #056ba969
 @dataclass(frozen=True)
@@ -207,6 +206,8 @@ def project_path(
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 # %% ../nbs/components/91_catalogue.ipynb #79b80046
+if TYPE_CHECKING: from lagm.data_registry import Experiment
+
 TRAINING = dict(channels=128, layers=3, recipe="paper", iterations=150_000, validate_every=4000)
 
 

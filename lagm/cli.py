@@ -26,7 +26,7 @@ from pathlib import Path
 def list_command(arguments: argparse.Namespace) -> None:
     """`lagm list`: notebooks that run on their own, then the experiments made of several stages."""
     from lagm.catalogue import read_catalogue
-    from lagm.core import printable
+    from lagm.core_errors import printable
     from lagm.experiments import list_experiments, purpose
 
     rows = [(name, purpose(notebook)) for name, notebook in list_experiments().items()]
@@ -41,7 +41,7 @@ def list_command(arguments: argparse.Namespace) -> None:
 def show_command(arguments: argparse.Namespace) -> None:
     """`lagm show`: what an experiment is, what it needs and gives, and its parameters, those of its files marked."""
     from lagm.catalogue import choose_runs, declared_parameters, missing_inputs, paper_numbers, project_folder, read_catalogue
-    from lagm.core import printable
+    from lagm.core_errors import printable
     from lagm.experiments import find_experiment, list_experiments, purpose, read_parameters
 
     catalogue = read_catalogue()
@@ -72,7 +72,8 @@ def describe_results(
     output: str | Path,  # an executed notebook
 ) -> str:  # a few lines of text
     """Where the results of a run are: the notebook, what lies beside it, and the lines under "summary" in metrics.json; an odd one is passed over, with a line."""
-    from lagm.core import InputError, printable, read_json
+    from lagm.core_errors import InputError, printable
+    from lagm.core_files import read_json
 
     output = Path(output)
     metrics, figures = output.parent / "metrics.json", sorted(output.parent.glob("*.png"))
@@ -132,7 +133,7 @@ def chosen_runs(arguments: argparse.Namespace) -> tuple[dict, set[str]]:  # the 
 def run_command(arguments: argparse.Namespace) -> None:
     """`lagm run`: a notebook, an experiment with all its stages, or many."""
     from lagm.catalogue import project_folder
-    from lagm.core import InputError
+    from lagm.core_errors import InputError
     from lagm.experiments import RunError, find_experiment, list_experiments, run_notebook
     from lagm.sweep import Sweep, describe_steps, execute, plan_steps
 
@@ -334,7 +335,7 @@ def explain_error(
     error: BaseException,
 ) -> tuple[str, int]:  # one line, and the exit code
     """What to say of an error: that of the caller as it is; one that nobody foresaw with its kind and place."""
-    from lagm.core import InputError, printable
+    from lagm.core_errors import InputError, printable
     from lagm.experiments import RunError
 
     text = printable(" ".join(str(error).split()), 4000)

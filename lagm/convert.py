@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from .generators_load import read_generator, read_safetensors
 from .models_results import load_results
-from .core import InputError, atomic_path, checksum, printable, save_tensors
+from .core_errors import InputError, printable
+from .core_files import atomic_path, checksum
+from .core_tensors import save_tensors
 from .generator import FrozenGenerator, Sampling
 from .generators_weights import FORMAT_VERSION, network_from_tensors
 from .labels import LabelSet

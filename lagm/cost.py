@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .annotator import FPNAnnotator
-from .core import InputError, random_generator, seed_everything
+from .core_errors import InputError
+from .core_seeds import random_generator, seed_everything
 from .generator import FrozenGenerator, Sampling
 from .generators_load import load_generator
 from .labels import IGNORE

@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from .core import InputError, asset, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import asset, read_json
 from .labels import IGNORE, Labelled, LabelSet
 from .unpickling import Unreadable, read_npy
 

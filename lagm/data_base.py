@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from torchvision.datasets import VisionDataset
 
-from .core import InputError, inside, read_lines
+from .core_errors import InputError
+from .core_files import inside, read_lines
 from .label_maps import LABEL_MAPS, LabelMap
 from .labels import Labelled, LabelSet
 from .picture_files import check_size

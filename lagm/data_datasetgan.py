@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .data_base import PartDataset, choose_split, find_map, need_path
 from .label_maps import get_labels
 from .picture_files import check_classes, describe_file, read_pair, to_item

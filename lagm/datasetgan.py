@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import InputError, choose_device, random_generator
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
 from .evaluation import eval_mode, resting_modules, train_mode
 from .generator import check_generated
 from .labels import IGNORE

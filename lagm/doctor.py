@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
-from .core import InputError
+from .core_errors import InputError
 from .data_registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
 from .experiments import find_experiment, list_experiments, named_paths
 from .sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem

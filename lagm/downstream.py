@@ -26,8 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .augment import Augment
-from .core import (
-    InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text, save_tensors)
+from .core_errors import InputError, printable
+from .core_files import read_text
+from .core_seeds import choose_device, random_generator
+from .core_tensors import load_tensors, save_tensors
+from .core_values import check_fields
 from .evaluation import check_pictures, evaluate, resting_modules, train_mode
 from .generators_weights import check_version
 from .labels import IGNORE, LabelSet

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .core import InputError, check_fields, choose_device, random_generator
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
+from .core_values import check_fields
 from .frozen import EncoderSegmenter, TimmSegmenter
 from .parts import supervised_step_in_parts
 from .run_state import generator_digest

@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError, all_finite, provenance, random_generator
+from .core_errors import InputError
+from .core_provenance import provenance
+from .core_seeds import random_generator
+from .core_tensors import all_finite
 
 # %% ../nbs/components/70_evaluation.ipynb #eaecc97d
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 # %% ../nbs/components/90_experiments.ipynb #c7b4309e
-from .core import InputError, atomic_path, checksum, inside, parse_json, printable, provenance, read_text
+from .core_errors import InputError, printable
+from .core_files import atomic_path, checksum, inside, parse_json, read_text
+from .core_provenance import provenance
 from .run_state import folder_lock, set_aside
 
 # %% ../nbs/components/90_experiments.ipynb #e15195c9

@@ -24,7 +24,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .core import InputError, inside, install_advice, printable, write_json
+from .core_errors import InputError, printable
+from .core_files import inside, write_json
+from .core_provenance import install_advice
 from .picture_files import describe_bytes, describe_file
 from .sources import SOURCES, Source, file_problem, get_source
 

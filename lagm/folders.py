@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, atomic_path, read_lines, same_name
+from .core_errors import InputError, same_name
+from .core_files import atomic_path, read_lines
 from .data_base import PartDataset
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet, warn_of_absent

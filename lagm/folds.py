@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .data_datasetgan import read_array_mask
 from .evaluation import picture_counts, predict, scores
 from .picture_files import IMAGE_SUFFIXES, read_pair, to_item

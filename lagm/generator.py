@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .convolutions import FastConvolutions
-from .core import InputError, all_finite, check_fields
+from .core_errors import InputError
+from .core_tensors import all_finite
+from .core_values import check_fields
 
 # %% ../nbs/components/20_generator.ipynb #f40271eb
 NOISE_MODES = ("random", "const", "none")

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, Registry, all_finite
+from .core_errors import InputError
+from .core_registry import Registry
+from .core_tensors import all_finite
 from .generators_weights import as_weight, check_names
 from .stylegan2 import resampling_filter
 from lagm.unpickling import (

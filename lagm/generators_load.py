@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import generators_datasetgan, generators_nvidia, generators_rosinality  # they register their formats
-from .core import (
-    InputError, asset, describe_tensors, from_package, load_tensors, printable, random_generator)
+from .core_errors import InputError, printable
+from .core_files import asset
+from .core_registry import from_package
+from .core_seeds import random_generator
+from .core_tensors import describe_tensors, load_tensors
 from .generator import FrozenGenerator, Sampling
 from .generators_formats import FORMATS, Found, fill_network, generator_in, name_other, recognise
 from .generators_weights import generator_header, network_from_tensors, of_class

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import random_generator
+from .core_seeds import random_generator
 from lagm.generators_formats import (
     FORMATS,
     Found,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, all_finite, printable, save_tensors
+from .core_errors import InputError, printable
+from .core_tensors import all_finite, save_tensors
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2, one_class
 from .unpickling import quoted

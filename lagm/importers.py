@@ -26,8 +26,10 @@ from urllib.parse import unquote, unquote_plus, urlparse
 
 import numpy as np
 
-from .core import InputError, inside, printable, read_json, read_text, same_name
-from .folders import IMAGE_SUFFIXES, _turned_like, write_classes
+from .core_errors import InputError, printable, same_name
+from .core_files import inside, read_json, read_text
+from .folders import _turned_like, write_classes
+from .picture_files import IMAGE_SUFFIXES
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet
 from .picture_files import read_image, read_mask, save_mask

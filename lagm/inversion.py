@@ -25,7 +25,10 @@ from tqdm import tqdm
 
 from .augment import resize_nearest, wide_crop
 from .convolutions import FastConvolutions
-from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
+from .core_tensors import all_finite, load_tensors, save_tensors
+from .core_values import check_fields
 from .datasetgan import FeatureStore, PairSource, PixelEnsemble, Readout, train_pixels
 from .evaluation import check_pictures
 from .generator import FrozenGenerator, check_generated

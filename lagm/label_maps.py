@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .core import InputError
+from .core_errors import InputError
 from .labels import CELEBA8, IGNORE, LabelSet
 
 # %% ../nbs/components/06_label_maps.ipynb #300f8e21

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from .core import InputError
+from .core_errors import InputError
 from .labels import IGNORE
 from .tangents import NoTangent, record
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .annotator import FPNAnnotator
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .generators_formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 from .unpickling import LazyTensor, Record, Unreadable, module_tensors, reading

@@ -15,7 +15,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from .core import InputError, install_advice
+from .core_errors import InputError
+from .core_provenance import install_advice
 from .labels import IGNORE
 from .matching import SyntheticPass, directional_derivative, distance_and_derivative, labelled_gradient
 

@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .core import (
-    InputError, atomic_path, inside, install_advice, printable, read_json, read_lines, read_text, write_json)
+from .core_errors import InputError, printable
+from .core_files import atomic_path, inside, read_json, read_lines, read_text, write_json
+from .core_provenance import install_advice
 from .label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts, pascal_part_id
 from .picture_files import read_image, read_mask, save_mask
 from .regions import unpack_counts

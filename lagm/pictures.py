@@ -24,7 +24,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .evaluation import Metrics, picture_counts, worst_pictures
 from .evaluation import scores as scores_of
 from .labels import LabelSet, colourise

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .models_results import load_results
-from .core import InputError, atomic_path, choose_device, install_advice, printable, write_json
+from .core_errors import InputError, printable
+from .core_files import atomic_path, write_json
+from .core_provenance import install_advice
+from .core_seeds import choose_device
 from .evaluation import eval_mode, evaluation_report, metrics_from_counts, predict
 from .labels import CELEBA8, LabelSet, colourise
 from .picture_files import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image

@@ -17,7 +17,8 @@ from pathlib import Path
 import nbformat
 
 # %% ../nbs/components/95_readme.ipynb #f30a5237
-from .core import InputError, atomic_path
+from .core_errors import InputError
+from .core_files import atomic_path
 
 # %% ../nbs/components/95_readme.ipynb #1fe470d7
 _LINK = re.compile(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""")

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 # %% ../nbs/components/94_report.ipynb #7cc3716a
 from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
-from .core import InputError, atomic_path, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import atomic_path, read_json
 from .data_registry import EXPERIMENTS
 from .evaluation import Metrics
 from .experiments import read_record, unfinished_copy

@@ -25,7 +25,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, atomic_path, load_tensors, printable, save_tensors
+from .core_errors import InputError, printable
+from .core_files import atomic_path
+from .core_tensors import load_tensors, save_tensors
 from .generators_weights import check_version
 
 # %% ../nbs/components/54_run_state.ipynb #beed4512

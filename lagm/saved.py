@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .annotator import FPNAnnotator
-from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
+from .core_errors import InputError, printable
+from .core_provenance import provenance
+from .core_tensors import describe_tensors, load_tensors, save_tensors
 from .frozen import HeadedEncoder
 from .generators_weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .label_maps import distinct_colours

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet101_Weights
 from torchvision.models.segmentation import deeplabv3_resnet101
 
-from .core import InputError, Registry, printable
+from .core_errors import InputError, printable
+from .core_registry import Registry
 from .generators_formats import count_numbered
 from .unpickling import Unreadable
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import InputError
+from .core_errors import InputError
 from .picture_files import describe_file, open_picture
 from .unpickling import read_arrays
 
@@ -51,78 +51,79 @@ _CDN = "https://nvlabs-fi-cdn.nvidia.com"
 _GAN_PAGE, _LAGM_PAGE = "https://github.com/nv-tlabs/datasetGAN_release", "https://openreview.net/forum?id=zNR43c03lRy"
 _CGPART_PAGE = "https://www.cs.jhu.edu/~qliu24/CGPart/"
 
-CHECKPOINTS = (
-    tuple(
-        Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence)
-        for name, file, address, page, licence in (
-            (
-                "stylegan2-celeba-256",
-                "celeba0-28k-paper256-ada.pkl",
-                "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
-                _LAGM_PAGE,
-                NOT_STATED,
-            ),
-            (
-                "stylegan2-celeba-512",
-                "celeba28k-paper512-ada.pkl",
-                "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
-                _LAGM_PAGE,
-                NOT_STATED,
-            ),
-            (
-                "stylegan2-aeroplane",
-                "lsunairplane-stylegan2-noaug-13200.pkl",
-                "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
-                _LAGM_PAGE,
-                NOT_STATED,
-            ),
-            (
-                "stylegan2-horse",
-                "stylegan2-horse-config-f.pkl",
-                f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
-                "https://github.com/NVlabs/stylegan2",
-                NVIDIA,
-            ),
-            (
-                "stylegan2-car",
-                "stylegan2-car-config-f.pkl",
-                f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
-                "https://github.com/NVlabs/stylegan2",
-                NVIDIA,
-            ),
-            (
-                "stylegan2-cat",
-                "lsuncat200k-paper256-ada.pkl",
-                f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
-                "https://github.com/NVlabs/stylegan2-ada",
-                NVIDIA,
-            ),
-        )
-    )
-    + tuple(
-        Source(name, path, kind, (), _GAN_PAGE, note="handed out on the page of DatasetGAN")
-        for name, path, kind in (
-            ("stylegan-cat", "checkpoints/stylegan_pt/karras2019stylegan-cats-256x256.for_g_all.pt", "torch"),
-            ("stylegan-face", "checkpoints/stylegan_pt/karras2019stylegan-celebahq-1024x1024.for_g_all.pt", "torch"),
-            ("stylegan-car", "checkpoints/stylegan_pt/karras2019stylegan-cars-512x384.for_g_all.pt", "torch"),
-            ("latent-cat", "data/DatasetGAN/training_latent/cat_16/avg_latent_cat.npy", "npy"),
-            ("latent-face", "data/DatasetGAN/training_latent/face_34/avg_latent_stylegan1.npy", "npy"),
-            ("latent-car", "data/DatasetGAN/training_latent/car_20/avg_latent_stylegan1.npy", "npy"),
-        )
-    )
-    + (
-        Source(
-            "resnet101",
-            "checkpoints/torchvision/resnet101-63fe2227.pth",
-            "torch",
-            ("https://download.pytorch.org/models/resnet101-63fe2227.pth",),
-            "https://docs.pytorch.org/vision/stable/models.html",
-            "BSD-3-Clause (torchvision); trained on ImageNet (non-commercial research)",
-            "63fe2227",
-            note="171 MB; with `backbone: imagenet` torchvision downloads it by itself",
+_STYLEGAN2 = tuple(
+    Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence)
+    for name, file, address, page, licence in (
+        (
+            "stylegan2-celeba-256",
+            "celeba0-28k-paper256-ada.pkl",
+            "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-celeba-512",
+            "celeba28k-paper512-ada.pkl",
+            "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-aeroplane",
+            "lsunairplane-stylegan2-noaug-13200.pkl",
+            "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-horse",
+            "stylegan2-horse-config-f.pkl",
+            f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
+            "https://github.com/NVlabs/stylegan2",
+            NVIDIA,
+        ),
+        (
+            "stylegan2-car",
+            "stylegan2-car-config-f.pkl",
+            f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
+            "https://github.com/NVlabs/stylegan2",
+            NVIDIA,
+        ),
+        (
+            "stylegan2-cat",
+            "lsuncat200k-paper256-ada.pkl",
+            f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
+            "https://github.com/NVlabs/stylegan2-ada",
+            NVIDIA,
         ),
     )
 )
+
+# %% ../nbs/components/11_sources.ipynb #324d08d1
+_STYLEGAN = tuple(
+    Source(name, path, kind, (), _GAN_PAGE, note="handed out on the page of DatasetGAN")
+    for name, path, kind in (
+        ("stylegan-cat", "checkpoints/stylegan_pt/karras2019stylegan-cats-256x256.for_g_all.pt", "torch"),
+        ("stylegan-face", "checkpoints/stylegan_pt/karras2019stylegan-celebahq-1024x1024.for_g_all.pt", "torch"),
+        ("stylegan-car", "checkpoints/stylegan_pt/karras2019stylegan-cars-512x384.for_g_all.pt", "torch"),
+        ("latent-cat", "data/DatasetGAN/training_latent/cat_16/avg_latent_cat.npy", "npy"),
+        ("latent-face", "data/DatasetGAN/training_latent/face_34/avg_latent_stylegan1.npy", "npy"),
+        ("latent-car", "data/DatasetGAN/training_latent/car_20/avg_latent_stylegan1.npy", "npy"),
+    )
+)
+_BACKBONE = (
+    Source(
+        "resnet101",
+        "checkpoints/torchvision/resnet101-63fe2227.pth",
+        "torch",
+        ("https://download.pytorch.org/models/resnet101-63fe2227.pth",),
+        "https://docs.pytorch.org/vision/stable/models.html",
+        "BSD-3-Clause (torchvision); trained on ImageNet (non-commercial research)",
+        "63fe2227",
+        note="171 MB; with `backbone: imagenet` torchvision downloads it by itself",
+    ),
+)
+CHECKPOINTS = _STYLEGAN2 + _STYLEGAN + _BACKBONE
 
 # %% ../nbs/components/11_sources.ipynb #234cce72
 DATA = (
@@ -164,6 +165,7 @@ DATA = (
     ),
 )
 
+# %% ../nbs/components/11_sources.ipynb #234cce74
 _RELEASED = {
     "celeba": {
         2: "1HALba2UEqvdb0Sei8SxUNzlLlLtR4cH8",
@@ -202,6 +204,7 @@ RELEASED = tuple(
     for k, file in files.items()
 )
 
+# %% ../nbs/components/11_sources.ipynb #234cce75
 SOURCES = {source.name: source for source in CHECKPOINTS + DATA + RELEASED}
 
 

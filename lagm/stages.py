@@ -22,7 +22,10 @@ from torch import Tensor, nn
 # %% ../nbs/components/88_stages.ipynb #f695f046
 from .annotator import FPNAnnotator
 from .models_results import Results, load_results
-from .core import InputError, load_tensors, provenance, read_json, write_json
+from .core_errors import InputError
+from .core_files import read_json, write_json
+from .core_provenance import provenance
+from .core_tensors import load_tensors
 from .data import choose_labelled, stack
 from .data_registry import DATASETS, dataset_entry, open_dataset
 from .experiments import SPEED, describe_inputs

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .generator import NOISE_MODES, Generated
 from .stylegan2 import check_sizes
 

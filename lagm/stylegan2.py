@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .generator import NOISE_MODES, Generated
 
 # %% ../nbs/components/22_stylegan2.ipynb #60af628e

@@ -34,8 +34,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .augment import resize_nearest, wide_crop
-from .core import (
-    InputError, check_fields, choose_device, decode_text, parse_json, printable, random_generator, read_json, write_json)
+from .core_errors import InputError, printable
+from .core_files import decode_text, parse_json, read_json, write_json
+from .core_seeds import choose_device, random_generator
+from .core_values import check_fields
 from .evaluation import eval_mode
 from .generator import check_generated
 from .labels import CELEBA8, LabelSet

@@ -37,8 +37,13 @@ from tqdm import tqdm
 
 from .augment import Augment, resize_nearest, wide_crop
 from .convolutions import FastConvolutions, can_winograd
-from .core import InputError, all_finite, check_field_names, check_fields, choose_device, load_tensors, plain_value
-from .core import printable, provenance, random_generator
+from .core_errors import InputError
+from .core_seeds import choose_device
+from .core_tensors import all_finite, load_tensors
+from .core_values import check_field_names, check_fields, plain_value
+from .core_errors import printable
+from .core_provenance import provenance
+from .core_seeds import random_generator
 from .evaluation import check_pictures, eval_mode, evaluate, kept_modes, resting_modules, train_mode
 from .finishing import anchor_labels, finish_step, labels_say
 from .generator import check_generated

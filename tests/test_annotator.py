@@ -9,7 +9,7 @@ from filling import fill, relative_error
 from safetensors import safe_open
 
 from lagm.annotator import FPNAnnotator
-from lagm.core import InputError
+from lagm.core_errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "annotator_fpn.safetensors"
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lagm.augment import OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.labels import IGNORE
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lagm import avatars
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars, stack
 from lagm.labels import CELEBA8
 

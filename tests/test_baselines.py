@@ -11,7 +11,8 @@ from lagm.annotator import FPNAnnotator
 from lagm.augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training, train_taught)
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.training import FAST, Players, train_lagm
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)

@@ -18,7 +18,8 @@ from test_stylegan1 import golden_network
 from lagm.annotator import FPNAnnotator
 from lagm.generators_load import read_generator
 from lagm.models_results import load_results, read_generator_kwargs
-from lagm.core import InputError, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import save_tensors
 from lagm.evaluation import evaluate
 from lagm.generator import Sampling
 from lagm.generators_load import load_generator

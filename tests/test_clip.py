@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lagm.annotator import FPNAnnotator
 from lagm.augment import Augment, recolour
 from lagm.baselines import train_self_training
-from lagm.core import random_generator
+from lagm.core_seeds import random_generator
 from lagm.datasetgan import label_generated
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator

@@ -12,7 +12,8 @@ from lagm.annotator import FPNAnnotator
 from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
-from lagm.core import InputError, load_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors
 from lagm.generators_weights import save_generator
 from lagm.segmenters import UNet
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from lagm import convolutions
 from lagm.convolutions import FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.cost import WORKS, make_step, set_up, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode

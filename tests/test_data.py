@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lagm.avatars import SEED_RANGES
-from lagm.core import InputError, asset
+from lagm.core_errors import InputError
+from lagm.core_files import asset
 from lagm.data import SPLITS, Avatars, choose_labelled, stack
 from lagm.labels import CELEBA8
 

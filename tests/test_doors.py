@@ -17,7 +17,10 @@ from torch.utils.data import TensorDataset
 from lagm.augment import Augment
 from lagm.baselines import (
     Teaching, taught_step, taught_step_in_parts, train_mean_teacher, train_self_training, train_taught)
-from lagm.core import InputError, all_finite, check_fields, load_tensors, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import all_finite, load_tensors
+from lagm.core_values import check_fields
 from lagm.datasetgan import label_generated
 from lagm.downstream import Diverged, DownstreamRecipe, train_downstream
 from lagm.evaluation import evaluate, predict

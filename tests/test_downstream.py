@@ -10,7 +10,9 @@ from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_se
 from torch.utils.data import TensorDataset
 
 from lagm.augment import Augment
-from lagm.core import InputError, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.downstream import Diverged, DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
 from lagm.saved import load_segmenter, save_segmenter
 from lagm.segmenters import DeepLabV3

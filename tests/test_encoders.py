@@ -11,7 +11,9 @@ from tiny import LABELS, tiny_generator, tiny_pictures
 
 from lagm.augment import Augment
 from lagm.cli import main
-from lagm.core import InputError, describe_tensors, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
 from lagm.encoders import Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder
 from lagm.evaluation import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lagm.core import InputError, read_json, write_json
+from lagm.core_errors import InputError
+from lagm.core_files import read_json, write_json
 from lagm.evaluation import SCORES, BoundaryScore, ConfusionMatrix, Metrics, bootstrap, eval_mode, evaluate, evaluation_report, metrics_from_counts
 from lagm.evaluation import picture_counts, predict, scores, worst_pictures
 

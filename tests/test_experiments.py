@@ -10,7 +10,7 @@ import pytest
 from notebooks import printed, write_experiment
 
 from lagm import experiments
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.experiments import RunError, check_parameters, is_finished, run_notebook
 
 METRICS = "from pathlib import Path\nimport json\nprint('k is', k)\nPath(out_dir, 'metrics.json').write_text(json.dumps({'k': k}))"

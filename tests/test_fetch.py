@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lagm import cli, fetch as fetching
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.fetch import Unavailable, download, fetch, fetch_command, fetch_from, is_there, remote_size, transfer
 from lagm.data_registry import EXPERIMENTS, match_experiments
 from lagm.sources import SOURCES, Source, file_problem

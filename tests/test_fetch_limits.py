@@ -14,7 +14,7 @@ import zipfile
 import pytest
 
 from lagm import fetch as fetching
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.fetch import Unavailable, download, fetch, fetch_from, remote_size, transfer
 from lagm.sources import Source
 

@@ -11,7 +11,7 @@ from test_training import CLASSES, RECIPES, ToyGenerator, labelled, networks, ru
 from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.finishing import anchor_labels, finish_step, labels_say
 from lagm.parts import reweighed
 from lagm.signs import class_shares, signs, warning_sign

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.folders import Folder, read_classes
 from lagm.importers import import_coco, import_cvat, import_label_studio, read_label_map
 from lagm.regions import unpack_brush

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.evaluation import picture_counts
 from lagm.folds import cross_validate, five_folds, make_folds, number_in, read_test_folder, sorted_checkpoints
 

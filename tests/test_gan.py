@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.gan import Discriminator, GANRecipe, GANTrainer, load_training, minibatch_std, r1_penalty, train_gan, training_state
 
 TINY = GANRecipe(images=96, batch=8, resolution=16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8,

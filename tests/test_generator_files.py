@@ -18,7 +18,9 @@ from lagm.generators_load import mean_style, read_generator
 from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
-from lagm.core import InputError, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.generator import Sampling
 from lagm.generators_load import load_generator
 from lagm.generators_weights import save_generator
@@ -337,12 +339,12 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 
 FULL = """
 import errno, os, resource, sys
-import lagm.core
+import lagm.core_files
 from lagm.cli import main
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-real, lagm.core.os.fsync = os.fsync, full
+real, lagm.core_files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
-lagm.core.os.fsync = real
+lagm.core_files.os.fsync = real
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 codes += [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
 sys.exit(sum(codes))

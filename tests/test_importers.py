@@ -16,7 +16,7 @@ from test_folders import brush
 from test_regions import data_url
 
 from lagm import cli, importers
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.folders import Folder
 from lagm.importers import Finder, Pictures, import_coco, import_cvat, import_label_studio
 
@@ -931,7 +931,7 @@ GOOD_STUDIO = [
 @pytest.mark.parametrize("kind", ["coco", "studio", "cvat"])
 def test_anything_at_all_becomes_a_folder_or_a_sentence(tmp_path, monkeypatch, kind):
     """200 spoiled exports each: no exception but `InputError`, and nothing left behind."""
-    monkeypatch.setattr("lagm.core._flush_to_disk", lambda path: None)
+    monkeypatch.setattr("lagm.core_files._flush_to_disk", lambda path: None)
     pictures(tmp_path / "img", "a.png", "b.png", "x/a.png")
     archive = zipped(tmp_path / "good.zip", cvat("a", "x/b", pictures=("a", "x/b"))).read_bytes()
     imported = 0

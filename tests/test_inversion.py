@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 import lagm.inversion
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.inversion import (
     HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lagm.core import load_tensors
+from lagm.core_tensors import load_tensors
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
@@ -143,7 +143,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_training as t
-from lagm.core import load_tensors
+from lagm.core_tensors import load_tensors
 from lagm.run_state import CheckpointError
 
 folder = {folder!r}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.label_maps import LABEL_MAPS, LABEL_SETS, PASCAL_PARTS, RELEASED_CAR_12_NAMES, LabelMap, distinct_colours, get_labels, make_labels, pascal_n_parts, pascal_part_id
 from lagm.labels import CELEBA8
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.matching import (METRICS, REDUCTIONS, SyntheticPass, clean_gradients, directional_derivative, distance, distance_and_derivative,
                            labelled_gradient, match_double_backward, match_forward_mode, soft_cross_entropy)
 from lagm.segmenters import UNet, matched_parameter_names

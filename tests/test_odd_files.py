@@ -17,7 +17,7 @@ from lagm import cli, experiments
 from lagm.catalogue import paper_numbers, read_catalogue
 from lagm.comparison import comparison_table, finish_figure, minutes_table, quality_figure, read_cells
 from lagm.comparison import saved_figure, saved_table
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.evaluation import Metrics
 from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record, run_notebook
 from lagm.labels import LabelSet

@@ -14,7 +14,8 @@ from test_training import CLASSES, FAST, PAPER, ToyGenerator, labelled, networks
 from torch import nn
 
 from lagm.annotator import FPNAnnotator
-from lagm.core import InputError, load_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors
 from lagm.parts import matching_step_in_parts, own_parts
 from lagm.segmenters import matched_parameter_names
 from lagm.training import Players, SyntheticBatches, get_recipe, matching_step, train_supervised
@@ -159,7 +160,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
-from lagm.core import save_tensors
+from lagm.core_tensors import save_tensors
 from test_parts import PARTS, run
 if __name__ == "__main__":
     torch.set_num_threads(1)

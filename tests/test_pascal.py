@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_pascal import PascalPart
 from lagm.pascal import N_LABELLED, Unusable, _write_lists, cut_square, decode_mask, encode_mask, labelled_share, overlap, paint_parts, part_presence, prepare_pascal, read_annotation, read_boxes, square_around, usable_boxes
 

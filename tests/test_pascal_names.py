@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.pascal import Report, Unusable, copy_one, decode_mask, encode_mask, listed, prepare_pascal, read_boxes
 from lagm.regions import unpack_counts
 

@@ -26,7 +26,7 @@ from test_checkpoints import tiny
 
 from lagm.models_results import load_results
 from lagm.cli import main
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_load import load_generator
 from lagm.unpickling import Extra, LazyArray, Record, Unreadable, is_extra, module_tensors, read_pickle, read_torch_zip
 

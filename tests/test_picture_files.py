@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.labels import CELEBA8
 from lagm.picture_files import check_classes, check_same_shape, check_size, describe_bytes, open_picture, read_image, read_mask, save_mask, to_item
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lagm import pictures
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.evaluation import ConfusionMatrix
 from lagm.labels import CELEBA8, LabelSet
 

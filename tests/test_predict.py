@@ -13,7 +13,8 @@ from PIL import Image
 from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core import InputError, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import save_tensors
 from lagm.saved import save_segmenter
 from lagm.evaluation import evaluate, predict
 from lagm.labels import CELEBA8

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lagm.cache import Cached
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_celeba import CelebAMaskHQ, celeba_numbers
 from lagm.data_datasetgan import DatasetGAN, read_array_mask
 from lagm.data_pascal import PascalPart

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.regions import (
     area,
     number,

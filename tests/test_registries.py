@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from lagm.core import InputError, Registry, from_package, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_registry import Registry, from_package
+from lagm.core_tensors import save_tensors
 from lagm.data_registry import DATASETS, open_dataset, read_below
 from lagm.experiments import experiment_folder
 from lagm.generators_formats import FORMATS

@@ -11,7 +11,7 @@ from torch import nn
 
 from lagm import cli
 from lagm.cli import main
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.folders import Folder
 from lagm.importers import import_coco
 from lagm.labels import LabelSet

@@ -14,7 +14,8 @@ from torch import nn
 import lagm.run_state as run_state
 import lagm.training as training
 from lagm.annotator import FPNAnnotator
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.run_state import CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states
 from lagm.training import Diverged, Loop, get_recipe, train_lagm, train_supervised
 from lagm.watching import Estimate, MetricsLog, Watch, Watcher, palette_for, snapshot_grid

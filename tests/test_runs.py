@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from lagm import cli, experiments
 from lagm.annotator import FPNAnnotator
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, run_notebook, unfinished_copy
 from lagm.labels import CELEBA8

@@ -20,7 +20,8 @@ from lagm.annotator import FPNAnnotator
 from lagm.models_results import load_results
 from lagm.cli import main
 from lagm.convert import convert, inspect
-from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.saved import load_segmenter, save_segmenter
 from lagm.folders import save_folder

@@ -11,7 +11,7 @@ from notebooks import write_experiment
 
 from lagm import cli
 from lagm.catalogue import read_catalogue
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.run_state import folder_lock
 from lagm.sweep import Sweep, describe_steps, execute, last_error, plan_steps
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny import LABELS, tiny_annotators, tiny_generator
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.synthetic import (
     GeneratedPairs, Plan, SyntheticDataset, claim, coco_annotations, decide, export_coco, export_folder, export_webdataset, generate, make_pair,
     publish, rle_decode, rle_encode, select, shard_path, uncertainty)

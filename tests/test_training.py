@@ -26,7 +26,8 @@ import lagm.training as training
 from lagm.annotator import FPNAnnotator
 from lagm.augment import Augment
 from lagm.convolutions import can_winograd
-from lagm.core import InputError, load_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors
 from lagm.run_state import Checkpoints
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.training import Diverged, LabelledBatches, Players, Recipe, SyntheticBatch, get_recipe, matching_step, train_lagm, train_supervised

@@ -11,7 +11,8 @@ from lagm.augment import Augment
 from lagm.baselines import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours,
     taught_step, taught_step_in_parts, taught_views, train_taught, train_weak_to_strong)
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.training import FAST, Players
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from lagm import winograd
 from lagm.convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.matching import directional_derivative, labelled_gradient, match_double_backward, match_forward_mode
 from lagm.segmenters import UNet, matched_parameter_names
 from lagm.tangents import record
