@@ -37,7 +37,7 @@ def random_generator(
 def seed_everything(
     seed: int,  # 0 to 2**32 - 1
 ) -> None:
-    """Seed Python's, numpy's and torch's global generators (all devices), for code that uses them, such as initial weights.
+    """Seed Python's, numpy's and torch's global generators, for code that uses them, such as initial weights.
 
     Raises `InputError`.
     """

@@ -39,7 +39,7 @@ def save_tensors(
 
 # %% ../nbs/components/02_core_tensors.ipynb #c19285a8
 def _version(path: str | Path) -> tuple[int, int, int]:
-    """What tells the file at `path` from one that takes its place: its number, size in bytes and time in nanoseconds."""
+    """What tells the file at `path` from one that takes its place: number, size in bytes, time in nanoseconds."""
     try: facts = os.stat(path)
     except FileNotFoundError as error: raise InputError(f"no such file: {path}") from error
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
@@ -66,7 +66,10 @@ def load_tensors(
     device: str | torch.device = "cpu",  # where the tensors go
     names: Collection[str] | None = None,  # only these; None: all
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # the tensors, the header ({} if the file has none)
-    """Read a safetensors file, of one version even while a run replaces it; `InputError` if it is missing or damaged."""
+    """Read a safetensors file, of one version even while a run replaces it.
+
+    `InputError` if it is missing or damaged.
+    """
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     version = _version(path)
     try:
