@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .models_annotator import FPNAnnotator
-from .core import InputError, Registry, check_fields
+from .core_errors import InputError
+from .core_registry import Registry
+from .core_values import check_fields
 from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder
 from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes

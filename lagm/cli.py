@@ -35,7 +35,7 @@ def list_command(
         stages
     """
     from lagm.catalogue import read_catalogue
-    from lagm.core import printable
+    from lagm.core_errors import printable
     from lagm.experiments import list_experiments, purpose
 
     rows = [(name, purpose(notebook)) for name, notebook in list_experiments().items()]
@@ -55,7 +55,7 @@ def _one_line(value: Any) -> str:
 
 def _show_notebook(name: str) -> None:
     """Show a notebook that runs on its own."""
-    from lagm.core import printable
+    from lagm.core_errors import printable
     from lagm.experiments import find_experiment, purpose, read_parameters
 
     notebook = find_experiment(name)
@@ -66,7 +66,7 @@ def _show_notebook(name: str) -> None:
 def _show_run(name: str, run: Any, root: Path) -> None:
     """Show one stage of an experiment."""
     from lagm.catalogue import declared_parameters, missing_inputs
-    from lagm.core import printable
+    from lagm.core_errors import printable
 
     missing = missing_inputs(run, root)
     state = "finished" if run.finished(root) else "not run yet" + (", and it lacks something" if missing else "")
@@ -123,7 +123,8 @@ def describe_results(
     str
         a few lines of text
     """
-    from lagm.core import InputError, printable, read_json
+    from lagm.core_errors import InputError, printable
+    from lagm.core_files import read_json
 
     output = Path(output)
     metrics, figures = output.parent / "metrics.json", sorted(output.parent.glob("*.png"))
@@ -227,7 +228,7 @@ def run_command(
         those of `chosen_runs` and `run_one`, jobs and devices
     """
     from lagm.catalogue import project_folder
-    from lagm.core import InputError
+    from lagm.core_errors import InputError
     from lagm.experiments import find_experiment, list_experiments
 
     names = arguments.names
@@ -249,7 +250,7 @@ def run_command(
 # %% ../nbs/components/92_cli.ipynb #836a10c7
 def _run_in_turn(runs: dict[str, Any], repeat: set[str], root: Path, dry_run: bool) -> None:
     """Run the stages of one experiment in this process, or say what would be done."""
-    from lagm.core import InputError
+    from lagm.core_errors import InputError
     from lagm.sweep import describe_steps, execute, plan_steps
 
     steps = plan_steps(runs, root, repeat)
@@ -648,7 +649,7 @@ def explain_error(
     tuple[str, int]
         one line, and the exit code
     """
-    from lagm.core import InputError, printable
+    from lagm.core_errors import InputError, printable
     from lagm.running import RunError
 
     text = printable(" ".join(str(error).split()), 4000)

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 # %% ../nbs/components/95_comparison.ipynb #25e16914
-from .core import random_generator
+from .core_seeds import random_generator
 from .evaluation_curves import name_the_ends
 from .evaluation_figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
 from .report import DOMAINS, FINISHED, Result, Table, cell_of, number

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import InputError, random_generator, seed_everything
+from .core_errors import InputError
+from .core_seeds import random_generator, seed_everything
 from .data_labels import IGNORE
 from .generator import FrozenGenerator, Generated, Sampling
 from .generators_load import load_generator

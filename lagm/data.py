@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from .core import InputError, asset, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import asset, read_json
 from .data_labels import IGNORE, LabelSet, Labelled
 from .generators_pickle_records import Unreadable
 from .generators_unpickling import read_npy
@@ -41,11 +42,17 @@ def _metadata(folder: Path, style: str) -> dict:
     """The description of one style's set; `InputError` if the folder has none."""
     there = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
     if style not in there:
-        raise InputError(f"there are no avatars of style {style!r} in {folder}; it holds {', '.join(there) or 'none'}. "
-                         "Leave out `root` to use the sets that come with the kit, or make your own with the tutorial 10_make_the_faces.")
+        raise InputError(
+            f"there are no avatars of style {style!r} in {folder}; it holds {', '.join(there) or 'none'}. "
+            "Leave out `root` to use the sets that come with the kit, or make your own with the tutorial "
+            "10_make_the_faces."
+        )
     metadata = read_json(folder / f"{style}.json")
     if not isinstance(metadata, dict) or metadata.get("format") != "lagm-avatars-1" or metadata.get("style") != style:
-        raise InputError(f"{folder / style}.json does not describe a set of avatars of style {style!r}; make the set again with the tutorial 10_make_the_faces")
+        raise InputError(
+            f"{folder / style}.json does not describe a set of avatars of style {style!r}; make the set again "
+            "with the tutorial 10_make_the_faces"
+        )
     return metadata
 
 # %% ../nbs/components/10_data.ipynb #f801b7d0
@@ -58,7 +65,9 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def _arrays(folder: Path, style: str, split: str, metadata: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, H, W, 3) and masks (n, H, W), both uint8; `InputError` if they are missing, damaged or not the ones described."""
+    """Images (n, H, W, 3) and masks (n, H, W), both uint8; `InputError` if they are missing, damaged or not the ones
+    described.
+    """
     path = folder / f"{style}.npz"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -68,7 +77,10 @@ def _arrays(folder: Path, style: str, split: str, metadata: dict) -> tuple[np.nd
         raise InputError(f"cannot read the {split} pictures from {path}: {type(error).__name__}: {printable(error)}. "
                          "Restore the file, or install the kit again.") from error
     if (_content_hash(images), _content_hash(masks)) != expected:
-        raise InputError(f"{path} is not the file that {style}.json beside it describes (the {split} pictures differ). Restore both files together.")
+        raise InputError(
+            f"{path} is not the file that {style}.json beside it describes (the {split} pictures differ). "
+            "Restore both files together."
+        )
     kinds = (images.dtype, images.shape), (masks.dtype, masks.shape)
     if kinds != ((np.uint8, (*masks.shape, 3)), (np.uint8, masks.shape)) or masks.ndim != 3 or not masks.size:
         raise InputError(f"{path} holds {kinds[0]} and {kinds[1]} as {split} pictures and masks; make the set again")
@@ -81,13 +93,25 @@ def _labels(metadata: dict, path: Path) -> LabelSet:
         palette = [tuple(bytes.fromhex(colour.removeprefix("#"))) for colour in metadata["palette"]]
         return LabelSet(metadata["label_set"], tuple(metadata["classes"]), tuple(palette))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} does not say which classes and colours its masks have ({type(error).__name__}: {error}); restore the file") from error
+        raise InputError(
+            f"{path} does not say which classes and colours its masks have ({type(error).__name__}: {error}); "
+            "restore the file"
+        ) from error
+
+
+def _seeds(metadata: dict, split: str, n: int, folder: Path) -> range:
+    """The seeds that the pictures of a split were drawn with; `InputError` if the description does not say."""
+    first = metadata["splits"][split].get("first_seed", 0)
+    if isinstance(first, int): return range(first, first + n)
+    raise InputError(f"{folder / metadata['style']}.json does not say with which seed its {split} pictures begin; "
+                     "make the set again")
 
 # %% ../nbs/components/10_data.ipynb #0b208ab6
 class Avatars(Labelled, VisionDataset):
     """Labelled avatars of one style and split: items are (image, mask).
 
-    image: float32 tensor (3, H, W) in [-1, 1]; mask: int64 tensor (H, W) of class indices, 255 for 'no label' (these sets have none).
+    image: float32 tensor (3, H, W) in [-1, 1]; mask: int64 tensor (H, W) of class indices, 255 for 'no label' (these
+    sets have none).
     Raises `InputError` for an unknown style or split and for missing or damaged files.
 
     Parameters
@@ -106,7 +130,8 @@ class Avatars(Labelled, VisionDataset):
         self,
         style: str = "big-ears",  # "big-ears", "toon-head" or "micah"
         split: str = "train",  # "train" (the pool), "val" or "test"
-        root: str | Path | None = None,  # folder with `<style>.npz` and `<style>.json`; None for the sets that come with the kit
+        # folder with `<style>.npz` and `<style>.json`; None for the sets that come with the kit
+        root: str | Path | None = None,
         transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item
     ):
         if split not in SPLITS:
@@ -116,14 +141,12 @@ class Avatars(Labelled, VisionDataset):
         self.style, self.split = style, split
         self.metadata = _metadata(folder, style)  # author, source, licence, changes, seeds, versions, hashes
         self._images, self._masks = _arrays(folder, style, split, self.metadata)
-        first = self.metadata["splits"][split].get("first_seed", 0)
-        if not isinstance(first, int):
-            raise InputError(f"{folder / style}.json does not say with which seed its {split} pictures begin; "
-                             "make the set again")
-        self.seeds = range(first, first + len(self._images))
+        self.seeds = _seeds(self.metadata, split, len(self._images), folder)
         self.labels = _labels(self.metadata, folder / f"{style}.json")
-        if self._masks.max() >= self.labels.n_classes and (self._masks[self._masks >= self.labels.n_classes] != IGNORE).any():
-            raise InputError(f"the {split} masks of {folder / style}.npz hold values that are no class of {self.labels.name!r}; make the set again")
+        beyond = self._masks[self._masks >= self.labels.n_classes]
+        if (beyond != IGNORE).any():
+            raise InputError(f"the {split} masks of {folder / style}.npz hold values that are no class of "
+                             f"{self.labels.name!r}; make the set again")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -136,7 +159,8 @@ class Avatars(Labelled, VisionDataset):
     def extra_repr(self) -> str:
         """What `repr` adds: style, split, artwork and licence."""
         art = self.metadata["artwork"]
-        return f"Style: {self.style}, split: {self.split}\nArtwork: {art['title']} by {art['author']}, {art['licence']}, changed"
+        artwork = f"{art['title']} by {art['author']}, {art['licence']}, changed"
+        return f"Style: {self.style}, split: {self.split}\nArtwork: {artwork}"
 
 # %% ../nbs/components/10_data.ipynb #78781108
 def stack(
@@ -160,7 +184,10 @@ def stack(
     indices = range(len(dataset)) if indices is None else [int(i) for i in indices]
     wrong = [i for i in indices if not 0 <= i < len(dataset)]
     if wrong or not len(indices):
-        raise InputError(f"cannot stack items {list(indices)[:5]} of a dataset of {len(dataset)}; give one or more indices 0..{len(dataset) - 1}")
+        raise InputError(
+            f"cannot stack items {list(indices)[:5]} of a dataset of {len(dataset)}; give one or more indices "
+            f"0..{len(dataset) - 1}"
+        )
     images, masks = zip(*(dataset[i] for i in indices))
     return torch.stack(images), torch.stack(masks)
 
@@ -181,7 +208,9 @@ def choose_labelled(
     k: int,  # how many pictures get to show their labels, 1..len(dataset)
     seed: int,  # 0 .. 2**32 - 1; another seed, another choice
 ) -> list[int]:  # k different indices
-    """The first k of the pool in the order that `seed` gives; for one seed a smaller k is part of a larger. `InputError` for a wrong k or seed.
+    """The first k of the pool in the order that `seed` gives; for one seed a smaller k is part of a larger.
+
+    `InputError` for a wrong k or seed.
 
     Parameters
     ----------

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError, check_fields
+from .core_errors import InputError
+from .core_values import check_fields
 from .data_labels import IGNORE
 
 # %% ../nbs/book/07_augmentation.ipynb #9e653daa

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 from torchvision.datasets import VisionDataset
 
-from .core import InputError, inside, read_lines
+from .core_errors import InputError
+from .core_files import inside, read_lines
+from .data_images import check_size
 from .data_label_maps import LABEL_MAPS, LabelMap
 from .data_labels import LabelSet, Labelled
-from .data_images import check_size
 
 # %% ../nbs/components/14_data_base.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):

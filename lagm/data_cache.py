@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .core import InputError, load_tensors, save_tensors
+from .core_errors import InputError
+from .core_tensors import load_tensors, save_tensors
 
 # %% ../nbs/components/16_cache.ipynb #1f68549b
 def pack(

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .core import InputError, printable, read_lines
+from .core_errors import InputError, printable
+from .core_files import read_lines
 from .data_base import PartDataset, choose_split, find_map, need_path
 from .data_label_maps import CELEBA_19
 from .data_labels import IGNORE

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .core import InputError, inside
+from .core_errors import InputError
+from .core_files import inside
 from .data_base import PartDataset, find_map, listed_names, need_path
 from .data_label_maps import get_labels
 from .data_images import list_files, read_mask, read_pair, to_item

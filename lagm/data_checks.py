@@ -8,7 +8,8 @@ __all__ = ['LARGEST_VALUE', 'check_pictures']
 # %% ../nbs/components/13_checks.ipynb #f7c1f90c
 from torch import Tensor
 
-from .core import InputError, all_finite
+from .core_errors import InputError
+from .core_tensors import all_finite
 
 # %% ../nbs/components/13_checks.ipynb #d12a7a3e
 LARGEST_VALUE = 4.0  # beyond what any generator makes of [-1, 1]

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import read_json
 from .data_images import read_image
 from .data_import_folder import (
-    Import, Imported, Record, check_drawn_size, check_place, class_name, finish_import, identity, need_field)
+    Import, Imported, ImportRecord, check_drawn_size, check_place, class_name, finish_import, identity, need_field)
 from .data_import_names import Finder, Pictures
 from .data_label_maps import make_labels
 from .data_labels import IGNORE, LabelSet
@@ -179,7 +180,7 @@ def _by_picture(
     return by_image
 
 # %% ../nbs/components/15_coco.ipynb #de0056d4
-def _coco_record(record: Any, place: int, known: Mapping, by_image: Mapping, find: Finder, draw: Callable) -> Record:
+def _coco_record(record: Any, place: int, known: Mapping, by_image: Mapping, find: Finder, draw: Callable) -> ImportRecord:
     """One entry of the list of images."""
     name = record.get("file_name") if isinstance(record, dict) else None
     source = name if isinstance(name, str) else ""
@@ -195,7 +196,7 @@ def _coco_record(record: Any, place: int, known: Mapping, by_image: Mapping, fin
         unlabelled = not by_image.get(identity(record.get("id"), ""))
     except (InputError, AttributeError):
         unlabelled = False  # an entry without an id: `drawn` says so
-    return Record(source or f"picture {place} of the list", found, None if unlabelled else drawn, source)
+    return ImportRecord(source or f"picture {place} of the list", found, None if unlabelled else drawn, source)
 
 # %% ../nbs/components/15_coco.ipynb #857841ce
 def import_coco(

@@ -14,9 +14,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from .core import InputError, inside, read_text
+from .core_errors import InputError
+from .core_files import inside, read_text
 from .data_images import IMAGE_SUFFIXES, read_mask
-from .data_import_folder import Import, Imported, Record, check_place, class_name, finish_import, work_folder
+from .data_import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import, work_folder
 from .data_import_names import Finder, Pictures, without_suffix
 from .data_labels import IGNORE, LabelSet
 
@@ -164,14 +165,15 @@ def _check_cvat(folder: Path, export: str | Path, images: str | Path | None) -> 
                          "their folder as `images`")
 
 # %% ../nbs/components/15_cvat.ipynb #1e6df455
-def _cvat_records(masks: Pictures, work: Import, bad: dict[str, str]) -> list[Record]:
+def _cvat_records(masks: Pictures, work: Import, bad: dict[str, str]) -> list[ImportRecord]:
     """A record for each mask, and for each that could not be unpacked, unless it is no mask."""
     colours = {colour: value for value, colour in enumerate(work.labels.palette)}
     stems = {path: path.relative_to(masks.folder).with_suffix("").as_posix() for path in masks.paths}
     find = Finder(work.pictures, list(stems.values()), stems=True)
     work.done.notes += find.notes()
 
-    def record(name: str, stem: str, draw: Callable) -> Record: return Record(name, lambda: find(stem), draw, name)
+    def record(name: str, stem: str, draw: Callable) -> ImportRecord:
+        return ImportRecord(name, lambda: find(stem), draw, name)
 
     def drawn(mask: Path) -> Callable: return lambda picture, size: read_mask(mask, colours=colours)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .data_base import PartDataset, choose_split, find_map, need_path
 from .data_label_maps import get_labels
 from .data_images import describe_file, read_pair, to_item
@@ -129,7 +129,8 @@ def datasetgan_folder(
 
 # %% ../nbs/components/14_data_datasetgan.ipynb #1ed535a4
 class DatasetGAN(PartDataset):
-    """The annotations of DatasetGAN (Zhang et al., 2021): car with 20 (or 12) classes, cat with 16, face with 34 (or 8).
+    """The annotations of DatasetGAN (Zhang et al., 2021): car with 20 (or 12) classes, cat with 16, face with 34 (or
+    8).
 
     Parameters
     ----------

@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, write_json
+from .core_errors import InputError
+from .core_files import atomic_path, write_json
 from .data_avatars import (
-    Piece, Recipe, get_avatar_recipe, load_definition, need_package, resolve_colour, split_seeds)
+    Piece, AvatarRecipe, get_avatar_recipe, load_definition, need_package, resolve_colour, split_seeds)
 from .data_labels import CELEBA8, IGNORE
 
 # %% ../nbs/components/12_draw_avatars.ipynb #410476d6
@@ -55,7 +56,7 @@ def _piece_svg(piece: Piece, flat: bool) -> str:
 # %% ../nbs/components/12_draw_avatars.ipynb #f4bbbb98
 def _walk(
     elements: list,  # of a definition
-    recipe: Recipe,
+    recipe: AvatarRecipe,
     drawn: Mapping,  # of `draw_choices`
     flat: bool,
     component: str = "",  # that the elements belong to
@@ -160,7 +161,7 @@ def avatar_svg(
 
 
 def draw_svg(
-    recipe: Recipe,
+    recipe: AvatarRecipe,
     seed: int,
     choice: Mapping[str, str],  # component -> variant, in place of what the seed chooses
     flat: bool = False,  # as in `avatar_svg`

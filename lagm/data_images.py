@@ -20,7 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .core import InputError, atomic_path, same_name
+from .core_errors import InputError, same_name
+from .core_files import atomic_path
 from .data_labels import IGNORE, LabelSet
 
 # %% ../nbs/components/13_pictures_in.ipynb #442f71fa

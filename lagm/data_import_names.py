@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote, urlparse
 
-from .core import InputError, inside, printable, same_name
+from .core_errors import InputError, printable, same_name
+from .core_files import inside
 from .data_images import IMAGE_SUFFIXES
 
 # %% ../nbs/components/15_import_names.ipynb #ab17ff35

@@ -10,7 +10,7 @@ __all__ = ['import_command']
 # %% ../nbs/components/15_importers.ipynb #4b4cb528
 from typing import Any
 
-from .core import InputError
+from .core_errors import InputError
 from .data_coco import import_coco
 from .data_cvat import import_cvat
 from .data_label_studio import import_label_studio

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, atomic_path
+from .core_files import atomic_path
+from .core_errors import InputError
 from .data_labels import CELEBA8, IGNORE, LabelSet
 
 # %% ../nbs/components/06_label_maps.ipynb #300f8e21

@@ -19,10 +19,11 @@ from urllib.parse import unquote, unquote_plus
 
 import numpy as np
 
-from .core import InputError, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import read_json
 from .data_images import IMAGE_SUFFIXES
 from .data_import_folder import (
-    Import, Imported, Record, check_drawn_size, check_place, class_name, finish_import, need_field)
+    Import, Imported, ImportRecord, check_drawn_size, check_place, class_name, finish_import, need_field)
 from .data_import_names import Pictures, is_from_elsewhere, some_names, without_address
 from .data_label_maps import make_labels
 from .data_labels import IGNORE, LabelSet
@@ -219,7 +220,7 @@ def _studio_picture(task: Mapping, pictures: Pictures) -> tuple[Path, bool]:
     raise missing[0] if missing else InputError("its data name no picture")
 
 # %% ../nbs/components/15_label_studio.ipynb #9b995763
-def _studio_record(task: Any, place: int, pictures: Pictures, draw: Callable) -> tuple[Record, list[_Shape]]:
+def _studio_record(task: Any, place: int, pictures: Pictures, draw: Callable) -> tuple[ImportRecord, list[_Shape]]:
     """One task, and its regions (none if they cannot be understood)."""
     known = isinstance(task, dict) and isinstance(task.get("id"), int | str)
     name = f"task {printable(task['id'], 60)}" if known else f"task number {place} of the file"
@@ -235,8 +236,8 @@ def _studio_record(task: Any, place: int, pictures: Pictures, draw: Callable) ->
         shapes = _studio_shapes(_newest(task)) if isinstance(task, dict) else []
     except InputError as error:
         why = str(error)
-        return Record(name, find, _refused(why), source), []
-    return Record(name, find, (lambda path, size: draw(shapes, size)) if shapes else None, source), shapes
+        return ImportRecord(name, find, _refused(why), source), []
+    return ImportRecord(name, find, (lambda path, size: draw(shapes, size)) if shapes else None, source), shapes
 
 
 def _refused(why: str) -> Callable:

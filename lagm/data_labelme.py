@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, read_json
+from .core_errors import InputError
+from .core_files import read_json
 from .data_images import decode_picture
-from .data_import_folder import Import, Imported, Record, check_drawn_size, check_place, class_name, finish_import, need_field
+from .data_import_folder import (
+    Import, Imported, check_drawn_size, check_place, class_name, finish_import, need_field)
+from .generators_pickle_records import Record
 from .data_import_names import Finder, Pictures
 from .data_label_maps import make_labels
 from .data_labels import LabelSet

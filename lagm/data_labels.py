@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .core import InputError
+from .core_errors import InputError
 
 IGNORE = 255  # a pixel with this value has no label
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .data_base import PartDataset, choose_split, listed_names, need_path
 from .data_label_maps import get_labels
 from .data_images import by_name, list_files, read_mask, read_pair, to_item

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, printable, read_text
+from .core_errors import InputError, printable
+from .core_files import read_text
 from .data_pascal_files import Unusable
 
 # %% ../nbs/components/17_pascal_boxes.ipynb #5f4baa51

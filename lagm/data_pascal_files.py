@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, inside, install_advice, printable
+from .core_errors import InputError, printable
+from .core_files import inside
+from .core_provenance import install_advice
 from .data_label_maps import PASCAL_PARTS, pascal_part_id
 from .data_regions import unpack_counts
 

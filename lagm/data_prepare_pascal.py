@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, inside, printable, read_json, read_lines, write_json
+from .core_errors import InputError, printable
+from .core_files import atomic_path, inside, read_json, read_lines, write_json
 from .data_images import read_image, read_mask, save_mask
 from .data_label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts
 from .data_pascal_boxes import cut_square, read_boxes, square_around, usable_boxes

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .data_images import open_picture
 
 # %% ../nbs/components/15_regions.ipynb #f1ca0325

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .core import InputError, Registry
+from .core_errors import InputError
+from .core_registry import Registry
 from .data import Avatars
 from .data_base import label_sets_of
 from .data_celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
@@ -161,7 +162,7 @@ class DatasetEntry:
     ----------
     about
         a sentence
-    open
+    make
         items (image, mask), with `.labels`
     objects
         what may stand after the colon, "" for nothing, and the label set that its files hold, "" if the files say so
@@ -183,7 +184,7 @@ class DatasetEntry:
         that were released for it
     """
     about: str  # a sentence
-    open: Callable[[Request], Dataset]  # items (image, mask), with `.labels`
+    make: Callable[[Request], Dataset]  # items (image, mask), with `.labels`
     # what may stand after the colon, "" for nothing, and the label set that its files hold, "" if the files say so
     objects: Mapping[str, str] = field(default_factory=dict)
     reads: str | None = ""  # what it reads below `data`, {0}: the object; "": all of it; None: nothing
@@ -438,7 +439,7 @@ def open_dataset(
     """
     entry, object_class = dataset_entry(dataset)
     asked = Request(data, object_class, split, labels or None, tuple(size), k or None, tuple(models), seed)
-    opened = entry.open(asked)
+    opened = entry.make(asked)
     if isinstance(getattr(opened, "labels", None), LabelSet) and hasattr(opened, "__len__"): return opened
     raise InputError(f"{dataset} is no labelled dataset: it has no `labels` (a LabelSet), or no length")
 

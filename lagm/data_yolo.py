@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .core import InputError, printable, read_lines, read_text
-from .data_import_folder import Import, Imported, Record, check_place, class_name, finish_import
+from .core_errors import InputError, printable
+from .core_files import read_lines, read_text
+from .data_import_folder import Import, Imported, check_place, class_name, finish_import
+from .generators_pickle_records import Record
 from .data_import_names import Finder, Pictures
 from .data_label_maps import make_labels
 from .data_regions import paint, polygon_runs, whole

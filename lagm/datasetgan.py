@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import InputError, check_fields, choose_device, random_generator
+from .core_values import check_fields
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
 from .data_labels import IGNORE, LabelSet
 from .generator import check_generated
 from .models_modes import eval_mode, resting_modules, train_mode

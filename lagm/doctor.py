@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
-from .core import InputError
+from .core_errors import InputError
 from .data_registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
 from .experiments import find_experiment, list_experiments, named_paths
 from .sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
@@ -254,7 +254,9 @@ def examine_named(
 
 # %% ../nbs/components/19_doctor.ipynb #5d019063
 def report(
-    name: str | None = None,  # what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's 28
+    # what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
+    # 28
+    name: str | None = None,
     data: str | Path = "data",
     checkpoints: str | Path = "checkpoints",
     deep: bool = False,
@@ -274,16 +276,28 @@ def report(
     """
     doctor = Doctor(data, checkpoints, deep)
     found = examine_named(name, doctor) if name else {item.name: examine(item, doctor) for item in EXPERIMENTS.values()}
-    return {"data": str(data), "checkpoints": str(checkpoints), "can_run": all(map(can_run, found.values())),
-            "experiments": {key: {"can_run": can_run(findings), "findings": [asdict(finding) for finding in findings]} for key, findings in found.items()}}
+    return {
+        "data": str(data),
+        "checkpoints": str(checkpoints),
+        "can_run": all(map(can_run, found.values())),
+        "experiments": {
+            key: {"can_run": can_run(findings), "findings": [asdict(finding) for finding in findings]}
+            for key, findings in found.items()
+        },
+    }
 
-
+# %% ../nbs/components/19_doctor.ipynb #5d0190s0
 def _said_once(findings: Iterable[Finding]) -> list[str]:
     """Findings as text; those of the same reason share their lines."""
     groups: dict[Any, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault(finding if finding.status == "present" else (finding.status, finding.detail, finding.mend), []).append(finding)
-    return [str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group)))) for group in groups.values()]
+        groups.setdefault(
+            finding if finding.status == "present" else (finding.status, finding.detail, finding.mend), []
+        ).append(finding)
+    return [
+        str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
+        for group in groups.values()
+    ]
 
 
 def as_text(content: dict[str, Any]) -> str:
@@ -292,17 +306,36 @@ def as_text(content: dict[str, Any]) -> str:
     for name, entry in content["experiments"].items():
         findings = [Finding(**finding) for finding in entry["findings"]]
         wrong = [finding for finding in findings if finding.status in ("missing", "broken")]
-        lines.append(f"{name}: " + ("could run" if entry["can_run"] else "cannot run: " + ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)))
+        lines.append(
+            f"{name}: "
+            + (
+                "could run"
+                if entry["can_run"]
+                else "cannot run: " + ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)
+            )
+        )
         single = len(content["experiments"]) == 1
         new = [finding for finding in findings if finding not in told and (single or finding.status != "present")]
         told |= set(new)
         lines += _said_once(new)
     ready = sum(entry["can_run"] for entry in content["experiments"].values())
-    return "\n".join(lines + ([f"{ready} of {len(content['experiments'])} experiments could run"] if len(content["experiments"]) > 1 else []))
+    return "\n".join(
+        lines
+        + (
+            [f"{ready} of {len(content['experiments'])} experiments could run"]
+            if len(content["experiments"]) > 1
+            else []
+        )
+    )
 
 
 def doctor_command(arguments: Any) -> int:
     """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1."""
-    content = report(arguments.name, project_path(arguments.data, "data"), project_path(arguments.checkpoints, "checkpoints"), arguments.deep)
+    content = report(
+        arguments.name,
+        project_path(arguments.data, "data"),
+        project_path(arguments.checkpoints, "checkpoints"),
+        arguments.deep,
+    )
     print(json.dumps(content, indent=1) if arguments.json else as_text(content))
     return 0 if content["can_run"] else 1

@@ -12,7 +12,8 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from .core import InputError, inside, printable
+from .core_errors import InputError, printable
+from .core_files import inside
 from .download_transfer import check_room
 from .data_images import describe_file
 from .sources import Source, file_problem

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .download_archives import find_root, put_in_place, remove_path, swap_in
 from .download_transfer import (
     ATTEMPTS, MOST, TIMEOUT, Unavailable, check_room, open_session, optional_module, transfer)

@@ -20,7 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .core import InputError, install_advice, printable, write_json
+from .core_errors import InputError, printable
+from .core_files import write_json
+from .core_provenance import install_advice
 from .data_images import describe_bytes
 
 # %% ../nbs/components/18_transfer.ipynb #df3f991b

@@ -22,7 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import InputError, check_fields, choose_device, load_tensors, printable, random_generator, read_text
+from .core_errors import InputError, printable
+from .core_files import read_text
+from .core_seeds import choose_device, random_generator
+from .core_tensors import load_tensors
+from .core_values import check_fields
 from .data_augment import Augment
 from .data_checks import check_pictures
 from .data_labels import IGNORE, LabelSet

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError, check_fields, random_generator
+from .core_errors import InputError
+from .core_seeds import random_generator
+from .core_values import check_fields
 from .data_augment import Augment
 from .frozen import EncoderSegmenter
 from .rivals import Batches, run_stages, set_up

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .evaluation_metrics import as_classes
 
 # %% ../nbs/components/71_boundary.ipynb #dd4834d5

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .core import InputError
+from .core_errors import InputError
 from .evaluation_figures import METHOD_COLOURS, STYLE, method_colours, panels, plain_label
 
 # %% ../nbs/components/83_curves.ipynb #a9835046

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core import InputError, atomic_path, install_advice
+from .core_errors import InputError
+from .core_files import atomic_path
+from .core_provenance import install_advice
 from .saved import load_segmenter
 
 # %% ../nbs/components/76_export.ipynb #9e4793b1

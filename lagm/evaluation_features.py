@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .evaluation_grids import batch_of, fit_tile, grid_figure, to_bytes
 
 # %% ../nbs/components/82_features.ipynb #e808e09f

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .data_datasetgan import read_array_mask
 from .data_images import IMAGE_SUFFIXES, read_pair, to_item
 from .evaluation_intervals import picture_counts, scores

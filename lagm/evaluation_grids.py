@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .data_labels import LabelSet, colourise
 from .evaluation_figures import MUTED, STYLE, plain_label, text_width
 from .evaluation_intervals import picture_counts, scores, worst_pictures

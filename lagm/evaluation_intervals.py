@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import InputError, random_generator
+from .core_errors import InputError
+from .core_seeds import random_generator
 from .evaluation_metrics import ConfusionMatrix
 
 # %% ../nbs/components/71_intervals.ipynb #54cca3dc

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .data_checks import check_pictures
 from .models_modes import eval_mode
 

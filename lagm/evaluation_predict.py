@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, atomic_path, choose_device, printable, write_json
+from .core_errors import InputError, printable
+from .core_files import atomic_path, write_json
+from .core_seeds import choose_device
 from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
 from .data_labels import CELEBA8, LabelSet, colourise
 from .evaluation_metrics import metrics_from_counts, predict

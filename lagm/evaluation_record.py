@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import provenance
+from .core_provenance import provenance
 from .evaluation_boundary import BoundaryScore
 from .evaluation_intervals import bootstrap, picture_counts, worst_pictures
 from .evaluation_metrics import metrics_from_counts

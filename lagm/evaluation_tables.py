@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 from .data_label_maps import LabelMap
 from .evaluation_figures import GRID, INK, MUTED, STYLE, method_colours, plain_label, text_width
 from .evaluation_metrics import Metrics

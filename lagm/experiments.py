@@ -32,7 +32,8 @@ from typing import Any
 import yaml
 
 # %% ../nbs/components/90_experiments.ipynb #c7b4309e
-from .core import InputError, checksum, inside, parse_json, printable, read_text
+from .core_errors import InputError, printable
+from .core_files import checksum, inside, parse_json, read_text
 
 # %% ../nbs/components/90_experiments.ipynb #e15195c9
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, write_json
+from .core_errors import InputError
+from .core_files import write_json
 from .data_labels import LabelSet
 from .shards import SyntheticDataset, add_to_tar
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, atomic_path, read_lines, same_name
+from .core_errors import InputError, same_name
+from .core_files import atomic_path, read_lines
 from .data_base import PartDataset
 from .data_images import (
     IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, read_image, read_mask, read_pair, save_mask, to_item)
@@ -105,11 +106,42 @@ class _Looked:
                          f"'no label': {', '.join([first, *others])} never occurs. If {IGNORE} stands for {first}, as "
                          "programs save a mask of two classes, save the masks with 1 in its place")
 
+# %% ../nbs/components/15_folders.ipynb #15a00002
+def _paired(root: Path, split: str | None) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and masks by name; `InputError` for a mask without an image."""
+    images = _by_stem(root / "images", IMAGE_SUFFIXES)
+    masks = _masks_in(root / "masks") if split != "unlabelled" or (root / "masks").is_dir() else {}
+    lonely = sorted(set(masks) - set(images))
+    if not lonely: return images, masks
+    raise InputError(f"{len(lonely)} masks in {root / 'masks'} have no image of the same name, e.g. "
+                     f"{masks[lonely[0]].name}; file names must agree up to the suffix")
+
+
+def _chosen(root: Path, split: str | None, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[str]:
+    """The names of a split; `InputError` if there is no list of it, or it lists what has no mask."""
+    if split is None: return sorted(masks)
+    if split == "unlabelled": return sorted(set(images) - set(masks))
+    path = root / f"{split}.txt"
+    if not path.is_file():
+        raise InputError(f"there is no list {path}; write one name a line, or leave the split empty")
+    names = [_named(line, masks) for line in read_lines(path)]
+    missing = [name for name in names if name not in masks]
+    if missing: raise InputError(f"{path} lists {missing[0]}, which has no mask in {root / 'masks'}")
+    return names
+
+
+def _named(line: str, masks: Mapping[str, Path]) -> str:
+    """The name that a line of a list means: with or without suffix, or a path that ends in it."""
+    name = same_name(line.replace("\\", "/"))
+    options = name, name.rpartition(".")[0], PurePosixPath(name).stem
+    return next((option for option in options if option in masks), name)
+
 # %% ../nbs/components/15_folders.ipynb #a46a069a
 class Folder(PartDataset):
     """Pictures of your own: `images/`, `masks/` and `classes.txt`. Items are in alphabetical order.
 
-    `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name takes the stems listed in `<split>.txt`.
+    `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name takes
+    the stems listed in `<split>.txt`.
 
     Parameters
     ----------
@@ -128,7 +160,8 @@ class Folder(PartDataset):
     def __init__(
         self,
         root: str | Path,  # the folder
-        split: str | None = None,  # None: all labelled pictures; "unlabelled"; or the name of a list, e.g. "train" for train.txt
+        # None: all labelled pictures; "unlabelled"; or the name of a list, e.g. "train" for train.txt
+        split: str | None = None,
         labels: LabelSet | None = None,  # None: from classes.txt
         size: Sequence[int] | None = None,  # (width, height); None: as they are
         transforms: Callable | None = None,
@@ -137,32 +170,15 @@ class Folder(PartDataset):
         root = Path(root)
         if not root.is_dir(): raise InputError(f"there is no folder {root}. It needs {LAYOUT}")
         label_set = labels or read_classes(root / "classes.txt", root.name)
-        self._images = _by_stem(root / "images", IMAGE_SUFFIXES)
-        self._masks = _masks_in(root / "masks") if split != "unlabelled" or (root / "masks").is_dir() else {}
-        lonely = sorted(set(self._masks) - set(self._images))
-        if lonely: raise InputError(f"{len(lonely)} masks in {root / 'masks'} have no image of the same name, e.g. {self._masks[lonely[0]].name}; file names must agree up to the suffix")
+        self._images, self._masks = _paired(root, split)
         self.split, self._labelled = split, split != "unlabelled"
-        names = self._choose(root, split)
+        names = _chosen(root, split, self._images, self._masks)
         nothing_left = split == "unlabelled" and self._masks  # all pictures are labelled: an empty data set
-        if not names and not nothing_left: raise InputError(f"{root} has no {'unlabelled' if split == 'unlabelled' else 'labelled'} pictures. It needs {LAYOUT}")
+        if not names and not nothing_left:
+            kind = "unlabelled" if split == "unlabelled" else "labelled"
+            raise InputError(f"{root} has no {kind} pictures. It needs {LAYOUT}")
         super().__init__(root, names, label_set, size, transforms, k)
         self._looked = _Looked(self.names, label_set, self._masks, root)
-
-    def _choose(self, root: Path, split: str | None) -> list[str]:
-        if split is None: return sorted(self._masks)
-        if split == "unlabelled": return sorted(set(self._images) - set(self._masks))
-        path = root / f"{split}.txt"
-        if not path.is_file(): raise InputError(f"there is no list {path}; write one name a line, or leave the split empty")
-        names = [self._named(line) for line in read_lines(path)]
-        missing = [name for name in names if name not in self._masks]
-        if missing: raise InputError(f"{path} lists {missing[0]}, which has no mask in {root / 'masks'}")
-        return names
-
-    def _named(self, line: str) -> str:
-        """The name that a line of a list means: with or without suffix, or a path that ends in it."""
-        name = same_name(line.replace("\\", "/"))
-        options = name, name.rpartition(".")[0], PurePosixPath(name).stem
-        return next((option for option in options if option in self._masks), name)
 
     def sources(self, index: int) -> list[Path]:
         """Image and, if it is labelled, mask."""

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core_errors import InputError, printable
+from .core_provenance import install_advice
 from .models_annotator import FPNAnnotator
-from .core import InputError, install_advice, printable
 from .segmenters import CLASSES, HEAD, SEGMENTERS, NetworkEntry, UNet, unet_widths
 
 # %% ../nbs/components/41_frozen.ipynb #73163d92

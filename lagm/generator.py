@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, all_finite, check_fields
+from .core_errors import InputError
+from .core_tensors import all_finite
+from .core_values import check_fields
 from .ops_convolutions import FastConvolutions
 
 # %% ../nbs/components/20_generator.ipynb #f40271eb

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, Registry, all_finite
+from .core_errors import InputError
+from .core_registry import Registry
+from .core_tensors import all_finite
 from .generators_weights import as_weight, check_names
 from .generators_stylegan2_ops import resampling_filter
 from .generators_pickle_machine import read_legacy_torch, read_pickle
@@ -259,29 +261,64 @@ def filter_weights(network: nn.Module, filters: dict[str, Weight]) -> dict[str, 
     for name, tensor in network.state_dict().items():
         if name in found and found[name].shape != tensor.shape:
             sizes = [" × ".join(map(str, shape)) for shape in (found[name].shape, tensor.shape)]
-            raise Unreadable(f"has a resampling filter of {sizes[0]} numbers in {name}, where its arguments make one of {sizes[1]}",
-                             "it is of a program that this kit does not know")
+            raise Unreadable(
+                f"has a resampling filter of {sizes[0]} numbers in {name}, where its arguments make one of {sizes[1]}",
+                "it is of a program that this kit does not know",
+            )
     return found
 
 # %% ../nbs/components/26_generators_formats.ipynb #ab78b458
 OTHERS = [  # a key, what has it, and what to do
-    (r"to_rgb1\.conv\.modulation\.weight", "a generator of rosinality's program without its running average (g_ema)",
-     "use a file that its training saved whole, or save the dict of weights by itself"),
-    (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
-     "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
-     "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),
-    (r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
-     "a network of lucidrains' lightweight-gan: not read yet", "use a checkpoint of NVIDIA's or rosinality's StyleGAN2"),
-    (r"inc\.conv1\.weight|main_net\.backbone\..*", "a segmenter, not a generator", "read it with lagm.models_results.load_results"),
+    (
+        r"to_rgb1\.conv\.modulation\.weight",
+        "a generator of rosinality's program without its running average (g_ema)",
+        "use a file that its training saved whole, or save the dict of weights by itself",
+    ),
+    (
+        r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
+        "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
+        "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own",
+    ),
+    (
+        r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
+        "a network of lucidrains' lightweight-gan: not read yet",
+        "use a checkpoint of NVIDIA's or rosinality's StyleGAN2",
+    ),
+    (
+        r"inc\.conv1\.weight|main_net\.backbone\..*",
+        "a segmenter, not a generator",
+        "read it with lagm.models_results.load_results",
+    ),
     (r"lateral0\.weight", "an annotator, not a generator", "read it with lagm.models_results.load_results"),
-    (r"(module\.)?(layer1\.0|conv1|backbone|features)\..*", "a classifier or another network, not a generator", "give a StyleGAN or StyleGAN2"),
-    (r"synthesis\.b4\.const", "a StyleGAN2's state dict without the arguments it was built with", "give the pickle that it was taken from"),
-    (r"synthesis\.input\..*", "a StyleGAN3, which this kit does not compute", "use a StyleGAN2 checkpoint of the same pictures"),
-    (r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
-     r"cond_stage_model|betas|alphas_cumprod)(\..*)?", "a diffusion model, not a GAN", "give a StyleGAN or StyleGAN2"),
-    (r"netG|netD|generator|G|G_state|g|state_dict|model", "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats")]
+    (
+        r"(module\.)?(layer1\.0|conv1|backbone|features)\..*",
+        "a classifier or another network, not a generator",
+        "give a StyleGAN or StyleGAN2",
+    ),
+    (
+        r"synthesis\.b4\.const",
+        "a StyleGAN2's state dict without the arguments it was built with",
+        "give the pickle that it was taken from",
+    ),
+    (
+        r"synthesis\.input\..*",
+        "a StyleGAN3, which this kit does not compute",
+        "use a StyleGAN2 checkpoint of the same pictures",
+    ),
+    (
+        r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
+        r"cond_stage_model|betas|alphas_cumprod)(\..*)?",
+        "a diffusion model, not a GAN",
+        "give a StyleGAN or StyleGAN2",
+    ),
+    (
+        r"netG|netD|generator|G|G_state|g|state_dict|model",
+        "a checkpoint of some other program",
+        "give a StyleGAN or StyleGAN2 in one of the known formats",
+    ),
+]
 
-
+# %% ../nbs/components/26_generators_formats.ipynb #ab78b4s0
 def name_other(names: list[str]) -> None:
     "Raise `Unreadable` if the names of tensors are those of a network of another kind."
     for pattern, what, remedy in OTHERS:

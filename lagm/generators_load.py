@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import generators_datasetgan, generators_nvidia, generators_rosinality  # they register their formats
-from .core import (
-    InputError, asset, describe_tensors, from_package, load_tensors, printable, random_generator)
+from .core_errors import InputError, printable
+from .core_files import asset
+from .core_registry import from_package
+from .core_seeds import random_generator
+from .core_tensors import describe_tensors, load_tensors
 from .generator import FrozenGenerator, Sampling
 from .generators_formats import FORMATS, Found, fill_network, generator_in, name_other, recognise
 from .generators_weights import generator_header, network_from_tensors, of_class
@@ -227,7 +230,9 @@ def from_elsewhere(
                          "arguments") from error
     if isinstance(made, FrozenGenerator): return made
     if isinstance(made, nn.Module) and hasattr(made, "z_dim") and hasattr(made, "img_resolution"): return made
-    raise InputError(f"{name} is no generator: a network with z_dim and img_resolution, or a FrozenGenerator, is needed")
+    raise InputError(
+        f"{name} is no generator: a network with z_dim and img_resolution, or a FrozenGenerator, is needed"
+    )
 
 
 def load_generator(

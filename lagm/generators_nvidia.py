@@ -21,15 +21,37 @@ from .generators_unpickling import module_tensors
 from .generators_pickle_records import Record
 
 # %% ../nbs/components/26_generators_nvidia.ipynb #752e39e2
-TF_SIZES = {"latent_size": "z_dim", "dlatent_size": "w_dim", "resolution": "img_resolution", "num_channels": "img_channels", "mapping_layers": "mapping_layers",
-            "mapping_fmaps": "mapping_features", "mapping_lrmul": "mapping_lr", "fmap_max": "channel_max", "architecture": "architecture", "conv_clamp": "conv_clamp",
-            "resample_kernel": "resample_filter", "use_noise": "use_noise",
-            "label_size": "c_dim", "label_fmaps": "embed_features"}
-TF_FIXED = {"fmap_decay": 1.0, "fmap_min": 1, "nonlinearity": "lrelu", "mapping_nonlinearity": "lrelu", "normalize_latents": True, "dtype": "float32"}
-TF_TRAINING = re.compile(r"truncation_\w+|style_mixing_prob|structure|randomize_noise|dlatent_\w*(beta|broadcast)|is_\w+|return_\w+|num_fp16_res|fused_modconv|"
-                         r"\w*func(_name)?|components|force_clean_graph|input_shape|nchw|impl")
+TF_SIZES = {
+    "latent_size": "z_dim",
+    "dlatent_size": "w_dim",
+    "resolution": "img_resolution",
+    "num_channels": "img_channels",
+    "mapping_layers": "mapping_layers",
+    "mapping_fmaps": "mapping_features",
+    "mapping_lrmul": "mapping_lr",
+    "fmap_max": "channel_max",
+    "architecture": "architecture",
+    "conv_clamp": "conv_clamp",
+    "resample_kernel": "resample_filter",
+    "use_noise": "use_noise",
+    "label_size": "c_dim",
+    "label_fmaps": "embed_features",
+}
+TF_FIXED = {
+    "fmap_decay": 1.0,
+    "fmap_min": 1,
+    "nonlinearity": "lrelu",
+    "mapping_nonlinearity": "lrelu",
+    "normalize_latents": True,
+    "dtype": "float32",
+}
+TF_TRAINING = re.compile(
+    r"truncation_\w+|style_mixing_prob|structure|randomize_noise|dlatent_\w*(beta|broadcast)|is_\w+|return_\w+|"
+    r"num_fp16_res|fused_modconv|"
+    r"\w*func(_name)?|components|force_clean_graph|input_shape|nchw|impl"
+)
 
-
+# %% ../nbs/components/26_generators_nvidia.ipynb #752e39s0
 def tf_arguments(static: dict) -> dict:
     "StyleGAN2's arguments from those of the TensorFlow program."
     defaults = {"latent_size": 512, "dlatent_size": 512, "resolution": 1024, "num_channels": 3}
@@ -40,9 +62,14 @@ def tf_arguments(static: dict) -> dict:
         elif name in TF_FIXED:
             if value != TF_FIXED[name] and value is not None: unknown.append(f"{name} = {quoted(value)}")
         elif name in ("resolution_w", "resolution_h"):
-            if value != static.get("resolution", 1024): raise Unreadable("makes pictures that are not square", "use a checkpoint with square pictures")
+            if value != static.get("resolution", 1024):
+                raise Unreadable("makes pictures that are not square", "use a checkpoint with square pictures")
         elif name != "fmap_base" and not TF_TRAINING.fullmatch(str(name)): unknown.append(f"{name} = {quoted(value)}")
-    if unknown: raise Unreadable(f"uses arguments that this kit does not know: {', '.join(unknown[:5])}", "they may change the network, so it is not read")
+    if unknown:
+        raise Unreadable(
+            f"uses arguments that this kit does not know: {', '.join(unknown[:5])}",
+            "they may change the network, so it is not read",
+        )
     base = static.get("fmap_base", 16384)
     if isinstance(base, bool) or not isinstance(base, int): raise Unreadable("has a fmap_base that is no whole number")
     return {**{name: value for name, value in arguments.items() if value is not None}, "channel_base": 2 * base}
@@ -52,7 +79,11 @@ def _kernel(array: LazyArray, flip: bool = False) -> Weight:
     "A kernel (height, width, in, out) as (out, in, height, width)."
     if len(array.shape) != 4: raise Unreadable("has a kernel without four dimensions")
     height, width, inputs, outputs = array.shape
-    turn = (lambda t: t.flip(0, 1).permute(3, 2, 0, 1).contiguous()) if flip else (lambda t: t.permute(3, 2, 0, 1).contiguous())
+    turn = (
+        (lambda t: t.flip(0, 1).permute(3, 2, 0, 1).contiguous())
+        if flip
+        else (lambda t: t.permute(3, 2, 0, 1).contiguous())
+    )
     return from_tensor(array, turn, (outputs, inputs, height, width))
 
 
@@ -62,11 +93,14 @@ def _transposed(array: LazyArray) -> Weight:
 
 
 TF_LEAVES: dict[str, Callable[[LazyArray], tuple[str, Weight]]] = {
-    "mod_weight": lambda a: ("affine.weight", _transposed(a)), "mod_bias": lambda a: ("affine.bias", from_tensor(a, lambda t: t + 1)),
-    "bias": lambda a: ("bias", from_tensor(a)), "noise_strength": lambda a: ("noise_strength", from_tensor(a))}
+    "mod_weight": lambda a: ("affine.weight", _transposed(a)),
+    "mod_bias": lambda a: ("affine.bias", from_tensor(a, lambda t: t + 1)),
+    "bias": lambda a: ("bias", from_tensor(a)),
+    "noise_strength": lambda a: ("noise_strength", from_tensor(a)),
+}
 TF_LAYERS = {"Conv": "conv1", "Conv1": "conv1", "Conv0_up": "conv0", "ToRGB": "torgb", "Skip": "skip"}
 
-
+# %% ../nbs/components/26_generators_nvidia.ipynb #4754eas0
 def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
     "Our name and weight of a TensorFlow variable."
     if name == "dlatent_avg": return "mapping.w_avg", from_tensor(array)
@@ -78,10 +112,13 @@ def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
         raise Unreadable("holds a conditional StyleGAN2 of NVIDIA's first program, which joins labels in another way "
                          "than later ones",
                          "use one of StyleGAN2-ADA, or an unconditional one")
-    if name == "synthesis/4x4/Const/const": return "synthesis.b4.const", from_tensor(array, lambda t: t[0], array.shape[1:])
+    if name == "synthesis/4x4/Const/const":
+        return "synthesis.b4.const", from_tensor(array, lambda t: t[0], array.shape[1:])
     if match := re.fullmatch(r"synthesis/noise(\d{1,2})", name):
         k, side = int(match[1]), 2 ** ((int(match[1]) + 5) // 2)
-        return f"synthesis.b{side}.conv{1 if k == 0 else (k + 1) % 2}.noise_const", from_tensor(array, lambda t: t[0, 0], array.shape[2:])
+        return f"synthesis.b{side}.conv{1 if k == 0 else (k + 1) % 2}.noise_const", from_tensor(
+            array, lambda t: t[0, 0], array.shape[2:]
+        )
     if match := re.fullmatch(r"synthesis/(\d{1,4})x\1/(Conv|Conv1|Conv0_up|ToRGB|Skip)/(\w+)", name):
         side, layer, leaf = match.groups()
         ours = f"synthesis.b{side}.{TF_LAYERS[layer]}."
@@ -89,19 +126,24 @@ def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
         if leaf in TF_LEAVES:
             end, weight = TF_LEAVES[leaf](array)
             return ours + end, weight
-    raise Unreadable(f"has a variable {quoted(name)} that a StyleGAN2 does not have", "it is of another network, or damaged")
+    raise Unreadable(
+        f"has a variable {quoted(name)} that a StyleGAN2 does not have", "it is of another network, or damaged"
+    )
 
 # %% ../nbs/components/26_generators_nvidia.ipynb #8d674956
 def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
     "All variables of a TensorFlow network and its two components, by full name."
     state = record.state if isinstance(record, Record) else {}
     variables, components = state.get("variables"), state.get("components", {})
-    if not isinstance(variables, list | tuple) or not isinstance(components, dict): raise Unreadable("has a network without variables")
+    if not isinstance(variables, list | tuple) or not isinstance(components, dict):
+        raise Unreadable("has a network without variables")
     found = {}
     for pair in variables:
         name, value = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
-        if isinstance(value, float): value = LazyArray().set((), ArrayType("f8"), struct.pack("<d", value))  # a single number, such as a noise strength
-        if not isinstance(name, str) or not isinstance(value, LazyArray): raise Unreadable("has a variable without name or numbers")
+        # a single number, such as a noise strength
+        if isinstance(value, float): value = LazyArray().set((), ArrayType("f8"), struct.pack("<d", value))
+        if not isinstance(name, str) or not isinstance(value, LazyArray):
+            raise Unreadable("has a variable without name or numbers")
         found[prefix + name] = value
     if prefix: return found
     for name in ("mapping", "synthesis"):  # there are no others
@@ -112,8 +154,13 @@ def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
 def nvidia_tensorflow(record: Record) -> Found:
     "StyleGAN2's Gs."
     version, static = record.state.get("version"), record.state.get("static_kwargs")
-    if version in (2, 3): raise Unreadable("holds the first StyleGAN in its TensorFlow form", "use the PyTorch form that DatasetGAN released (.pt), or a StyleGAN2")
-    if not isinstance(version, int) or version < 4 or not isinstance(static, dict): raise Unreadable("holds a TensorFlow network of an unknown version", "give a StyleGAN2 checkpoint")
+    if version in (2, 3):
+        raise Unreadable(
+            "holds the first StyleGAN in its TensorFlow form",
+            "use the PyTorch form that DatasetGAN released (.pt), or a StyleGAN2",
+        )
+    if not isinstance(version, int) or version < 4 or not isinstance(static, dict):
+        raise Unreadable("holds a TensorFlow network of an unknown version", "give a StyleGAN2 checkpoint")
     weights = dict(tf_weight(name, array) for name, array in _tf_variables(record).items() if name != "lod")
     network = on_meta(lambda: StyleGAN2(**tf_arguments(static)))
     check_classes(network, weights)
@@ -122,7 +169,7 @@ def nvidia_tensorflow(record: Record) -> Found:
     weights |= filter_weights(network, dict.fromkeys(filters, given(kernel)))
     return Found("StyleGAN2, NVIDIA's TensorFlow pickle (Gs)", network, weights)
 
-
+# %% ../nbs/components/26_generators_nvidia.ipynb #8d6749s0
 def _gs(value: Any) -> Record | None:
     "The network Gs in a TensorFlow pickle: alone, or the last of three."
     three = isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(item, Record) for item in value)
@@ -150,7 +197,8 @@ def constructor_arguments(record: Record) -> dict:
 def nested_arguments(arguments: dict, blocks_say: bool) -> dict:
     """Arguments in the form of StyleGAN2-ADA's program.
 
-    The later one, of StyleGAN3, has those of the synthesis network beside the others, and clamps at 256 if nothing else is said.
+    The later one, of StyleGAN3, has those of the synthesis network beside the others, and clamps at 256 if nothing else
+    is said.
     """
     beside = {name: value for name, value in arguments.items() if name not in POSITIONS}
     if "synthesis_kwargs" in arguments or not (beside or blocks_say): return arguments
@@ -171,8 +219,10 @@ def nvidia_pytorch(record: Record) -> Found:
     "StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program."
     lazy = module_tensors(record)
     if any(name.startswith(("synthesis.input.", "synthesis.L0_")) for name in lazy):
-        raise Unreadable("holds a StyleGAN3, or a network built on it such as StyleGAN-XL, which this kit does not compute",
-                         "use a StyleGAN2 checkpoint of the same pictures; NVIDIA trained both for most data sets")
+        raise Unreadable(
+            "holds a StyleGAN3, or a network built on it such as StyleGAN-XL, which this kit does not compute",
+            "use a StyleGAN2 checkpoint of the same pictures; NVIDIA trained both for most data sets",
+        )
     if "mapping.w_avg" not in lazy:
         raise Unreadable(f"holds a {quoted(record.class_name)} that is no StyleGAN2",
                          "give a checkpoint of a StyleGAN2 or StyleGAN2-ADA")

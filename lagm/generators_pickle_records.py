@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 
 # %% ../nbs/components/25_pickle_records.ipynb #e8ee69b6
 GET_AGAIN = "the file is damaged or incomplete: get it again, and compare its size with that of the original"

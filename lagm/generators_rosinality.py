@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import random_generator
-from lagm.generators_formats import (
-    FORMATS, Found, GeneratorFormat, Weight, count_numbered, filter_weights, from_tensor, given, lazy_shape, lazy_tensor,
-    on_meta, plain_weights)
+from .core_seeds import random_generator
+from .generators_formats import (
+    FORMATS, Found, GeneratorFormat, Weight, count_numbered, filter_weights, from_tensor, given, lazy_shape,
+    lazy_tensor, on_meta, plain_weights)
+from .generators_pickle_records import Unreadable, quoted
 from .generators_stylegan2 import StyleGAN2
 from .generators_stylegan2_ops import resampling_filter
-from .generators_pickle_records import Unreadable, quoted
 
 # %% ../nbs/components/26_generators_rosinality.ipynb #1debc2b8
 def _layer(

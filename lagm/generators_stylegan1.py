@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .generator import NOISE_MODES, Generated
 from .generators_stylegan2_arguments import check_sizes
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .generators_stylegan2_arguments import ReleasedArguments, block_widths, check_layer, check_sizes
 from .generators_stylegan2_arguments import mapping_arguments, synthesis_arguments
 from .generators_stylegan2_ops import SkipConv, convolve, remembered, resampling_filter

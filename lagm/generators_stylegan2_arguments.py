@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Self
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 
 # %% ../nbs/components/22_stylegan2_arguments.ipynb #3e9bd313
 LARGEST_SIZES = {"img_resolution": 4096, "resolution": 4096, "largest": 4096, "img_channels": 64, "mapping_layers": 64,

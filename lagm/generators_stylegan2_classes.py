@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .generators_stylegan2 import StyleGAN2, unit_power
 
 # %% ../nbs/components/22_stylegan2_classes.ipynb #efff5007

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from .core import InputError, check_fields, load_tensors, provenance, save_tensors
+from .core_errors import InputError
+from .core_provenance import provenance
+from .core_tensors import load_tensors, save_tensors
+from .core_values import check_fields
 from .generators_stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
 
 # %% ../nbs/components/24_gan.ipynb #9562ae9f

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, all_finite, printable, save_tensors
+from .core_errors import InputError, printable
+from .core_tensors import all_finite, save_tensors
+from .generators_pickle_records import quoted
 from .generators_stylegan1 import StyleGAN1
 from .generators_stylegan2 import StyleGAN2
 from .generators_stylegan2_classes import one_class
-from .generators_pickle_records import quoted
 
 # %% ../nbs/components/26_generators_weights.ipynb #42b1c918
 FORMAT_VERSION = 1
@@ -99,11 +100,13 @@ def as_weight(path: str | Path, name: str, tensor: Tensor, like: Tensor) -> Tens
     if not (tensor.dtype in WEIGHT_TYPES if like.is_floating_point() else whole):
         known = "float32, float16, bfloat16 or float64" if like.is_floating_point() else "whole numbers"
         has = str(tensor.dtype).removeprefix("torch.")
-        raise InputError(f"{path} holds {printable(name)} as {has}; weights of such a network are {known}: convert them "
-                         "with the program that wrote the file")
+        raise InputError(
+            f"{path} holds {printable(name)} as {has}; weights of such a network are {known}: convert them "
+            "with the program that wrote the file"
+        )
     return tensor.to(torch.float32 if like.is_floating_point() else like.dtype).contiguous()
 
-
+# %% ../nbs/components/26_generators_weights.ipynb #da5a83s0
 def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
     "Raise `InputError` unless `shapes` has just the names and shapes of `network`."
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -127,7 +130,9 @@ def network_from_tensors(
     tensors: dict[str, Tensor],  # as `save_generator` wrote them
     header: dict[str, Any],
 ) -> nn.Module:
-    """The network that a file of ours describes, with its weights. Raises `InputError` when header and tensors do not make one.
+    """The network that a file of ours describes, with its weights.
+
+    Raises `InputError` when header and tensors do not make one.
 
     Parameters
     ----------
@@ -144,7 +149,8 @@ def network_from_tensors(
     if header.get("network") not in [*NETWORKS]:
         raise InputError(f"{path} holds a {quoted(header.get('network'))}; known are {', '.join(NETWORKS)}")
     kwargs = header.get("init_kwargs")
-    if not isinstance(kwargs, dict): raise InputError(f"{path}: its header lacks init_kwargs; write it again with save_generator")
+    if not isinstance(kwargs, dict):
+        raise InputError(f"{path}: its header lacks init_kwargs; write it again with save_generator")
     if not isinstance(header.get("provenance"), dict | None):
         raise InputError(f"{path}: the provenance in its header is no dictionary; write it again with save_generator")
     try:

@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, all_finite, check_fields, choose_device, load_tensors, random_generator, save_tensors
+from .core_errors import InputError
+from .core_seeds import choose_device, random_generator
+from .core_tensors import all_finite, load_tensors, save_tensors
+from .core_values import check_fields
 from .data_augment import resize_nearest, wide_crop
 from .data_checks import check_pictures
 from .data_labels import IGNORE
@@ -30,7 +33,6 @@ from .datasetgan import (
 from .generator import FrozenGenerator, Generated, check_generated
 from .generators_stylegan1 import StyleGAN1, limited
 from .generators_stylegan2 import StyleGAN2
-
 from .ops_convolutions import FastConvolutions
 from .rivals import told
 from .training import check_labelled, train_lagm

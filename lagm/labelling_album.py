@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .core import InputError, same_name
+from .core_errors import InputError, same_name
 from .data_label_maps import write_classes
 from .folders import read_classes
 from .data_label_maps import make_labels

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from .core import InputError, asset
+from .core_errors import InputError
+from .core_files import asset
 from .labelling_album import Desk
 
 # %% ../nbs/components/83_label_page.ipynb #cbbb4141

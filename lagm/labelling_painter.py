@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, asset, install_advice
+from .core_errors import InputError
+from .core_files import asset
+from .core_provenance import install_advice
 from .labelling_album import Album, Desk
 from .data_labels import LabelSet
 from .data_images import IMAGE_SUFFIXES

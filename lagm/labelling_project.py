@@ -28,8 +28,12 @@ import yaml
 from torch import Tensor, nn
 
 from .models_annotator import FPNAnnotator
-from .core import InputError, atomic_path, check_fields, choose_device, read_text
-from .core import seed_everything, write_json
+from .core_errors import InputError
+from .core_files import atomic_path, read_text
+from .core_seeds import choose_device
+from .core_values import check_fields
+from .core_files import write_json
+from .core_seeds import seed_everything
 from .evaluation_metrics import ConfusionMatrix, predict
 from .data_label_maps import write_classes
 from .folders import Folder

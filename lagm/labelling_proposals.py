@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, load_tensors, random_generator, save_tensors
+from .core_errors import InputError
+from .core_seeds import random_generator
+from .core_tensors import load_tensors, save_tensors
 from .generator import FrozenGenerator
 from .labelling_album import Album
 from .data_labels import LabelSet

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError
+from .core_errors import InputError
 
 # %% ../nbs/book/08_the_distance_of_two_gradients.ipynb #65043450
 METRICS = ("cosine", "l2", "dotprod")

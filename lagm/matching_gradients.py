@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 from .data_labels import IGNORE
 from .matching_distance import distance
 

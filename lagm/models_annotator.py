@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core_errors import InputError
 
 # %% ../nbs/book/04_the_annotator.ipynb #9ae8c3de
 def _head(channels: int, n_classes: int, layers: int, fuse_bn_relu: bool) -> nn.Sequential:

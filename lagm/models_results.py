@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .models_annotator import FPNAnnotator
-from .core import InputError, printable
+from .core_errors import InputError, printable
 from .generators_formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
-from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
-from .generators_pickle_records import LazyTensor, Unreadable, reading
+from .generators_pickle_records import LazyTensor, Record, Unreadable, reading
 from .generators_unpickling import module_tensors
-from .generators_pickle_records import Record
+from .models_annotator import FPNAnnotator
+from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 
 # %% ../nbs/components/43_models_results.ipynb #eda7204e
 class Results(NamedTuple):
@@ -141,7 +140,9 @@ def _filled_part(path: str | Path, part: Trained, data: memoryview, n_classes: i
     "A network with its numbers; `Unreadable` if it has another number of classes."
     has = part.arguments.get("n_classes")
     if n_classes not in (None, has):
-        raise Unreadable(f"has a {part.name} for {has} classes, not {n_classes}", "use the label set it was trained with")
+        raise Unreadable(
+            f"has a {part.name} for {has} classes, not {n_classes}", "use the label set it was trained with"
+        )
     return fill_network(path, build_empty(path, part.name, part.arguments), part.weights, data).eval()
 
 
@@ -160,6 +161,8 @@ def read_generator_kwargs(path: str | Path) -> dict:
     with reading(path) as data:
         value = read_value(path, data)
         if not isinstance(value, dict) or not isinstance(value.get("G_kwargs"), dict):
-            raise Unreadable("is not one of the authors' generator.pkl (it has no G_kwargs)", "give generator.pkl of a run")
+            raise Unreadable(
+                "is not one of the authors' generator.pkl (it has no G_kwargs)", "give generator.pkl of a run"
+            )
         said = value["G_kwargs"]
         return {str(k): v for k, v in said.items() if isinstance(v, str | int | float | list | dict | None)}

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import nbformat
 
-from .core import InputError, atomic_path, parse_json, read_text
+from .core_errors import InputError
+from .core_files import atomic_path, parse_json, read_text
 
 # %% ../nbs/components/95_readme.ipynb #1fe470d7
 _LINK = re.compile(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MOST_NAMES', 'LONGEST', 'TESTED', 'DOMAINS', 'FIRST_DOMAIN', 'FINISHED', 'LONGER', 'WHOLE_RECIPE',
-           'STURDY_ROWS', 'NUMBERS', 'MOST_BARS', 'check_record', 'Result', 'find_results', 'Row', 'why_missing',
-           'paper_rows', 'number', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html', 'Table',
-           'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
+           'STURDY_ROWS', 'NUMBERS', 'MOST_BARS', 'STYLE', 'PAGE', 'check_record', 'Result', 'find_results', 'Row',
+           'why_missing', 'paper_rows', 'number', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html',
+           'Table', 'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
            'ablation_table', 'sturdy_table', 'number_of_labels_figure', 'learning_curves_figure', 'class_figures',
            'result_pictures', 'Section', 'save_figure', 'write_pages']
 
@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 # %% ../nbs/components/94_report.ipynb #7cc3716a
 from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
-from .core import InputError, atomic_path, printable, read_json
+from .core_errors import InputError, printable
+from .core_files import atomic_path, read_json
 from .data_registry import EXPERIMENTS
 from .evaluation_curves import curves
 from .evaluation_figures import panels, plain_label
@@ -47,14 +48,17 @@ def _numbers(value: Any, depth: int = 0) -> bool:
     return not isinstance(value, int | float) or value in (math.inf, -math.inf) or not abs(value) >= MOST
 
 
-def _number(value: Any) -> bool: return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _history(value: Any) -> bool:
     """Whether it is the validation record of one network."""
-    return isinstance(value, list) and all(isinstance(point, dict) and _number(point.get("step")) and _number(point.get("fg_miou")) for point in value)
+    return isinstance(value, list) and all(
+        isinstance(point, dict) and _number(point.get("step")) and _number(point.get("fg_miou")) for point in value
+    )
 
-
+# %% ../nbs/components/94_report.ipynb #79f6ebs0
 def check_record(
     record: Any,  # what metrics.json holds
     path: str | Path,
@@ -77,16 +81,37 @@ def check_record(
     need(isinstance(record, dict), "it holds no names and values")
     need(_numbers(record), f"a number of {MOST:.0e} or more, or levels without end")
     of = record.get
-    need(isinstance(of("metrics", {}), dict) and len(of("metrics", {})) <= MOST_NAMES, "'metrics' has no rows, or too many")
+    need(
+        isinstance(of("metrics", {}), dict) and len(of("metrics", {})) <= MOST_NAMES,
+        "'metrics' has no rows, or too many",
+    )
     for name, row in of("metrics", {}).items():
         iou = row.get("iou", []) if isinstance(row, dict) else []
-        need(len(name) <= LONGEST and isinstance(iou, list) and all(v is None or isinstance(v, int | float) for v in iou), f"'iou' of {printable(name, 60)!r} is no list of numbers")
+        need(
+            len(name) <= LONGEST
+            and isinstance(iou, list)
+            and all(v is None or isinstance(v, int | float) for v in iou),
+            f"'iou' of {printable(name, 60)!r} is no list of numbers",
+        )
     need(of("seconds_in_all") is None or _number(of("seconds_in_all")), "'seconds_in_all' is no number")
     recipe = of("recipe")
-    need(not isinstance(recipe, dict) or recipe.get("steps") is None or type(recipe["steps"]) is int, "the recipe's 'steps' are no whole number")
+    need(
+        not isinstance(recipe, dict) or recipe.get("steps") is None or type(recipe["steps"]) is int,
+        "the recipe's 'steps' are no whole number",
+    )
     classes, validation = of("classes"), of("validation")
-    need(not isinstance(classes, list) or len(classes) <= MOST_NAMES and all(isinstance(name, str) and len(name) <= LONGEST for name in classes), "'classes' are no names")
-    need(not validation or _history(validation) or (isinstance(validation, dict) and all(map(_history, validation.values()))), "'validation' holds something else than steps and scores")
+    need(
+        not isinstance(classes, list)
+        or len(classes) <= MOST_NAMES
+        and all(isinstance(name, str) and len(name) <= LONGEST for name in classes),
+        "'classes' are no names",
+    )
+    need(
+        not validation
+        or _history(validation)
+        or (isinstance(validation, dict) and all(map(_history, validation.values()))),
+        "'validation' holds something else than steps and scores",
+    )
     return record
 
 # %% ../nbs/components/94_report.ipynb #3c59b7ff
@@ -115,7 +140,14 @@ class Result:
         """A number, in per cent, from a row of the metrics (none: the first that has it); None if it is not there."""
         rows = self.record.get("metrics", {})
         rows = rows.items() if row is None else [(row, rows.get(row, {}))]
-        found = next((content[metric] for _, content in rows if isinstance(content, dict) and isinstance(content.get(metric), int | float)), None)
+        found = next(
+            (
+                content[metric]
+                for _, content in rows
+                if isinstance(content, dict) and isinstance(content.get(metric), int | float)
+            ),
+            None,
+        )
         return None if found is None or not math.isfinite(found) else 100 * found
 
 
@@ -134,7 +166,10 @@ def find_results(
         below = path.parent.relative_to(outputs).parts
         if not below or below[0] == "report": continue
         experiment, _, variant = below[0].partition("-")
-        try: found.append(Result(experiment, "/".join(below[1:]), variant, path.parent, check_record(read_json(path), path)))
+        try:
+            found.append(
+                Result(experiment, "/".join(below[1:]), variant, path.parent, check_record(read_json(path), path))
+            )
         except InputError as error: broken.append(f"passed over: {error}")
     return found, broken
 
@@ -173,7 +208,7 @@ class Row:
         """The standard deviation over seeds, if there are several."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-
+# %% ../nbs/components/94_report.ipynb #4de4e3s0
 def why_missing(
     runs: Sequence[Run],  # the stages of the experiment
     root: str | Path,
@@ -191,10 +226,17 @@ def why_missing(
             try: done, _ = read_record(unfinished_copy(path) if unfinished_copy(path).is_file() else path)
             except InputError as error: return f"{run.stage}: its notebook cannot be read ({error})"
             errors = [out for cell in done.cells for out in cell.get("outputs", []) if out.output_type == "error"]
-            if errors: return f"{run.stage} failed: {errors[0].get('ename')}: {(str(errors[0].get('evalue') or '').splitlines() or [''])[0]}"
-            if not run.finished(root): return f"{run.stage} was begun and did not end, or its parameters or inputs have changed since"
+            if errors:
+                said = (str(errors[0].get("evalue") or "").splitlines() or [""])[0]
+                return f"{run.stage} failed: {errors[0].get('ename')}: {said}"
+            if not run.finished(root):
+                return f"{run.stage} was begun and did not end, or its parameters or inputs have changed since"
     lacking = list(dict.fromkeys(line for run in runs for line in missing_inputs(run, root)))
-    return f"cannot be run here: {_short(lacking[0])}{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}" if lacking else "not run yet"
+    return (
+        f"cannot be run here: {_short(lacking[0])}{f' (and {len(lacking) - 1} more)' if len(lacking) > 1 else ''}"
+        if lacking
+        else "not run yet"
+    )
 
 
 def _short(line: str) -> str:
@@ -212,15 +254,31 @@ def paper_rows(
     for name in names:
         own = [result for result in results if result.experiment == name]
         metric = numbers[name]["metric"]
-        last, place = ("evaluate", "five folds" if metric == "miou" else "segmenter") if "value" in numbers[name] else ("cross_domain", "gradient matching")
+        last, place = (
+            ("evaluate", "five folds" if metric == "miou" else "segmenter")
+            if "value" in numbers[name]
+            else ("cross_domain", "gradient matching")
+        )
         ends = [result for result in own if result.stage == last]
         values = tuple(value for result in ends if (value := result.value(metric, place)) is not None)
         seeds = max(1, len({result.variant for result in own}))
         seconds = [result.record.get("seconds_in_all") for result in own]
-        steps = [result.record["recipe"].get("steps") for result in own if isinstance(result.record.get("recipe"), dict)]
+        steps = [
+            result.record["recipe"].get("steps") for result in own if isinstance(result.record.get("recipe"), dict)
+        ]
         note = "" if ends else why_missing([run for run in catalogue.values() if run.experiment == name], root)
-        rows.append(Row(name, metric, numbers[name].get("value"), numbers[name].get("std"), values, steps[0] if steps else None,
-                        sum(s for s in seconds if s) / seeds / 3600 if any(seconds) else None, note))
+        rows.append(
+            Row(
+                name,
+                metric,
+                numbers[name].get("value"),
+                numbers[name].get("std"),
+                values,
+                steps[0] if steps else None,
+                sum(s for s in seconds if s) / seeds / 3600 if any(seconds) else None,
+                note,
+            )
+        )
     return rows
 
 # %% ../nbs/components/94_report.ipynb #9981cf1a
@@ -242,8 +300,19 @@ def paper_table(rows: Iterable[Row]) -> list[list[str]]:  # the head first
         paper = number(row.paper) + (f" ± {row.paper_std:.2f}" if row.paper_std else "") if row.paper else "figure only"
         ours = number(row.ours) + (f" ± {row.spread:.2f}" if row.spread else "")
         difference = number(row.ours - row.paper, sign=True) if row.ours is not None and row.paper else "–"
-        table.append([row.experiment, {"fg_miou": "FG-mIoU", "miou": "mIoU"}[row.metric], paper, ours, difference, str(len(row.values) or "–"),
-                      f"{row.iterations:,}" if row.iterations else "–", number(row.hours, 1), row.note])
+        table.append(
+            [
+                row.experiment,
+                {"fg_miou": "FG-mIoU", "miou": "mIoU"}[row.metric],
+                paper,
+                ours,
+                difference,
+                str(len(row.values) or "–"),
+                f"{row.iterations:,}" if row.iterations else "–",
+                number(row.hours, 1),
+                row.note,
+            ]
+        )
     return table
 
 # %% ../nbs/components/94_report.ipynb #1befdf73
@@ -266,7 +335,8 @@ def as_markdown(table: Sequence[Sequence[str]]) -> str:
 
 def as_html(table: Sequence[Sequence[str]]) -> str:
     """A table in HTML."""
-    def line(row: Sequence[str], tag: str) -> str: return "<tr>" + "".join(f"<{tag}>{in_html(text)}</{tag}>" for text in row) + "</tr>"
+    def line(row: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{in_html(text)}</{tag}>" for text in row) + "</tr>"
     return "<table>\n" + "\n".join([line(table[0], "th"), *(line(row, "td") for row in table[1:])]) + "\n</table>"
 
 
@@ -305,17 +375,20 @@ def group_results(
     """
     names, found = set(paper_experiments()), {}
     for result in results:
-        if result.experiment in names or "small" in result.variant or result.stage not in TESTED or on_validation(result): continue
+        if result.experiment in names or "small" in result.variant: continue
+        if result.stage not in TESTED or on_validation(result):
+            continue
         for method, content in result.record.get("metrics", {}).items():
             if isinstance(content, dict) and (value := result.value(metric, method)) is not None:
                 found.setdefault((_group(result), method), []).append(value)
     return found
 
-
+# %% ../nbs/components/94_report.ipynb #5fcf28s0
 def group_minutes(
     results: Iterable[Result],
 ) -> dict[tuple[str, str], float]:  # (experiment, method) -> mean minutes
-    """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages before the test otherwise.
+    """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages
+    before the test otherwise.
 
     Returns
     -------
@@ -325,7 +398,12 @@ def group_minutes(
     results, found = list(results), {}
     for result in results:
         if result.stage == "evaluate" and "small" not in result.variant:
-            before = [r.record.get("seconds_in_all") for r in results if (r.experiment, r.variant) == (result.experiment, result.variant) and r.stage in ("annotate", "downstream")]
+            before = [
+                r.record.get("seconds_in_all")
+                for r in results
+                if (r.experiment, r.variant) == (result.experiment, result.variant)
+                and r.stage in ("annotate", "downstream")
+            ]
             for method in result.record.get("metrics", {}):
                 if before and all(before): found.setdefault((_group(result), method), []).append(sum(before) / 60)
     for result in results:
@@ -354,8 +432,18 @@ def own_table(
         from `group_minutes`
     """
     table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
-    return table + [[group, method, _mean(values), number(min(values), 1), number(max(values), 1), str(len(values)), number(minutes.get((group, method)), 1)]
-                    for (group, method), values in sorted(groups.items())]
+    return table + [
+        [
+            group,
+            method,
+            _mean(values),
+            number(min(values), 1),
+            number(max(values), 1),
+            str(len(values)),
+            number(minutes.get((group, method)), 1),
+        ]
+        for (group, method), values in sorted(groups.items())
+    ]
 
 # %% ../nbs/components/94_report.ipynb #d22888cc
 DOMAINS = {"": "big-ears", "toon_head": "toon-head", "micah": "micah"}  # in the name of an experiment: its style
@@ -392,7 +480,8 @@ def _benchmark(groups: Mapping[tuple[str, str], Any], domain: str = FIRST_DOMAIN
         if cell and cell[0] == domain: found.setdefault((False, method), {})[cell[1]] = values
         elif more and not cell and domain == FIRST_DOMAIN:
             found.setdefault((True, LONGER.get(more[1], f"{more[1]}: {method}")), {})[int(more[2])] = values
-    return {name: found[one, name] for one, name in sorted(found, key=lambda key: key[0])}  # the comparison of methods first
+    # the comparison of methods first
+    return {name: found[one, name] for one, name in sorted(found, key=lambda key: key[0])}
 
 
 def benchmark_table(
@@ -428,7 +517,8 @@ def ablation_table(
         if not r.experiment.startswith("demo_ablation_") or r.stage not in TESTED or "small" in r.variant: continue
         name = r.experiment.removeprefix("demo_ablation_").replace("_", " ")
         for method in r.record.get("metrics", {}):
-            if (value := r.value("fg_miou", method)) is not None: found.setdefault((name, method), {})[r.variant or "seed0"] = value
+            if (value := r.value("fg_miou", method)) is not None:
+                found.setdefault((name, method), {})[r.variant or "seed0"] = value
     table = [["ablation", "network", "FG-mIoU", "whole recipe", "difference", "seeds"]]
     for (name, method), values in sorted(found.items()):
         ending = FINISHED if method.endswith(FINISHED) else ""
@@ -496,14 +586,31 @@ def learning_curves_figure(
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         validation, benchmark = result.record.get("validation"), _benchmark({(_group(result), ""): None})
-        if "small" in result.variant or not validation or not any(k in points for points in benchmark.values()): continue
-        histories = validation if isinstance(validation, dict) else {name: validation for name in benchmark if name.startswith("paper")}
+        if "small" in result.variant or not validation or not any(k in points for points in benchmark.values()):
+            continue
+        histories = (
+            validation
+            if isinstance(validation, dict)
+            else {name: validation for name in benchmark if name.startswith("paper")}
+        )
         for method, history in histories.items():
             if not method.endswith(FINISHED): lines.setdefault(method, history)
-    lines = {method: history for method, history in lines.items() if not any(other.startswith(f"{method}, ") for other in lines)}  # a longer run has the shorter one in it
+    # a longer run has the shorter one in it
+    lines = {
+        method: history
+        for method, history in lines.items()
+        if not any(other.startswith(f"{method}, ") for other in lines)
+    }
     if not lines: return None
     figure, (ax,) = panels(1, 7.2, 3.8)
-    curves({method: ([r["step"] for r in history], [r["fg_miou"] for r in history]) for method, history in lines.items()}, "steps", "validation FG-mIoU", f"{k} labelled pictures, one run each", percent=True, ax=ax)
+    curves(
+        {method: ([r["step"] for r in history], [r["fg_miou"] for r in history]) for method, history in lines.items()},
+        "steps",
+        "validation FG-mIoU",
+        f"{k} labelled pictures, one run each",
+        percent=True,
+        ax=ax,
+    )
     ax.set_xscale("log")
     return figure
 
@@ -526,15 +633,28 @@ def class_figures(
     figures = {}
     for result in results:
         classes = result.record.get("classes")
-        if "small" in result.variant or on_validation(result) or not isinstance(classes, list) or result.stage not in ("evaluate", "methods", "cross_domain"): continue
-        known = {name: content for name, content in result.record.get("metrics", {}).items() if isinstance(content, dict) and len(content.get("iou", [])) == len(classes)}
+        if "small" in result.variant or on_validation(result) or not isinstance(classes, list): continue
+        if result.stage not in ("evaluate", "methods", "cross_domain"):
+            continue
+        known = {
+            name: content
+            for name, content in result.record.get("metrics", {}).items()
+            if isinstance(content, dict) and len(content.get("iou", [])) == len(classes)
+        }
         whole = {name: content for name, content in known.items() if all(_number(content.get(key)) for key in NUMBERS)}
-        scores = {name: Metrics(iou=[math.nan if value is None else value for value in content["iou"]], **{key: content[key] for key in NUMBERS}) for name, content in whole.items() if "iou" in content}
+        scores = {
+            name: Metrics(
+                iou=[math.nan if value is None else value for value in content["iou"]],
+                **{key: content[key] for key in NUMBERS},
+            )
+            for name, content in whole.items()
+            if "iou" in content
+        }
         if 0 < len(scores) <= MOST_BARS and len(scores) * len(classes) <= 2000: figures[_group(result)] = iou_bars(
             scores, classes, title=f"{_group(result)}: IoU by class")
     return figures
 
-
+# %% ../nbs/components/94_report.ipynb #58996ds0
 def result_pictures(
     results: Iterable[Result],
     names: Sequence[str] = ("generated.png", "test.png", "target.png"),
@@ -546,8 +666,16 @@ def result_pictures(
     list[tuple[str, Path]]
         title and file
     """
-    return [(f"{result.experiment} {result.stage} {result.variant}: {name.removesuffix('.png')}".replace("  ", " "), result.folder / name)
-            for result in results if "small" not in result.variant for name in names if (result.folder / name).is_file()]
+    return [
+        (
+            f"{result.experiment} {result.stage} {result.variant}: {name.removesuffix('.png')}".replace("  ", " "),
+            result.folder / name,
+        )
+        for result in results
+        if "small" not in result.variant
+        for name in names
+        if (result.folder / name).is_file()
+    ]
 
 # %% ../nbs/components/94_report.ipynb #220fab2f
 @dataclass(frozen=True)
@@ -567,6 +695,12 @@ class Section:
     pictures: Sequence[tuple[str, Path]] = ()  # title and PNG file
 
 
+STYLE = ("body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+         "td,th{border:1px solid #ccc;padding:.2em .5em;text-align:left}img{max-width:100%}figure{margin:1em 0}")
+PAGE = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
+        "\n<body>\n{body}\n</body></html>\n")
+
+
 def save_figure(
     figure: Figure,
     path: str | Path,
@@ -575,7 +709,7 @@ def save_figure(
     with atomic_path(path) as temporary: figure.savefig(temporary, dpi=100)
     return Path(path)
 
-
+# %% ../nbs/components/94_report.ipynb #220fabs0
 def write_pages(
     sections: Sequence[Section],
     folder: str | Path,
@@ -600,9 +734,10 @@ def write_pages(
             page.append(as_html(section.table))
         for name, path in section.pictures:
             markdown.append(f"![{in_markdown(name)}](<{_relative(path, folder)}>)")
-            page.append(f'<figure><img alt="{in_html(name)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{in_html(name)}</figcaption></figure>')
-    style = "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .5em;text-align:left}img{max-width:100%}figure{margin:1em 0}"
-    whole = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{in_html(title)}</title><style>{style}</style></head>\n<body>\n' + "\n".join(page) + "\n</body></html>\n"
+            content = base64.b64encode(path.read_bytes()).decode()
+            page.append(f'<figure><img alt="{in_html(name)}" src="data:image/png;base64,{content}">'
+                        f"<figcaption>{in_html(name)}</figcaption></figure>")
+    whole = PAGE.format(title=in_html(title), style=STYLE, body="\n".join(page))
     for name, text in {"report.md": "\n\n".join(markdown) + "\n", "report.html": whole}.items():
         with atomic_path(folder / name) as temporary: temporary.write_text(text, encoding="utf-8")
     return folder / "report.md", folder / "report.html"
@@ -612,4 +747,6 @@ def _relative(path: Path, folder: Path) -> str:
     """A path as a page in `folder` should call it."""
     path, folder = path.resolve(), folder.resolve()
     up = next(i for i, parent in enumerate([folder, *folder.parents]) if path.is_relative_to(parent))
-    return "../" * up + urllib.parse.quote(path.relative_to([folder, *folder.parents][up]).as_posix(), safe="/ ()&+,=@!;:'~")
+    return "../" * up + urllib.parse.quote(
+        path.relative_to([folder, *folder.parents][up]).as_posix(), safe="/ ()&+,=@!;:'~"
+    )

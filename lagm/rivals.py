@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import choose_device
+from .core_seeds import choose_device
 from .training import check_labelled
 from .training_batches import LabelledBatches, SyntheticBatches, balanced_weights, in_parts
 from .training_checkpoints import Identity, data_digest

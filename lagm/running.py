@@ -28,7 +28,9 @@ from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
 
 # %% ../nbs/components/90_running.ipynb #94ac3e5a
-from .core import InputError, atomic_path, provenance
+from .core_errors import InputError
+from .core_files import atomic_path
+from .core_provenance import provenance
 from lagm.experiments import (
     as_stored,
     check_parameters,

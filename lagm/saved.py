@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, describe_tensors, load_tensors, printable, provenance, save_tensors
+from .core_errors import InputError, printable
+from .core_provenance import provenance
+from .core_tensors import describe_tensors, load_tensors, save_tensors
 from .data_label_maps import distinct_colours
 from .data_labels import LabelSet
 from .frozen import HeadedEncoder

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet101_Weights
 from torchvision.models.segmentation import deeplabv3_resnet101
 
-from .core import InputError, Registry, printable
+from .core_errors import InputError, printable
+from .core_registry import Registry
 from .generators_formats import count_numbered
 from .generators_pickle_records import Unreadable
 
@@ -43,7 +44,9 @@ class ConvBlock(nn.Module):
 # %% ../nbs/components/40_segmenters.ipynb #09371828
 def _in_one_piece(gradient: Tensor) -> Tensor:
     """The same numbers without gaps in memory, channels last if they were."""
-    return gradient.contiguous(memory_format=torch.channels_last if gradient.stride(1) == 1 else torch.contiguous_format)
+    return gradient.contiguous(
+        memory_format=torch.channels_last if gradient.stride(1) == 1 else torch.contiguous_format
+    )
 
 
 def upsample_beside(x: Tensor, skip: Tensor) -> Tensor:
@@ -82,9 +85,9 @@ def unet_widths(
 
 # %% ../nbs/components/40_segmenters.ipynb #406e141a
 class UNet(nn.Module):
-    """U-Net with bilinear upsampling: pictures (B, in_channels, H, W) to logits (B, n_classes, H, W), any H, W >= 2**levels.
+    """U-Net with bilinear upsampling: pictures (B, in_channels, H, W) to logits (B, n_classes, H, W).
 
-    Parameter names as in the authors' released files: inc, down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
+    H and W are 2**levels or more; else it raises `InputError`. Parameter names as in the authors' released files: inc, down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
 
     Parameters
     ----------
@@ -122,8 +125,10 @@ class UNet(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """The deepest map and those of the way up, coarse to fine; the last one is what the logits are read from."""
         if min(x.shape[-2:]) < 2**self.levels:
-            raise InputError(f"a U-Net of {self.levels} levels needs pictures of {2**self.levels} pixels or more on each side; "
-                             f"got {x.shape[-2]}x{x.shape[-1]}; choose fewer levels")
+            raise InputError(
+                f"a U-Net of {self.levels} levels needs pictures of {2**self.levels} pixels or more on each side; "
+                f"got {x.shape[-2]}x{x.shape[-1]}; choose fewer levels"
+            )
         maps = [self.inc(x)]
         for i in range(1, self.levels + 1):
             maps.append(self.get_submodule(f"down{i}")(F.max_pool2d(maps[-1], 2)))
@@ -139,7 +144,7 @@ class UNet(nn.Module):
 
 # %% ../nbs/components/40_segmenters.ipynb #60bc1ac2
 class DeepLabV3(nn.Module):
-    """torchvision's DeepLabV3-ResNet101 (no auxiliary head) on pictures in [-1, 1]: (B, 3, H, W) to (B, n_classes, H, W).
+    """torchvision's DeepLabV3-ResNet101, without its auxiliary head: (B, 3, H, W) in [-1, 1] to (B, n_classes, H, W).
 
     In train mode it needs a batch of 2 or more, because the pooled branch of its head has one value per picture.
     Raises `InputError` if the ImageNet weights cannot be had.
@@ -413,8 +418,10 @@ def matched_parameter_names(
         for part in pattern.split("|"):
             if not any(re.fullmatch(part, name) for name in names):
                 kind = type(segmenter).__name__
-                raise InputError(f"group {group!r} is {pattern!r}, but this {kind} has nothing like {part!r}: the groups "
-                                 "are named for the paper's networks. Give a regular expression instead")
+                raise InputError(
+                    f"group {group!r} is {pattern!r}, but this {kind} has nothing like {part!r}: the groups "
+                    "are named for the paper's networks. Give a regular expression instead"
+                )
     return matched
 
 # %% ../nbs/components/40_segmenters.ipynb #f2a2aab8

@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import InputError, choose_device, decode_text, parse_json, printable, read_json, write_json
+from .core_errors import InputError, printable
+from .core_files import decode_text, parse_json, read_json, write_json
+from .core_seeds import choose_device
 from .data_images import decode_picture
 from .data_labels import CELEBA8, LabelSet
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import InputError
-from .data_images import describe_file
-from .data_images import open_picture
+from .core_errors import InputError
+from .data_images import describe_file, open_picture
 from .generators_unpickling import read_arrays
 
 # %% ../nbs/components/11_sources.ipynb #a2b79337
-NVIDIA, NOT_STATED = "NVIDIA Source Code License (non-commercial research)", "not stated by its authors; ask them before any use beyond research"
+NVIDIA, NOT_STATED = (
+    "NVIDIA Source Code License (non-commercial research)",
+    "not stated by its authors; ask them before any use beyond research",
+)
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,58 @@ _CDN = "https://nvlabs-fi-cdn.nvidia.com"
 _GAN_PAGE, _LAGM_PAGE = "https://github.com/nv-tlabs/datasetGAN_release", "https://openreview.net/forum?id=zNR43c03lRy"
 _CGPART_PAGE = "https://www.cs.jhu.edu/~qliu24/CGPart/"
 
-CHECKPOINTS = tuple(
-    Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence) for name, file, address, page, licence in (
-        ("stylegan2-celeba-256", "celeba0-28k-paper256-ada.pkl", "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e", _LAGM_PAGE, NOT_STATED),
-        ("stylegan2-celeba-512", "celeba28k-paper512-ada.pkl", "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI", _LAGM_PAGE, NOT_STATED),
-        ("stylegan2-aeroplane", "lsunairplane-stylegan2-noaug-13200.pkl", "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw", _LAGM_PAGE, NOT_STATED),
-        ("stylegan2-horse", "stylegan2-horse-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl", "https://github.com/NVlabs/stylegan2", NVIDIA),
-        ("stylegan2-car", "stylegan2-car-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl", "https://github.com/NVlabs/stylegan2", NVIDIA),
-        ("stylegan2-cat", "lsuncat200k-paper256-ada.pkl", f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
-         "https://github.com/NVlabs/stylegan2-ada", NVIDIA),
+_STYLEGAN2 = tuple(
+    Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence)
+    for name, file, address, page, licence in (
+        (
+            "stylegan2-celeba-256",
+            "celeba0-28k-paper256-ada.pkl",
+            "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-celeba-512",
+            "celeba28k-paper512-ada.pkl",
+            "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-aeroplane",
+            "lsunairplane-stylegan2-noaug-13200.pkl",
+            "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
+            _LAGM_PAGE,
+            NOT_STATED,
+        ),
+        (
+            "stylegan2-horse",
+            "stylegan2-horse-config-f.pkl",
+            f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
+            "https://github.com/NVlabs/stylegan2",
+            NVIDIA,
+        ),
+        (
+            "stylegan2-car",
+            "stylegan2-car-config-f.pkl",
+            f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
+            "https://github.com/NVlabs/stylegan2",
+            NVIDIA,
+        ),
+        (
+            "stylegan2-cat",
+            "lsuncat200k-paper256-ada.pkl",
+            f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
+            "https://github.com/NVlabs/stylegan2-ada",
+            NVIDIA,
+        ),
     )
-) + tuple(
-    Source(name, path, kind, (), _GAN_PAGE, note="handed out on the page of DatasetGAN") for name, path, kind in (
+)
+
+# %% ../nbs/components/11_sources.ipynb #324d08d1
+_STYLEGAN = tuple(
+    Source(name, path, kind, (), _GAN_PAGE, note="handed out on the page of DatasetGAN")
+    for name, path, kind in (
         ("stylegan-cat", "checkpoints/stylegan_pt/karras2019stylegan-cats-256x256.for_g_all.pt", "torch"),
         ("stylegan-face", "checkpoints/stylegan_pt/karras2019stylegan-celebahq-1024x1024.for_g_all.pt", "torch"),
         ("stylegan-car", "checkpoints/stylegan_pt/karras2019stylegan-cars-512x384.for_g_all.pt", "torch"),
@@ -94,37 +136,101 @@ CHECKPOINTS = tuple(
         ("latent-face", "data/DatasetGAN/training_latent/face_34/avg_latent_stylegan1.npy", "npy"),
         ("latent-car", "data/DatasetGAN/training_latent/car_20/avg_latent_stylegan1.npy", "npy"),
     )
-) + (
-    Source("resnet101", "checkpoints/torchvision/resnet101-63fe2227.pth", "torch", ("https://download.pytorch.org/models/resnet101-63fe2227.pth",),
-           "https://docs.pytorch.org/vision/stable/models.html", "BSD-3-Clause (torchvision); trained on ImageNet (non-commercial research)", "63fe2227",
-           note="171 MB; with `backbone: imagenet` torchvision downloads it by itself"),
 )
+_BACKBONE = (
+    Source(
+        "resnet101",
+        "checkpoints/torchvision/resnet101-63fe2227.pth",
+        "torch",
+        ("https://download.pytorch.org/models/resnet101-63fe2227.pth",),
+        "https://docs.pytorch.org/vision/stable/models.html",
+        "BSD-3-Clause (torchvision); trained on ImageNet (non-commercial research)",
+        "63fe2227",
+        note="171 MB; with `backbone: imagenet` torchvision downloads it by itself",
+    ),
+)
+CHECKPOINTS = _STYLEGAN2 + _STYLEGAN + _BACKBONE
 
 # %% ../nbs/components/11_sources.ipynb #234cce72
 DATA = (
-    Source("celebamask-hq", "data/CelebAMask-HQ", "folder", (), "https://github.com/switchablenorms/CelebAMask-HQ", "non-commercial research and education only",
-           holds=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno")),
-    Source("voc2010", "data/VOC2010", "folder", (), "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/", "flickr's terms of use",
-           holds=("JPEGImages", "Annotations", "ImageSets"), note="with part_segmentation/Annotations_Part from https://roozbehm.info/pascal-parts/pascal-parts.html"),
+    Source(
+        "celebamask-hq",
+        "data/CelebAMask-HQ",
+        "folder",
+        (),
+        "https://github.com/switchablenorms/CelebAMask-HQ",
+        "non-commercial research and education only",
+        holds=("CelebA-HQ-img", "CelebAMask-HQ-mask-anno"),
+    ),
+    Source(
+        "voc2010",
+        "data/VOC2010",
+        "folder",
+        (),
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/",
+        "flickr's terms of use",
+        holds=("JPEGImages", "Annotations", "ImageSets"),
+        note="with part_segmentation/Annotations_Part from https://roozbehm.info/pascal-parts/pascal-parts.html",
+    ),
     Source("datasetgan", "data/DatasetGAN", "folder", (), _GAN_PAGE, holds=("annotation",)),
-    Source("cgpart-real", "data/CGPart_real", "folder", ("https://www.cs.jhu.edu/~qliu24/CGPart/cgpart_real.zip", "https://cs.jhu.edu/~qliu24/CGPart/cgpart_real.zip"), _CGPART_PAGE,
-           holds=("Images", "Annotations_png", "Image_sets")),
-    Source("cgpart-rendered-cars", "data/CGPart_render/car", "folder", ("drive:1noJ8Sa1e8IDfb4DV-weshXZLkv0zKevB",), _CGPART_PAGE, holds=("image", "seg")),
+    Source(
+        "cgpart-real",
+        "data/CGPart_real",
+        "folder",
+        ("https://www.cs.jhu.edu/~qliu24/CGPart/cgpart_real.zip", "https://cs.jhu.edu/~qliu24/CGPart/cgpart_real.zip"),
+        _CGPART_PAGE,
+        holds=("Images", "Annotations_png", "Image_sets"),
+    ),
+    Source(
+        "cgpart-rendered-cars",
+        "data/CGPart_render/car",
+        "folder",
+        ("drive:1noJ8Sa1e8IDfb4DV-weshXZLkv0zKevB",),
+        _CGPART_PAGE,
+        holds=("image", "seg"),
+    ),
 )
 
+# %% ../nbs/components/11_sources.ipynb #234cce74
 _RELEASED = {
-    "celeba": {2: "1HALba2UEqvdb0Sei8SxUNzlLlLtR4cH8", 10: "1Gl-wqenfM4Qs81o76I9yNbbh0e-cjYuX", 30: "1VG7K_D6_uw5ZANeAh-tRJfA5jy9t2yf6",
-               150: "1baHHhoBlMXkglTXdnQ6bn4POb2FQKOMR", 1500: "1rgoYO3nlFmls-44HizlJY3-sQRhJT63g"},
-    "horse": {2: "1oyXn7xXRNDt9hvTjMbO7EM5wAASWizli", 10: "1WMsg6kNhpF-WRphvlM9EtmrdMeJoQFl3", 30: "1sJstAzoxo4qNV2kgVXNB3gSqJfE8GCdO",
-              100: "1dqFl8HQx-2k6V2WK3YF-dgshR9V67ME1", 180: "1PAa32WJYGIIyLB8F0-s4_Ufmno9D1MX2"},
-    "aeroplane": {2: "1Ca-BYlmj68KEOHASrGpADDfbreKPq-en", 10: "1Kp-VQ4f0fX1I6wtW3NfrscLkIxP8OrHq", 30: "1Kp-VQ4f0fX1I6wtW3NfrscLkIxP8OrHq",
-                  100: "17MZgUiRZ7Lvn92J4TCT8rbgD8dlH0P_q", 180: "1qMZ2iGFRqiA-jU43CEhpSDwJKEOycrl0"},
+    "celeba": {
+        2: "1HALba2UEqvdb0Sei8SxUNzlLlLtR4cH8",
+        10: "1Gl-wqenfM4Qs81o76I9yNbbh0e-cjYuX",
+        30: "1VG7K_D6_uw5ZANeAh-tRJfA5jy9t2yf6",
+        150: "1baHHhoBlMXkglTXdnQ6bn4POb2FQKOMR",
+        1500: "1rgoYO3nlFmls-44HizlJY3-sQRhJT63g",
+    },
+    "horse": {
+        2: "1oyXn7xXRNDt9hvTjMbO7EM5wAASWizli",
+        10: "1WMsg6kNhpF-WRphvlM9EtmrdMeJoQFl3",
+        30: "1sJstAzoxo4qNV2kgVXNB3gSqJfE8GCdO",
+        100: "1dqFl8HQx-2k6V2WK3YF-dgshR9V67ME1",
+        180: "1PAa32WJYGIIyLB8F0-s4_Ufmno9D1MX2",
+    },
+    "aeroplane": {
+        2: "1Ca-BYlmj68KEOHASrGpADDfbreKPq-en",
+        10: "1Kp-VQ4f0fX1I6wtW3NfrscLkIxP8OrHq",
+        30: "1Kp-VQ4f0fX1I6wtW3NfrscLkIxP8OrHq",
+        100: "17MZgUiRZ7Lvn92J4TCT8rbgD8dlH0P_q",
+        180: "1qMZ2iGFRqiA-jU43CEhpSDwJKEOycrl0",
+    },
 }
 RELEASED = tuple(
-    Source(f"released-{family}-{k}", f"checkpoints/released/{family}_{k}", "any", (f"drive:{file}",), _LAGM_PAGE,
-           note="the authors' page gives one address for 10 and 30 labels" if (family, k) in (("aeroplane", 10), ("aeroplane", 30)) else "")
-    for family, files in _RELEASED.items() for k, file in files.items())
+    Source(
+        f"released-{family}-{k}",
+        f"checkpoints/released/{family}_{k}",
+        "any",
+        (f"drive:{file}",),
+        _LAGM_PAGE,
+        note="the authors' page gives one address for 10 and 30 labels"
+        if (family, k) in (("aeroplane", 10), ("aeroplane", 30))
+        else "",
+    )
+    for family, files in _RELEASED.items()
+    for k, file in files.items()
+)
 
+# %% ../nbs/components/11_sources.ipynb #234cce75
 SOURCES = {source.name: source for source in CHECKPOINTS + DATA + RELEASED}
 
 
@@ -145,12 +251,17 @@ def _pickle_problem(path: Path) -> str | None:
 
 def _zip_problem(path: Path) -> str | None:
     if zipfile.is_zipfile(path): return None
-    return "it is a zip archive without its end: it was cut off" if describe_file(path) == "a zip archive" else f"it is not a zip archive but {describe_file(path)}"
+    return (
+        "it is a zip archive without its end: it was cut off"
+        if describe_file(path) == "a zip archive"
+        else f"it is not a zip archive but {describe_file(path)}"
+    )
 
 
 def _torch_problem(path: Path) -> str | None:
     with open(path, "rb") as file: first = file.read(1)
-    return None if first == b"\x80" else _zip_problem(path)  # before torch 1.6 files were several pickles and raw numbers in a row
+    # before torch 1.6 files were several pickles and raw numbers in a row
+    return None if first == b"\x80" else _zip_problem(path)
 
 
 def _npy_problem(path: Path) -> str | None:
@@ -162,8 +273,14 @@ def _any_problem(path: Path) -> str | None:
     what = describe_file(path)
     return f"it is {what}" if what.startswith(("a web page", "a git-lfs", "empty", "unreadable")) else None
 
-
-_PROBLEMS: dict[str, Callable[[Path], str | None]] = {"pickle": _pickle_problem, "torch": _torch_problem, "npy": _npy_problem, "folder": _zip_problem, "any": _any_problem}
+# %% ../nbs/components/11_sources.ipynb #128a1cs0
+_PROBLEMS: dict[str, Callable[[Path], str | None]] = {
+    "pickle": _pickle_problem,
+    "torch": _torch_problem,
+    "npy": _npy_problem,
+    "folder": _zip_problem,
+    "any": _any_problem,
+}
 
 
 def file_problem(
@@ -211,8 +328,11 @@ def picture_problem(
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 16))
             end = file.read()
-    except OSError as error: return "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    whole = (start == b"\x89PNG\r\n\x1a\n" and b"IEND" in end) or (start[:3] == b"\xff\xd8\xff" and end.endswith(b"\xff\xd9"))
+    except OSError as error:
+        return "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    whole = (start == b"\x89PNG\r\n\x1a\n" and b"IEND" in end) or (
+        start[:3] == b"\xff\xd8\xff" and end.endswith(b"\xff\xd9")
+    )
     if whole and not deep: return None
     try: open_picture(path)  # the last word: some whole pictures have something after their end
     except InputError:

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/components/88_stages.ipynb #f695f046
-from .core import InputError, load_tensors, provenance, read_json, write_json
+from .core_errors import InputError
+from .core_files import read_json, write_json
+from .core_provenance import provenance
+from .core_tensors import load_tensors
 from .data import choose_labelled, stack
 from .data_labels import LabelSet, warn_of_absent
 from .data_registry import DATASETS, dataset_entry, open_dataset
@@ -98,7 +101,9 @@ def has_validation(
     split: str,
     data: str | Path = "data",
 ) -> bool:
-    """Whether a run has pictures to look at: not if its split is empty, or the dataset's entry says that it is absent."""
+    """Whether a run has pictures to look at: not if its split is empty, or the dataset's entry says that it is
+    absent.
+    """
     return bool(split) and dataset_entry(dataset)[0].has_split(Path(data), split)
 
 
@@ -264,7 +269,8 @@ def make_recipe(
     recipe: str,  # "paper" or "fast"
     iterations: int,
     warm_up: int = 0,  # steps of each warm start, if the recipe has them
-    changes: Mapping[str, Any] | None = None,  # other fields of `lagm.training_recipe.Recipe`; numbers may be text, as YAML reads 1e-4
+    # other fields of `lagm.training_recipe.Recipe`; numbers may be text, as YAML reads 1e-4
+    changes: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """A recipe from parameters; `InputError` for an unknown field or an impossible value.
 
@@ -277,7 +283,9 @@ def make_recipe(
     changes
         other fields of `lagm.training_recipe.Recipe`; numbers may be text, as YAML reads 1e-4
     """
-    steps = dict(steps=iterations) | (dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {})
+    steps = dict(steps=iterations) | (
+        dict(warm_segmenter=warm_up, warm_annotator=warm_up) if get_recipe(recipe).warm_annotator else {}
+    )
     return get_recipe(recipe, **(steps | dict(changes or {})))
 
 
@@ -376,7 +384,10 @@ def hasty_networks(
         in eval mode; good for nothing
     """
     torch.manual_seed(seed)
-    annotator, segmenter = FPNAnnotator(generator.feature_channels, n_classes, channels=16), new_segmenter("unet", n_classes, width=8, levels=2)
+    annotator, segmenter = (
+        FPNAnnotator(generator.feature_channels, n_classes, channels=16),
+        new_segmenter("unet", n_classes, width=8, levels=2),
+    )
     trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
                          seed=seed, device=device, progress=False)
     return Results(trained.annotator, trained.segmenter, {"hasty": True})
@@ -423,7 +434,11 @@ def simple_values(
     namespace
         globals() of a notebook, right after its parameters cell
     """
-    return {name: value for name, value in namespace.items() if name == name.lower() and not name.startswith("_") and isinstance(value, SIMPLE)}
+    return {
+        name: value
+        for name, value in namespace.items()
+        if name == name.lower() and not name.startswith("_") and isinstance(value, SIMPLE)
+    }
 
 
 def write_metrics(
@@ -447,8 +462,16 @@ def write_metrics(
         of the whole run
     """
     rows = {name: vars(value) if hasattr(value, "__dict__") else dict(value) for name, value in metrics.items()}
-    record = {"stage": stage, "summary": list(summary), "parameters": dict(parameters), "metrics": rows, **more, "seconds_in_all": round(seconds, 1),
-              "threads": torch.get_num_threads(), "provenance": provenance()}
+    record = {
+        "stage": stage,
+        "summary": list(summary),
+        "parameters": dict(parameters),
+        "metrics": rows,
+        **more,
+        "seconds_in_all": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
     path = Path(folder) / "metrics.json"
     write_json(path, record)
     return path

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .core import InputError, check_fields, random_generator
+from .core_errors import InputError
+from .core_seeds import random_generator
+from .core_values import check_fields
 from .data_augment import resize_nearest, wide_crop
 from .generator import check_generated
 from .models_modes import eval_mode

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError, check_fields, random_generator
+from .core_errors import InputError
+from .core_seeds import random_generator
+from .core_values import check_fields
 from .data_augment import Augment
 from .matching_gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
 from .models_modes import eval_mode

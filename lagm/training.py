@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .contracts import Generator
-from .core import InputError, choose_device
+from .core_errors import InputError
+from .core_seeds import choose_device
 from .data_checks import check_pictures
 from .finishing import anchor_labels, finish_step
 from .data_labels import IGNORE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .data_augment import Augment, resize_nearest, wide_crop
 from .contracts import Generator
-from .core import random_generator
+from .core_seeds import random_generator
 from .generator import check_generated
 from .data_labels import IGNORE
 

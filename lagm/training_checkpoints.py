@@ -29,7 +29,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, atomic_path, load_tensors, printable, provenance, save_tensors
+from .core_errors import InputError, printable
+from .core_files import atomic_path
+from .core_provenance import provenance
+from .core_tensors import load_tensors, save_tensors
 from .generators_weights import check_version
 from .data_labels import LabelSet
 from .generators_weights import NETWORKS

@@ -28,7 +28,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import InputError, all_finite, load_tensors, plain_value, printable, random_generator
+from .core_errors import InputError, printable
+from .core_seeds import random_generator
+from .core_tensors import all_finite, load_tensors
+from .core_values import plain_value
 from .data_checks import check_pictures
 from .evaluation_metrics import evaluate
 from .models_modes import eval_mode, kept_modes

@@ -17,7 +17,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from .core import InputError, choose_device, install_advice
+from .core_errors import InputError
+from .core_provenance import install_advice
+from .core_seeds import choose_device
 
 # %% ../nbs/components/58_training_processes.ipynb #90e10596
 def this_process() -> tuple[int, int]:

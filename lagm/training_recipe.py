@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .data_augment import Augment
-from .core import InputError, check_field_names, check_fields, printable
+from .core_errors import InputError, printable
+from .core_values import check_field_names, check_fields
 from .matching_distance import METRICS, REDUCTIONS
 
 # %% ../nbs/components/51_training_recipe.ipynb #e7b14fe8

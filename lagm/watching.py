@@ -23,7 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .core import InputError, atomic_path, decode_text, install_advice, parse_json
+from .core_errors import InputError
+from .core_files import atomic_path, decode_text, parse_json
+from .core_provenance import install_advice
 from .data_labels import CELEBA8, LabelSet, colourise
 
 # %% ../nbs/components/56_watching.ipynb #efba60c6

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data_augment import Augment, recolour, warp_images
-from .core import InputError
+from .core_errors import InputError
 from .matching_gradients import uncompiled
 from .teachers import Teaching, View, teacher_labels, train_taught
 from .training_loop import Trained, check_options

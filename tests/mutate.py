@@ -37,14 +37,14 @@ class Row(NamedTuple):
 
 ROWS = [Row(*row) for row in (
     # files and inputs
-    ("core", "    try: os.fsync(handle)\n", "    try: pass\n", "test_pinned.py -k on_the_disk"),
-    ("core", "        _flush_to_disk(temporary)\n        os.replace(temporary, path)\n",
+    ("core_files", "    try: os.fsync(handle)\n", "    try: pass\n", "test_pinned.py -k on_the_disk"),
+    ("core_files", "        _flush_to_disk(temporary)\n        os.replace(temporary, path)\n",
      "        os.replace(temporary, path)\n", "test_pinned.py -k on_the_disk"),
-    ("core", "json.dumps([_checked_seed(seed), *stream])", "json.dumps([_checked_seed(seed)])", "test_core.py"),
-    ("core", "(kind is bool or not isinstance(number, bool))", "True", "test_doors.py -k true_is_no_number"),
-    ("core", "all(math.isfinite(value) for tensor in floats", "any(math.isfinite(value) for tensor in floats",
+    ("core_seeds", "json.dumps([_checked_seed(seed), *stream])", "json.dumps([_checked_seed(seed)])", "test_core.py"),
+    ("core_values", "(kind is bool or not isinstance(number, bool))", "True", "test_doors.py -k true_is_no_number"),
+    ("core_tensors", "all(math.isfinite(value) for tensor in floats", "any(math.isfinite(value) for tensor in floats",
      "test_doors.py -k finite_whatever"),
-    ("core", "if near else \"it has\"", "if not near else \"it has\"", "test_doors.py -k nearest_field"),
+    ("core_values", "if near else \"it has\"", "if not near else \"it has\"", "test_doors.py -k nearest_field"),
     # changes of pictures
     ("augment", "signed = 2 * u - 1", "signed = 2 * u", "test_pinned.py -k both_ways"),
     ("augment", "torch.where(mirror, -1.0, 1.0)", "torch.where(mirror, 1.0, 1.0)", "test_pinned.py -k both_ways"),

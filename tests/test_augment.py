@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.data_augment import (
     OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop)
-from lagm.core import InputError, random_generator
 from lagm.data_labels import IGNORE
 
 

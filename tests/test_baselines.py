@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.data_augment import Augment
 from lagm.models_annotator import FPNAnnotator
 from lagm.teachers import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training,
     train_taught)
 from lagm.training import train_lagm
-from lagm.training_state import TrainState
 from lagm.training_recipe import FAST
+from lagm.training_state import TrainState
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)
 TRAINERS = {"self-training": train_self_training, "mean teacher": train_mean_teacher}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lagm.data_cache import Cached, item_key, pack, unpack
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars, stack
+from lagm.data_cache import Cached, item_key, pack, unpack
 from lagm.data_cgpart import CGPartReal, CGPartRendered
 from lagm.data_datasetgan import DatasetGAN
 

@@ -10,7 +10,7 @@ from sync import ROOT
 from lagm.catalogue import (
     SMALL, change_runs, choose_runs, declared_parameters, demo_experiments, missing_inputs, paper_experiments,
     paper_numbers, project_folder, read_catalogue, write_parameter_files)
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_registry import EXPERIMENTS
 from lagm.training_recipe import Recipe
 

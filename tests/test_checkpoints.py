@@ -15,7 +15,8 @@ from filling import relative_error
 from safetensors import safe_open
 from test_stylegan1 import golden_network
 
-from lagm.core import InputError, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import save_tensors
 from lagm.evaluation_metrics import evaluate
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator, read_generator

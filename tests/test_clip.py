@@ -5,7 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lagm.core import random_generator
+from lagm.core_seeds import random_generator
 from lagm.data_augment import Augment, recolour
 from lagm.datasetgan import label_generated
 from lagm.generator import FrozenGenerator, Sampling

@@ -10,7 +10,8 @@ from test_checkpoints import same_pictures, tiny, tiny1
 from lagm import convert as module
 from lagm.cli import main
 from lagm.convert import convert, inspect
-from lagm.core import InputError, load_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors
 from lagm.generators_weights import save_generator
 from lagm.models_annotator import FPNAnnotator
 from lagm.models_results import load_results

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from lagm import ops_convolutions as convolutions
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.cost import WORKLOADS, make_step, prepare, usual_generator
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_stylegan2 import StyleGAN2

@@ -2,8 +2,10 @@
 
 import pytest
 
-from lagm import core
-from lagm.core import InputError
+from lagm.core_errors import printable, same_name
+from lagm.core_files import decode_text, inside, parse_json, read_json, read_lines, read_text
+from lagm.core_provenance import install_advice
+from lagm.core_errors import InputError
 
 TEXT = "Zoë\r\nÅsa\n"
 
@@ -11,64 +13,64 @@ TEXT = "Zoë\r\nÅsa\n"
 @pytest.mark.parametrize("content", [TEXT.encode(), b"\xef\xbb\xbf" + TEXT.encode(), b"\xff\xfe" + TEXT.encode("utf-16-le"), b"\xfe\xff" + TEXT.encode("utf-16-be")])
 def test_text_of_any_system(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    assert core.decode_text(content) == core.read_text(tmp_path / "a.txt") == TEXT
-    assert core.read_lines(tmp_path / "a.txt") == ["Zoë", "Åsa"]
+    assert decode_text(content) == read_text(tmp_path / "a.txt") == TEXT
+    assert read_lines(tmp_path / "a.txt") == ["Zoë", "Åsa"]
 
 
 @pytest.mark.parametrize("content", ["Zoë".encode("latin-1"), b"\xff\xfea", b"ab\x80"])
 def test_no_text(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(InputError, match="a.txt is not text in UTF-8"): core.read_text(tmp_path / "a.txt")
-    with pytest.raises(InputError, match="^the list is not text"): core.decode_text(content, "the list")
+    with pytest.raises(InputError, match="a.txt is not text in UTF-8"): read_text(tmp_path / "a.txt")
+    with pytest.raises(InputError, match="^the list is not text"): decode_text(content, "the list")
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="cannot read .*none.txt: No such file"): core.read_text(tmp_path / "none.txt")
-    with pytest.raises(InputError, match="cannot read"): core.read_text(tmp_path)
-    with pytest.raises(InputError, match="cannot read"): core.read_text("a\0b")
+    with pytest.raises(InputError, match="cannot read .*none.txt: No such file"): read_text(tmp_path / "none.txt")
+    with pytest.raises(InputError, match="cannot read"): read_text(tmp_path)
+    with pytest.raises(InputError, match="cannot read"): read_text("a\0b")
     (tmp_path / "a.txt").write_bytes(b"12345")
-    assert core.read_text(tmp_path / "a.txt", 5) == "12345"
-    with pytest.raises(InputError, match="larger than 4 bytes"): core.read_text(tmp_path / "a.txt", 4)
+    assert read_text(tmp_path / "a.txt", 5) == "12345"
+    with pytest.raises(InputError, match="larger than 4 bytes"): read_text(tmp_path / "a.txt", 4)
 
 
 def test_lines(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one \r\n\r\n two words\t\rthree\n\n")
-    assert core.read_lines(tmp_path / "a.txt") == ["one", "two words", "three"]
+    assert read_lines(tmp_path / "a.txt") == ["one", "two words", "three"]
     (tmp_path / "a.txt").write_bytes(b"")
-    assert core.read_lines(tmp_path / "a.txt") == []
+    assert read_lines(tmp_path / "a.txt") == []
 
 
 def test_json(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": [1, 2.5, null]}\r\n')
-    assert core.read_json(tmp_path / "a.json") == core.parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
+    assert read_json(tmp_path / "a.json") == parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
     for text in ("{", "", "[1,]", "1" * 5000):
-        with pytest.raises(InputError, match="the text is not JSON"): core.parse_json(text)
-    with pytest.raises(InputError, match="x.json is nested too deeply"): core.parse_json("[" * 200_000, "x.json")
+        with pytest.raises(InputError, match="the text is not JSON"): parse_json(text)
+    with pytest.raises(InputError, match="x.json is nested too deeply"): parse_json("[" * 200_000, "x.json")
 
 
 @pytest.mark.parametrize("name, below", [("a.png", "a.png"), ("x/a.png", "x/a.png"), ("x\\a.png", "x/a.png"), ("./x//a.png", "x/a.png"), ("..a/b..", "..a/b..")])
 def test_names_that_stay_inside(name, below):
-    assert core.inside("data", name).as_posix() == f"data/{below}"
+    assert inside("data", name).as_posix() == f"data/{below}"
 
 
 @pytest.mark.parametrize("name", ["", ".", "/a", "\\a", "../a", "x/../../a", "x\\..\\a", "C:\\a", "c:a", "//server/a", "\\\\server\\a", "a\0b", ".."])
 def test_names_that_lead_out(name):
-    with pytest.raises(InputError, match="leads out of the folder data"): core.inside("data", name)
+    with pytest.raises(InputError, match="leads out of the folder data"): inside("data", name)
 
 
 def test_printable():
-    assert core.printable("Zoë 3.5") == "Zoë 3.5" and core.printable(7) == "7"
-    assert core.printable("a\x1b[31m\n\u202eb\x00") == r"a\x1b[31m\n\u202eb\x00"
-    assert core.printable("x" * 201) == "x" * 200 + "…" and core.printable("abcdef", 3) == "abc…"
-    assert core.printable("\udc80") == r"\udc80"
+    assert printable("Zoë 3.5") == "Zoë 3.5" and printable(7) == "7"
+    assert printable("a\x1b[31m\n\u202eb\x00") == r"a\x1b[31m\n\u202eb\x00"
+    assert printable("x" * 201) == "x" * 200 + "…" and printable("abcdef", 3) == "abc…"
+    assert printable("\udc80") == r"\udc80"
 
 
 def test_same_name():
-    assert "e\u0301" != "é" and core.same_name("e\u0301") == core.same_name("é") == "é"
-    assert core.same_name("A.PNG") == "A.PNG"
+    assert "e\u0301" != "é" and same_name("e\u0301") == same_name("é") == "é"
+    assert same_name("A.PNG") == "A.PNG"
 
 
 def test_install_advice():
-    advice = core.install_advice("pascal")
+    advice = install_advice("pascal")
     assert advice.startswith("python -m pip install '") and "scipy>=" in advice and "pycocotools>=" in advice and "lagm" not in advice and "torch" not in advice
-    with pytest.raises(ValueError, match="no extra 'nothing'"): core.install_advice("nothing")
+    with pytest.raises(ValueError, match="no extra 'nothing'"): install_advice("nothing")

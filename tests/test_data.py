@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lagm.data_avatars import SEED_RANGES
-from lagm.core import InputError, asset
+from lagm.core_errors import InputError
+from lagm.core_files import asset
 from lagm.data import SPLITS, Avatars, choose_labelled, stack
+from lagm.data_avatars import SEED_RANGES
 from lagm.data_labels import CELEBA8
 
 STYLES = ("big-ears", "toon-head", "micah")

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_segmenter
 
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.datasetgan import (
     CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels)
 from lagm.shards import generate, select

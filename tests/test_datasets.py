@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
 from lagm.data_cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_subset, short_side_size, synthetic_size
 from lagm.data_datasetgan import DatasetGAN, remove_specks

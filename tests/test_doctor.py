@@ -13,7 +13,7 @@ from PIL import Image
 
 from lagm import cli
 from lagm.catalogue import missing_inputs, read_catalogue
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_cgpart import CGPART_MODELS
 from lagm.data_images import save_mask
 from lagm.data_registry import EXPERIMENTS

@@ -14,7 +14,10 @@ from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_se
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lagm.core import InputError, all_finite, check_fields, load_tensors, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import all_finite, load_tensors
+from lagm.core_values import check_fields
 from lagm.data_augment import Augment
 from lagm.datasetgan import label_generated
 from lagm.downstream import DownstreamRecipe, train_downstream

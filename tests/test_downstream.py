@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
-from lagm.core import InputError, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.data_augment import Augment
 from lagm.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
 from lagm.saved import load_segmenter, save_segmenter

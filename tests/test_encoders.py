@@ -10,7 +10,9 @@ from PIL import Image
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.cli import main
-from lagm.core import InputError, describe_tensors, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
 from lagm.data_augment import Augment
 from lagm.encoders import (
     FrozenEncoder, Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder)
@@ -18,8 +20,8 @@ from lagm.evaluation_metrics import evaluate
 from lagm.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
 from lagm.training import train_supervised
-from lagm.training_state import TrainState
 from lagm.training_recipe import FAST
+from lagm.training_state import TrainState
 
 RECIPE = dataclasses.replace(FAST, steps=4, batch_labelled=2, batch_synthetic=2, average=0.9)
 SHORT = Pretraining(steps=3, batch=2, points=20)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lagm.core import InputError, read_json, write_json
+from lagm.core_errors import InputError
+from lagm.core_files import read_json, write_json
 from lagm.evaluation_boundary import BoundaryScore
-from lagm.evaluation_intervals import SCORES, bootstrap
-from lagm.evaluation_metrics import ConfusionMatrix, Metrics, evaluate, metrics_from_counts
+from lagm.evaluation_intervals import SCORES, bootstrap, picture_counts, scores, worst_pictures
+from lagm.evaluation_metrics import ConfusionMatrix, Metrics, evaluate, metrics_from_counts, predict
 from lagm.evaluation_record import evaluation_report
 from lagm.models_modes import eval_mode
-from lagm.evaluation_intervals import picture_counts, scores, worst_pictures
-from lagm.evaluation_metrics import predict
 
 GOLDEN = Path(__file__).parent / "golden"
 

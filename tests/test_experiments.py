@@ -10,7 +10,7 @@ import pytest
 from notebooks import printed, write_experiment
 
 from lagm import experiments
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.experiments import check_parameters, is_finished
 from lagm.running import RunError, run_notebook
 

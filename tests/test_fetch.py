@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lagm import cli, download_fetch as fetching
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_registry import EXPERIMENTS, match_experiments
 from lagm.download_fetch import download, fetch, fetch_command, fetch_from, is_there, remote_size
 from lagm.download_transfer import Unavailable, transfer

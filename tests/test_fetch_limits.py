@@ -14,7 +14,7 @@ import zipfile
 import pytest
 
 from lagm import download_fetch as fetching, download_transfer as transferring
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.download_fetch import download, fetch, fetch_from, remote_size
 from lagm.download_transfer import Unavailable, transfer
 from lagm.sources import Source

@@ -11,16 +11,14 @@ from test_training import CLASSES, RECIPES, ToyGenerator, labelled, networks, ru
 from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.finishing import anchor_labels, finish_step
-from lagm.training_recipe import labels_say
-from lagm.training_steps import reweighed
 from lagm.signs import class_shares, signs, warning_sign
 from lagm.training import estimate_lagm, train_finish, train_lagm
-from lagm.training_state import TrainState
 from lagm.training_batches import SyntheticBatches
-from lagm.training_recipe import PAPER, get_recipe
-from lagm.training_steps import alignment
+from lagm.training_recipe import PAPER, get_recipe, labels_say
+from lagm.training_state import TrainState
+from lagm.training_steps import alignment, reweighed
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_coco import import_coco
 from lagm.data_cvat import import_cvat, read_label_map
 from lagm.data_label_studio import import_label_studio

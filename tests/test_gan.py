@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_train import (
     Discriminator, GANRecipe, GANTrainer, load_training, minibatch_std, r1_penalty, train_gan, training_state)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lagm.core import InputError, asset, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_files import asset
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator
 from lagm.generators_stylegan2 import StyleGAN2

@@ -16,7 +16,9 @@ from test_checkpoints import GOLDEN, same_pictures, tiny
 
 from lagm.cli import main
 from lagm.convert import as_lines, convert, inspect
-from lagm.core import InputError, load_tensors, random_generator, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.generator import Sampling
 from lagm.generators_load import load_generator, mean_style, read_generator
 from lagm.generators_stylegan2 import StyleGAN2, modulated_conv2d
@@ -337,11 +339,11 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 
 FULL = """
 import errno, os, resource, sys
-import lagm.core
+import lagm.core_files
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-real, lagm.core.os.fsync = os.fsync, full
+real, lagm.core_files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
-lagm.core.os.fsync = real
+lagm.core_files.os.fsync = real
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 codes += [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
 sys.exit(sum(codes))

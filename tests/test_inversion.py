@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 import lagm.inversion
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.data_labels import IGNORE
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_stylegan1 import StyleGAN1

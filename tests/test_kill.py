@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lagm.core import load_tensors
+from lagm.core_tensors import load_tensors
+from lagm.training_checkpoints import CheckpointError
+from lagm.watching import Watch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
@@ -26,7 +28,6 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_training as t
-from lagm.watching import Watch
 
 flush, recipe = os.fsync, t.get_recipe("fast", steps=24, warm_segmenter=4, warm_annotator=4)
 
@@ -143,8 +144,6 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_training as t
-from lagm.core import load_tensors
-from lagm.training_checkpoints import CheckpointError
 
 folder = {folder!r}
 warnings.simplefilter("ignore")

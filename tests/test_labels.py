@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_labels import CELEBA8, IGNORE, IGNORE_COLOUR, LabelSet, colourise
 
 TWO = (("background", "thing"), ((0, 0, 0), (9, 8, 7)))

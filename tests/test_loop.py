@@ -8,7 +8,7 @@ from test_training import FAST, ToyGenerator, labelled, networks, run, same
 from tiny import tiny_generator, tiny_segmenter
 
 from lagm.contracts import Annotator, Generator, LabelledDataset, Segmenter
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars
 from lagm.training import (
     estimate_lagm, estimate_supervised, lagm_loop, supervised_loop, train_finish, train_lagm, train_supervised)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.matching_distance import METRICS, REDUCTIONS, distance, distance_and_derivative, layer_cosines
 from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching_gradients import clean_gradients, labelled_gradient, match_double_backward, soft_cross_entropy

@@ -21,7 +21,7 @@ def test_a_text_that_is_gone_is_said(monkeypatch, capsys):
     monkeypatch.setattr(mutate, "ROWS", [gone])
     monkeypatch.setattr(sys, "argv", ["mutate.py"])
     assert mutate.main() == 1
-    assert "row 0: 'no such text' occurs 0 times in lagm/core.py; it must occur once" in capsys.readouterr().out
+    assert "row 0: 'no such text' occurs 0 times in lagm/core_files.py; it must occur once" in capsys.readouterr().out
 
 
 def test_a_mistake_is_caught_and_one_without_effect_survives(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import torch
 from sync import notebooks
 from templates import run_cells
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars
 from lagm.experiments import check_parameters, read_parameters
 

@@ -17,7 +17,7 @@ from lagm import cli, experiments
 from lagm.catalogue import paper_numbers, read_catalogue
 from lagm.comparison import (
     comparison_table, finish_figure, minutes_table, quality_figure, read_cells, saved_figure, saved_table)
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_labels import LabelSet
 from lagm.evaluation_curves import curves
 from lagm.evaluation_grids import labelled_grid

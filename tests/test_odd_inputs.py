@@ -7,8 +7,9 @@ import numpy as np
 import official_files
 import pytest
 import torch
-from lagm import core
-from lagm.core import InputError
+from lagm import core_files
+from lagm.core_errors import InputError
+from lagm.core_files import atomic_path
 from lagm.data_label_studio import import_label_studio
 from lagm.data_prepare_pascal import listed
 from lagm.folders import Folder
@@ -22,19 +23,19 @@ from PIL import Image
 def test_writing_many_files_looks_at_few_names(tmp_path, monkeypatch):
     """The names that are looked at, for leftovers, grow with the number of files, not with its square."""
     seen, listdir = [0], os.listdir
-    monkeypatch.setattr(core, "_flush_to_disk", lambda path: None)
+    monkeypatch.setattr(core_files, "_flush_to_disk", lambda path: None)
 
     def counted(folder):
         names = listdir(folder)
         seen[0] += len(names)
         return names
 
-    monkeypatch.setattr(core.os, "listdir", counted)
+    monkeypatch.setattr(core_files.os, "listdir", counted)
     looked = {}
     for n in (250, 1000):
         seen[0] = 0
         for i in range(n):
-            with core.atomic_path(tmp_path / str(n) / f"{i}.txt") as temporary: temporary.write_text("x")
+            with atomic_path(tmp_path / str(n) / f"{i}.txt") as temporary: temporary.write_text("x")
         looked[n] = seen[0]
     assert looked[1000] < 6 * looked[250] and looked[1000] < 20 * 1000
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars, stack
 from lagm.labelling_album import Album, labelled_shares, save_painted
 from lagm.labelling_project import (

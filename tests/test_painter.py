@@ -15,7 +15,7 @@ from browser import Browser, browser, needs_browser  # noqa: F401
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.labelling_album import Album, Desk, read_painted, save_painted
 from lagm.labelling_page import LabelServer, respond
 from lagm.labelling_painter import Painter, answer

@@ -13,14 +13,15 @@ import torch
 from test_training import CLASSES, PAPER, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.models_annotator import FPNAnnotator
-from lagm.core import InputError, load_tensors
-from lagm.training_processes import own_parts
 from lagm.segmenters import matched_parameter_names
 from lagm.training import train_supervised
-from lagm.training_state import TrainState
 from lagm.training_batches import SyntheticBatches
+from lagm.training_processes import own_parts
 from lagm.training_recipe import get_recipe
+from lagm.training_state import TrainState
 from lagm.training_steps import matching_step
 
 
@@ -161,7 +162,6 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
-from lagm.core import save_tensors
 from test_parts import PARTS, run
 if __name__ == "__main__":
     torch.set_num_threads(1)

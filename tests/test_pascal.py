@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_pascal import PascalPart
 from lagm.data_pascal_boxes import cut_square, overlap, read_boxes, square_around, usable_boxes
 from lagm.data_pascal_files import Unusable, decode_mask, encode_mask, paint_parts, read_annotation

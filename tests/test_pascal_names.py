@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_pascal_boxes import read_boxes
 from lagm.data_pascal_files import Unusable, decode_mask, encode_mask
 from lagm.data_prepare_pascal import Report, copy_one, listed, prepare_pascal

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from test_checkpoints import tiny
 
 from lagm.cli import main
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_load import load_generator
 from lagm.generators_pickle_machine import read_pickle
 from lagm.generators_pickle_names import is_extra

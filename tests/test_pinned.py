@@ -10,10 +10,11 @@ from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import lagm.core as core
+from lagm import core_files
 import lagm.download_transfer as fetching
 import lagm.evaluation_intervals as evaluation
-from lagm.core import random_generator
+from lagm.core_files import write_json
+from lagm.core_seeds import random_generator
 from lagm.data_augment import Augment
 from lagm.downstream import change_batch
 from lagm.evaluation_boundary import BoundaryScore, within
@@ -408,11 +409,11 @@ def test_a_digest_tells_types_and_shapes_apart():
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Content flushed, then renamed, then the folder flushed: another order can lose the old file and the new one."""
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(core.os, "fsync",
+    monkeypatch.setattr(core_files.os, "fsync",
             lambda handle: done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "content")
             or fsync(handle))
-    monkeypatch.setattr(core.os, "replace", lambda a, b: done.append("name") or replace(a, b))
-    core.write_json(tmp_path / "x.json", {"a": 1})
+    monkeypatch.setattr(core_files.os, "replace", lambda a, b: done.append("name") or replace(a, b))
+    write_json(tmp_path / "x.json", {"a": 1})
     assert [d for d in done if os.path.isdir("/proc/self/fd") or d == "name"] == (["content", "name", "folder"]
             if os.path.isdir("/proc/self/fd") else ["name"])
 

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core import InputError, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import save_tensors
 from lagm.data_labels import CELEBA8
 from lagm.evaluation_export import export_onnx, export_program, write_model_card
 from lagm.evaluation_metrics import evaluate, predict

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data import Avatars, _content_hash
 from lagm.data_datasetgan import read_array_mask
 from lagm.data_images import read_image, read_mask

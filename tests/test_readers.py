@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_cache import Cached
 from lagm.data_celeba import CelebAMaskHQ, celeba_numbers
 from lagm.data_datasetgan import DatasetGAN, read_array_mask

@@ -12,7 +12,7 @@ from sync import ROOT, notebooks
 
 from lagm import readme
 from lagm.comparison import comparison_table, read_cells, saved_table
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.report import as_markdown, benchmark_table, find_results, group_minutes, group_results
 
 

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_regions import (
-    area, paint, percent_shape, polygon_runs, run_length_runs, shown, unpack_bitmask, unpack_brush, unpack_counts,
-    whole)
-from lagm.data_regions import number
+    area, number, paint, percent_shape, polygon_runs, run_length_runs, shown, unpack_bitmask, unpack_brush,
+    unpack_counts, whole)
 
 
 def mask_of(runs, width, height):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lagm.baselines import BASELINES, Baseline, with_numbers
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.inversion import HandsOff, Inversion
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lagm import cli
 from lagm.cli import main
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.data_coco import import_coco
 from lagm.data_labels import LabelSet
 from lagm.evaluation_predict import predict_folder

@@ -13,7 +13,8 @@ from torch import nn
 
 import lagm.training_checkpoints as run_state
 import lagm.training_loop as training_loop
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.models_annotator import FPNAnnotator
 from lagm.training import estimate_lagm, estimate_supervised, train_lagm, train_supervised
 from lagm.training_checkpoints import (

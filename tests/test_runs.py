@@ -16,7 +16,8 @@ from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
 from lagm import cli, experiments
-from lagm.core import InputError, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors, save_tensors
 from lagm.data_labels import CELEBA8
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, unfinished_copy

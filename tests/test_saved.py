@@ -18,7 +18,8 @@ from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 from lagm import saved, segmenters
 from lagm.cli import main
 from lagm.convert import convert, inspect
-from lagm.core import InputError, describe_tensors, load_tensors, save_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
 from lagm.downstream import DownstreamRecipe, train_downstream
 from lagm.evaluation_predict import open_segmenter
 from lagm.folders import save_folder

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet101
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.segmenters import (
     SEGMENTERS,
     DeepLabV3,

@@ -9,7 +9,7 @@ import torch
 from filling import fill, relative_error
 from safetensors import safe_open
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generator import FrozenGenerator, Sampling
 from lagm.generators_load import load_generator
 from lagm.generators_stylegan1 import StyleGAN1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_stylegan2 import ARCHITECTURES, StyleGAN2, modulated_conv2d
 from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
 

@@ -11,9 +11,9 @@ from notebooks import write_experiment
 
 from lagm import cli
 from lagm.catalogue import read_catalogue
-from lagm.core import InputError
-from lagm.training_checkpoints import folder_lock
+from lagm.core_errors import InputError
 from lagm.sweep import Sweep, describe_steps, execute, last_error, plan_steps
+from lagm.training_checkpoints import folder_lock
 
 ANNOTATE = """\
 from pathlib import Path

@@ -16,7 +16,8 @@ from lagm.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catal
 from lagm.comparison import (
     Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure, interval, labels_needed,
     labels_saved, minutes_table, quality_figure, read_cells, saved_figure, saved_table, widening)
-from lagm.core import InputError, read_json, write_json
+from lagm.core_errors import InputError
+from lagm.core_files import read_json, write_json
 from lagm.evaluation_intervals import picture_counts, resampled_scores
 from lagm.generators_load import generator_file, kit_generators, load_generator
 from lagm.report import (

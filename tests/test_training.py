@@ -23,7 +23,8 @@ from templates import run_cells
 from torch import nn
 
 import lagm.training as training
-from lagm.core import InputError, load_tensors
+from lagm.core_errors import InputError
+from lagm.core_tensors import load_tensors
 from lagm.data_augment import Augment
 from lagm.models_annotator import FPNAnnotator
 from lagm.ops_convolutions import can_winograd

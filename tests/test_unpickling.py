@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_checkpoints import tiny, tiny1
 
 from lagm.models_results import load_results
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_load import load_generator
 from lagm.generators_weights import save_generator
 from lagm.segmenters import UNet
@@ -133,7 +133,7 @@ def test_attacks_do_not_take_memory_outside_of_python_either(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.generators_load import load_generator
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmHWM")

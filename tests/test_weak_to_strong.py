@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.core import InputError, random_generator
+from lagm.core_errors import InputError
+from lagm.core_seeds import random_generator
 from lagm.data_augment import Augment
 from lagm.segmenters import DeepLabV3, UNet
 from lagm.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught

@@ -120,7 +120,8 @@ SESSION = r"""
 import contextlib, io, json, re, sys
 from pathlib import Path
 from lagm.cli import main
-from lagm.core import asset, install_advice
+from lagm.core_files import asset
+from lagm.core_provenance import install_advice
 from lagm.data_labels import CELEBA8
 from lagm.experiments import experiment_folder
 from lagm.saved import save_segmenter

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from lagm import ops_winograd as winograd
-from lagm.core import InputError
+from lagm.core_errors import InputError
 from lagm.matching_forward import directional_derivative, match_forward_mode
 from lagm.matching_gradients import labelled_gradient, match_double_backward
 from lagm.matching_tangents import record
