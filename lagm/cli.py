@@ -6,7 +6,7 @@
 __all__ = ['MOST_LINES', 'EXPORTS', 'WITH_PICTURES', 'WITH_CLASSES', 'list_command', 'show_command', 'describe_results',
            'run_one', 'chosen_runs', 'run_command', 'inspect_command', 'convert_command', 'add_checkpoint_commands',
            'at_least_one', 'add_data_commands', 'add_project_commands', 'add_predict_command', 'add_run_parser',
-           'build_parser', 'short_warnings', 'explain_error', 'main']
+           'build_parser', 'short_warnings', 'main']
 
 # %% ../nbs/components/92_cli.ipynb #96f330a1
 import argparse
@@ -362,8 +362,11 @@ def at_least_one(
 
 # %% ../nbs/components/92_cli.ipynb #42646951
 def _prepare_pascal(arguments: argparse.Namespace) -> Any:
+    from lagm.catalogue import project_path
     from lagm.data_prepare_pascal import prepare_command
 
+    arguments.voc = project_path(arguments.voc, "data/VOC2010")
+    arguments.out = project_path(arguments.out, "data/PascalPart")
     return prepare_command(arguments)
 
 
@@ -374,8 +377,11 @@ def _import_labels(arguments: argparse.Namespace) -> Any:
 
 
 def _fetch(arguments: argparse.Namespace) -> Any:
+    from lagm.catalogue import project_path
     from lagm.download_fetch import fetch_command
 
+    arguments.data = project_path(arguments.data, "data")
+    arguments.checkpoints = project_path(arguments.checkpoints, "checkpoints")
     return fetch_command(arguments)
 
 
@@ -634,34 +640,6 @@ def short_warnings() -> Iterator[None]:
     finally: warnings.formatwarning = before
 
 
-def explain_error(
-    error: BaseException,  # as a command raised it
-) -> tuple[str, int]:  # one line, and the exit code
-    """What to say of an error: that of the caller as it is; one that nobody foresaw with its kind and place.
-
-    Parameters
-    ----------
-    error
-        as a command raised it
-
-    Returns
-    -------
-    tuple[str, int]
-        one line, and the exit code
-    """
-    from lagm.core_errors import InputError, printable
-    from lagm.running import RunError
-
-    text = printable(" ".join(str(error).split()), 4000)
-    if isinstance(error, InputError): return text, 2
-    if isinstance(error, RunError | OSError): return text or type(error).__name__, 1
-    if isinstance(error, MemoryError): return f"there is not enough memory for this{f' ({text})' if text else ''}", 1
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    mistake = "This is a mistake in the kit, or a file that is odd in a way the kit does not know"
-    return f"{type(error).__name__}: {text}{place}. {mistake}; `lagm --traceback ...` shows where", 1
-
-
 def _heard() -> bool:
     """Whether the output is read to its end; if its reader has gone (`| head`), nothing more is written."""
     try: sys.stdout.flush()
@@ -704,6 +682,8 @@ def main(
     except Exception as error:
         _heard()
         if getattr(arguments, "traceback", False): traceback.print_exc()
+        from lagm.running import explain_error
+
         line, code = explain_error(error)
         print(f"lagm: error: {line}", file=sys.stderr)
         return code

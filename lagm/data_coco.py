@@ -180,7 +180,9 @@ def _by_picture(
     return by_image
 
 # %% ../nbs/components/15_coco.ipynb #de0056d4
-def _coco_record(record: Any, place: int, known: Mapping, by_image: Mapping, find: Finder, draw: Callable) -> ImportRecord:
+def _coco_record(
+    record: Any, place: int, known: Mapping, by_image: Mapping, find: Finder, draw: Callable
+) -> ImportRecord:
     """One entry of the list of images."""
     name = record.get("file_name") if isinstance(record, dict) else None
     source = name if isinstance(name, str) else ""

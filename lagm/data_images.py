@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'FILTERS', 'IMAGE_SUFFIXES', 'MASK_SUFFIXES', 'describe_bytes', 'describe_file',
-           'open_picture', 'decode_picture', 'to_rgb', 'read_image', 'read_mask', 'check_classes', 'save_mask',
+           'open_picture', 'decode_picture', 'to_rgb', 'read_image', 'read_mask', 'check_classes', 'save_mask', 'png',
            'check_same_shape', 'read_pair', 'turned_like', 'to_item', 'check_size', 'list_files', 'by_name']
 
 # %% ../nbs/components/13_pictures_in.ipynb #1b72c7af
@@ -357,6 +357,28 @@ def save_mask(
     image.putpalette(palette.tobytes())
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+# %% ../nbs/components/13_pictures_in.ipynb #e1a94b02
+def png(
+    pixels: np.ndarray,  # (H, W, 3) or (H, W) uint8
+    palette: Sequence[Sequence[int]] | None = None,  # colours, for class indices
+) -> bytes:
+    """The array as a PNG file.
+
+    Parameters
+    ----------
+    pixels
+        (H, W, 3) or (H, W) uint8
+    palette
+        colours, for class indices
+    """
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    if palette is not None:
+        picture = picture.convert("L").copy()
+        picture.putpalette([value for colour in palette for value in colour])
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=6)
+    return file.getvalue()
 
 # %% ../nbs/components/13_pictures_in.ipynb #4be1a1a5
 def _same_shape(size: tuple[int, int], mask: np.ndarray, scaled: bool) -> bool:

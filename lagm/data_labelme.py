@@ -20,11 +20,11 @@ from .core_files import read_json
 from .data_images import decode_picture
 from .data_import_folder import (
     Import, Imported, check_drawn_size, check_place, class_name, finish_import, need_field)
-from .generators_pickle_records import Record
 from .data_import_names import Finder, Pictures
 from .data_label_maps import make_labels
 from .data_labels import LabelSet
 from .data_regions import number, paint, polygon_runs, shown, whole
+from .data_import_folder import ImportRecord
 
 # %% ../nbs/components/15_labelme.ipynb #655dd177
 def _points(shape: Any, least: int, most: int | None, size: tuple[int, int]) -> list[tuple[float, float]]:
@@ -158,12 +158,12 @@ def import_labelme(
     named = {name: _picture_name(name, content) for name, (content, _) in good.items()}
     find = Finder(work.pictures, list(named.values()))
 
-    def record(name: str) -> Record:
+    def record(name: str) -> ImportRecord:
         content, shapes = good[name]
         drawn = [shape for shape in shapes if shape[1] in DRAWN]
         if len(drawn) < len(shapes): work.done.notes.append(f"{name}: {len(shapes) - len(drawn)} points or lines have no area and are left out")
         draw = (lambda path, size: _mask(content, drawn, labels, size)) if drawn else None
-        return Record(name, lambda: find(named[name]), draw, named[name])
+        return ImportRecord(name, lambda: find(named[name]), draw, named[name])
 
     return finish_import(work, [record(name) for name in good], only_labelled, least)
 

@@ -555,10 +555,8 @@ def prepare_command(
     arguments
         of the command line
     """
-    from lagm.catalogue import project_path
-
     steps = STEPS if arguments.step == "all" else (arguments.step,)
-    voc, out = project_path(arguments.voc, "data/VOC2010"), project_path(arguments.out, "data/PascalPart")
+    voc, out = Path(arguments.voc or "data/VOC2010"), Path(arguments.out or "data/PascalPart")
     reports = prepare_pascal(voc, arguments.objects or ["horse"], out, steps, arguments.minpx, arguments.workers)
     for report in reports:
         print(report)

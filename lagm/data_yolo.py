@@ -17,10 +17,10 @@ import yaml
 from .core_errors import InputError, printable
 from .core_files import read_lines, read_text
 from .data_import_folder import Import, Imported, check_place, class_name, finish_import
-from .generators_pickle_records import Record
 from .data_import_names import Finder, Pictures
 from .data_label_maps import make_labels
 from .data_regions import paint, polygon_runs, whole
+from .data_import_folder import ImportRecord
 
 # %% ../nbs/components/15_yolo.ipynb #591b500c
 def _names(value: Any, where: str) -> list[str]:
@@ -109,8 +109,8 @@ def import_yolo(
     work = Import(root, Pictures(images, but=root), make_labels(root.name, ["background", *names]))
     find = Finder(work.pictures, list(files), stems=True)
 
-    def record(name: str) -> Record:
+    def record(name: str) -> ImportRecord:
         def draw(path: Path, size: tuple[int, int]) -> np.ndarray: return _drawn(yolo_polygons(read_text(files[name]), len(names)), size)
-        return Record(f"{name}.txt", lambda: find(name), draw, name)
+        return ImportRecord(f"{name}.txt", lambda: find(name), draw, name)
 
     return finish_import(work, [record(name) for name in files], only_labelled, least)

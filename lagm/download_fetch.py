@@ -266,9 +266,7 @@ def _list_sources(data: Path, checkpoints: Path, say: Callable[[str], None]) -> 
 # %% ../nbs/components/18_fetch.ipynb #8e4be257
 def fetch_command(arguments: Any, say: Callable[[str], None] = print) -> None:
     """`lagm fetch`. Raises `InputError`."""
-    from lagm.catalogue import project_path
-
-    data, checkpoints = project_path(arguments.data, "data"), project_path(arguments.checkpoints, "checkpoints")
+    data, checkpoints = Path(arguments.data or "data"), Path(arguments.checkpoints or "checkpoints")
     if arguments.list or not arguments.names: return _list_sources(data, checkpoints, say)
     if (arguments.source or arguments.mirrors) and len(arguments.names) > 1:
         raise InputError("--from and --mirror go with one name")

@@ -30,7 +30,7 @@ from .exports import coco_annotations, coco_categories
 from .models_modes import eval_mode
 from .models_results import load_results
 from .saved import POLICIES, find_segmenters
-from .shards import png
+from .data_images import png
 
 # %% ../nbs/components/75_predict.ipynb #d5be5b7c
 @dataclass(frozen=True)

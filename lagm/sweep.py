@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 # %% ../nbs/components/93_sweep.ipynb #84ed5244
 from .catalogue import Run, missing_inputs
-from .cli import explain_error
+from .running import explain_error
 from .core_errors import InputError, printable
 from .running import run_notebook
 from .training_checkpoints import folder_lock

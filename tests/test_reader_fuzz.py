@@ -27,7 +27,8 @@ from lagm.data_images import read_image, read_mask
 from lagm.data_pascal_boxes import read_boxes
 from lagm.data_pascal_files import Unusable, read_annotation, unpacked_mat
 from lagm.evaluation_folds import read_test_folder
-from lagm.shards import SyntheticDataset, add_to_tar, png
+from lagm.data_images import png
+from lagm.shards import SyntheticDataset, add_to_tar
 from lagm.sources import array_problem
 
 MASK = np.tile(np.arange(4, dtype=np.uint8), (6, 2))
