@@ -26,7 +26,7 @@ from .data_images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_i
 from .data_labels import CELEBA8, LabelSet, colourise
 from .evaluation_metrics import metrics_from_counts, predict
 from .evaluation_record import evaluation_report
-from .exports import coco_annotations, coco_categories
+from .data_exporters import coco_annotations, coco_categories
 from .models_modes import eval_mode
 from .models_results import load_results
 from .saved import POLICIES, find_segmenters

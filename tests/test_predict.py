@@ -20,7 +20,7 @@ from lagm.evaluation_export import export_onnx, export_program, write_model_card
 from lagm.evaluation_metrics import evaluate, predict
 from lagm.evaluation_predict import (
     evaluate_checkpoint, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures)
-from lagm.exports import rle_decode
+from lagm.data_exporters import rle_decode
 from lagm.saved import save_segmenter
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from tiny import LABELS, tiny_annotators, tiny_generator
 
 from lagm.core_errors import InputError
-from lagm.exports import coco_annotations, export_coco, export_folder, export_webdataset, rle_decode, rle_encode
+from lagm.data_exporters import coco_annotations, rle_decode, rle_encode
+from lagm.exports import export_coco, export_folder, export_webdataset
 from lagm.shards import SyntheticDataset, claim, generate, publish, select, shard_path
 from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair, uncertainty
 
