@@ -59,7 +59,7 @@ export: install-dev
 	@$(RUN) python tests/export.py
 
 readme: install-dev
-	@$(RUN) python -m lagm.readme
+	@$(RUN) python -m lagm.experiments.readme
 
 clean:
 	rm -rf build dist _proc _docs .pytest_cache .hypothesis .mypy_cache .ruff_cache

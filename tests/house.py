@@ -13,7 +13,7 @@ cell_median     Lines of an exported cell, median.
 cell_longest    Lines of the longest exported cell.
 unshown         Exported public functions and classes with nothing shown in the cell itself or in the next three.
 figures         Chapters without a figure.
-links           Chapters that lack the line of links which lagm.readme writes: previous, next, what they need.
+links           Chapters that lack the line of links which lagm.experiments.readme writes: previous, next, what they need.
 long_lines      Lines of more than 120 characters in code and prose. Not in prose: what cannot be wrapped, that is rows
                 of tables, fenced code, mathematics between $$, HTML, headings, and words longer than the line.
 exercises       Exercises (the numbered list under a heading "Exercises") without an answer.
@@ -47,7 +47,7 @@ from pathlib import Path
 import nbformat
 from sync import ROOT, modules, notebooks
 
-from lagm.readme import link_lines
+from lagm.experiments.readme import link_lines
 
 MOST_CHARACTERS = 120
 WITHIN = 3  # cells after a definition in which it must be shown
@@ -169,7 +169,7 @@ def without_figure(paths: Iterable[Path]) -> Found:
 
 
 def without_links(paths: Iterable[Path]) -> Found:
-    """The notebooks that lack the line of links which lagm.readme writes."""
+    """The notebooks that lack the line of links which lagm.experiments.readme writes."""
     wanted = link_lines(ROOT)
     return [(path.relative_to(ROOT).as_posix(), "", 1) for path in paths
             if not any(cell.source.strip() == wanted.get(path.resolve()) for cell in read(path))]

@@ -1,4 +1,4 @@
-"""Small experiment notebooks for the tests of lagm.experiments and lagm.cli."""
+"""Small experiment notebooks for the tests of lagm.experiments.notebooks and lagm.cli."""
 
 from pathlib import Path
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from lagm.baselines import Baseline
-from lagm.rivals import Batches, run_stages, set_up
-from lagm.training_recipe import FAST, SUPERVISED_FIELDS
-from lagm.training_state import Stage
-from lagm.training_steps import supervised_step
+from lagm.training.baselines import Baseline
+from lagm.training.rivals import Batches, run_stages, set_up
+from lagm.training.recipe import FAST, SUPERVISED_FIELDS
+from lagm.training.state import Stage
+from lagm.training.steps import supervised_step
 
 
 @dataclass(frozen=True)

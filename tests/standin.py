@@ -11,11 +11,11 @@ from torch import nn
 from torchvision.models import resnet101
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from lagm.data_cgpart import CGPART_MODELS
-from lagm.data_prepare_pascal import prepare_pascal
-from lagm.generators_stylegan1 import StyleGAN1
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.sources import CHECKPOINTS
+from lagm.data.cgpart import CGPART_MODELS
+from lagm.data.prepare_pascal import prepare_pascal
+from lagm.generators.stylegan1 import StyleGAN1
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.download.sources import CHECKPOINTS
 
 GOLDEN = Path(__file__).parent / "golden"
 

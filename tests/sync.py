@@ -61,7 +61,7 @@ def main(root: Path = ROOT) -> int:
                       "To have it done on saving: nbdev_install_hooks")
     if not unchanged_by([sys.executable, "tests/export.py"], modules, root):
         advice.append("lagm/ was not what the notebooks export; it is now (make export). Edit the notebooks, not lagm/")
-    if subprocess.run([sys.executable, "-m", "lagm.readme", "--check"], cwd=root).returncode:
+    if subprocess.run([sys.executable, "-m", "lagm.experiments.readme", "--check"], cwd=root).returncode:
         advice.append("README.md is out of date or nbs/index.ipynb is broken; see above")
     for line in advice: print(f"sync: {line}", file=sys.stderr)
     if not advice:

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import nbformat
 
-from lagm.experiments import check_parameters
+from lagm.experiments.notebooks import check_parameters
 
 
 def run_cells(notebook: str | Path, parameters: dict[str, Any]) -> dict[str, Any]:

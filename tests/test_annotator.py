@@ -8,8 +8,8 @@ import torch
 from filling import fill, relative_error
 from safetensors import safe_open
 
-from lagm.core_errors import InputError
-from lagm.models_annotator import FPNAnnotator
+from lagm.core.errors import InputError
+from lagm.models.annotator import FPNAnnotator
 
 GOLDEN = Path(__file__).parent / "golden" / "annotator_fpn.safetensors"
 

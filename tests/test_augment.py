@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.data_augment import (
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.data.augment import (
     OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop)
-from lagm.data_labels import IGNORE
+from lagm.data.labels import IGNORE
 
 
 def batch(n=3, height=24, width=32):

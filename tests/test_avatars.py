@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from lagm.core_errors import InputError
-from lagm.data import Avatars, stack
-from lagm.data_avatars import AVATAR_RECIPES, SEED_RANGES, hex_to_rgb, load_definition, split_seeds
-from lagm.data_draw_avatars import (
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, stack
+from lagm.data.avatars import AVATAR_RECIPES, SEED_RANGES, hex_to_rgb, load_definition, split_seeds
+from lagm.data.draw_avatars import (
     avatar_svg, decode_flat, draw_choices, rasterise, reduce_labels, render_avatar, render_set, renderer,
     write_assets)
-from lagm.data_labels import CELEBA8
+from lagm.data.labels import CELEBA8
 
 pytest.importorskip("dicebear_styles", reason="needs the extra 'avatars'")
 pytest.importorskip("resvg_py", reason="needs the extra 'avatars'")

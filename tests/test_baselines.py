@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.data_augment import Augment
-from lagm.models_annotator import FPNAnnotator
-from lagm.teachers import (
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.data.augment import Augment
+from lagm.models.annotator import FPNAnnotator
+from lagm.training.teachers import (
     MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, teacher_labels, train_mean_teacher, train_self_training,
     train_taught)
-from lagm.training import train_lagm
-from lagm.training_recipe import FAST
-from lagm.training_state import TrainState
+from lagm.training.lagm import train_lagm
+from lagm.training.recipe import FAST
+from lagm.training.state import TrainState
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=5, warm_annotator=0, batch_labelled=2, batch_synthetic=2, average=0.9)
 TRAINERS = {"self-training": train_self_training, "mean teacher": train_mean_teacher}
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, name):
 
 
 def test_the_fixed_teacher_is_fixed_and_the_mean_teacher_is_not(generator, monkeypatch):
-    import lagm.teachers as module
+    import lagm.training.teachers as module
     seen, whole = [], module.teacher_labels
     monkeypatch.setattr(module, "teacher_labels", lambda teacher, *a: seen.append(weights(teacher)) or whole(teacher, *a))
     images, masks = tiny_pictures(3)
@@ -133,7 +133,7 @@ def test_they_learn():
 
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, warm_segmenter=40, lr_warm=1e-2, lr_segmenter=5e-3, average=0.9, augment=Augment(rotate=5, hue=5), batch_labelled=4)
-    from lagm.evaluation_metrics import evaluate
+    from lagm.evaluation.metrics import evaluate
     for train in TRAINERS.values():
         trained = train(tiny_segmenter(width=8), Pictures(), images, masks, recipe=recipe, progress=False)
         assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.65

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lagm.core_errors import InputError
-from lagm.data import Avatars, stack
-from lagm.data_cache import Cached, item_key, pack, unpack
-from lagm.data_cgpart import CGPartReal, CGPartRendered
-from lagm.data_datasetgan import DatasetGAN
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, stack
+from lagm.data.cache import Cached, item_key, pack, unpack
+from lagm.data.cgpart import CGPartReal, CGPartRendered
+from lagm.data.datasetgan import DatasetGAN
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"
 

@@ -7,12 +7,12 @@ import yaml
 from notebooks import write_experiment
 from sync import ROOT
 
-from lagm.catalogue import (
+from lagm.experiments.catalogue import (
     SMALL, change_runs, choose_runs, declared_parameters, demo_experiments, missing_inputs, paper_experiments,
     paper_numbers, project_folder, read_catalogue, write_parameter_files)
-from lagm.core_errors import InputError
-from lagm.data_registry import EXPERIMENTS
-from lagm.training_recipe import Recipe
+from lagm.core.errors import InputError
+from lagm.data.registry import EXPERIMENTS
+from lagm.training.recipe import Recipe
 
 CATALOGUE = read_catalogue(ROOT)
 EXPERIMENT_FOLDER = ROOT / "nbs" / "experiments"

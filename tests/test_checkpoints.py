@@ -15,17 +15,17 @@ from filling import relative_error
 from safetensors import safe_open
 from test_stylegan1 import golden_network
 
-from lagm.core_errors import InputError
-from lagm.core_tensors import save_tensors
-from lagm.evaluation_metrics import evaluate
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_load import load_generator, read_generator
-from lagm.generators_stylegan1 import StyleGAN1
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.generators_weights import save_generator
-from lagm.models_annotator import FPNAnnotator
-from lagm.models_results import load_results, read_generator_kwargs
-from lagm.segmenters import DeepLabV3, UNet
+from lagm.core.errors import InputError
+from lagm.core.tensors import save_tensors
+from lagm.evaluation.metrics import evaluate
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.load import load_generator, read_generator
+from lagm.generators.stylegan1 import StyleGAN1
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.generators.weights import save_generator
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.results import load_results, read_generator_kwargs
+from lagm.models.segmenters import DeepLabV3, UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -174,7 +174,7 @@ def test_help_does_not_load_torch():
 
 
 def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):
-    from lagm import experiments
+    from lagm.experiments import notebooks as experiments
     monkeypatch.setattr(experiments.importlib.resources, "files", lambda name: tmp_path / "lagm")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["list"]) == 2

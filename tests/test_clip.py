@@ -5,19 +5,19 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from lagm.core_seeds import random_generator
-from lagm.data_augment import Augment, recolour
-from lagm.datasetgan import label_generated
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_load import load_generator
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.models_annotator import FPNAnnotator
-from lagm.segmenters import UNet
-from lagm.synthetic import Plan, make_pair
-from lagm.teachers import train_self_training
-from lagm.training import train_lagm
-from lagm.training_batches import SyntheticBatches
-from lagm.training_recipe import FAST, PAPER
+from lagm.core.seeds import random_generator
+from lagm.data.augment import Augment, recolour
+from lagm.training.datasetgan import label_generated
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.load import load_generator
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.segmenters import UNet
+from lagm.training.synthetic import Plan, make_pair
+from lagm.training.teachers import train_self_training
+from lagm.training.lagm import train_lagm
+from lagm.training.batches import SyntheticBatches
+from lagm.training.recipe import FAST, PAPER
 
 CLASSES = 3
 

@@ -28,12 +28,12 @@ from standin import make_data
 from sync import ROOT, notebooks
 
 from lagm import cli
-from lagm.saved import save_segmenter
-from lagm.experiments import check_parameters, read_parameter_file
-from lagm.data_labels import CELEBA8
-from lagm.segmenters import UNet
-from lagm.sources import CHECKPOINTS
-from lagm.generators_stylegan2 import StyleGAN2
+from lagm.models.saved import save_segmenter
+from lagm.experiments.notebooks import check_parameters, read_parameter_file
+from lagm.data.labels import CELEBA8
+from lagm.models.segmenters import UNet
+from lagm.download.sources import CHECKPOINTS
+from lagm.generators.stylegan2 import StyleGAN2
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
@@ -227,7 +227,7 @@ def run_pip(words, clean, things):
 
 def run_python(words, clean, things):
     """`python`: a process; what README links to is there."""
-    if "lagm.readme" in words: (clean / "outputs").symlink_to(ROOT / "outputs")
+    if "lagm.experiments.readme" in words: (clean / "outputs").symlink_to(ROOT / "outputs")
     call(sys.executable, *words[1:])
 
 

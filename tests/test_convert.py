@@ -7,15 +7,15 @@ import pytest
 import torch
 from test_checkpoints import same_pictures, tiny, tiny1
 
-from lagm import convert as module
+from lagm.models.convert import convert as module
 from lagm.cli import main
-from lagm.convert import convert, inspect
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors
-from lagm.generators_weights import save_generator
-from lagm.models_annotator import FPNAnnotator
-from lagm.models_results import load_results
-from lagm.segmenters import UNet
+from lagm.models.convert import convert, inspect
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors
+from lagm.generators.weights import save_generator
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.results import load_results
+from lagm.models.segmenters import UNet
 
 
 @pytest.mark.parametrize("kind", ["nvidia", "rosinality", "datasetgan", "ours"])

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from lagm import ops_convolutions as convolutions
-from lagm.core_errors import InputError
-from lagm.cost import WORKLOADS, make_step, prepare, usual_generator
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.matching_forward import directional_derivative, match_forward_mode
-from lagm.matching_gradients import labelled_gradient, match_double_backward
-from lagm.matching_tangents import record
-from lagm.ops_convolutions import (
+from lagm.ops import convolutions as convolutions
+from lagm.core.errors import InputError
+from lagm.experiments.cost import WORKLOADS, make_step, prepare, usual_generator
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.matching.forward import directional_derivative, match_forward_mode
+from lagm.matching.gradients import labelled_gradient, match_double_backward
+from lagm.matching.tangents import record
+from lagm.ops.convolutions import (
     FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits)
-from lagm.segmenters import DeepLabV3, UNet, matched_parameter_names
-from lagm.training_recipe import get_recipe
+from lagm.models.segmenters import DeepLabV3, UNet, matched_parameter_names
+from lagm.training.recipe import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")
 

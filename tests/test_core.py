@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from lagm import core_files, core_tensors
-from lagm.core_files import asset, atomic_path, read_json, write_json
-from lagm.core_provenance import provenance
-from lagm.core_seeds import choose_device, random_generator, seed_everything
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.core_errors import InputError
+from lagm.core import files as core_files
+from lagm.core import tensors as core_tensors
+from lagm.core.files import asset, atomic_path, read_json, write_json
+from lagm.core.provenance import provenance
+from lagm.core.seeds import choose_device, random_generator, seed_everything
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.core.errors import InputError
 
 
 def below_a_file(folder: Path) -> Path:
@@ -53,7 +54,7 @@ def test_atomic_path_names_what_cannot_be_written(tmp_path):
 def test_a_killed_writer_leaves_the_old_file_and_its_leftovers_go(tmp_path):
     path = tmp_path / "net.bin"
     path.write_text("old")
-    code = "import sys, time; from lagm.core_files import atomic_path\nwith atomic_path(sys.argv[1]) as t: t.write_text('half'); print('writing', flush=True); time.sleep(60)"
+    code = "import sys, time; from lagm.core.files import atomic_path\nwith atomic_path(sys.argv[1]) as t: t.write_text('half'); print('writing', flush=True); time.sleep(60)"
     writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "writing\n"
     with atomic_path(path) as temporary: temporary.write_text("meanwhile")

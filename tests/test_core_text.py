@@ -2,10 +2,10 @@
 
 import pytest
 
-from lagm.core_errors import printable, same_name
-from lagm.core_files import decode_text, inside, parse_json, read_json, read_lines, read_text
-from lagm.core_provenance import install_advice
-from lagm.core_errors import InputError
+from lagm.core.errors import printable, same_name
+from lagm.core.files import decode_text, inside, parse_json, read_json, read_lines, read_text
+from lagm.core.provenance import install_advice
+from lagm.core.errors import InputError
 
 TEXT = "Zoë\r\nÅsa\n"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lagm.core_errors import InputError
-from lagm.core_files import asset
-from lagm.data import SPLITS, Avatars, choose_labelled, stack
-from lagm.data_avatars import SEED_RANGES
-from lagm.data_labels import CELEBA8
+from lagm.core.errors import InputError
+from lagm.core.files import asset
+from lagm.data.demo import SPLITS, Avatars, choose_labelled, stack
+from lagm.data.avatars import SEED_RANGES
+from lagm.data.labels import CELEBA8
 
 STYLES = ("big-ears", "toon-head", "micah")
 SIZES = {"train": 40, "val": 60, "test": 240}

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_segmenter
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.datasetgan import (
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.training.datasetgan import (
     CAR20, FeatureStore, PixelEnsemble, label_generated, memory_needed, naive_member, train_pixels)
-from lagm.shards import generate, select
-from lagm.synthetic import Plan, make_pair
+from lagm.training.shards import generate, select
+from lagm.training.synthetic import Plan, make_pair
 
 
 def some_features(n=2, shapes=((5, 4), (4, 8), (6, 8), (3, 16)), seed=0):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data_celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
-from lagm.data_cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_subset, short_side_size, synthetic_size
-from lagm.data_datasetgan import DatasetGAN, remove_specks
-from lagm.data_pascal import PascalPart
-from lagm.folders import Folder, save_folder
-from lagm.data_labels import CELEBA8, IGNORE
-from lagm.data_images import save_mask
+from lagm.core.errors import InputError
+from lagm.data.celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
+from lagm.data.cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_subset, short_side_size, synthetic_size
+from lagm.data.datasetgan import DatasetGAN, remove_specks
+from lagm.data.pascal import PascalPart
+from lagm.data.folder import Folder, save_folder
+from lagm.data.labels import CELEBA8, IGNORE
+from lagm.data.images import save_mask
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 ROOT = GOLDEN / "data"

@@ -26,7 +26,7 @@ def test_every_comment_beside_a_parameter_is_in_a_docstring(path):
 
 
 def test_help_shows_what_a_comment_says():
-    from lagm.matching_distance import distance
+    from lagm.matching.distances import distance
 
     assert "metric\n        \"cosine\", \"l2\" or \"dotprod\"" in pydoc.plain(pydoc.render_doc(distance))
     assert "Returns\n-------\nTensor\n    a number, differentiable in both" in inspect.getdoc(distance)

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from lagm import cli
-from lagm.catalogue import missing_inputs, read_catalogue
-from lagm.core_errors import InputError
-from lagm.data_cgpart import CGPART_MODELS
-from lagm.data_images import save_mask
-from lagm.data_registry import EXPERIMENTS
-from lagm.doctor import Doctor, can_run, examine, report
-from lagm.experiments import list_experiments
-from lagm.sources import SOURCES
+from lagm.experiments.catalogue import missing_inputs, read_catalogue
+from lagm.core.errors import InputError
+from lagm.data.cgpart import CGPART_MODELS
+from lagm.data.images import save_mask
+from lagm.data.registry import EXPERIMENTS
+from lagm.experiments.doctor import Doctor, can_run, examine, report
+from lagm.experiments.notebooks import list_experiments
+from lagm.download.sources import SOURCES
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"
 

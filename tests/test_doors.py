@@ -14,26 +14,26 @@ from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_se
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.core_tensors import all_finite, load_tensors
-from lagm.core_values import check_fields
-from lagm.data_augment import Augment
-from lagm.datasetgan import label_generated
-from lagm.downstream import DownstreamRecipe, train_downstream
-from lagm.evaluation_metrics import evaluate, predict
-from lagm.evaluation_predict import predict_pictures
-from lagm.generator import Sampling
-from lagm.generators_train import GANRecipe
-from lagm.stages import make_recipe
-from lagm.synthetic import GeneratedPairs, Plan, make_pair
-from lagm.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
-from lagm.training import estimate_lagm, train_lagm, train_supervised
-from lagm.training_batches import Parts
-from lagm.training_loop import Diverged, validated
-from lagm.training_recipe import FAST, PAPER, Recipe, get_recipe
-from lagm.training_state import TrainState
-from lagm.watching import Watch
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.core.tensors import all_finite, load_tensors
+from lagm.core.values import check_fields
+from lagm.data.augment import Augment
+from lagm.training.datasetgan import label_generated
+from lagm.training.downstream import DownstreamRecipe, train_downstream
+from lagm.evaluation.metrics import evaluate, predict
+from lagm.evaluation.prediction import predict_pictures
+from lagm.generators.contract import Sampling
+from lagm.generators.train import GANRecipe
+from lagm.experiments.stages import make_recipe
+from lagm.training.synthetic import GeneratedPairs, Plan, make_pair
+from lagm.training.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
+from lagm.training.lagm import estimate_lagm, train_lagm, train_supervised
+from lagm.training.batches import Parts
+from lagm.training.loop import Diverged, validated
+from lagm.training.recipe import FAST, PAPER, Recipe, get_recipe
+from lagm.training.state import TrainState
+from lagm.training.watching import Watch
 
 CPU = torch.device("cpu")
 SHORT = get_recipe("fast", steps=2, warm_segmenter=2, warm_annotator=1, batch_labelled=2, batch_synthetic=2)

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.data_augment import Augment
-from lagm.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
-from lagm.saved import load_segmenter, save_segmenter
-from lagm.segmenters import DeepLabV3
-from lagm.synthetic import GeneratedPairs, Plan
-from lagm.training_loop import Diverged
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.data.augment import Augment
+from lagm.training.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
+from lagm.models.saved import load_segmenter, save_segmenter
+from lagm.models.segmenters import DeepLabV3
+from lagm.training.synthetic import GeneratedPairs, Plan
+from lagm.training.loop import Diverged
 
 QUICK = DownstreamRecipe(epochs=3, batch=4)
 
@@ -189,5 +189,5 @@ def test_segmenter_files(tmp_path):
     save_tensors(tmp_path / "broken.safetensors", {k: v for k, v in tensors.items() if k != "outc.bias"}, header)
     with pytest.raises(InputError, match="outc.bias"): load_segmenter(tmp_path / "broken.safetensors")
     with torch.device("meta"): deeplab = DeepLabV3(4)
-    from lagm.saved import segmenter_options
+    from lagm.models.saved import segmenter_options
     assert segmenter_options(deeplab) == {"name": "deeplabv3", "n_classes": 4}

@@ -10,18 +10,18 @@ from PIL import Image
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.cli import main
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
-from lagm.data_augment import Augment
-from lagm.encoders import (
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
+from lagm.data.augment import Augment
+from lagm.training.encoders import (
     FrozenEncoder, Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder)
-from lagm.evaluation_metrics import evaluate
-from lagm.frozen import EncoderSegmenter, TimmSegmenter
-from lagm.saved import describe_network, load_segmenter, read_networks, save_segmenter
-from lagm.training import train_supervised
-from lagm.training_recipe import FAST
-from lagm.training_state import TrainState
+from lagm.evaluation.metrics import evaluate
+from lagm.models.frozen import EncoderSegmenter, TimmSegmenter
+from lagm.models.saved import describe_network, load_segmenter, read_networks, save_segmenter
+from lagm.training.lagm import train_supervised
+from lagm.training.recipe import FAST
+from lagm.training.state import TrainState
 
 RECIPE = dataclasses.replace(FAST, steps=4, batch_labelled=2, batch_synthetic=2, average=0.9)
 SHORT = Pretraining(steps=3, batch=2, points=20)
@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(generator, tmp_path, task, finet
 
 
 def test_a_run_stopped_in_the_second_stage(generator, tmp_path, monkeypatch):
-    import lagm.encoders as module
+    import lagm.training.encoders as module
     images, masks = tiny_pictures(3)
     arguments = dict(setting=SMALL, recipe=RECIPE, progress=False, checkpoint_every=1)
     whole, step, done = train_frozen_encoder(ANY, generator, images, masks, **arguments), module.supervised_step, []

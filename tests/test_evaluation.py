@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.core_files import read_json, write_json
-from lagm.evaluation_boundary import BoundaryScore
-from lagm.evaluation_intervals import SCORES, bootstrap, picture_counts, scores, worst_pictures
-from lagm.evaluation_metrics import ConfusionMatrix, Metrics, evaluate, metrics_from_counts, predict
-from lagm.evaluation_record import evaluation_report
-from lagm.models_modes import eval_mode
+from lagm.core.errors import InputError
+from lagm.core.files import read_json, write_json
+from lagm.evaluation.boundary import BoundaryScore
+from lagm.evaluation.intervals import SCORES, bootstrap, picture_counts, scores, worst_pictures
+from lagm.evaluation.metrics import ConfusionMatrix, Metrics, evaluate, metrics_from_counts, predict
+from lagm.evaluation.record import evaluation_report
+from lagm.models.modes import eval_mode
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,10 +9,10 @@ import papermill
 import pytest
 from notebooks import printed, write_experiment
 
-from lagm import experiments
-from lagm.core_errors import InputError
-from lagm.experiments import check_parameters, is_finished
-from lagm.running import RunError, run_notebook
+from lagm.experiments import notebooks as experiments
+from lagm.core.errors import InputError
+from lagm.experiments.notebooks import check_parameters, is_finished
+from lagm.experiments.running import RunError, run_notebook
 
 METRICS = "from pathlib import Path\nimport json\nprint('k is', k)\nPath(out_dir, 'metrics.json').write_text(json.dumps({'k': k}))"
 
@@ -216,7 +216,7 @@ def test_relative_folders_are_those_of_the_caller(toy, tmp_path):
 
 
 def test_wrong_values_are_errors_under_plain_papermill_too(toy, tmp_path):
-    write_experiment(toy, "from lagm.experiments import check_injected\ncheck_injected(globals())\nprint('checked')")
+    write_experiment(toy, "from lagm.experiments.notebooks import check_injected\ncheck_injected(globals())\nprint('checked')")
     papermill.execute_notebook(str(toy), str(tmp_path / "a.ipynb"), {"k": 3, "widths": [1]}, progress_bar=False, kernel_name="python3")
     assert printed(tmp_path / "a.ipynb") == "checked\n"
     for wrong, message in (({"kk": 3}, "there is no parameter 'kk', did you mean 'k'"), ({"recipe": "papr"}, "recipe = 'papr' is not")):

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from lagm import cli, download_fetch as fetching
-from lagm.core_errors import InputError
-from lagm.data_registry import EXPERIMENTS, match_experiments
-from lagm.download_fetch import download, fetch, fetch_command, fetch_from, is_there, remote_size
-from lagm.download_transfer import Unavailable, transfer
-from lagm.sources import SOURCES, Source, file_problem
+import lagm.download.fetch as fetching
+from lagm import cli
+from lagm.core.errors import InputError
+from lagm.data.registry import EXPERIMENTS, match_experiments
+from lagm.download.fetch import download, fetch, fetch_command, fetch_from, is_there, remote_size
+from lagm.download.transfer import Unavailable, transfer
+from lagm.download.sources import SOURCES, Source, file_problem
 
 pytest.importorskip("pooch")
 pytest.importorskip("requests")

@@ -13,11 +13,12 @@ import zipfile
 
 import pytest
 
-from lagm import download_fetch as fetching, download_transfer as transferring
-from lagm.core_errors import InputError
-from lagm.download_fetch import download, fetch, fetch_from, remote_size
-from lagm.download_transfer import Unavailable, transfer
-from lagm.sources import Source
+import lagm.download.fetch as fetching
+import lagm.download.transfer as transferring
+from lagm.core.errors import InputError
+from lagm.download.fetch import download, fetch, fetch_from, remote_size
+from lagm.download.transfer import Unavailable, transfer
+from lagm.download.sources import Source
 
 pytest.importorskip("pooch")
 requests = pytest.importorskip("requests")
@@ -269,7 +270,7 @@ def test_two_calls_for_one_place(server, tmp_path):
 
 
 def test_a_second_process_waits(server, tmp_path):
-    code = f"from lagm.download_fetch import fetch; from lagm.sources import Source; fetch(Source('toy', 'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, progress=False)"
+    code = f"from lagm.download.fetch import fetch; from lagm.download.sources import Source; fetch(Source('toy', 'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, progress=False)"
     with fetching._alone(tmp_path / "c" / "toy.pkl"):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()

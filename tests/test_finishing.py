@@ -11,14 +11,14 @@ from test_training import CLASSES, RECIPES, ToyGenerator, labelled, networks, ru
 from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.finishing import anchor_labels, finish_step
-from lagm.signs import class_shares, signs, warning_sign
-from lagm.training import estimate_lagm, train_finish, train_lagm
-from lagm.training_batches import SyntheticBatches
-from lagm.training_recipe import PAPER, get_recipe, labels_say
-from lagm.training_state import TrainState
-from lagm.training_steps import alignment, reweighed
+from lagm.core.errors import InputError
+from lagm.training.finishing import anchor_labels, finish_step
+from lagm.training.signs import class_shares, signs, warning_sign
+from lagm.training.lagm import estimate_lagm, train_finish, train_lagm
+from lagm.training.batches import SyntheticBatches
+from lagm.training.recipe import PAPER, get_recipe, labels_say
+from lagm.training.state import TrainState
+from lagm.training.steps import alignment, reweighed
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
@@ -96,7 +96,7 @@ def test_in_one_go_or_by_itself_the_same_bits():
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_stopped_finish_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
     """The anchor of a network without annotator is how it came; it is kept with the state."""
-    import lagm.training_loop as training_loop
+    import lagm.training.loop as training_loop
 
     _, start = networks(3)
     options = dict(checkpoint_every=1, progress=False)
@@ -203,8 +203,8 @@ def test_an_aligned_warm_start_names_what_the_segmenter_hardly_finds():
 
 def test_an_estimate_leaves_no_factors_behind(monkeypatch):
     """A long run tells its estimate first; the segmenter that this measures with is not the one to align."""
-    import lagm.training as training
-    import lagm.training_loop as training_loop
+    import lagm.training.lagm as training
+    import lagm.training.loop as training_loop
 
     seen = []
     monkeypatch.setattr(training, "alignment", lambda *given: seen.append(alignment(*given)) or seen[-1])

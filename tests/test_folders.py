@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core_errors import InputError
-from lagm.data_coco import import_coco
-from lagm.data_cvat import import_cvat, read_label_map
-from lagm.data_label_studio import import_label_studio
-from lagm.data_regions import unpack_brush
-from lagm.folders import Folder, read_classes
+from lagm.core.errors import InputError
+from lagm.data.coco import import_coco
+from lagm.data.cvat import import_cvat, read_label_map
+from lagm.data.label_studio import import_label_studio
+from lagm.data.regions import unpack_brush
+from lagm.data.folder import Folder, read_classes
 
 TRUTH = np.zeros((20, 30), np.uint8)
 TRUTH[4:16, 5:25], TRUTH[6:10, 8:14] = 1, 2

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.evaluation_folds import (
+from lagm.core.errors import InputError
+from lagm.evaluation.folds import (
     cross_validate, five_folds, make_folds, number_in, read_test_folder, sorted_checkpoints)
-from lagm.evaluation_intervals import picture_counts
+from lagm.evaluation.intervals import picture_counts
 
 GOLDEN = Path(__file__).parent / "golden"
 

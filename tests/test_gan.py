@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from lagm.core_errors import InputError
-from lagm.generators_train import (
+from lagm.core.errors import InputError
+from lagm.generators.train import (
     Discriminator, GANRecipe, GANTrainer, load_training, minibatch_std, r1_penalty, train_gan, training_state)
 
 TINY = GANRecipe(images=96, batch=8, resolution=16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8,
@@ -59,7 +59,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from lagm.generators_train import GANRecipe, train_gan\n"
+        "from lagm.generators.train import GANRecipe, train_gan\n"
         f"recipe = GANRecipe(**{asdict(TINY)!r})\n"
         "real = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))\n"
         "train_gan(real, recipe, sys.argv[1], save_every=8, grid_every=96, progress=False)\n")

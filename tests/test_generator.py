@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lagm.core_errors import InputError
-from lagm.core_files import asset
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_load import load_generator
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.generators_weights import save_generator
+from lagm.core.errors import InputError
+from lagm.core.files import asset
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.load import load_generator
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.generators.weights import save_generator
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_generator_of_the_kit_says_where_it_comes_from():
 
 
 def test_the_same_latents_give_the_same_pictures_in_another_process():
-    script = ("import torch; from lagm.generator import Sampling; from lagm.generators_load import load_generator; torch.set_num_threads(1); g = load_generator(sampling=Sampling());"
+    script = ("import torch; from lagm.generators.contract import Sampling; from lagm.generators.load import load_generator; torch.set_num_threads(1); g = load_generator(sampling=Sampling());"
               "r = torch.Generator().manual_seed(5); print(g(g.sample_z(2, r), r).image.double().sum().item())")
     sums = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(sums) == 1

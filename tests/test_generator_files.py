@@ -15,19 +15,19 @@ from filling import relative_error
 from test_checkpoints import GOLDEN, same_pictures, tiny
 
 from lagm.cli import main
-from lagm.convert import as_lines, convert, inspect
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.generator import Sampling
-from lagm.generators_load import load_generator, mean_style, read_generator
-from lagm.generators_stylegan2 import StyleGAN2, modulated_conv2d
-from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
-from lagm.generators_weights import save_generator
-from lagm.models_results import load_results
-from lagm.segmenters import DeepLabV3, UNet
-from lagm.stages import open_generator
-from lagm.training_checkpoints import generator_digest
+from lagm.models.convert import as_lines, convert, inspect
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.generators.contract import Sampling
+from lagm.generators.load import load_generator, mean_style, read_generator
+from lagm.generators.stylegan2 import StyleGAN2, modulated_conv2d
+from lagm.generators.stylegan2_ops import resampling_filter, upsample2x
+from lagm.generators.weights import save_generator
+from lagm.models.results import load_results
+from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.experiments.stages import open_generator
+from lagm.training.checkpoints import generator_digest
 
 
 def refused(path, *words: str, read=load_generator) -> str:
@@ -339,7 +339,7 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 
 FULL = """
 import errno, os, resource, sys
-import lagm.core_files
+import lagm.core.files
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 real, lagm.core_files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]

@@ -16,13 +16,13 @@ from test_folders import brush
 from test_regions import data_url
 
 from lagm import cli
-from lagm.core_errors import InputError
-from lagm.data_coco import import_coco
-from lagm.data_cvat import import_cvat
-from lagm.data_import_folder import _new_names
-from lagm.data_import_names import Finder, Pictures
-from lagm.data_label_studio import import_label_studio
-from lagm.folders import Folder
+from lagm.core.errors import InputError
+from lagm.data.coco import import_coco
+from lagm.data.cvat import import_cvat
+from lagm.data.import_folder import _new_names
+from lagm.data.import_names import Finder, Pictures
+from lagm.data.label_studio import import_label_studio
+from lagm.data.folder import Folder
 
 W, H = 20, 16
 SQUARE = [[2, 2, 10, 2, 10, 8, 2, 8]]
@@ -935,7 +935,7 @@ GOOD_STUDIO = [
 @pytest.mark.parametrize("kind", ["coco", "studio", "cvat"])
 def test_anything_at_all_becomes_a_folder_or_a_sentence(tmp_path, monkeypatch, kind):
     """200 spoiled exports each: no exception but `InputError`, and nothing left behind."""
-    monkeypatch.setattr("lagm.core_files._flush_to_disk", lambda path: None)
+    monkeypatch.setattr("lagm.core.files._flush_to_disk", lambda path: None)
     pictures(tmp_path / "img", "a.png", "b.png", "x/a.png")
     archive = zipped(tmp_path / "good.zip", cvat("a", "x/b", pictures=("a", "x/b"))).read_bytes()
     imported = 0

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
-import lagm.inversion
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.data_labels import IGNORE
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_stylegan1 import StyleGAN1
-from lagm.inversion import (
+import lagm.training.inversion
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.data.labels import IGNORE
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.stylegan1 import StyleGAN1
+from lagm.training.inversion import (
     HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
     learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
-from lagm.training_recipe import FAST
+from lagm.training.recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 QUICK = Inversion(steps=3, samples=4, batch=2)
@@ -150,18 +150,18 @@ def test_settings_that_mean_nothing(kind, wrong):
 def test_a_stopped_inversion_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     generator, (images, _) = tiny_generator(), tiny_pictures(5)
     whole = invert(generator, images, QUICK, progress=False)
-    descend, calls = lagm.inversion.descend, []
+    descend, calls = lagm.training.inversion.descend, []
 
     def stopped(*arguments):
         if len(calls) == 1: raise KeyboardInterrupt
         calls.append(1)
         return descend(*arguments)
 
-    monkeypatch.setattr(lagm.inversion, "descend", stopped)
+    monkeypatch.setattr(lagm.training.inversion, "descend", stopped)
     with pytest.raises(KeyboardInterrupt): invert(generator, images, QUICK, folder=tmp_path, progress=False)
     assert len(load_tensors(tmp_path / "inversion.safetensors")[0]["v"]) == 2 and len([*tmp_path.iterdir()]) == 1
     begun = []
-    monkeypatch.setattr(lagm.inversion, "descend", lambda *a: (begun.append(len(a[1])), descend(*a))[1])
+    monkeypatch.setattr(lagm.training.inversion, "descend", lambda *a: (begun.append(len(a[1])), descend(*a))[1])
     resumed = invert(generator, images, QUICK, folder=tmp_path, progress=False)
     assert begun == [2, 1] and resumed.latents.equal(whole.latents) and resumed.losses.equal(whole.losses)
     read = invert(generator, images, QUICK, folder=tmp_path, progress=False)

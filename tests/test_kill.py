@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lagm.core_tensors import load_tensors
-from lagm.training_checkpoints import CheckpointError
-from lagm.watching import Watch
+from lagm.core.tensors import load_tensors
+from lagm.training.checkpoints import CheckpointError
+from lagm.training.watching import Watch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lagm.core_errors import InputError
-from lagm.data_label_maps import (
+from lagm.core.errors import InputError
+from lagm.data.label_maps import (
     LABEL_MAPS, LABEL_SETS, PASCAL_PARTS, RELEASED_CAR_12_NAMES, LabelMap, distinct_colours, get_labels, make_labels,
     pascal_n_parts, pascal_part_id)
-from lagm.data_labels import CELEBA8
+from lagm.data.labels import CELEBA8
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 NAMES = json.loads((GOLDEN / "class_names.json").read_text(encoding="utf-8"))

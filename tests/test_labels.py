@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lagm.core_errors import InputError
-from lagm.data_labels import CELEBA8, IGNORE, IGNORE_COLOUR, LabelSet, colourise
+from lagm.core.errors import InputError
+from lagm.data.labels import CELEBA8, IGNORE, IGNORE_COLOUR, LabelSet, colourise
 
 TWO = (("background", "thing"), ((0, 0, 0), (9, 8, 7)))
 

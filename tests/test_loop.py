@@ -7,14 +7,14 @@ import torch
 from test_training import FAST, ToyGenerator, labelled, networks, run, same
 from tiny import tiny_generator, tiny_segmenter
 
-from lagm.contracts import Annotator, Generator, LabelledDataset, Segmenter
-from lagm.core_errors import InputError
-from lagm.data import Avatars
-from lagm.training import (
+from lagm.models.contracts import Annotator, Generator, LabelledDataset, Segmenter
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars
+from lagm.training.lagm import (
     estimate_lagm, estimate_supervised, lagm_loop, supervised_loop, train_finish, train_lagm, train_supervised)
-from lagm.training_batches import Parts, in_parts
-from lagm.training_loop import RUN_OPTIONS, Appointment, Loop, RunOptions, go_on, run_options
-from lagm.watching import Estimate
+from lagm.training.batches import Parts, in_parts
+from lagm.training.loop import RUN_OPTIONS, Appointment, Loop, RunOptions, go_on, run_options
+from lagm.training.watching import Estimate
 
 
 def test_options_are_documented():

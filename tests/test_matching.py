@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.matching_distance import METRICS, REDUCTIONS, distance, distance_and_derivative, layer_cosines
-from lagm.matching_forward import SyntheticPass, directional_derivative, match_forward_mode
-from lagm.matching_gradients import clean_gradients, labelled_gradient, match_double_backward, soft_cross_entropy
-from lagm.segmenters import UNet, matched_parameter_names
+from lagm.core.errors import InputError
+from lagm.matching.distances import METRICS, REDUCTIONS, distance, distance_and_derivative, layer_cosines
+from lagm.matching.forward import SyntheticPass, directional_derivative, match_forward_mode
+from lagm.matching.gradients import clean_gradients, labelled_gradient, match_double_backward, soft_cross_entropy
+from lagm.models.segmenters import UNet, matched_parameter_names
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "matching_distances.safetensors")
 CLASSES = 5

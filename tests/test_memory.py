@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-import lagm.ops_memory
-from lagm.ops_memory import kept_memory
+import lagm.ops.memory
+from lagm.ops.memory import kept_memory
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.system() != "Linux", reason="a setting of glibc")
 
 WATCHED = """
 import contextlib, json, resource, torch
 from pathlib import Path
-from lagm.ops_memory import kept_memory
+from lagm.ops.memory import kept_memory
 
 MIB = 2**20
 
@@ -61,5 +61,5 @@ def test_memory_is_kept_for_a_while(error):
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
-    monkeypatch.setattr(lagm.ops_memory, "_glibc", lambda: None)
+    monkeypatch.setattr(lagm.ops.memory, "_glibc", lambda: None)
     with kept_memory() as works: assert not works

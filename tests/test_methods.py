@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lagm.saved import load_segmenter
+from lagm.models.saved import load_segmenter
 
 SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
              methods="supervised, DatasetGAN, gradient matching, paper's recipe", warm_up=2, person_steps=2,

@@ -9,9 +9,9 @@ import torch
 from sync import notebooks
 from templates import run_cells
 
-from lagm.core_errors import InputError
-from lagm.data import Avatars
-from lagm.experiments import check_parameters, read_parameters
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars
+from lagm.experiments.notebooks import check_parameters, read_parameters
 
 ENDS = re.compile(r"\b(\d[\d.]*) (?:to (\d[\d.]*)|or more)\b")  # in the comment of a parameter
 NUMBERS = ("int", "float", "list[int]")

@@ -13,23 +13,24 @@ import pytest
 from notebooks import write_experiment
 from sync import ROOT
 
-from lagm import cli, experiments
-from lagm.catalogue import paper_numbers, read_catalogue
-from lagm.comparison import (
+from lagm import cli
+from lagm.experiments import notebooks as experiments
+from lagm.experiments.catalogue import paper_numbers, read_catalogue
+from lagm.experiments.comparison import (
     comparison_table, finish_figure, minutes_table, quality_figure, read_cells, saved_figure, saved_table)
-from lagm.core_errors import InputError
-from lagm.data_labels import LabelSet
-from lagm.evaluation_curves import curves
-from lagm.evaluation_grids import labelled_grid
-from lagm.evaluation_metrics import Metrics
-from lagm.evaluation_tables import confusion_figure, iou_bars, iou_table
-from lagm.experiments import is_finished, read_parameter_file, read_parameters, read_record
-from lagm.report import (
+from lagm.core.errors import InputError
+from lagm.data.labels import LabelSet
+from lagm.evaluation.curves import curves
+from lagm.evaluation.grids import labelled_grid
+from lagm.evaluation.metrics import Metrics
+from lagm.evaluation.tables import confusion_figure, iou_bars, iou_table
+from lagm.experiments.notebooks import is_finished, read_parameter_file, read_parameters, read_record
+from lagm.experiments.report import (
     Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_minutes, group_results, in_html,
     in_markdown, learning_curves_figure, own_table, paper_rows, paper_table, why_missing, write_pages)
-from lagm.running import run_notebook
-from lagm.sweep import Step, Sweep, describe_steps, plan_steps
-from lagm.watching import MetricsLog
+from lagm.experiments.running import run_notebook
+from lagm.experiments.sweep import Step, Sweep, describe_steps, plan_steps
+from lagm.training.watching import MetricsLog
 
 LAUGHS = "k: 1\nmodels:\n  - &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"  - &a{i} [{','.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 9))
 
@@ -118,7 +119,7 @@ def whole_report(root, runs):
 
 def test_one_odd_record_does_not_cost_the_report(tmp_path, monkeypatch):
     matplotlib.use("Agg")
-    monkeypatch.setattr("lagm.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
     rng, passed_over = random.Random(0), 0
     (tmp_path / "outputs" / "demo_k2" / "methods").mkdir(parents=True)
     (tmp_path / "outputs" / "celeba_2" / "evaluate").mkdir(parents=True)
@@ -154,7 +155,7 @@ def test_odd_notebooks_are_no_finished_runs(toy, tmp_path, monkeypatch, capsys):
     output = run_notebook(toy, tmp_path / "outputs" / "toy" / "toy.ipynb", {"data": "in"})
     whole, rng, bad = json.loads(output.read_text()), random.Random(1), 0
     assert is_finished(toy, output, {"data": "in"})
-    monkeypatch.setattr("lagm.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
     run = type("Run", (), dict(stage="toy", output=output, finished=lambda self, root: is_finished(toy, output)))()
     for i in range(200):
         odd = changed(whole, rng)
@@ -266,7 +267,7 @@ def test_the_check_that_is_advised_is_of_the_experiment_that_was_asked_for(tmp_p
 ])
 def test_every_error_is_one_line(toy, monkeypatch, capsys, error, code, message):
     def fail(*_): raise error
-    monkeypatch.setattr("lagm.catalogue.read_catalogue", fail)
+    monkeypatch.setattr("lagm.experiments.catalogue.read_catalogue", fail)
     assert cli.main(["list"]) == code
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and "Traceback" not in said

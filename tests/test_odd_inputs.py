@@ -7,16 +7,16 @@ import numpy as np
 import official_files
 import pytest
 import torch
-from lagm import core_files
-from lagm.core_errors import InputError
-from lagm.core_files import atomic_path
-from lagm.data_label_studio import import_label_studio
-from lagm.data_prepare_pascal import listed
-from lagm.folders import Folder
-from lagm.generators_load import read_generator
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.generators_weights import check_names
-from lagm.training_recipe import get_recipe
+from lagm.core import files as core_files
+from lagm.core.errors import InputError
+from lagm.core.files import atomic_path
+from lagm.data.label_studio import import_label_studio
+from lagm.data.prepare_pascal import listed
+from lagm.data.folder import Folder
+from lagm.generators.load import read_generator
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.generators.weights import check_names
+from lagm.training.recipe import get_recipe
 from PIL import Image
 
 

@@ -100,7 +100,7 @@ def e(p):
 def test_nothing_else_reads():
     found = [f"lagm/{path.name}:{line}: {where} calls {name}" for path in sorted(PACKAGE.glob("*.py")) for where, name, line in readings(path.read_text(encoding="utf-8"))
              if not any(fnmatchcase(f"{path.stem}:{where}", allowed) for allowed in ALLOWED)]
-    assert not found, "\n".join(["read these through the readers in lagm.core_files, lagm.data_images or lagm.generators_unpickling:", *found])
+    assert not found, "\n".join(["read these through the readers in lagm.core.files, lagm.data.images or lagm.core.unpickling:", *found])
 
 
 def test_only_readers_are_allowed():

@@ -10,13 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data import Avatars, stack
-from lagm.labelling_album import Album, labelled_shares, save_painted
-from lagm.labelling_project import (
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, stack
+from lagm.labelling.album import Album, labelled_shares, save_painted
+from lagm.labelling.project import (
     Settings, disagreement, missing, new_project, next_step, read_settings, run_project, settings_text)
-from lagm.labelling_proposals import cluster, draw_for_labelling, clusters_of_features
-from lagm.data_images import read_mask
+from lagm.labelling.proposals import cluster, clusters_of_features, draw_for_labelling
+from lagm.data.images import read_mask
 
 CLASSES = Avatars().classes
 
@@ -62,7 +62,7 @@ def test_the_road_in_a_shell(pictures, tmp_path):
 def test_with_a_generator(pictures, tmp_path):
     from tiny import tiny_generator
 
-    from lagm.generators_weights import save_generator
+    from lagm.generators.weights import save_generator
 
     new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=2, width=4, generator="g.safetensors"))
     paint(tmp_path / "p", (0, 1))
@@ -79,7 +79,7 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
-    monkeypatch.setattr("lagm.training.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+    monkeypatch.setattr("lagm.training.lagm.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
 

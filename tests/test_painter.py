@@ -15,10 +15,10 @@ from browser import Browser, browser, needs_browser  # noqa: F401
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.labelling_album import Album, Desk, read_painted, save_painted
-from lagm.labelling_page import LabelServer, respond
-from lagm.labelling_painter import Painter, answer
+from lagm.core.errors import InputError
+from lagm.labelling.album import Album, Desk, read_painted, save_painted
+from lagm.labelling.page import LabelServer, respond
+from lagm.labelling.painter import Painter, answer
 
 CLASSES, SIZE = ["background", "skin", "hair", "eye"], 64
 SAVED = "document.querySelector('.lagm-painter').dataset.saved == 'yes'"
@@ -216,7 +216,7 @@ def test_in_jupyterlab(tmp_path):
     import nbformat
 
     make_pictures(tmp_path / "faces")
-    cell = nbformat.v4.new_code_cell(f"from lagm.labelling_painter import Painter\nPainter('faces', {CLASSES})")
+    cell = nbformat.v4.new_code_cell(f"from lagm.labelling.painter import Painter\nPainter('faces', {CLASSES})")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "paint.ipynb")
     lab = subprocess.Popen(
@@ -251,7 +251,7 @@ def test_in_jupyterlab(tmp_path):
 
 
 def test_without_anywidget(tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.labelling_painter.anywidget", None)
+    monkeypatch.setattr("lagm.labelling.painter.anywidget", None)
     with pytest.raises(InputError, match=r"painting in a notebook needs anywidget: .*pip install 'anywidget"): Painter(make_pictures(tmp_path / "a"), CLASSES)
 
 

@@ -13,16 +13,16 @@ import torch
 from test_training import CLASSES, PAPER, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.models_annotator import FPNAnnotator
-from lagm.segmenters import matched_parameter_names
-from lagm.training import train_supervised
-from lagm.training_batches import SyntheticBatches
-from lagm.training_processes import own_parts
-from lagm.training_recipe import get_recipe
-from lagm.training_state import TrainState
-from lagm.training_steps import matching_step
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.segmenters import matched_parameter_names
+from lagm.training.lagm import train_supervised
+from lagm.training.batches import SyntheticBatches
+from lagm.training.processes import own_parts
+from lagm.training.recipe import get_recipe
+from lagm.training.state import TrainState
+from lagm.training.steps import matching_step
 
 
 def close(first, second, tolerance):
@@ -105,7 +105,7 @@ def test_mistakes():
     for changes, says in [(dict(parts=3), "divide both batches"), (dict(parts=0), "1 or more"), (dict(parts=2, gradients="double"), "forward"), (dict(parts=2, fresh_labels=False), "fresh_labels")]:
         with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="2 processes cannot share 3 parts"):
-        patch.setattr("lagm.training_processes.this_process", lambda: (0, 2))
+        patch.setattr("lagm.training.processes.this_process", lambda: (0, 2))
         own_parts(3)
 
 

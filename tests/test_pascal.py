@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from lagm import cli
-from lagm.core_errors import InputError
-from lagm.data_pascal import PascalPart
-from lagm.data_pascal_boxes import cut_square, overlap, read_boxes, square_around, usable_boxes
-from lagm.data_pascal_files import Unusable, decode_mask, encode_mask, paint_parts, read_annotation
-from lagm.data_prepare_pascal import N_LABELLED, _write_lists, labelled_share, part_presence, prepare_pascal
+from lagm.core.errors import InputError
+from lagm.data.pascal import PascalPart
+from lagm.data.pascal_boxes import cut_square, overlap, read_boxes, square_around, usable_boxes
+from lagm.data.pascal_files import Unusable, decode_mask, encode_mask, paint_parts, read_annotation
+from lagm.data.prepare_pascal import N_LABELLED, _write_lists, labelled_share, part_presence, prepare_pascal
 
 scipy_io = pytest.importorskip("scipy.io")
 pytest.importorskip("pycocotools")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lagm.core_errors import InputError
-from lagm.data_pascal_boxes import read_boxes
-from lagm.data_pascal_files import Unusable, decode_mask, encode_mask
-from lagm.data_prepare_pascal import Report, copy_one, listed, prepare_pascal
-from lagm.data_regions import unpack_counts
+from lagm.core.errors import InputError
+from lagm.data.pascal_boxes import read_boxes
+from lagm.data.pascal_files import Unusable, decode_mask, encode_mask
+from lagm.data.prepare_pascal import Report, copy_one, listed, prepare_pascal
+from lagm.data.regions import unpack_counts
 
 pytest.importorskip("scipy.io")
 mask_of = pytest.importorskip("pycocotools.mask")

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from test_checkpoints import tiny
 
 from lagm.cli import main
-from lagm.core_errors import InputError
-from lagm.generators_load import load_generator
-from lagm.generators_pickle_machine import read_pickle
-from lagm.generators_pickle_names import is_extra
-from lagm.generators_pickle_records import Extra, LazyArray, Record, Unreadable
-from lagm.generators_unpickling import module_tensors, read_torch_zip
-from lagm.models_results import load_results
+from lagm.core.errors import InputError
+from lagm.generators.load import load_generator
+from lagm.core.pickle_machine import read_pickle
+from lagm.core.pickle_names import is_extra
+from lagm.core.pickle_records import Extra, LazyArray, Record, Unreadable
+from lagm.core.unpickling import module_tensors, read_torch_zip
+from lagm.models.results import load_results
 
 LONG = 60_000
 
@@ -243,7 +243,7 @@ def test_tensors_of_unusual_kinds_are_no_programs(tmp_path, kind):
 
 
 def test_an_error_that_no_reader_expects_is_still_a_sentence(tmp_path, monkeypatch):
-    import lagm.generators_rosinality as module
+    import lagm.generators.rosinality as module
     torch.save({"g_ema": official.rosinality_state(tiny())}, tmp_path / "g.pt")
     for error in (KeyError("\x1b[2J"), AttributeError("x"), ZeroDivisionError(), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")):
         def fail(*_, error=error): raise error

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data_images import (
+from lagm.core.errors import InputError
+from lagm.data.images import (
     check_classes, check_same_shape, check_size, describe_bytes, open_picture, read_image, read_mask, save_mask,
     to_item)
-from lagm.data_labels import CELEBA8
+from lagm.data.labels import CELEBA8
 
 Y, X = np.mgrid[:24, :32]
 PIXELS = np.stack([X * 8, Y * 10, 255 - X * 3 - Y], -1).clip(0, 255).astype(np.uint8)

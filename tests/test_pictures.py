@@ -13,14 +13,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data_labels import CELEBA8, LabelSet
-from lagm.evaluation_curves import curves, moving_average, spread
-from lagm.evaluation_features import feature_pyramid, k_means, pca_colours, principal_components
-from lagm.evaluation_figures import panels
-from lagm.evaluation_grids import comparison_grid, fit_tile, image_grid, labelled_grid, to_bytes, worst_gallery
-from lagm.evaluation_metrics import ConfusionMatrix
-from lagm.evaluation_tables import confusion_figure, iou_bars, iou_table
+from lagm.core.errors import InputError
+from lagm.data.labels import CELEBA8, LabelSet
+from lagm.evaluation.curves import curves, moving_average, spread
+from lagm.evaluation.features import feature_pyramid, k_means, pca_colours, principal_components
+from lagm.evaluation.figures import panels
+from lagm.evaluation.grids import comparison_grid, fit_tile, image_grid, labelled_grid, to_bytes, worst_gallery
+from lagm.evaluation.metrics import ConfusionMatrix
+from lagm.evaluation.tables import confusion_figure, iou_bars, iou_table
 
 TWO = LabelSet("two", ("background", "thing"), ((10, 20, 30), (200, 100, 50)))
 

@@ -13,15 +13,15 @@ from PIL import Image
 from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
-from lagm.core_errors import InputError
-from lagm.core_tensors import save_tensors
-from lagm.data_labels import CELEBA8
-from lagm.evaluation_export import export_onnx, export_program, write_model_card
-from lagm.evaluation_metrics import evaluate, predict
-from lagm.evaluation_predict import (
+from lagm.core.errors import InputError
+from lagm.core.tensors import save_tensors
+from lagm.data.labels import CELEBA8
+from lagm.evaluation.export import export_onnx, export_program, write_model_card
+from lagm.evaluation.metrics import evaluate, predict
+from lagm.evaluation.prediction import (
     evaluate_checkpoint, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures)
-from lagm.data_exporters import rle_decode
-from lagm.saved import save_segmenter
+from lagm.data.exporters import rle_decode
+from lagm.models.saved import save_segmenter
 
 
 class Red(nn.Module):
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_header_is_opened_too(tmp_path):
 
 
 def tiny_segmenter_of_four_levels():
-    from lagm.segmenters import UNet
+    from lagm.models.segmenters import UNet
     torch.manual_seed(0)
     return UNet(3, width=4, levels=4)
 
@@ -175,12 +175,12 @@ def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"): export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    from lagm.training_processes import make_fabric
+    from lagm.training.processes import make_fabric
     with pytest.raises(InputError, match="python -m pip install .lightning-fabric"): make_fabric(2, torch.device("cpu"), "float32")
 
 
 def test_an_export_that_is_wrong_is_refused(tmp_path):
-    from lagm.evaluation_export import _compare
+    from lagm.evaluation.export import _compare
     (tmp_path / "bad").write_text("")
     with pytest.raises(InputError, match="differs"): _compare(tiny_segmenter().eval(), lambda x: torch.zeros(len(x), 3, 16, 16), (16, 16), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()

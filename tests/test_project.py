@@ -12,7 +12,7 @@ import papermill
 import pytest
 from sync import ROOT, differences, modules, notebooks
 
-from lagm.experiments import check_parameters, find_experiment, read_parameter_file, read_parameters
+from lagm.experiments.notebooks import check_parameters, find_experiment, read_parameter_file, read_parameters
 
 NOTEBOOKS = notebooks()
 COMPONENTS = [path for path in NOTEBOOKS if path.parent.name == "components"]

@@ -15,10 +15,10 @@ from PIL import Image
 from sync import ROOT
 
 from lagm.cli import main
-from lagm.convert import inspect
-from lagm.data import Avatars
-from lagm.experiments import find_experiment, read_parameters
-from lagm.evaluation_grids import to_bytes
+from lagm.models.convert import inspect
+from lagm.data.demo import Avatars
+from lagm.experiments.notebooks import find_experiment, read_parameters
+from lagm.evaluation.grids import to_bytes
 
 SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, width=4, threads=1)
 

@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data import Avatars, _content_hash
-from lagm.data_datasetgan import read_array_mask
-from lagm.data_images import read_image, read_mask
-from lagm.data_pascal_boxes import read_boxes
-from lagm.data_pascal_files import Unusable, read_annotation, unpacked_mat
-from lagm.evaluation_folds import read_test_folder
-from lagm.data_images import png
-from lagm.shards import SyntheticDataset, add_to_tar
-from lagm.sources import array_problem
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, _content_hash
+from lagm.data.datasetgan import read_array_mask
+from lagm.data.images import read_image, read_mask
+from lagm.data.pascal_boxes import read_boxes
+from lagm.data.pascal_files import Unusable, read_annotation, unpacked_mat
+from lagm.evaluation.folds import read_test_folder
+from lagm.data.images import png
+from lagm.training.shards import SyntheticDataset, add_to_tar
+from lagm.download.sources import array_problem
 
 MASK = np.tile(np.arange(4, dtype=np.uint8), (6, 2))
 MAT = Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "part_segmentation" / "Annotations_Part" / "2008_000002.mat"
@@ -183,7 +183,7 @@ def test_arrays_that_claim_more_than_there_is(tmp_path, shape, data):
 
 
 def test_compressed_arrays_that_claim_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.data.MOST_BYTES", 10_000)
+    monkeypatch.setattr("lagm.data.demo.MOST_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr("val_images.npy", bytes(10_001))
     with pytest.raises(InputError, match="claims 10,001 bytes, more than the 10,000 allowed"): read_avatars(tmp_path / "x.npz")
 
@@ -255,8 +255,8 @@ def test_little_memory(tmp_path):
     (tmp_path / "a.mat").write_bytes(mat_bomb())
     code = """if True:
         import resource, sys
-        from lagm.data_datasetgan import read_array_mask
-        from lagm.data_pascal_files import read_annotation
+        from lagm.data.datasetgan import read_array_mask
+        from lagm.data.pascal_files import read_annotation
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 2**40
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
         for reader, name in ((read_array_mask, "image_mask1.npy"), (read_annotation, "a.mat")):

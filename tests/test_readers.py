@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data_cache import Cached
-from lagm.data_celeba import CelebAMaskHQ, celeba_numbers
-from lagm.data_datasetgan import DatasetGAN, read_array_mask
-from lagm.data_images import by_name, list_files, read_image, read_pair, save_mask
-from lagm.data_labels import LabelSet
-from lagm.data_pascal import PascalPart
-from lagm.data_pascal_boxes import crowded, overlap, usable_boxes
-from lagm.data_prepare_pascal import listed
-from lagm.evaluation_folds import read_test_folder
-from lagm.evaluation_predict import list_pictures, predict_folder
-from lagm.folders import Folder, read_classes
-from lagm.stages import read_labelled
+from lagm.core.errors import InputError
+from lagm.data.cache import Cached
+from lagm.data.celeba import CelebAMaskHQ, celeba_numbers
+from lagm.data.datasetgan import DatasetGAN, read_array_mask
+from lagm.data.images import by_name, list_files, read_image, read_pair, save_mask
+from lagm.data.labels import LabelSet
+from lagm.data.pascal import PascalPart
+from lagm.data.pascal_boxes import crowded, overlap, usable_boxes
+from lagm.data.prepare_pascal import listed
+from lagm.evaluation.folds import read_test_folder
+from lagm.evaluation.prediction import list_pictures, predict_folder
+from lagm.data.folder import Folder, read_classes
+from lagm.experiments.stages import read_labelled
 
 TWO = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 MASK = np.zeros((8, 12), np.uint8)

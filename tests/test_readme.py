@@ -10,10 +10,10 @@ import pytest
 from nbformat import v4
 from sync import ROOT, notebooks
 
-from lagm import readme
-from lagm.comparison import comparison_table, read_cells, saved_table
-from lagm.core_errors import InputError
-from lagm.report import as_markdown, benchmark_table, find_results, group_minutes, group_results
+from lagm.experiments import readme
+from lagm.experiments.comparison import comparison_table, read_cells, saved_table
+from lagm.core.errors import InputError
+from lagm.experiments.report import as_markdown, benchmark_table, find_results, group_minutes, group_results
 
 
 @pytest.fixture

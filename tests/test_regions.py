@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.core_errors import InputError
-from lagm.data_regions import (
+from lagm.core.errors import InputError
+from lagm.data.regions import (
     area, number, paint, percent_shape, polygon_runs, run_length_runs, shown, unpack_bitmask, unpack_brush,
     unpack_counts, whole)
 

@@ -8,16 +8,16 @@ import sys
 import pytest
 import torch
 
-from lagm.core_errors import InputError
-from lagm.core_registry import Registry, from_package
-from lagm.core_tensors import save_tensors
-from lagm.data_registry import DATASETS, open_dataset, read_below
-from lagm.experiments import experiment_folder
-from lagm.generators_formats import FORMATS
-from lagm.generators_load import load_generator, read_generator
-from lagm.saved import load_segmenter, read_networks, save_segmenter
-from lagm.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
-from lagm.stages import name_problems, read_labelled, split_problems, use_entries
+from lagm.core.errors import InputError
+from lagm.core.registry import Registry, from_package
+from lagm.core.tensors import save_tensors
+from lagm.data.registry import DATASETS, open_dataset, read_below
+from lagm.experiments.notebooks import experiment_folder
+from lagm.generators.formats import FORMATS
+from lagm.generators.load import load_generator, read_generator
+from lagm.models.saved import load_segmenter, read_networks, save_segmenter
+from lagm.models.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
+from lagm.experiments.stages import name_problems, read_labelled, split_problems, use_entries
 from templates import run_cells
 from tiny import tiny_generator
 
@@ -30,13 +30,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lagm.data_base import PartDataset
-from lagm.data_registry import DatasetEntry
-from lagm.generator import Generated
-from lagm.generators_formats import Found, GeneratorFormat, given, on_meta
-from lagm.data_label_maps import make_labels
-from lagm.segmenters import CLASSES, NetworkEntry
-from lagm.generators_stylegan2 import StyleGAN2
+from lagm.data.base import PartDataset
+from lagm.data.registry import DatasetEntry
+from lagm.generators.contract import Generated
+from lagm.generators.formats import Found, GeneratorFormat, given, on_meta
+from lagm.data.label_maps import make_labels
+from lagm.models.segmenters import CLASSES, NetworkEntry
+from lagm.generators.stylegan2 import StyleGAN2
 
 LABELS = make_labels("flags", ("left", "right", "stripe"))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lagm.baselines import BASELINES, Baseline, with_numbers
-from lagm.core_errors import InputError
-from lagm.inversion import HandsOff, Inversion
+from lagm.training.baselines import BASELINES, Baseline, with_numbers
+from lagm.core.errors import InputError
+from lagm.training.inversion import HandsOff, Inversion
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import pytest
 from sync import ROOT
 from templates import run_cells
 
-from lagm.catalogue import paper_numbers, read_catalogue
-from lagm.comparison import quality_figure, read_cells
-from lagm.report import Row, Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_results, number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages
+from lagm.experiments.catalogue import paper_numbers, read_catalogue
+from lagm.experiments.comparison import quality_figure, read_cells
+from lagm.experiments.report import (
+    Row, Section, ablation_table, as_html, as_markdown, class_figures, find_results, group_results,
+    number_of_labels_figure, paper_rows, paper_table, result_pictures, write_pages)
 
 CATALOGUE, NUMBERS = read_catalogue(ROOT), paper_numbers()
 
@@ -58,7 +60,7 @@ def test_seeds_variants_and_damage(tmp_path):
 
 
 def test_why_something_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
     assert rows(tmp_path)["celeba_2"].note == "not run yet"
     folder = tmp_path / "outputs" / "celeba_2" / "annotate"
     folder.mkdir(parents=True)
@@ -100,7 +102,7 @@ def test_pages_hold_text_as_text_and_figures(tmp_path):
 def test_the_report_notebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "demo_k2/methods", {"supervised": scores(0.5)}, classes=list("abcdefgh"))
-    monkeypatch.setattr("lagm.catalogue.project_folder", lambda start=".": tmp_path)
+    monkeypatch.setattr("lagm.experiments.catalogue.project_folder", lambda start=".": tmp_path)
     monkeypatch.setattr("builtins.display", lambda thing: None, raising=False)
     run_cells(ROOT / "nbs" / "experiments" / "report.ipynb", {"out_dir": "outputs/report"})
     assert "demo_k2" in (tmp_path / "outputs/report/report.md").read_text() and json.loads((tmp_path / "outputs/report/metrics.json").read_text())["methods"] == {"demo_k2: supervised": [50.0]}
@@ -108,7 +110,7 @@ def test_the_report_notebook(tmp_path, monkeypatch):
 
 
 def test_the_benchmark_has_a_row_per_method_and_a_column_per_number_of_labels():
-    from lagm.report import benchmark_table, own_table
+    from lagm.experiments.report import benchmark_table, own_table
 
     groups = {("demo_k2", "supervised"): [60.0, 62.0], ("demo_k10", "supervised"): [80.0], ("demo_downstream_k2", "segmenter"): [77.0], ("demo_paper_k2", "segmenter"): [30.0], ("quickstart", "A"): [1.0]}
     table = benchmark_table(groups, {("demo_k2", "supervised"): 1.0, ("demo_k10", "supervised"): 2.0})

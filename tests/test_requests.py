@@ -11,11 +11,11 @@ from torch import nn
 
 from lagm import cli
 from lagm.cli import main
-from lagm.core_errors import InputError
-from lagm.data_coco import import_coco
-from lagm.data_labels import LabelSet
-from lagm.evaluation_predict import predict_folder
-from lagm.folders import Folder
+from lagm.core.errors import InputError
+from lagm.data.coco import import_coco
+from lagm.data.labels import LabelSet
+from lagm.evaluation.prediction import predict_folder
+from lagm.data.folder import Folder
 
 LABELS = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 

@@ -11,18 +11,18 @@ import torch
 from test_training import CLASSES, FAST, PAPER, RECIPES, SIZE, ToyGenerator, labelled, networks, run, same
 from torch import nn
 
-import lagm.training_checkpoints as run_state
-import lagm.training_loop as training_loop
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.models_annotator import FPNAnnotator
-from lagm.training import estimate_lagm, estimate_supervised, train_lagm, train_supervised
-from lagm.training_checkpoints import (
+import lagm.training.checkpoints as run_state
+import lagm.training.loop as training_loop
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.models.annotator import FPNAnnotator
+from lagm.training.lagm import estimate_lagm, estimate_supervised, train_lagm, train_supervised
+from lagm.training.checkpoints import (
     CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states)
-from lagm.training_loop import Diverged
-from lagm.training_recipe import get_recipe
-from lagm.training_state import TrainState
-from lagm.watching import Estimate, MetricsLog, Watch, Watcher, palette_for, snapshot_grid
+from lagm.training.loop import Diverged
+from lagm.training.recipe import get_recipe
+from lagm.training.state import TrainState
+from lagm.training.watching import Estimate, MetricsLog, Watch, Watcher, palette_for, snapshot_grid
 
 
 def tensors(value, n=1000): return {"w": torch.full((n,), float(value))}

@@ -15,19 +15,20 @@ from templates import run_cells
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
-from lagm import cli, experiments
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors, save_tensors
-from lagm.data_labels import CELEBA8
-from lagm.downstream import DownstreamRecipe, train_downstream
-from lagm.experiments import describe_inputs, inputs_unchanged, is_finished, unfinished_copy
-from lagm.models_annotator import FPNAnnotator
-from lagm.running import RunError, run_notebook
-from lagm.shards import generate
-from lagm.stages import check_size, start_stage
-from lagm.synthetic import Plan
-from lagm.training_checkpoints import Checkpoints, checkpoint_lock, folder_lock, set_aside
-from lagm.training_recipe import get_recipe
+from lagm import cli
+from lagm.experiments import notebooks as experiments
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors, save_tensors
+from lagm.data.labels import CELEBA8
+from lagm.training.downstream import DownstreamRecipe, train_downstream
+from lagm.experiments.notebooks import describe_inputs, inputs_unchanged, is_finished, unfinished_copy
+from lagm.models.annotator import FPNAnnotator
+from lagm.experiments.running import RunError, run_notebook
+from lagm.training.shards import generate
+from lagm.experiments.stages import check_size, start_stage
+from lagm.training.synthetic import Plan
+from lagm.training.checkpoints import Checkpoints, checkpoint_lock, folder_lock, set_aside
+from lagm.training.recipe import get_recipe
 
 PARAMETERS = """\
 dataset: str = "avatars:big-ears"  # pictures
@@ -287,7 +288,7 @@ def test_force_sets_downstream_runs_and_pairs_aside(tmp_path, monkeypatch):
 
 
 def test_force_reaches_the_notebook(toy, tmp_path):
-    write_experiment(toy, "from lagm.training_checkpoints import forced\nprint(forced())", parameters=PARAMETERS)
+    write_experiment(toy, "from lagm.training.checkpoints import forced\nprint(forced())", parameters=PARAMETERS)
     for force in (False, True): assert printed(run_notebook(toy, "outputs/toy.ipynb", force=force)) == f"{force}\n"
     assert "LAGM_FORCE" not in os.environ
 

@@ -15,25 +15,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm import saved, segmenters
+from lagm.models import saved, segmenters
 from lagm.cli import main
-from lagm.convert import convert, inspect
-from lagm.core_errors import InputError
-from lagm.core_tensors import describe_tensors, load_tensors, save_tensors
-from lagm.downstream import DownstreamRecipe, train_downstream
-from lagm.evaluation_predict import open_segmenter
-from lagm.folders import save_folder
-from lagm.generators_load import load_generator
-from lagm.generators_stylegan1 import StyleGAN1
-from lagm.generators_stylegan2 import StyleGAN2
-from lagm.generators_weights import save_generator
-from lagm.models_annotator import FPNAnnotator
-from lagm.models_results import load_results
-from lagm.saved import describe_network, find_segmenters, load_segmenter, read_networks, save_networks, save_segmenter
-from lagm.segmenters import DeepLabV3, UNet
-from lagm.stages import load_any_segmenter, load_networks, load_segmenters, read_validation, split_problems
-from lagm.training import train_lagm, train_supervised
-from lagm.training_recipe import FAST
+from lagm.models.convert import convert, inspect
+from lagm.core.errors import InputError
+from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
+from lagm.training.downstream import DownstreamRecipe, train_downstream
+from lagm.evaluation.prediction import open_segmenter
+from lagm.data.folder import save_folder
+from lagm.generators.load import load_generator
+from lagm.generators.stylegan1 import StyleGAN1
+from lagm.generators.stylegan2 import StyleGAN2
+from lagm.generators.weights import save_generator
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.results import load_results
+from lagm.models.saved import (
+    describe_network, find_segmenters, load_segmenter, read_networks, save_networks, save_segmenter)
+from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.experiments.stages import load_any_segmenter, load_networks, read_validation, split_problems
+from lagm.stages import load_segmenters
+from lagm.training.lagm import train_lagm, train_supervised
+from lagm.training.recipe import FAST
 
 PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 

@@ -13,16 +13,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet101
 
-from lagm.core_errors import InputError
-from lagm.segmenters import (
-    SEGMENTERS,
-    DeepLabV3,
-    UNet,
-    build_segmenter,
-    matched_parameter_names,
-    resolve_group,
-    unet_widths,
-)
+from lagm.core.errors import InputError
+from lagm.models.segmenters import (
+    SEGMENTERS, DeepLabV3, UNet, build_segmenter, matched_parameter_names, resolve_group, unet_widths)
 
 GOLDEN = Path(__file__).parent / "golden" / "segmenters.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")

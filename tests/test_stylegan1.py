@@ -9,11 +9,11 @@ import torch
 from filling import fill, relative_error
 from safetensors import safe_open
 
-from lagm.core_errors import InputError
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.generators_load import load_generator
-from lagm.generators_stylegan1 import StyleGAN1
-from lagm.generators_weights import save_generator
+from lagm.core.errors import InputError
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.load import load_generator
+from lagm.generators.stylegan1 import StyleGAN1
+from lagm.generators.weights import save_generator
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan1.safetensors"
 

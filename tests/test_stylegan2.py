@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lagm.core_errors import InputError
-from lagm.generators_stylegan2 import ARCHITECTURES, StyleGAN2, modulated_conv2d
-from lagm.generators_stylegan2_ops import resampling_filter, upsample2x
+from lagm.core.errors import InputError
+from lagm.generators.stylegan2 import ARCHITECTURES, StyleGAN2, modulated_conv2d
+from lagm.generators.stylegan2_ops import resampling_filter, upsample2x
 
 GOLDEN = Path(__file__).parent / "golden" / "stylegan2_pytorch.safetensors"
 

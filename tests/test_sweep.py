@@ -10,10 +10,10 @@ import pytest
 from notebooks import write_experiment
 
 from lagm import cli
-from lagm.catalogue import read_catalogue
-from lagm.core_errors import InputError
-from lagm.sweep import Sweep, describe_steps, execute, last_error, plan_steps
-from lagm.training_checkpoints import folder_lock
+from lagm.experiments.catalogue import read_catalogue
+from lagm.core.errors import InputError
+from lagm.experiments.sweep import Sweep, describe_steps, execute, last_error, plan_steps
+from lagm.training.checkpoints import folder_lock
 
 ANNOTATE = """\
 from pathlib import Path

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from tiny import LABELS, tiny_annotators, tiny_generator
 
-from lagm.core_errors import InputError
-from lagm.data_exporters import coco_annotations, rle_decode, rle_encode
-from lagm.exports import export_coco, export_folder, export_webdataset
-from lagm.shards import SyntheticDataset, claim, generate, publish, select, shard_path
-from lagm.synthetic import GeneratedPairs, Plan, decide, make_pair, uncertainty
+from lagm.core.errors import InputError
+from lagm.data.exporters import coco_annotations, rle_decode, rle_encode
+from lagm.training.exports import export_coco, export_folder, export_webdataset
+from lagm.training.shards import SyntheticDataset, claim, generate, publish, select, shard_path
+from lagm.training.synthetic import GeneratedPairs, Plan, decide, make_pair, uncertainty
 
 PLAN = Plan(n=23, seed=3, shard_size=5, soft=True)
 DEAD = 2**22 + 1  # beyond the numbers that Linux gives to processes
@@ -65,7 +65,7 @@ def test_an_interrupted_run_is_completed(world, made, tmp_path, monkeypatch):
 
     class Stop(Exception): pass
 
-    import lagm.shards as module
+    import lagm.training.shards as module
     whole = module.make_pair
 
     def interrupted(*arguments):
@@ -110,7 +110,7 @@ def test_a_finished_shard_is_never_replaced(world, tmp_path):
 
 def test_a_claim_of_a_living_process_holds(tmp_path):
     with claim(tmp_path / "x") as mine:
-        code = f"import pathlib, lagm.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as mine: print(mine)"
+        code = f"import pathlib, lagm.training.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as mine: print(mine)"
         told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert mine and told.stdout == "False\n", told.stderr
     assert not list(tmp_path.iterdir())

@@ -11,21 +11,22 @@ import yaml
 from sync import ROOT
 from templates import run_cells
 
-from lagm import baselines, datasetgan, training
-from lagm.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
-from lagm.comparison import (
+from lagm.training import baselines, datasetgan
+from lagm.training import lagm as training
+from lagm.experiments.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
+from lagm.experiments.comparison import (
     Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure, interval, labels_needed,
     labels_saved, minutes_table, quality_figure, read_cells, saved_figure, saved_table, widening)
-from lagm.core_errors import InputError
-from lagm.core_files import read_json, write_json
-from lagm.evaluation_intervals import picture_counts, resampled_scores
-from lagm.generators_load import generator_file, kit_generators, load_generator
-from lagm.report import (
+from lagm.core.errors import InputError
+from lagm.core.files import read_json, write_json
+from lagm.evaluation.intervals import picture_counts, resampled_scores
+from lagm.generators.load import generator_file, kit_generators, load_generator
+from lagm.experiments.report import (
     ablation_table, benchmark_table, cell_of, class_figures, find_results, group_minutes, group_results,
     learning_curves_figure)
-from lagm.saved import load_segmenter
-from lagm.stages import without_finish
-from lagm.training_recipe import FAST, PAPER, get_recipe
+from lagm.models.saved import load_segmenter
+from lagm.experiments.stages import without_finish
+from lagm.training.recipe import FAST, PAPER, get_recipe
 
 METHODS = ROOT / "nbs" / "experiments" / "methods.ipynb"
 NAMES = ["supervised", "self-training", "mean teacher", "weak to strong", "frozen encoder", "DatasetGAN", "HandsOff",
@@ -237,7 +238,7 @@ def test_the_same_test_pictures_of_each_cell(tmp_path):
 def test_the_report_shows_it(tmp_path, table, monkeypatch):
     (tmp_path / "outputs").symlink_to(table / "outputs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lagm.catalogue.project_folder", lambda start=".": table)
+    monkeypatch.setattr("lagm.experiments.catalogue.project_folder", lambda start=".": table)
     monkeypatch.setattr("builtins.display", lambda thing: None, raising=False)
     run_cells(ROOT / "nbs" / "experiments" / "report.ipynb", {"out_dir": str(tmp_path / "report")})
     text, record = (tmp_path / "report" / "report.md").read_text(), read_json(tmp_path / "report" / "metrics.json")

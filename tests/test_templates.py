@@ -9,11 +9,11 @@ from standin import ThinDeepLab, make_checkpoints, make_data
 from sync import ROOT
 from templates import run_cells
 
-from lagm import segmenters
-from lagm.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
-from lagm.generators_load import load_generator
-from lagm.saved import read_networks
-from lagm.stages import load_networks
+from lagm.models import segmenters
+from lagm.experiments.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
+from lagm.generators.load import load_generator
+from lagm.models.saved import read_networks
+from lagm.experiments.stages import load_networks
 
 CATALOGUE = read_catalogue(ROOT)
 REAL = ("celeba_2",)  # with the real DeepLabV3, 60 million weights; the others with a thin one

@@ -22,22 +22,22 @@ from sync import ROOT
 from templates import run_cells
 from torch import nn
 
-import lagm.training as training
-from lagm.core_errors import InputError
-from lagm.core_tensors import load_tensors
-from lagm.data_augment import Augment
-from lagm.models_annotator import FPNAnnotator
-from lagm.ops_convolutions import can_winograd
-from lagm.ops_winograd import can_compile
-from lagm.segmenters import UNet, matched_parameter_names
-from lagm.training import train_lagm, train_supervised
-from lagm.training_batches import LabelledBatches, SyntheticBatch, balanced_weights
-from lagm.training_checkpoints import Checkpoints, Identity
-from lagm.training_loop import Diverged
-from lagm.training_recipe import Recipe, get_recipe
-from lagm.training_state import TrainState
-from lagm.training_steps import matching_step
-from lagm import training_loop
+import lagm.training.lagm as training
+from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors
+from lagm.data.augment import Augment
+from lagm.models.annotator import FPNAnnotator
+from lagm.ops.convolutions import can_winograd
+from lagm.ops.winograd import can_compile
+from lagm.models.segmenters import UNet, matched_parameter_names
+from lagm.training.lagm import train_lagm, train_supervised
+from lagm.training.batches import LabelledBatches, SyntheticBatch, balanced_weights
+from lagm.training.checkpoints import Checkpoints, Identity
+from lagm.training.loop import Diverged
+from lagm.training.recipe import Recipe, get_recipe
+from lagm.training.state import TrainState
+from lagm.training.steps import matching_step
+from lagm.training import loop as training_loop
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES, SIZE = 4, 16

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import tiny, tiny1
 
-from lagm.models_results import load_results
-from lagm.core_errors import InputError
-from lagm.generators_load import load_generator
-from lagm.generators_weights import save_generator
-from lagm.segmenters import UNet
-from lagm.generators_pickle_machine import ACTIONS, read_legacy_torch, read_pickle
-from lagm.generators_pickle_records import LazyTensor, Unreadable
-from lagm.generators_unpickling import read_arrays, read_torch_zip
+from lagm.models.results import load_results
+from lagm.core.errors import InputError
+from lagm.generators.load import load_generator
+from lagm.generators.weights import save_generator
+from lagm.models.segmenters import UNet
+from lagm.core.pickle_machine import ACTIONS, read_legacy_torch, read_pickle
+from lagm.core.pickle_records import LazyTensor, Unreadable
+from lagm.core.unpickling import read_arrays, read_torch_zip
 
 FOLDER = tempfile.TemporaryDirectory()
 MARKER = Path(FOLDER.name) / "marker"  # what an attack makes if it is run
@@ -133,8 +133,8 @@ def test_attacks_do_not_take_memory_outside_of_python_either(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from lagm.core_errors import InputError
-from lagm.generators_load import load_generator
+from lagm.core.errors import InputError
+from lagm.generators.load import load_generator
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmHWM")
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -230,10 +230,10 @@ def test_the_reader_calls_nothing_but_its_own():
     """No instruction of the machine imports or looks up an attribute by a name from the file."""
     import inspect
 
-    import lagm.generators_pickle_machine as machine
-    import lagm.generators_pickle_names as names
-    import lagm.generators_pickle_records as records
-    import lagm.generators_unpickling as doors
+    import lagm.core.pickle_machine as machine
+    import lagm.core.pickle_names as names
+    import lagm.core.pickle_records as records
+    import lagm.core.unpickling as doors
     source = "\n".join(map(inspect.getsource, (machine, names, records, doors)))
     forbidden = ("importlib", "__import__", "eval(", "exec(", "pickle.load", "torch.load(", "Unpickler", "allow_pickle=True")
     for word in ("getattr(", *forbidden): assert word not in source, word

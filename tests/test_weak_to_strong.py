@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
-from lagm.core_errors import InputError
-from lagm.core_seeds import random_generator
-from lagm.data_augment import Augment
-from lagm.segmenters import DeepLabV3, UNet
-from lagm.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
-from lagm.training_recipe import FAST
-from lagm.training_state import TrainState
-from lagm.weak_to_strong import (
+from lagm.core.errors import InputError
+from lagm.core.seeds import random_generator
+from lagm.data.augment import Augment
+from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
+from lagm.training.recipe import FAST
+from lagm.training.state import TrainState
+from lagm.training.weak_to_strong import (
     WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours, train_weak_to_strong)
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
@@ -237,7 +237,7 @@ def test_it_learns():
     images, masks = tiny_pictures(4, seed=77)
     recipe = dataclasses.replace(FAST, steps=60, warm_segmenter=40, lr_warm=1e-2, lr_segmenter=5e-3, average=0.9,
                                  augment=Augment(rotate=5, hue=5))
-    from lagm.evaluation_metrics import evaluate
+    from lagm.evaluation.metrics import evaluate
     trained = train_weak_to_strong(tiny_segmenter(width=8), Pictures(), images, masks, recipe=recipe, progress=False)
     assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.65
 

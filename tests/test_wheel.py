@@ -120,12 +120,12 @@ SESSION = r"""
 import contextlib, io, json, re, sys
 from pathlib import Path
 from lagm.cli import main
-from lagm.core_files import asset
-from lagm.core_provenance import install_advice
-from lagm.data_labels import CELEBA8
-from lagm.experiments import experiment_folder
-from lagm.saved import save_segmenter
-from lagm.segmenters import UNet
+from lagm.core.files import asset
+from lagm.core.provenance import install_advice
+from lagm.data.labels import CELEBA8
+from lagm.experiments.notebooks import experiment_folder
+from lagm.models.saved import save_segmenter
+from lagm.models.segmenters import UNet
 
 def call(*words):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:

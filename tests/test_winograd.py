@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from lagm import ops_winograd as winograd
-from lagm.core_errors import InputError
-from lagm.matching_forward import directional_derivative, match_forward_mode
-from lagm.matching_gradients import labelled_gradient, match_double_backward
-from lagm.matching_tangents import record
-from lagm.ops_convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
-from lagm.ops_winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
-from lagm.segmenters import UNet, matched_parameter_names
-from lagm.training_recipe import PAPER, get_recipe
-from lagm.training_state import TrainState, surroundings
-from lagm.training_steps import supervised_step
+from lagm.ops import winograd as winograd
+from lagm.core.errors import InputError
+from lagm.matching.forward import directional_derivative, match_forward_mode
+from lagm.matching.gradients import labelled_gradient, match_double_backward
+from lagm.matching.tangents import record
+from lagm.ops.convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
+from lagm.ops.winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
+from lagm.models.segmenters import UNet, matched_parameter_names
+from lagm.training.recipe import PAPER, get_recipe
+from lagm.training.state import TrainState, surroundings
+from lagm.training.steps import supervised_step
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 

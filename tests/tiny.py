@@ -2,11 +2,11 @@
 
 import torch
 
-from lagm.models_annotator import FPNAnnotator
-from lagm.generator import FrozenGenerator, Sampling
-from lagm.data_labels import LabelSet
-from lagm.segmenters import UNet
-from lagm.generators_stylegan2 import StyleGAN2
+from lagm.models.annotator import FPNAnnotator
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.data.labels import LabelSet
+from lagm.models.segmenters import UNet
+from lagm.generators.stylegan2 import StyleGAN2
 
 LABELS = LabelSet("three", ("background", "left", "bright"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)))
 
