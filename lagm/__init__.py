@@ -13,20 +13,23 @@ __all__ = ['Avatars', 'DeepLabV3', 'FPNAnnotator', 'Folder', 'FrozenGenerator', 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lagm.annotator import FPNAnnotator
-    from lagm.core import InputError
+    from lagm.core.errors import InputError
     from lagm.data.demo import Avatars, choose_labelled, stack
     from lagm.data.folder import Folder
-    from lagm.evaluation import evaluate
-    from lagm.experiments.stages import open_dataset
-    from lagm.generators.contract import FrozenGenerator, Sampling, load_generator
-    from lagm.labels import LabelSet
-    from lagm.matching import distance, match_forward_mode
+    from lagm.data.labels import LabelSet
+    from lagm.data.registry import open_dataset
+    from lagm.evaluation.metrics import evaluate
+    from lagm.evaluation.prediction import predict_folder
+    from lagm.generators.contract import FrozenGenerator, Sampling
+    from lagm.generators.load import load_generator
+    from lagm.matching.distances import distance
+    from lagm.matching.forward import match_forward_mode
+    from lagm.models.annotator import FPNAnnotator
     from lagm.models.saved import load_segmenter, save_segmenter
     from lagm.models.segmenters import DeepLabV3, UNet, build_segmenter
-    from lagm.predict import predict_folder
     from lagm.training.downstream import train_downstream
-    from lagm.training.lagm import Recipe, get_recipe, train_lagm, train_supervised
+    from lagm.training.lagm import train_lagm, train_supervised
+    from lagm.training.recipe import Recipe, get_recipe
 
 # %% ../nbs/reference/core/02_public.ipynb #4b5c7594
 import importlib
@@ -38,20 +41,23 @@ from ._moved import install
 
 # %% ../nbs/reference/core/02_public.ipynb #90440aae
 _PUBLIC = {
-    "lagm.core": ["InputError"],
-    "lagm.labels": ["LabelSet"],
+    "lagm.core.errors": ["InputError"],
+    "lagm.data.labels": ["LabelSet"],
     "lagm.data.demo": ["Avatars", "choose_labelled", "stack"],
     "lagm.data.folder": ["Folder"],
-    "lagm.experiments.stages": ["open_dataset"],
-    "lagm.generators.contract": ["FrozenGenerator", "Sampling", "load_generator"],
-    "lagm.annotator": ["FPNAnnotator"],
+    "lagm.data.registry": ["open_dataset"],
+    "lagm.generators.contract": ["FrozenGenerator", "Sampling"],
+    "lagm.generators.load": ["load_generator"],
+    "lagm.models.annotator": ["FPNAnnotator"],
     "lagm.models.segmenters": ["DeepLabV3", "UNet", "build_segmenter"],
     "lagm.models.saved": ["load_segmenter", "save_segmenter"],
-    "lagm.matching": ["distance", "match_forward_mode"],
-    "lagm.training.lagm": ["Recipe", "get_recipe", "train_lagm", "train_supervised"],
+    "lagm.matching.distances": ["distance"],
+    "lagm.matching.forward": ["match_forward_mode"],
+    "lagm.training.recipe": ["Recipe", "get_recipe"],
+    "lagm.training.lagm": ["train_lagm", "train_supervised"],
     "lagm.training.downstream": ["train_downstream"],
-    "lagm.evaluation": ["evaluate"],
-    "lagm.predict": ["predict_folder"],
+    "lagm.evaluation.metrics": ["evaluate"],
+    "lagm.evaluation.prediction": ["predict_folder"],
 }
 
 # %% ../nbs/reference/core/02_public.ipynb #2be445a0

@@ -341,9 +341,9 @@ FULL = """
 import errno, os, resource, sys
 import lagm.core.files
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-real, lagm.core_files.os.fsync = os.fsync, full
+real, lagm.core.files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
-lagm.core_files.os.fsync = real
+lagm.core.files.os.fsync = real
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 codes += [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
 sys.exit(sum(codes))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import generators_datasetgan, generators_nvidia, generators_rosinality  # they register their formats
+from . import datasetgan, nvidia, rosinality  # noqa: F401 (they register their formats)
 from ..core.errors import InputError, printable
 from ..core.files import asset
 from ..core.registry import from_package
