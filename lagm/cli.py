@@ -34,8 +34,8 @@ def list_command(
     arguments
         stages
     """
-    from lagm.experiments.catalogue import read_catalogue
     from lagm.core.errors import printable
+    from lagm.experiments.catalogue import read_catalogue
     from lagm.experiments.notebooks import list_experiments, purpose
 
     rows = [(name, purpose(notebook)) for name, notebook in list_experiments().items()]
@@ -65,8 +65,8 @@ def _show_notebook(name: str) -> None:
 
 def _show_run(name: str, run: Any, root: Path) -> None:
     """Show one stage of an experiment."""
-    from lagm.experiments.catalogue import declared_parameters, missing_inputs
     from lagm.core.errors import printable
+    from lagm.experiments.catalogue import declared_parameters, missing_inputs
 
     missing = missing_inputs(run, root)
     state = "finished" if run.finished(root) else "not run yet" + (", and it lacks something" if missing else "")
@@ -154,7 +154,12 @@ def run_one(
         the experiment
     """
     from lagm.experiments.notebooks import (
-        check_parameters, default_output, is_finished, read_parameter_file, working_folder)
+        check_parameters,
+        default_output,
+        is_finished,
+        read_parameter_file,
+        working_folder,
+    )
     from lagm.experiments.running import run_notebook
 
     output, root = default_output(notebook), working_folder(notebook)
@@ -228,8 +233,8 @@ def run_command(
     arguments
         those of `chosen_runs` and `run_one`, jobs and devices
     """
-    from lagm.experiments.catalogue import project_folder
     from lagm.core.errors import InputError
+    from lagm.experiments.catalogue import project_folder
     from lagm.experiments.notebooks import find_experiment, list_experiments
 
     names = arguments.names
@@ -363,8 +368,8 @@ def at_least_one(
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #42646951
 def _prepare_pascal(arguments: argparse.Namespace) -> Any:
-    from lagm.experiments.catalogue import project_path
     from lagm.data.prepare_pascal import prepare_command
+    from lagm.experiments.catalogue import project_path
 
     arguments.voc = project_path(arguments.voc, "data/VOC2010")
     arguments.out = project_path(arguments.out, "data/PascalPart")
@@ -378,8 +383,8 @@ def _import_labels(arguments: argparse.Namespace) -> Any:
 
 
 def _fetch(arguments: argparse.Namespace) -> Any:
-    from lagm.experiments.catalogue import project_path
     from lagm.download.fetch import fetch_command
+    from lagm.experiments.catalogue import project_path
 
     arguments.data = project_path(arguments.data, "data")
     arguments.checkpoints = project_path(arguments.checkpoints, "checkpoints")
@@ -427,13 +432,15 @@ def _add_export(kinds: "argparse._SubParsersAction[Any]", name: str) -> None:
     about = f"Make images/, masks/ and classes.txt from {EXPORTS[name]}."
     tool = kinds.add_parser(name, help=f"a folder of your own from {EXPORTS[name]}", description=about)
     tool.add_argument("source", metavar="EXPORT", help="the file or folder, as the program wrote it")
-    tool.add_argument("--images", metavar="FOLDER", required=name not in WITH_PICTURES, help="the folder of the pictures")
+    tool.add_argument("--images", metavar="FOLDER", required=name not in WITH_PICTURES,
+                      help="the folder of the pictures")
     tool.add_argument("--out", required=True, metavar="FOLDER", help="the folder to make")
     if name == "coco":
         tool.add_argument("--panoptic", metavar="FOLDER", help="panoptic annotations: the folder of their PNGs")
     if name in WITH_CLASSES:
         tool.add_argument("--classes", nargs="+", metavar="NAME",
-                          help="the classes after the background, in order (default: as the export says, or alphabetical)")
+                          help="the classes after the background, in order (default: as the export says, or "
+                               "alphabetical)")
     tool.add_argument("--only-labelled", action="store_true",
                       help="leave pictures without labels behind (default: they come along)")
     tool.set_defaults(command=_import_labels)
@@ -513,7 +520,8 @@ def add_project_commands(
     new = commands.add_parser("new", help="begin a project with pictures of your own", description=about)
     new.add_argument("project", metavar="PROJECT", help="the folder to make")
     new.add_argument("--images", required=True, metavar="FOLDER", help="the pictures, also in folders below it")
-    new.add_argument("--classes", required=True, metavar="A,B,C", help="the background first, then the parts, with commas")
+    new.add_argument("--classes", required=True, metavar="A,B,C",
+                     help="the background first, then the parts, with commas")
     new.add_argument("--generator", default="", metavar="FILE", help="a generator of such pictures, if you have one")
     new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side in training (default: 64)")
     new.set_defaults(command=_new)
@@ -528,7 +536,8 @@ def _add_label(commands: "argparse._SubParsersAction[Any]") -> None:
     add("folder", metavar="FOLDER", help="a project, or a folder with pictures (or with images/)")
     add("--classes", default="", metavar="A,B,C", help="the background first, then the parts (default: classes.txt)")
     add("--segmenter", default="", metavar="FILE", help="start from its predictions (default: the project's own)")
-    add("--generator", default="", metavar="FILE", help="the generator that drew the pictures: clusters of its features")
+    add("--generator", default="", metavar="FILE",
+        help="the generator that drew the pictures: clusters of its features")
     add("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any that is free)")
     add("--no-browser", action="store_true", help="print the address only")
     label.set_defaults(command=_label)
@@ -572,7 +581,8 @@ def add_run_parser(
         where `lagm`'s commands are
     """
     about = "Run a notebook, or an experiment with all its stages and what they need; what is finished is kept."
-    more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of -p "
+    more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of "
+            "-p "
             "goes to every stage that has such a parameter. A wrong name lists them.")
     run = commands.add_parser("run", help="run experiments", description=about, epilog=more)
     add = run.add_argument
@@ -601,7 +611,8 @@ def add_run_parser(
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line; every command stores its function as `command`."""
     about = "Learn to annotate part segmentation from a few labelled pictures and a generator."
-    more = ("Try `lagm run quickstart`: a few minutes on a laptop. Outputs, data and checkpoints are in the checkout one "
+    more = ("Try `lagm run quickstart`: a few minutes on a laptop. Outputs, data and checkpoints are in the checkout "
+            "one "
             "is in, or in the current folder, or where the variable LAGM_HOME says.")
     parser = argparse.ArgumentParser(prog="lagm", description=about, epilog=more)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

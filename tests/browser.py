@@ -1,4 +1,6 @@
-"""A real Chromium without a window, driven over its debugging protocol with real mouse and key events; None is installed by pip."""
+"""A real Chromium without a window, driven over its debugging protocol with real mouse and key events; None is
+installed by pip.
+"""
 
 import asyncio
 import base64
@@ -13,10 +15,13 @@ from pathlib import Path
 import pytest
 from tornado.websocket import websocket_connect
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+                None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian, Ubuntu: apt install chromium)")
-KEYS = {" ": ("Space", 32), "Enter": ("Enter", 13), "Escape": ("Escape", 27), "PageDown": ("PageDown", 34), "PageUp": ("PageUp", 33),
-        "ArrowLeft": ("ArrowLeft", 37), "ArrowUp": ("ArrowUp", 38), "ArrowRight": ("ArrowRight", 39), "ArrowDown": ("ArrowDown", 40)}
+KEYS = {" ": ("Space", 32), "Enter": ("Enter", 13), "Escape": ("Escape", 27), "PageDown": ("PageDown", 34),
+        "PageUp": ("PageUp", 33),
+        "ArrowLeft": ("ArrowLeft", 37), "ArrowUp": ("ArrowUp", 38), "ArrowRight": ("ArrowRight", 39),
+        "ArrowDown": ("ArrowDown", 40)}
 
 
 class Browser:
@@ -25,10 +30,13 @@ class Browser:
     def __init__(self, width=1000, height=900):
         self.folder = Path(tempfile.mkdtemp(prefix="browser-"))
         self.process = subprocess.Popen(
-            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-port=0",
-             f"--user-data-dir={self.folder}", f"--window-size={width},{height}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--remote-debugging-port=0",
+             f"--user-data-dir={self.folder}", f"--window-size={width},{height}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.loop, self.number = asyncio.new_event_loop(), 0
-        port = self.wait_for(lambda: (self.folder / "DevToolsActivePort").read_text().split()[0] if (self.folder / "DevToolsActivePort").exists() else None)
+        port = self.wait_for(lambda: (self.folder / "DevToolsActivePort").read_text().split()[0]
+                             if (self.folder / "DevToolsActivePort").exists() else None)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as reply: pages = json.load(reply)
         address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
         self.socket = self.run(self._connect(address))
@@ -43,7 +51,8 @@ class Browser:
             if message.get("id") == self.number:
                 assert "error" not in message, message["error"]
                 return message["result"]
-            if message.get("method") == "Runtime.exceptionThrown": self.said.append(message["params"]["exceptionDetails"])
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.said.append(message["params"]["exceptionDetails"])
 
     def run(self, work): return self.loop.run_until_complete(work)
 
@@ -73,7 +82,8 @@ class Browser:
     def until(self, script): return self.wait_for(lambda: self.value(script))
 
     def mouse(self, kind, x, y, buttons=1, clicks=1):
-        self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, button="none" if kind == "Moved" and not buttons else "left", buttons=buttons, clickCount=clicks)
+        self.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y,
+                  button="none" if kind == "Moved" and not buttons else "left", buttons=buttons, clickCount=clicks)
 
     def drag(self, points):
         """Press at the first point, move through the others, let go at the last."""
@@ -85,7 +95,8 @@ class Browser:
     def click(self, x, y): self.drag([(x, y)])
 
     def click_on(self, selector):
-        box = self.value(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2] }})()")
+        box = self.value(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect(); return "
+                         f"[b.left + b.width / 2, b.top + b.height / 2] }})()")
         self.click(*box)
 
     def key(self, key, control=False, shift=False):
@@ -95,7 +106,8 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
 
-    def screenshot(self, path): Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+    def screenshot(self, path):
+        Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     def close(self):
         self.process.terminate()

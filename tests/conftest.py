@@ -5,7 +5,8 @@ import pytest
 import torch
 
 # Files whose tests take more than some ten seconds of processor time together, most of them because they start
-# processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10 tests/test_kill.py
+# processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10
+# tests/test_kill.py
 SLOW = """
     avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
     fetch_limits gan inversion kill methods mutate numbers odd_files odd_inputs parts pickle_budget quickstart

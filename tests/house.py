@@ -13,7 +13,8 @@ cell_median     Lines of an exported cell, median.
 cell_longest    Lines of the longest exported cell.
 unshown         Exported public functions and classes with nothing shown in the cell itself or in the next three.
 figures         Chapters without a figure.
-links           Chapters that lack the line of links which lagm.experiments.readme writes: previous, next, what they need.
+links           Chapters that lack the line of links which lagm.experiments.readme writes: previous, next, what they
+need.
 long_lines      Lines of more than 120 characters in code and prose. Not in prose: what cannot be wrapped, that is rows
                 of tables, fenced code, mathematics between $$, HTML, headings, and words longer than the line.
 exercises       Exercises (the numbered list under a heading "Exercises") without an answer.

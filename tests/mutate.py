@@ -123,10 +123,14 @@ ROWS = [Row(*row) for row in (
     # runs
     ("training_checkpoints", "total.update(f\"{tensor.dtype} {tuple(tensor.shape)}\".encode())", "pass",
      "test_pinned.py -k digest"),
-    ("training_checkpoints", "hashlib.sha256(text + ", "hashlib.sha256(b\"\" + ", "test_run_state.py -k generator_digest"),
-    ("training_checkpoints", "self.numbered()[self.keep:]", "self.numbered()[self.keep + 1:]", "test_run_state.py -k kept"),
-    ("training_checkpoints", "    torch.set_rng_state(tensors[\"random.torch\"])\n", "", "test_run_state.py -k random_states"),
-    ("training_checkpoints", "return [p for _, p in sorted(found, reverse=True)]", "return [p for _, p in sorted(found)]",
+    ("training_checkpoints", "hashlib.sha256(text + ", "hashlib.sha256(b\"\" + ",
+     "test_run_state.py -k generator_digest"),
+    ("training_checkpoints", "self.numbered()[self.keep:]", "self.numbered()[self.keep + 1:]",
+     "test_run_state.py -k kept"),
+    ("training_checkpoints", "    torch.set_rng_state(tensors[\"random.torch\"])\n", "",
+     "test_run_state.py -k random_states"),
+    ("training_checkpoints", "return [p for _, p in sorted(found, reverse=True)]",
+     "return [p for _, p in sorted(found)]",
      "test_run_state.py -k 'kept or damage'"),
     ("watching", "record[\"step\"] <= step", "record[\"step\"] < step", "test_run_state.py -k watched"),
     # scores

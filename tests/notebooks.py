@@ -20,7 +20,8 @@ plain = 0.5  # no type
 out_dir: str = "."  # where results go"""
 
 
-def write_experiment(path: Path, *cells: str, parameters: str | None = PARAMETERS, title: str = "# Toy\n\n> Does little.\n> Quickly.") -> Path:
+def write_experiment(path: Path, *cells: str, parameters: str | None = PARAMETERS,
+                     title: str = "# Toy\n\n> Does little.\n> Quickly.") -> Path:
     """Write an experiment notebook with the given code cells after its parameters."""
     nb = v4.new_notebook(cells=[v4.new_markdown_cell(title), v4.new_code_cell(TYPES)])
     if parameters is not None: nb.cells.append(v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
@@ -33,4 +34,5 @@ def write_experiment(path: Path, *cells: str, parameters: str | None = PARAMETER
 
 def printed(path: Path) -> str:
     """All that the cells of an executed notebook printed."""
-    return "".join(out.text for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", []) if out.output_type == "stream")
+    return "".join(out.text for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])
+                   if out.output_type == "stream")

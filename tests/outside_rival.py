@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from lagm.training.baselines import Baseline
-from lagm.training.rivals import Batches, run_stages, set_up
 from lagm.training.recipe import FAST, SUPERVISED_FIELDS
+from lagm.training.rivals import Batches, run_stages, set_up
 from lagm.training.state import Stage
 from lagm.training.steps import supervised_step
 

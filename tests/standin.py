@@ -1,4 +1,6 @@
-"""A project folder with everything the paper's experiments read, small: the official layouts and file formats, random content."""
+"""A project folder with everything the paper's experiments read, small: the official layouts and file formats, random
+content.
+"""
 
 import json
 import shutil
@@ -13,9 +15,9 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from lagm.data.cgpart import CGPART_MODELS
 from lagm.data.prepare_pascal import prepare_pascal
+from lagm.download.sources import CHECKPOINTS
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2
-from lagm.download.sources import CHECKPOINTS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,21 +38,26 @@ def make_data(data: Path) -> None:
     for name in ("horse", "aeroplane"):
         train = data / "PascalPart" / name / "train"
         names = sorted(path.stem for path in (train / "CroppedSegmentation").glob("*.png"))
-        for split in ("train", "val"): (train / f"{split}_set.txt").write_text("".join(f"{crop}\n" for crop in names * 2))
+        for split in ("train", "val"):
+            (train / f"{split}_set.txt").write_text("".join(f"{crop}\n" for crop in names * 2))
 
 
 def make_checkpoints(root: Path) -> None:
-    """Generators as NVIDIA's and DatasetGAN's programs write them, of 32 and 64 pixels, in the places where they belong."""
+    """Generators as NVIDIA's and DatasetGAN's programs write them, of 32 and 64 pixels, in the places where they
+    belong.
+    """
     torch.manual_seed(0)
     second = StyleGAN2(64, z_dim=16, w_dim=16, mapping_layers=2, channel_base=256, channel_max=16)
     first = StyleGAN1(64, 16, 16, 2, 256, 16).state_dict()
     mean = first.pop("truncation.avg_latent")
     stored = np.load(GOLDEN / "stylegan2_tf_variables.npz", allow_pickle=False)
-    variables, static = {name.removeprefix("var:"): stored[name] for name in stored if name.startswith("var:")}, json.loads(str(stored["static_kwargs"]))
+    variables, static = ({name.removeprefix("var:"): stored[name] for name in stored if name.startswith("var:")},
+                         json.loads(str(stored["static_kwargs"])))
     for source in CHECKPOINTS:
         path = root / source.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if source.name in ("stylegan2-horse", "stylegan2-car", "stylegan2-aeroplane"): nvidia_tensorflow(path, variables, static)
+        if source.name in ("stylegan2-horse", "stylegan2-car", "stylegan2-aeroplane"):
+            nvidia_tensorflow(path, variables, static)
         elif source.name.startswith("stylegan2"): nvidia_pytorch(path, second)
         elif source.name.startswith("stylegan-"): torch.save(first, path)
         elif source.kind == "npy": np.save(path, mean.numpy())
@@ -67,4 +74,5 @@ class ThinDeepLab(nn.Module):
         self.classifier = DeepLabHead(32, n_classes)
 
     def forward(self, x):
-        return {"out": nn.functional.interpolate(self.classifier(self.backbone(x)), x.shape[-2:], mode="bilinear", align_corners=False)}
+        return {"out": nn.functional.interpolate(self.classifier(self.backbone(x)), x.shape[-2:], mode="bilinear",
+                                                 align_corners=False)}

@@ -7,17 +7,28 @@ import torch.nn.functional as F
 from lagm.core.errors import InputError
 from lagm.core.seeds import random_generator
 from lagm.data.augment import (
-    OUTSIDE, Augment, affine_maps, colour_matrices, recolour, resize_nearest, warp_images, warp_masks, wide_crop)
+    OUTSIDE,
+    Augment,
+    affine_maps,
+    colour_matrices,
+    recolour,
+    resize_nearest,
+    warp_images,
+    warp_masks,
+    wide_crop,
+)
 from lagm.data.labels import IGNORE
 
 
 def batch(n=3, height=24, width=32):
     rng = random_generator(0, "test augment")
-    return torch.rand(n, 3, height, width, generator=rng) * 2 - 1, torch.randint(0, 5, (n, height, width), generator=rng)
+    return (torch.rand(n, 3, height, width, generator=rng) * 2 - 1,
+            torch.randint(0, 5, (n, height, width), generator=rng))
 
 
 def map_of(turn=0.0, scale=1.0, shift=(0.0, 0.0), mirror=False, aspect=1.0):
-    return affine_maps(torch.tensor([turn]), torch.tensor([scale]), torch.tensor([shift]), torch.tensor([mirror]), aspect)
+    return affine_maps(torch.tensor([turn]), torch.tensor([scale]), torch.tensor([shift]), torch.tensor([mirror]),
+                       aspect)
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
@@ -58,7 +69,8 @@ def test_soft_labels_stay_probabilities_and_give_gradients():
     change = Augment().draw(images, random_generator(3))
     moved = change.labels(q)
     assert torch.allclose(moved.sum(1), torch.ones(()), atol=1e-5)
-    assert torch.autograd.gradcheck(lambda t: change.labels(t), torch.rand(3, 2, 6, 8, dtype=torch.double, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda t: change.labels(t),
+                                    torch.rand(3, 2, 6, 8, dtype=torch.double, requires_grad=True))
     moved.square().sum().backward()
     assert q.grad.abs().sum() > 0
 
@@ -72,14 +84,17 @@ def test_soft_labels_outside_are_nobodys():
 def test_grey_is_not_coloured_and_a_full_turn_is_none():
     images, _ = batch()
     grey = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    turned = recolour(grey, colour_matrices(torch.tensor([10.0, 90.0, -170.0]), torch.tensor([0.5, 1.0, 1.5]), torch.ones(3)))
+    turned = recolour(grey, colour_matrices(torch.tensor([10.0, 90.0, -170.0]), torch.tensor([0.5, 1.0, 1.5]),
+                                            torch.ones(3)))
     assert torch.allclose(turned, grey, atol=1e-6)
-    assert torch.allclose(recolour(images, colour_matrices(torch.full((3,), 360.0), torch.ones(3), torch.ones(3))), images, atol=1e-5)
+    assert torch.allclose(recolour(images, colour_matrices(torch.full((3,), 360.0), torch.ones(3), torch.ones(3))),
+                          images, atol=1e-5)
 
 
 def test_brightness_scales_the_distance_from_black():
     white = torch.ones(1, 3, 1, 1)
-    assert torch.allclose(recolour(white, colour_matrices(torch.zeros(1), torch.ones(1), torch.tensor([0.75]))), torch.tensor(0.5))
+    assert torch.allclose(recolour(white, colour_matrices(torch.zeros(1), torch.ones(1), torch.tensor([0.75]))),
+                          torch.tensor(0.5))
 
 
 def test_draws_repeat_and_differ():
@@ -100,7 +115,8 @@ def test_every_range_takes_as_many_numbers():
     assert after[0] == after[1]
 
 
-@pytest.mark.parametrize("wrong", [dict(scale=(1.3, 0.7)), dict(scale=(0.0, 1.0)), dict(brightness=(-1.0, 1.0)), dict(outside="mirror"), dict(soft_labels="cubic")])
+@pytest.mark.parametrize("wrong", [dict(scale=(1.3, 0.7)), dict(scale=(0.0, 1.0)), dict(brightness=(-1.0, 1.0)),
+                                   dict(outside="mirror"), dict(soft_labels="cubic")])
 def test_wrong_ranges_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))): Augment(**wrong)
 

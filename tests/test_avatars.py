@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 
 from lagm.core.errors import InputError
-from lagm.data.demo import Avatars, stack
 from lagm.data.avatars import AVATAR_RECIPES, SEED_RANGES, hex_to_rgb, load_definition, split_seeds
+from lagm.data.demo import Avatars, stack
 from lagm.data.draw_avatars import (
-    avatar_svg, decode_flat, draw_choices, rasterise, reduce_labels, render_avatar, render_set, renderer,
-    write_assets)
+    avatar_svg,
+    decode_flat,
+    draw_choices,
+    rasterise,
+    reduce_labels,
+    render_avatar,
+    render_set,
+    renderer,
+    write_assets,
+)
 from lagm.data.labels import CELEBA8
 
 pytest.importorskip("dicebear_styles", reason="needs the extra 'avatars'")
@@ -92,7 +100,9 @@ def test_the_flat_drawing_holds_class_colours_only(style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_labels_are_where_the_picture_shows_the_part(style):
-    """Deep inside hair, background and skin the picture has the very colour that was drawn for them; a shifted or mirrored mask would not."""
+    """Deep inside hair, background and skin the picture has the very colour that was drawn for them; a shifted or
+    mirrored mask would not.
+    """
     found = {"hair": [], "background": [], "skin": [], "ear": [], "mouth": [], "nose": []}
     for seed in range(12):
         image, mask = render_avatar(style, seed)
@@ -124,7 +134,8 @@ def test_brows_above_eyes_above_nose_above_mouth():
     for style in STYLES:
         for seed in range(6):
             _, mask = render_avatar(style, seed)
-            rows = [np.argwhere(mask == CELEBA8.index(part))[:, 0].mean() for part in ("eyebrow", "eye", "nose", "mouth")]
+            rows = [np.argwhere(mask == CELEBA8.index(part))[:, 0].mean()
+                    for part in ("eyebrow", "eye", "nose", "mouth")]
             assert rows == sorted(rows), (style, seed, rows)
 
 
@@ -137,7 +148,8 @@ def test_reduce_labels_against_a_loop():
         votes = [0.0] * 8
         for value in labels[4 * i : 4 * i + 4, 4 * j : 4 * j + 4].ravel():
             votes[value] += weights[value]
-        assert votes[reduced[i, j]] == pytest.approx(max(votes)) and reduced[i, j] == min(c for c in range(8) if votes[c] > max(votes) - 1e-9)
+        assert (votes[reduced[i, j]] == pytest.approx(max(votes))
+                and reduced[i, j] == min(c for c in range(8) if votes[c] > max(votes) - 1e-9))
 
 
 def test_blended_colours_are_an_error_not_a_label():
@@ -199,6 +211,7 @@ def test_mistakes(call, message):
 
 
 def test_without_the_renderer_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sys.modules[load_definition.__module__], "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setattr(sys.modules[load_definition.__module__], "import_module",
+                        lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ImportError, match=r"python -m pip install 'dicebear-styles.*' 'resvg-py.*'"):
         rasterise("<svg/>", 8)

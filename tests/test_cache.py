@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import Dataset
 
 from lagm.core.errors import InputError
-from lagm.data.demo import Avatars, stack
 from lagm.data.cache import Cached, item_key, pack, unpack
 from lagm.data.cgpart import CGPartReal, CGPartRendered
 from lagm.data.datasetgan import DatasetGAN
+from lagm.data.demo import Avatars, stack
 
 ROOT = Path(__file__).parent / "golden" / "datasets" / "data"
 
@@ -22,10 +22,12 @@ def same(a, b):
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0].dtype == b[0].dtype and a[1].dtype == b[1].dtype
 
 
-@pytest.mark.parametrize("make", [lambda: DatasetGAN(ROOT, "car"), lambda: CGPartReal(ROOT), lambda: CGPartRendered(ROOT), lambda: Avatars("micah", "val")])
+@pytest.mark.parametrize("make", [lambda: DatasetGAN(ROOT, "car"), lambda: CGPartReal(ROOT),
+                                  lambda: CGPartRendered(ROOT), lambda: Avatars("micah", "val")])
 def test_items_are_those_of_the_data_set(make, tmp_path):
     data = make()
-    caches = [Cached(data)] + ([Cached(data, tmp_path), Cached(make(), tmp_path), Cached(data, tmp_path / "b", in_memory=False)] if hasattr(data, "sources") else [])
+    caches = [Cached(data)] + ([Cached(data, tmp_path), Cached(make(), tmp_path),
+                                Cached(data, tmp_path / "b", in_memory=False)] if hasattr(data, "sources") else [])
     for cache in caches:
         assert len(cache) == len(data) and cache.classes == data.classes and cache.labels == data.labels
         for _ in range(2):
@@ -53,7 +55,8 @@ def test_what_is_handed_out_can_be_changed():
 def test_random_transforms_stay_random():
     cache = Cached(Avatars(), transforms=lambda image, mask: (image + torch.rand(()), mask))
     assert not torch.equal(cache[0][0], cache[0][0])
-    with pytest.raises(InputError, match="give them to Cached"): Cached(Avatars(transforms=lambda image, mask: (image, mask)))
+    with pytest.raises(InputError, match="give them to Cached"):
+        Cached(Avatars(transforms=lambda image, mask: (image, mask)))
 
 
 def test_the_key_depends_on_contents_and_settings_only(tmp_path):
@@ -61,7 +64,8 @@ def test_the_key_depends_on_contents_and_settings_only(tmp_path):
     here, there = DatasetGAN(ROOT, "car"), DatasetGAN(tmp_path, "car")
     keys = [item_key(here, i) for i in range(4)]
     assert keys == [item_key(there, i) for i in range(4)] and len(set(keys)) == 4
-    for other in (DatasetGAN(ROOT, "car", size=(64, 64)), DatasetGAN(ROOT, "car", clean=False), DatasetGAN(ROOT, "car", labels="dg_car_12")):
+    for other in (DatasetGAN(ROOT, "car", size=(64, 64)), DatasetGAN(ROOT, "car", clean=False),
+                  DatasetGAN(ROOT, "car", labels="dg_car_12")):
         assert item_key(other, 0) != keys[0]
     mask = there.sources(0)[1]
     values = np.load(mask)
@@ -98,7 +102,8 @@ def test_several_writers(tmp_path):
     results = [queue.get(timeout=180) for _ in workers]
     for worker in workers: worker.join(10)
     assert len({result[:2] for result in results}) == 1 and all(result[2] >= 8 for result in results)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 4 and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    assert (len(list(tmp_path.rglob("*.safetensors"))) == 4
+            and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4)
 
 
 def test_errors(tmp_path):

@@ -46,7 +46,8 @@ def start_and_wait(out: Path) -> tuple[subprocess.Popen, int]:
     """Start the experiment and wait until its second stage runs; the process and its kernel's number."""
     out.mkdir(parents=True)
     (out / "hold").touch()
-    process = subprocess.Popen([*LAGM, "run", "toy", "-p", "k", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+    process = subprocess.Popen([*LAGM, "run", "toy", "-p", "k", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=hear_interrupts)
     deadline = time.monotonic() + 120
     while not (out / "waiting").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -77,7 +78,9 @@ def test_a_killed_run_can_be_read_and_goes_on(checkout, capsys):
     (out / "hold").unlink()
     assert cli.main(["run", "toy", "-p", "k", "3"]) == 0
     said = capsys.readouterr().out
-    assert printed(out / "toy.ipynb") == f"stage 1 by {kernel}\nstage 2 starts\nend of k 3\n", "stage 1 must not be repeated"
+    assert printed(out / "toy.ipynb") == f"stage 1 by {kernel}\nstage 2 starts\nend of k 3\n", (
+        "stage 1 must not be repeated"
+    )
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [], "leftovers of the killed run must go"
     assert [word in said for word in ("toy.ipynb", "metrics.json", "all is well\nreally", "end of k 3")] == [True] * 4
     before = (out / "toy.ipynb").read_bytes()
@@ -99,7 +102,8 @@ def test_an_interrupted_run_is_not_finished(checkout):
 
 
 def test_two_runs_at_once_in_one_folder(checkout):
-    runs = [subprocess.Popen([*LAGM, "run", "toy", "-p", "k", str(k), "-o", f"results/{k}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for k in (4, 5)]
+    runs = [subprocess.Popen([*LAGM, "run", "toy", "-p", "k", str(k), "-o", f"results/{k}"], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True) for k in (4, 5)]
     for k, run in zip((4, 5), runs):
         said, _ = run.communicate(timeout=120)
         assert run.returncode == 0, said
@@ -130,14 +134,21 @@ def test_wrong_words_are_code_2(checkout, capsys):
 
 
 def test_a_failing_cell_is_one_line_and_code_1(checkout, capsys):
-    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "raise RuntimeError('first line\\nsecond line')")
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb",
+                     "raise RuntimeError('first line\\nsecond line')")
     assert cli.main(["run", "toy"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("lagm: error: cell [4] of outputs/toy/toy.ipynb failed: RuntimeError: first line; ".replace("/", os.sep)) and error.count("\n") == 1
+    assert (
+        error.startswith(
+            "lagm: error: cell [4] of outputs/toy/toy.ipynb failed: RuntimeError: first line; ".replace("/", os.sep)
+        )
+        and error.count("\n") == 1
+    )
 
 
 def test_values_of_the_command_line_win_over_files(checkout, capsys):
-    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "import json\nprint(json.dumps([k, rate, recipe, widths]))")
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb",
+                     "import json\nprint(json.dumps([k, rate, recipe, widths]))")
     (checkout / "a.yaml").write_text("k: 5\nrate: 1e-2\nwidths: [1]\n")
     (checkout / "b.yaml").write_text("recipe: paper\nwidths: [2]\n")
     assert cli.main(["run", "toy", "-f", "a.yaml", "-f", "b.yaml", "-p", "k", "6", "-p", "k", "7"]) == 0
@@ -150,7 +161,8 @@ def test_values_of_the_command_line_win_over_files(checkout, capsys):
 
 
 def test_the_file_beside_an_experiment_gives_its_size(checkout, capsys):
-    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb", "import json\nprint(json.dumps([k, rate, recipe]))")
+    write_experiment(checkout / "nbs" / "experiments" / "10_toy.ipynb",
+                     "import json\nprint(json.dumps([k, rate, recipe]))")
     (checkout / "nbs" / "experiments" / "10_toy.yaml").write_text("k: 5\nrate: 0.5\n")
     assert cli.main(["run", "toy", "-p", "k", "6"]) == 0
     assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [6, 0.5, "fast"]

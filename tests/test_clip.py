@@ -1,4 +1,6 @@
-"""Generated pictures reach the segmenter and the matching as the generator gives them; clipping is a choice that has a name."""
+"""Generated pictures reach the segmenter and the matching as the generator gives them; clipping is a choice that has a
+name.
+"""
 
 import dataclasses
 
@@ -7,17 +9,17 @@ import torch.nn.functional as F
 
 from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment, recolour
-from lagm.training.datasetgan import label_generated
 from lagm.generators.contract import FrozenGenerator, Sampling
 from lagm.generators.load import load_generator
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.segmenters import UNet
+from lagm.training.batches import SyntheticBatches
+from lagm.training.datasetgan import label_generated
+from lagm.training.lagm import train_lagm
+from lagm.training.recipe import FAST, PAPER
 from lagm.training.synthetic import Plan, make_pair
 from lagm.training.teachers import train_self_training
-from lagm.training.lagm import train_lagm
-from lagm.training.batches import SyntheticBatches
-from lagm.training.recipe import FAST, PAPER
 
 CLASSES = 3
 
@@ -59,7 +61,8 @@ def test_batches_are_raw_unless_clipping_is_asked_for():
 
 
 def gradient_by_hand(generator, clip: bool) -> list[torch.Tensor]:
-    """The annotator's gradient in the first step of the paper's recipe, by two backward passes and the formula alone."""
+    """The annotator's gradient in the first step of the paper's recipe, by two backward passes and the formula alone.
+    """
     annotator, segmenter = new_networks(generator)
     images, masks = labelled()
     first = [int(i) for i in torch.randperm(2, generator=random_generator(0, "labelled", 0))]
@@ -84,7 +87,8 @@ def test_the_papers_step_sees_the_raw_pictures():
     generator = loud_generator()
     annotator, segmenter = new_networks(generator)
     before = [p.detach().clone() for p in annotator.parameters()]
-    train_lagm(generator, annotator, segmenter, *labelled(), dataclasses.replace(PAPER, steps=1, lr_annotator=1.0), seed=0, progress=False)
+    train_lagm(generator, annotator, segmenter, *labelled(), dataclasses.replace(PAPER, steps=1, lr_annotator=1.0),
+               seed=0, progress=False)
     moved = [old - new.detach() for old, new in zip(before, annotator.parameters())]  # a step of SGD at a rate of 1
     raw, clipped = gradient_by_hand(generator, clip=False), gradient_by_hand(generator, clip=True)
     assert relative(clipped, raw) > 0.1  # the two can be told apart
@@ -103,7 +107,8 @@ def test_a_recipe_that_clips_says_so_to_the_baselines_too():
         recipe = dataclasses.replace(FAST, clip=clip, augment=None, steps=1, warm_segmenter=1, balance=0.0)
         torch.manual_seed(0)
         seen.clear()
-        train_self_training(Spy(CLASSES, width=8, levels=2), generator, *labelled(), recipe=recipe, seed=0, progress=False)
+        train_self_training(Spy(CLASSES, width=8, levels=2), generator, *labelled(), recipe=recipe, seed=0,
+                            progress=False)
         assert (max(seen) <= 1) == clip
 
 

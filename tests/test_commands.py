@@ -1,7 +1,10 @@
-"""Every command that README, a notebook's prose or a parameter file's comment shows is run from a clean state, at a small size.
+"""Every command that README, a notebook's prose or a parameter file's comment shows is run from a clean state, at a
+small size.
 
-They are collected here, so that a new one is met by itself: one that no runner below knows, or that is not marked as code, fails.
-Where the files that a command needs cannot be had, stand-ins take their place; where a run would take minutes, all up to
+They are collected here, so that a new one is met by itself: one that no runner below knows, or that is not marked as
+code, fails.
+Where the files that a command needs cannot be had, stand-ins take their place; where a run would take minutes, all up
+to
 its first step is checked (`--dry-run`), and the run itself, made small, is in the test that the comment names.
 """
 
@@ -28,22 +31,26 @@ from standin import make_data
 from sync import ROOT, notebooks
 
 from lagm import cli
-from lagm.models.saved import save_segmenter
-from lagm.experiments.notebooks import check_parameters, read_parameter_file
 from lagm.data.labels import CELEBA8
-from lagm.models.segmenters import UNet
 from lagm.download.sources import CHECKPOINTS
+from lagm.experiments.notebooks import check_parameters, read_parameter_file
 from lagm.generators.stylegan2 import StyleGAN2
+from lagm.models.saved import save_segmenter
+from lagm.models.segmenters import UNet
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
-PROGRAMS = (".", "lagm", "papermill", "make", "mkdir", "pip", "python", "snakemake", "nbdev_export", "nbdev_clean", "nbdev_install_hooks", "nbdev_test", "git", "cd", "jupyter")
-WORDS = r"lagm (?:list|show|run|doctor|fetch|prepare|inspect|convert|predict)\b|papermill \w+/|make (?:demo|bench|test|readme|clean)\b|pip install|snakemake -"
-NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan2"}  # marked as code, but names of things: a package, a program, an ending, another program's option
+PROGRAMS = (".", "lagm", "papermill", "make", "mkdir", "pip", "python", "snakemake", "nbdev_export", "nbdev_clean",
+            "nbdev_install_hooks", "nbdev_test", "git", "cd", "jupyter")
+WORDS = (r"lagm (?:list|show|run|doctor|fetch|prepare|inspect|convert|predict)\b|papermill \w+/|make "
+         r"(?:demo|bench|test|readme|clean)\b|pip install|snakemake -")
+# marked as code, but names of things: a package, a program, an ending, another program's option
+NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan2"}
 ON_PURPOSE = {"-p kk 5"}  # a mistake that an exercise asks for
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
-FEW = (r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|the same as \w+/"  # the stand-ins are fewer than the experiment's pictures
+# the stand-ins are fewer than the experiment's pictures
+FEW = (r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|the same as \w+/"
        "|there is no generator '(toon-head|micah)'")  # those of the kit that are still being trained
 CODE = "import sys; from lagm.cli import main; sys.exit(main())"
 
@@ -58,15 +65,20 @@ def proses():
         cells = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
         yield path.relative_to(ROOT).as_posix(), "\n\n".join(cells)
     for path in sorted((ROOT / "nbs").rglob("*.yaml")):
-        yield path.relative_to(ROOT).as_posix(), "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+        yield (path.relative_to(ROOT).as_posix(),
+               "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")))
 
 
 def commands(text: str) -> list[tuple]:
-    """The blocks of commands in a text: tuples of commands, which are tuples of words. Fences of commands and code spans."""
+    """The blocks of commands in a text: tuples of commands, which are tuples of words.
+
+    Fences of commands and code spans.
+    """
     found = []
     for language, body in FENCE.findall(text):
         if language not in ("bash", "sh", ""): continue
-        lines = [shlex.split(line, comments=True) if line.split()[:1] else [] for line in body.replace("\\\n", " ").splitlines() if language or line.startswith(PROGRAMS)]
+        lines = [shlex.split(line, comments=True) if line.split()[:1] else []
+                 for line in body.replace("\\\n", " ").splitlines() if language or line.startswith(PROGRAMS)]
         if not lines: continue
         found.append(tuple(tuple(words) for words in lines if words))
     for span in SPAN.findall(FENCE.sub("", text)):
@@ -79,12 +91,15 @@ def commands(text: str) -> list[tuple]:
 BLOCKS = {}  # block -> where it stands, first
 for place, prose in proses():
     for block in commands(prose): BLOCKS.setdefault((block, place if block[0][0].startswith("-") else ""), place)
-CASES = [pytest.param(block, where, id=f"{where}: {' && '.join(shlex.join(words) for words in block)}"[:110]) for (block, _), where in BLOCKS.items()]
+CASES = [pytest.param(block, where, id=f"{where}: {' && '.join(shlex.join(words) for words in block)}"[:110])
+         for (block, _), where in BLOCKS.items()]
 
 
 def test_the_collector():
-    text = "See `lagm list`, `x.y` and `-p k 1`.\n\n```bash\nmkdir -p a  # first\nlagm run \\\n  b\n```\n\n```\nimages/ a\n```\n\n`%pip install ./lagm`"
-    assert commands(text) == [(("mkdir", "-p", "a"), ("lagm", "run", "b")), (("lagm", "list"),), (("-p", "k", "1"),), (("pip", "install", "./lagm"),)]
+    text = ("See `lagm list`, `x.y` and `-p k 1`.\n\n```bash\nmkdir -p a  # first\nlagm run \\\n  "
+            "b\n```\n\n```\nimages/ a\n```\n\n`%pip install ./lagm`")
+    assert commands(text) == [(("mkdir", "-p", "a"), ("lagm", "run", "b")), (("lagm", "list"),), (("-p", "k", "1"),),
+                              (("pip", "install", "./lagm"),)]
 
 
 def test_commands_are_marked_as_code():
@@ -102,7 +117,8 @@ def checkout(tmp_path_factory):
     """What a fresh clone holds, without the results of old runs."""
     root = tmp_path_factory.mktemp("clone") / "lagm"
     shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    for name in ("README.md", "Makefile", "settings.ini", "setup.py", "LICENSE", "NOTICE"): shutil.copy(ROOT / name, root)
+    for name in ("README.md", "Makefile", "settings.ini", "setup.py", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, root)
     return root
 
 
@@ -112,7 +128,8 @@ def things(tmp_path_factory):
     root = tmp_path_factory.mktemp("things")
     make_data(root / "data")
     torch.manual_seed(0)
-    nvidia_pytorch(root / "network.pkl", StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8))
+    nvidia_pytorch(root / "network.pkl", StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64,
+                                                   channel_max=8))
     for source in CHECKPOINTS:
         path = root / source.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,12 +149,14 @@ def clean(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield checkout
-    for path in set(checkout.iterdir()) - before: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in set(checkout.iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def call(*words, **environment):
     """A real process; its output if it ended well."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=os.environ | environment,
+                          timeout=300)
     assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -147,10 +166,13 @@ def call(*words, **environment):
 
 def meant(words, things) -> list[str]:
     """The words with things in the place of the names that stand for them."""
-    known = {"FILE": things / "network.pkl", "SEGMENTER": things / "segmenter.safetensors",              "FOLDER": things / "pictures", "PICTURES": things / "pictures", "DIR": things / "data" / "VOC2010", "VOC2010": things / "data" / "VOC2010"}
+    known = {"FILE": things / "network.pkl", "SEGMENTER": things / "segmenter.safetensors",
+             "FOLDER": things / "pictures", "PICTURES": things / "pictures", "DIR": things / "data" / "VOC2010",
+             "VOC2010": things / "data" / "VOC2010"}
     named = {"show": "quickstart", "run": "quickstart", "doctor": "celeba_30", "fetch": "resnet101"}
     example = {"NAME": named.get(words[1] if len(words) > 1 else ""), "key": "seed", "value": "1"}
-    known |= {word: things / "segmenter.safetensors" for word in words if word.endswith(("segmenter.safetensors", "faces.safetensors"))}
+    known |= {word: things / "segmenter.safetensors" for word in words
+              if word.endswith(("segmenter.safetensors", "faces.safetensors"))}
     return [str(known.get(word) or example.get(word) or word) for word in words]
 
 
@@ -159,7 +181,9 @@ def run_lagm(words, clean, things):
     _, command, *rest = words
     bare = not rest or command == "prepare" and len(rest) == 1
     if "|" in words:
-        call("sh", "-c", " ".join([shlex.join([sys.executable, "-c", CODE]), *(word if word == "|" else shlex.quote(word) for word in words[1:])]))
+        call("sh", "-c",
+             " ".join([shlex.join([sys.executable, "-c", CODE]),
+                       *(word if word == "|" else shlex.quote(word) for word in words[1:])]))
         return
     if bare and command != "list":
         with pytest.raises(SystemExit) as end: cli.main([*words[1:], "--help"])
@@ -169,7 +193,9 @@ def run_lagm(words, clean, things):
         call(sys.executable, "-c", CODE, *words[1:], *SMALL)
         assert (clean / "outputs" / "seed1" / "metrics.json").is_file()
         return
-    more = {"run": ["--dry-run"], "fetch": ["--dry-run"], "prepare": ["--minpx", "5", "--workers", "1", "--out", "crops"]}.get(command, [])  # test_quickstart, test_methods, test_templates, test_fetch
+    # test_quickstart, test_methods, test_templates, test_fetch
+    more = {"run": ["--dry-run"], "fetch": ["--dry-run"],
+            "prepare": ["--minpx", "5", "--workers", "1", "--out", "crops"]}.get(command, [])
     if command == "run":
         for name in ("data", "checkpoints"):
             if not (clean / name).is_symlink(): (clean / name).symlink_to(things / name)
@@ -181,7 +207,9 @@ def run_lagm(words, clean, things):
 
 
 def run_papermill(words, clean, things):
-    """`papermill`: the quickstart as a process; of the others, which train for hours, all that papermill looks at before it begins, and their values."""
+    """`papermill`: the quickstart as a process; of the others, which train for hours, all that papermill looks at
+    before it begins, and their values.
+    """
     if "nbs/experiments/quickstart.ipynb" in words:
         call(sys.executable, "-m", *words, *SMALL)
         assert (clean / "outputs" / "quickstart" / "metrics.json").is_file()
@@ -196,11 +224,14 @@ def run_papermill(words, clean, things):
 
 
 def run_make(words, clean, things):
-    """`make`: demo and readme as processes, in an environment that is installed already; of the others, what would be done."""
+    """`make`: demo and readme as processes, in an environment that is installed already; of the others, what would be
+    done.
+    """
     env = clean / "env"
     (env / "bin").mkdir(parents=True, exist_ok=True)
     (env / ".lagm-dev").write_text(f"{clean}\n")
-    scripts = {"python": f'exec {shlex.quote(sys.executable)} "$@"', "lagm": f'exec {shlex.quote(sys.executable)} -c "{CODE}" "$@" {shlex.join(SMALL)}'}
+    scripts = {"python": f'exec {shlex.quote(sys.executable)} "$@"',
+               "lagm": f'exec {shlex.quote(sys.executable)} -c "{CODE}" "$@" {shlex.join(SMALL)}'}
     for name, line in scripts.items():
         (env / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (env / "bin" / name).chmod(0o755)
@@ -213,7 +244,9 @@ def run_make(words, clean, things):
 
 
 def run_pip(words, clean, things):
-    """`pip install` and `pip wheel`, which test_wheel walks: the folder is a checkout, the extras are ours, the packages those that settings.ini names (test_project looks at those)."""
+    """`pip install` and `pip wheel`, which test_wheel walks: the folder is a checkout, the extras are ours, the
+    packages those that settings.ini names (test_project looks at those).
+    """
     assert words[1] in ("install", "wheel")
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -221,7 +254,8 @@ def run_pip(words, clean, things):
     required = {Requirement(line).name for line in importlib.metadata.requires("lagm")}
     for word in (word for word in words[2:] if word not in ("-e", "--no-deps")):
         place, _, asked = word.partition("[")
-        if place in (".", "./lagm", "lagm"): assert set(asked.rstrip("]").split(",")) - {""} <= extras, f"no such extra: {word}"
+        if place in (".", "./lagm", "lagm"):
+            assert set(asked.rstrip("]").split(",")) - {""} <= extras, f"no such extra: {word}"
         else: assert word == "lagm-*.whl" or Requirement(word).name in required, f"not ours: {word}"
 
 
@@ -236,7 +270,8 @@ def run_mkdir(words, clean, things): call(*words)
 
 def run_activation(words, clean, things):
     """`. .venv/bin/activate`: where make puts an environment, if there is none."""
-    assert words == [".", ".venv/bin/activate"] and "$(CURDIR)/.venv)" in (clean / "Makefile").read_text(encoding="utf-8")
+    assert (words == [".", ".venv/bin/activate"]
+            and "$(CURDIR)/.venv)" in (clean / "Makefile").read_text(encoding="utf-8"))
 
 
 def run_tool(words, clean, things):
@@ -244,15 +279,19 @@ def run_tool(words, clean, things):
     assert shutil.which(words[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
-RUNNERS = {"lagm": run_lagm, "papermill": run_papermill, "make": run_make, "pip": run_pip, "python": run_python, "mkdir": run_mkdir, ".": run_activation,
+RUNNERS = {"lagm": run_lagm, "papermill": run_papermill, "make": run_make, "pip": run_pip, "python": run_python,
+           "mkdir": run_mkdir, ".": run_activation,
            **dict.fromkeys(("nbdev_export", "nbdev_clean", "nbdev_install_hooks", "nbdev_test"), run_tool)}
 
 
 def check_options(words, where):
-    """Options without a command: in an experiment, values of its parameters; elsewhere, options that some command has."""
+    """Options without a command: in an experiment, values of its parameters; elsewhere, options that some command has.
+    """
     if shlex.join(words) in ON_PURPOSE: return
     if words[0] == "-p" and len(words) > 1:
-        check_parameters(ROOT / where, {name: value for option, name, value in zip(words[::3], words[1::3], words[2::3], strict=True) if option == "-p"})
+        check_parameters(ROOT / where,
+                         {name: value for option, name, value in zip(words[::3], words[1::3], words[2::3], strict=True)
+                          if option == "-p"})
         return
     parsers, known = [cli.build_parser()], set()
     for parser in parsers:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_checkpoints import same_pictures, tiny, tiny1
 
-from lagm.models.convert import convert as module
 from lagm.cli import main
-from lagm.models.convert import convert, inspect
 from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.generators.weights import save_generator
 from lagm.models.annotator import FPNAnnotator
+from lagm.models.convert import convert, inspect
+from lagm.models.convert import convert as module
 from lagm.models.results import load_results
 from lagm.models.segmenters import UNet
 
@@ -22,16 +22,21 @@ from lagm.models.segmenters import UNet
 def test_a_converted_generator_draws_the_same_pictures(kind, tmp_path):
     network, source = tiny1() if kind == "datasetgan" else tiny(conv_clamp=None), tmp_path / "source"
     if kind == "nvidia": official.nvidia_pytorch(source, network, executed=str(tmp_path / "executed"))
-    elif kind == "ours": save_generator(tmp_path / "s.safetensors", network); source = tmp_path / "s.safetensors"
+    elif kind == "ours":
+        save_generator(tmp_path / "s.safetensors", network)
+        source = tmp_path / "s.safetensors"
     elif kind == "datasetgan": torch.save(network.state_dict(), source)
     else: official.rosinality(source, network)
     header = convert(source, tmp_path / "g.safetensors")
     if kind != "rosinality": same_pictures(tmp_path / "g.safetensors", network)  # its kernels are scaled twice
-    assert header["provenance"]["converted_from"]["sha256"] == module.checksum(source) and not (tmp_path / "executed").exists()
+    assert (header["provenance"]["converted_from"]["sha256"] == module.checksum(source)
+            and not (tmp_path / "executed").exists())
     assert load_tensors(tmp_path / "g.safetensors")[1] == json.loads(json.dumps(header))
     before, after = inspect(source), inspect(tmp_path / "g.safetensors")
-    assert before["generator"] == after["generator"] and before["format"].split(",")[0] in (after["format"].split(",")[0], "lagm safetensors")
-    assert after["generator"]["parameters"] == sum(p.numel() for p in network.parameters()) and len(after["generator"]["feature_maps"]) == len(network.feature_shapes)
+    assert (before["generator"] == after["generator"]
+            and before["format"].split(",")[0] in (after["format"].split(",")[0], "lagm safetensors"))
+    assert (after["generator"]["parameters"] == sum(p.numel() for p in network.parameters())
+            and len(after["generator"]["feature_maps"]) == len(network.feature_shapes))
 
 
 def test_half_precision_halves_the_file(tmp_path):
@@ -42,11 +47,15 @@ def test_half_precision_halves_the_file(tmp_path):
 
 
 def test_results_convert_too(tmp_path):
-    annotator, segmenter = FPNAnnotator([8, 4], 5, channels=6, use_factor=True).eval(), UNet(5, width=4, levels=2).eval()
+    annotator, segmenter = (FPNAnnotator([8, 4], 5, channels=6, use_factor=True).eval(),
+                            UNet(5, width=4, levels=2).eval())
     source = official.snapshot(tmp_path / "network-snapshot.pkl", annotator, segmenter, use_factor=True)
     convert(source, tmp_path / "r.safetensors")
-    found, picture, features = load_results(tmp_path / "r.safetensors", n_classes=5), torch.randn(1, 3, 16, 16), [torch.randn(1, 8, 4, 4), torch.randn(1, 4, 8, 8)]
-    with torch.no_grad(): assert torch.equal(found.segmenter(picture), segmenter(picture)) and torch.equal(found.annotator(features), annotator(features))
+    found, picture, features = (load_results(tmp_path / "r.safetensors", n_classes=5), torch.randn(1, 3, 16, 16),
+                                [torch.randn(1, 8, 4, 4), torch.randn(1, 4, 8, 8)])
+    with torch.no_grad():
+        assert (torch.equal(found.segmenter(picture), segmenter(picture))
+                and torch.equal(found.annotator(features), annotator(features)))
     assert inspect(tmp_path / "r.safetensors")["annotator"]["use_factor"] is True
     with pytest.raises(InputError, match="for 5 classes"): load_results(tmp_path / "r.safetensors", n_classes=3)
 
@@ -55,8 +64,11 @@ def test_what_does_not_come_back_is_not_kept(tmp_path, monkeypatch):
     save_generator(tmp_path / "s.safetensors", tiny())
     (tmp_path / "t.safetensors").write_text("older")
     real = module.save_tensors
-    monkeypatch.setattr(module, "save_tensors", lambda path, tensors, header: real(path, {k: t + 1 if k == "mapping.w_avg" else t for k, t in tensors.items()}, header))
-    with pytest.raises(InputError, match="did not come back"): convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors")
+    monkeypatch.setattr(module, "save_tensors",
+                        lambda path, tensors, header: real(path, {k: t + 1 if k == "mapping.w_avg" else t
+                                                                  for k, t in tensors.items()}, header))
+    with pytest.raises(InputError, match="did not come back"):
+        convert(tmp_path / "s.safetensors", tmp_path / "t.safetensors")
     assert (tmp_path / "t.safetensors").read_text() == "older" and len(list(tmp_path.iterdir())) == 2
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from lagm.ops import convolutions as convolutions
 from lagm.core.errors import InputError
 from lagm.experiments.cost import WORKLOADS, make_step, prepare, usual_generator
 from lagm.generators.contract import FrozenGenerator, Sampling
@@ -19,9 +18,16 @@ from lagm.generators.stylegan2 import StyleGAN2
 from lagm.matching.forward import directional_derivative, match_forward_mode
 from lagm.matching.gradients import labelled_gradient, match_double_backward
 from lagm.matching.tangents import record
-from lagm.ops.convolutions import (
-    FastConvolutions, can_winograd, live_share, trimmed_conv2d, winograd_conv2d, winograd_fits)
 from lagm.models.segmenters import DeepLabV3, UNet, matched_parameter_names
+from lagm.ops import convolutions as convolutions
+from lagm.ops.convolutions import (
+    FastConvolutions,
+    can_winograd,
+    live_share,
+    trimmed_conv2d,
+    winograd_conv2d,
+    winograd_fits,
+)
 from lagm.training.recipe import get_recipe
 
 needs_winograd = pytest.mark.skipif(not can_winograd(), reason="this build of PyTorch has no NNPACK")
@@ -40,20 +46,27 @@ def everywhere(monkeypatch):
 
 @needs_winograd
 @settings(max_examples=25, deadline=None)
-@given(batch=st.integers(1, 3), inputs=st.integers(1, 20), outputs=st.integers(1, 20), height=st.integers(3, 40), width=st.integers(3, 40), seed=st.integers(0, 99), channels_last=st.booleans())
+@given(batch=st.integers(1, 3), inputs=st.integers(1, 20), outputs=st.integers(1, 20), height=st.integers(3, 40),
+       width=st.integers(3, 40), seed=st.integers(0, 99), channels_last=st.booleans())
 def test_winograd_is_the_convolution(batch, inputs, outputs, height, width, seed, channels_last):
     rng = torch.Generator().manual_seed(seed)
-    x, weight, bias = torch.randn(batch, inputs, height, width, generator=rng), torch.randn(outputs, inputs, 3, 3, generator=rng), torch.randn(outputs, generator=rng)
-    if channels_last: x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+    x, weight, bias = (torch.randn(batch, inputs, height, width, generator=rng),
+                       torch.randn(outputs, inputs, 3, 3, generator=rng), torch.randn(outputs, generator=rng))
+    if channels_last:
+        x, weight = (x.contiguous(memory_format=torch.channels_last),
+                     weight.contiguous(memory_format=torch.channels_last))
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    torch.testing.assert_close(winograd_conv2d(x, weight, bias).double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(winograd_conv2d(x, weight, bias).double(), expected, rtol=1e-4,
+                               atol=1e-4 * expected.abs().max().item())
 
 
 @settings(max_examples=50, deadline=None)
-@given(height=st.integers(1, 12), width=st.integers(1, 12), rates=st.tuples(st.integers(1, 15), st.integers(1, 15)), bias=st.booleans())
+@given(height=st.integers(1, 12), width=st.integers(1, 12), rates=st.tuples(st.integers(1, 15), st.integers(1, 15)),
+       bias=st.booleans())
 def test_trimmed_is_the_dilated_convolution_with_all_derivatives(height, width, rates, bias):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 3, height, width, dtype=torch.double, requires_grad=True), torch.randn(4, 3, 3, 3, dtype=torch.double, requires_grad=True)
+    x, weight = (torch.randn(2, 3, height, width, dtype=torch.double, requires_grad=True),
+                 torch.randn(4, 3, 3, 3, dtype=torch.double, requires_grad=True))
     offset = torch.randn(4, dtype=torch.double) if bias else None
     results = []
     for y in (trimmed_conv2d(x, weight, offset, rates), F.conv2d(x, weight, offset, padding=rates, dilation=rates)):
@@ -70,7 +83,9 @@ def test_live_share_counts_the_products_that_are_not_with_padding(n, rate):
 
 def test_what_does_not_qualify_is_left_alone_to_the_bit():
     x, cases = torch.randn(2, 64, 64, 64), []
-    for options in (dict(padding=1, groups=2), dict(padding=1, stride=2), dict(padding=0), dict(padding="same"), dict(padding=(1, 0)), dict(padding=2, dilation=2), dict(kernel_size=1), dict(out_channels=8, padding=1)):
+    for options in (dict(padding=1, groups=2), dict(padding=1, stride=2), dict(padding=0), dict(padding="same"),
+                    dict(padding=(1, 0)), dict(padding=2, dilation=2), dict(kernel_size=1),
+                    dict(out_channels=8, padding=1)):
         cases.append(nn.Conv2d(64, options.pop("out_channels", 64), options.pop("kernel_size", 3), **options))
     for layer in cases:
         with FastConvolutions(): quick = layer(x)
@@ -81,7 +96,8 @@ def test_what_does_not_qualify_is_left_alone_to_the_bit():
         assert torch.equal(quick, layer(x))
     x, layer = x[:, :16, :8, :8], nn.Conv2d(16, 16, 3, padding=1)
     double = copy.deepcopy(layer).double()
-    with FastConvolutions(): assert torch.equal(double(x.double()), F.conv2d(x.double(), double.weight, double.bias, padding=1))
+    with FastConvolutions():
+        assert torch.equal(double(x.double()), F.conv2d(x.double(), double.weight, double.bias, padding=1))
     assert not winograd_fits(x.to("meta"), layer.weight.to("meta"))
 
 
@@ -99,7 +115,8 @@ def test_tangents_by_tape_and_by_dual_numbers(everywhere):
     torch.manual_seed(0)
     network, images = UNet(4, width=8, levels=2).train(), torch.randn(2, 3, 24, 24)
     direction = {name: torch.randn_like(p) for name, p in network.named_parameters() if p.ndim > 1}
-    exact = directional_derivative(copy.deepcopy(network).double(), {name: d.double() for name, d in direction.items()}, images.double())
+    exact = directional_derivative(copy.deepcopy(network).double(), {name: d.double() for name, d in direction.items()},
+                                   images.double())
     with FastConvolutions():
         result, tape = record(network, lambda: network(images).log_softmax(1), [*direction])
         assert tape.problem is None and any("_winograd" in apply.__qualname__ for _, _, apply in tape.records)
@@ -114,7 +131,8 @@ def test_tangents_by_tape_and_by_dual_numbers(everywhere):
 @pytest.mark.parametrize("fast", [False, True])
 def test_matching_gradients_of_the_deeplab_head_in_double_precision(fast):
     torch.manual_seed(0)
-    segmenter, images, labels, masks = DeepLabV3(4).double(), torch.randn(2, 2, 3, 64, 64).double(), torch.rand(2, 4, 64, 64).softmax(1).double(), torch.randint(0, 4, (2, 64, 64))
+    segmenter, images, labels, masks = (DeepLabV3(4).double(), torch.randn(2, 2, 3, 64, 64).double(),
+                                        torch.rand(2, 4, 64, 64).softmax(1).double(), torch.randint(0, 4, (2, 64, 64)))
     names, results = matched_parameter_names(segmenter, "head"), []
     for match, quick in ((match_double_backward, False), (match_forward_mode, fast), (match_double_backward, fast)):
         network = copy.deepcopy(segmenter)
@@ -128,7 +146,8 @@ def test_matching_gradients_of_the_deeplab_head_in_double_precision(fast):
 @needs_winograd
 def test_winograd_keeps_the_matching_gradient_in_float32(everywhere):
     torch.manual_seed(0)
-    segmenter, images, labels, masks = UNet(4, width=16, levels=2), torch.randn(2, 2, 3, 32, 32), torch.rand(2, 4, 32, 32).softmax(1), torch.randint(0, 4, (2, 32, 32))
+    segmenter, images, labels, masks = (UNet(4, width=16, levels=2), torch.randn(2, 2, 3, 32, 32),
+                                        torch.rand(2, 4, 32, 32).softmax(1), torch.randint(0, 4, (2, 32, 32)))
     names = matched_parameter_names(segmenter, "all")
 
     def label_gradient(dtype, quick):
@@ -149,8 +168,10 @@ def test_the_usual_generator_is_the_same_function():
     sampling = Sampling(0.7, 4, "random")
     ours = FrozenGenerator(network, sampling)
     z = ours.sample_z(2, torch.Generator().manual_seed(1))
-    a, b = ours(z, torch.Generator().manual_seed(2)), usual_generator(network, z, sampling, torch.Generator().manual_seed(2))
-    assert relative(a.image, b.image) < 1e-4 and all(relative(x, y) < 1e-4 for x, y in zip(a.features, b.features, strict=True))
+    a, b = (ours(z, torch.Generator().manual_seed(2)),
+            usual_generator(network, z, sampling, torch.Generator().manual_seed(2)))
+    assert (relative(a.image, b.image) < 1e-4
+            and all(relative(x, y) < 1e-4 for x, y in zip(a.features, b.features, strict=True)))
 
 
 def test_the_plain_step_moves_both_networks_as_ours_does():
@@ -159,7 +180,8 @@ def test_the_plain_step_moves_both_networks_as_ours_does():
     for step in (plain, ours): step(0)
     assert all(p.requires_grad for p in plain.setting.segmenter.parameters())
     for role in ("segmenter", "annotator"):
-        a, b = (torch.cat([p.detach().flatten() for p in getattr(step.setting, role).parameters()]) for step in (plain, ours))
+        a, b = (torch.cat([p.detach().flatten() for p in getattr(step.setting, role).parameters()])
+                for step in (plain, ours))
         assert relative(a, b) < 1e-5
     assert not torch.equal(before[0], next(plain.setting.segmenter.parameters()))
 

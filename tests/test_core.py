@@ -16,11 +16,11 @@ import torch
 
 from lagm.core import files as core_files
 from lagm.core import tensors as core_tensors
+from lagm.core.errors import InputError
 from lagm.core.files import asset, atomic_path, read_json, write_json
 from lagm.core.provenance import provenance
 from lagm.core.seeds import choose_device, random_generator, seed_everything
 from lagm.core.tensors import load_tensors, save_tensors
-from lagm.core.errors import InputError
 
 
 def below_a_file(folder: Path) -> Path:
@@ -46,7 +46,8 @@ def test_atomic_path_keeps_the_old_file_when_the_block_fails(tmp_path):
 def test_atomic_path_names_what_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="result.json"), atomic_path(below_a_file(tmp_path)): pass
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="is a folder"), atomic_path(tmp_path / "folder") as temporary: temporary.write_text("x")
+    with pytest.raises(InputError, match="is a folder"), atomic_path(tmp_path / "folder") as temporary:
+        temporary.write_text("x")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
@@ -54,7 +55,8 @@ def test_atomic_path_names_what_cannot_be_written(tmp_path):
 def test_a_killed_writer_leaves_the_old_file_and_its_leftovers_go(tmp_path):
     path = tmp_path / "net.bin"
     path.write_text("old")
-    code = "import sys, time; from lagm.core.files import atomic_path\nwith atomic_path(sys.argv[1]) as t: t.write_text('half'); print('writing', flush=True); time.sleep(60)"
+    code = ("import sys, time; from lagm.core.files import atomic_path\nwith atomic_path(sys.argv[1]) as t: "
+            "t.write_text('half'); print('writing', flush=True); time.sleep(60)")
     writer = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "writing\n"
     with atomic_path(path) as temporary: temporary.write_text("meanwhile")
@@ -67,11 +69,13 @@ def test_a_killed_writer_leaves_the_old_file_and_its_leftovers_go(tmp_path):
 
 
 def test_json_takes_numbers_of_numpy_and_torch_and_has_no_nan(tmp_path):
-    value = {"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": (float("inf"), np.nan), 3: Path("x/y"), "d": True, "e": "ü"}
+    value = {"a": np.float32(0.5), "b": torch.tensor([1, 2]), "c": (float("inf"), np.nan), 3: Path("x/y"), "d": True,
+             "e": "ü"}
     write_json(tmp_path / "m.json", value)
     def forbidden(name): raise AssertionError(f"{name} is not JSON")
     strict = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"), parse_constant=forbidden)
-    assert strict == read_json(tmp_path / "m.json") == {"a": 0.5, "b": [1, 2], "c": [None, None], "3": "x/y", "d": True, "e": "ü"}
+    assert strict == read_json(tmp_path / "m.json") == {"a": 0.5, "b": [1, 2], "c": [None, None], "3": "x/y", "d": True,
+                                                        "e": "ü"}
     with pytest.raises(TypeError, match="object"): write_json(tmp_path / "m.json", {"x": object()})
     assert read_json(tmp_path / "m.json") == strict
 
@@ -85,12 +89,14 @@ def test_read_json_names_the_file(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
 def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
     base = (torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) * 8).to(dtype)
-    tensors = {"whole": base, "view": base.T[1:3], "shared": base, "scalar": base[0, 0], "parameter": torch.nn.Parameter(base.float())}
+    tensors = {"whole": base, "view": base.T[1:3], "shared": base, "scalar": base[0, 0],
+               "parameter": torch.nn.Parameter(base.float())}
     save_tensors(tmp_path / "t.safetensors", tensors, {"recipe": "fast", "nested": {"images": 3}, "rate": float("nan")})
     back, header = load_tensors(tmp_path / "t.safetensors")
     assert header == {"recipe": "fast", "nested": {"images": 3}, "rate": None}
     assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items(): assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor.detach()), name
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor.detach()), name
 
 
 def test_load_tensors_of_other_programs_and_of_damaged_files(tmp_path):
@@ -178,5 +184,6 @@ def test_a_file_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, l
 
 def test_a_failure_that_is_not_the_files_is_not_blamed_on_it(tmp_path, monkeypatch):
     save_tensors(tmp_path / "run.safetensors", {"weight": torch.ones(2)})
-    monkeypatch.setattr(core_tensors.safetensors, "safe_open", lambda *args, **kwargs: exec("raise RuntimeError('out of memory')"))
+    monkeypatch.setattr(core_tensors.safetensors, "safe_open",
+                        lambda *args, **kwargs: exec("raise RuntimeError('out of memory')"))
     with pytest.raises(RuntimeError, match="out of memory"): load_tensors(tmp_path / "run.safetensors")

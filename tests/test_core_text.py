@@ -2,15 +2,15 @@
 
 import pytest
 
-from lagm.core.errors import printable, same_name
+from lagm.core.errors import InputError, printable, same_name
 from lagm.core.files import decode_text, inside, parse_json, read_json, read_lines, read_text
 from lagm.core.provenance import install_advice
-from lagm.core.errors import InputError
 
 TEXT = "Zoë\r\nÅsa\n"
 
 
-@pytest.mark.parametrize("content", [TEXT.encode(), b"\xef\xbb\xbf" + TEXT.encode(), b"\xff\xfe" + TEXT.encode("utf-16-le"), b"\xfe\xff" + TEXT.encode("utf-16-be")])
+@pytest.mark.parametrize("content", [TEXT.encode(), b"\xef\xbb\xbf" + TEXT.encode(),
+                                     b"\xff\xfe" + TEXT.encode("utf-16-le"), b"\xfe\xff" + TEXT.encode("utf-16-be")])
 def test_text_of_any_system(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     assert decode_text(content) == read_text(tmp_path / "a.txt") == TEXT
@@ -48,12 +48,14 @@ def test_json(tmp_path):
     with pytest.raises(InputError, match="x.json is nested too deeply"): parse_json("[" * 200_000, "x.json")
 
 
-@pytest.mark.parametrize("name, below", [("a.png", "a.png"), ("x/a.png", "x/a.png"), ("x\\a.png", "x/a.png"), ("./x//a.png", "x/a.png"), ("..a/b..", "..a/b..")])
+@pytest.mark.parametrize("name, below", [("a.png", "a.png"), ("x/a.png", "x/a.png"), ("x\\a.png", "x/a.png"),
+                                         ("./x//a.png", "x/a.png"), ("..a/b..", "..a/b..")])
 def test_names_that_stay_inside(name, below):
     assert inside("data", name).as_posix() == f"data/{below}"
 
 
-@pytest.mark.parametrize("name", ["", ".", "/a", "\\a", "../a", "x/../../a", "x\\..\\a", "C:\\a", "c:a", "//server/a", "\\\\server\\a", "a\0b", ".."])
+@pytest.mark.parametrize("name", ["", ".", "/a", "\\a", "../a", "x/../../a", "x\\..\\a", "C:\\a", "c:a", "//server/a",
+                                  "\\\\server\\a", "a\0b", ".."])
 def test_names_that_lead_out(name):
     with pytest.raises(InputError, match="leads out of the folder data"): inside("data", name)
 
@@ -72,5 +74,6 @@ def test_same_name():
 
 def test_install_advice():
     advice = install_advice("pascal")
-    assert advice.startswith("python -m pip install '") and "scipy>=" in advice and "pycocotools>=" in advice and "lagm" not in advice and "torch" not in advice
+    assert (advice.startswith("python -m pip install '") and "scipy>=" in advice and "pycocotools>=" in advice
+            and "lagm" not in advice and "torch" not in advice)
     with pytest.raises(ValueError, match="no extra 'nothing'"): install_advice("nothing")

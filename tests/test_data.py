@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lagm.core.errors import InputError
 from lagm.core.files import asset
-from lagm.data.demo import SPLITS, Avatars, choose_labelled, stack
 from lagm.data.avatars import SEED_RANGES
+from lagm.data.demo import SPLITS, Avatars, choose_labelled, stack
 from lagm.data.labels import CELEBA8
 
 STYLES = ("big-ears", "toon-head", "micah")
@@ -58,7 +58,9 @@ def test_every_picture_has_every_part(sets, style):
     for split in SPLITS:
         _, masks = stack(sets[style, split])
         present = torch.stack([(masks == c).flatten(1).any(1) for c in range(8)])
-        assert present.all(), f"{style} {split}: pictures without {[CELEBA8.classes[c] for c in (~present).any(1).nonzero().flatten()]}"
+        assert present.all(), (
+            f"{style} {split}: pictures without {[CELEBA8.classes[c] for c in (~present).any(1).nonzero().flatten()]}"
+        )
 
 
 def test_no_face_is_in_two_splits(sets):
@@ -174,7 +176,9 @@ def test_pickled_arrays_are_refused(folder):
         Avatars("micah", root=folder)
 
 
-@pytest.mark.parametrize("damage, message", [("{", "not JSON"), ("[]", "does not describe"), ('{"format": "other"}', "does not describe"), (None, "does not say which classes"),
+@pytest.mark.parametrize("damage, message",
+                         [("{", "not JSON"), ("[]", "does not describe"), ('{"format": "other"}', "does not describe"),
+                          (None, "does not say which classes"),
                                              ("splits", "cannot read the train pictures")])
 def test_a_damaged_description(folder, damage, message):
     header = json.loads((folder / "micah.json").read_text(encoding="utf-8"))
@@ -200,7 +204,8 @@ def test_choice_is_seeded_nested_and_without_repeats(sets):
 
 
 def test_choice_is_fair(sets):
-    counts = np.bincount([i for seed in range(4000) for i in choose_labelled(sets["big-ears", "train"], 2, seed)], minlength=40)
+    counts = np.bincount([i for seed in range(4000) for i in choose_labelled(sets["big-ears", "train"], 2, seed)],
+                         minlength=40)
     assert counts.sum() == 8000 and 140 < counts.min() and counts.max() < 260  # 200 expected, standard deviation 14
 
 

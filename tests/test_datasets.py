@@ -12,10 +12,10 @@ from lagm.core.errors import InputError
 from lagm.data.celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
 from lagm.data.cgpart import CGPART_MODELS, CGPartReal, CGPartRendered, choose_subset, short_side_size, synthetic_size
 from lagm.data.datasetgan import DatasetGAN, remove_specks
-from lagm.data.pascal import PascalPart
 from lagm.data.folder import Folder, save_folder
-from lagm.data.labels import CELEBA8, IGNORE
 from lagm.data.images import save_mask
+from lagm.data.labels import CELEBA8, IGNORE
+from lagm.data.pascal import PascalPart
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 ROOT = GOLDEN / "data"
@@ -30,7 +30,8 @@ def tree(tmp_path):
 
 
 def check(dataset, mask_key, image_key):
-    n = sum(1 for key in EXPECTED if key.startswith(f"{mask_key}.") and key.endswith(".seg") and key.count(".") == mask_key.count(".") + 2)
+    n = sum(1 for key in EXPECTED if key.startswith(f"{mask_key}.") and key.endswith(".seg")
+            and key.count(".") == mask_key.count(".") + 2)
     assert len(dataset) == n > 0
     for i, (image, mask) in enumerate(dataset[j] for j in range(n)):
         assert image.dtype == torch.float32 and mask.dtype == torch.int64 and image.is_contiguous()
@@ -48,7 +49,8 @@ def test_celeba(split, labels):
 @pytest.mark.parametrize("name,labels", [("car", None), ("cat", None), ("face", None), ("face", "celebA_8")])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_datasetgan(name, split, labels):
-    check(DatasetGAN(ROOT, name, split, labels, (44, 36)), f"datasetgan.{name}.{split}.{'8' if labels else 'full'}", f"datasetgan.{name}.{split}")
+    check(DatasetGAN(ROOT, name, split, labels, (44, 36)), f"datasetgan.{name}.{split}.{'8' if labels else 'full'}",
+          f"datasetgan.{name}.{split}")
 
 
 @pytest.mark.parametrize("labels", [None, "CGPart_car_simplified_v0", "CGPart_car_simplified_v1"])
@@ -57,7 +59,8 @@ def test_cgpart(labels):
     check(CGPartReal(ROOT, labels=labels, short_side=48), f"cgpart_real.{labels}", "cgpart_real")
 
 
-@pytest.mark.parametrize("make", [lambda **k: CelebAMaskHQ(ROOT, **k), lambda **k: DatasetGAN(ROOT, **k), lambda **k: CGPartRendered(ROOT, **k), lambda **k: CGPartReal(ROOT, **k)])
+@pytest.mark.parametrize("make", [lambda **k: CelebAMaskHQ(ROOT, **k), lambda **k: DatasetGAN(ROOT, **k),
+                                  lambda **k: CGPartRendered(ROOT, **k), lambda **k: CGPartReal(ROOT, **k)])
 def test_transforms_and_indices(make):
     plain, flipped = make(), make(transforms=lambda image, mask: (image.flip(-1), mask.flip(-1)))
     assert torch.equal(flipped[0][0], plain[0][0].flip(-1)) and torch.equal(flipped[0][1], plain[0][1].flip(-1))
@@ -71,7 +74,9 @@ def test_transforms_and_indices(make):
 
 
 def test_celeba_official_splits(tmp_path):
-    assert [(split, len(celeba_numbers(tmp_path, split)), celeba_numbers(tmp_path, split)[0]) for split in CELEBA_SPLITS] == [("train", 1500, "28000"), ("val", 500, "27500"), ("test", 500, "29500"), ("unlabelled", 28000, "0")]
+    assert [(split, len(celeba_numbers(tmp_path, split)), celeba_numbers(tmp_path, split)[0])
+            for split in CELEBA_SPLITS] == [("train", 1500, "28000"), ("val", 500, "27500"), ("test", 500, "29500"),
+                                            ("unlabelled", 28000, "0")]
 
 
 def test_celeba_later_parts_cover_earlier_ones_and_any_channel_counts(tree):
@@ -130,7 +135,8 @@ def test_datasetgan_planes_numbers_and_raw_masks(tree):
 
 def test_datasetgan_errors(tree):
     folder = tree / "DatasetGAN" / "annotation" / "training_data" / "car_processed"
-    with pytest.raises(InputError, match=r"(?s)Expected layout:.*car_processed.*datasetGAN_release"): DatasetGAN(tree / "x", "car")
+    with pytest.raises(InputError, match=r"(?s)Expected layout:.*car_processed.*datasetGAN_release"):
+        DatasetGAN(tree / "x", "car")
     np.save(folder / "image_mask0.npy", np.full((48, 64), 20))
     with pytest.raises(InputError, match="value 20"): DatasetGAN(tree, "car")[0]
     np.save(folder / "image_mask0.npy", np.zeros((64, 48)))
@@ -159,14 +165,17 @@ def test_cgpart_models_and_sizes():
     assert CGPartRendered(ROOT, models=["minivan", "sedan"]).names == CGPartRendered(ROOT).names
     assert {len(models) for models in CGPART_MODELS.values()} == {5, 4}
     with pytest.raises(InputError, match=CGPART_MODELS["car"]["wagon"]): CGPartRendered(ROOT, models=["wagon"])
-    assert [short_side_size(size, 192) for size in ((400, 300), (300, 400), (299, 299), (500, 333))] == [(256, 192), (192, 256), (192, 192), (288, 192)]
-    assert synthetic_size((256, 192)) == (256, 192) and synthetic_size((256, 192), "released-transposed-size") == (192, 256)
+    assert ([short_side_size(size, 192) for size in ((400, 300), (300, 400), (299, 299), (500, 333))]
+            == [(256, 192), (192, 256), (192, 192), (288, 192)])
+    assert (synthetic_size((256, 192)) == (256, 192)
+            and synthetic_size((256, 192), "released-transposed-size") == (192, 256))
 
 
 def test_cgpart_errors(tree):
     for make, command in ((CGPartRendered, "lagm fetch cgpart-rendered-cars"), (CGPartReal, "lagm fetch cgpart-real")):
         with pytest.raises(InputError, match=command): make(tree / "x")
-    with pytest.raises(InputError, match="use one of CGPart_car, CGPart_car_simplified_v0"): CGPartReal(tree, labels="celebA_8")
+    with pytest.raises(InputError, match="use one of CGPart_car, CGPart_car_simplified_v0"):
+        CGPartReal(tree, labels="celebA_8")
     with pytest.raises(InputError, match="train pictures"): CGPartReal(tree, split="train")
     path = CGPartReal(tree).sources(0)[1]
     Image.fromarray(np.full((50, 70), 32, np.uint8)).save(path)
@@ -176,7 +185,8 @@ def test_cgpart_errors(tree):
 
 
 def test_pascal_errors(tmp_path):
-    with pytest.raises(InputError, match="lagm prepare pascal --voc VOC2010 --object aeroplane"): PascalPart(tmp_path, "aeroplane")
+    with pytest.raises(InputError, match="lagm prepare pascal --voc VOC2010 --object aeroplane"):
+        PascalPart(tmp_path, "aeroplane")
     with pytest.raises(InputError, match="no split 'trainval'"): PascalPart(tmp_path, "horse", "trainval")
 
 
@@ -202,7 +212,8 @@ def test_folder_lists_and_unlabelled(folder):
     root, _, masks = folder
     (root / "masks" / "c.png").unlink()
     (root / "val.txt").write_text("b.jpg\n\na\n")
-    assert Folder(root).names == ["a", "b"] and Folder(root, "unlabelled").names == ["c"] and Folder(root, "val").names == ["b", "a"]
+    assert (Folder(root).names == ["a", "b"] and Folder(root, "unlabelled").names == ["c"]
+            and Folder(root, "val").names == ["b", "a"])
     assert (Folder(root, "unlabelled", size=(8, 8))[0][1] == IGNORE).all()
     (root / "val.txt").write_text("c\n")
     with pytest.raises(InputError, match="lists c, which has no mask"): Folder(root, "val")
@@ -214,15 +225,19 @@ def test_folder_turned_pictures(folder):
     exif[0x0112] = 6
     picture = Image.open(root / "images" / "a.png")
     picture.transpose(Image.Transpose.ROTATE_90).save(root / "images" / "a.png", exif=exif)  # stored sideways
-    assert torch.equal(Folder(root)[0][0], images[1]) and torch.equal(Folder(root)[0][1], masks[1])  # mask drawn upright
+    # mask drawn upright
+    assert torch.equal(Folder(root)[0][0], images[1]) and torch.equal(Folder(root)[0][1], masks[1])
     save_mask(root / "masks" / "a.png", np.rot90(masks[1].numpy()), CELEBA8)  # mask drawn sideways
     assert torch.equal(Folder(root)[0][1], masks[1])
 
 
 @pytest.mark.parametrize("change,words", [
-    (lambda root: (root / "classes.txt").unlink(), "list of classes"), (lambda root: (root / "classes.txt").write_text("\n"), "names no class"),
-    (lambda root: (root / "classes.txt").write_text("a\na\n"), "repeats the class 'a'"), (lambda root: shutil.rmtree(root / "masks"), "there is no folder"),
-    (lambda root: (root / "images" / "a.png").unlink(), "have no image of the same name"), (lambda root: shutil.copy(root / "images" / "a.png", root / "images" / "a.jpg"), "share one mask"),
+    (lambda root: (root / "classes.txt").unlink(), "list of classes"),
+    (lambda root: (root / "classes.txt").write_text("\n"), "names no class"),
+    (lambda root: (root / "classes.txt").write_text("a\na\n"), "repeats the class 'a'"),
+    (lambda root: shutil.rmtree(root / "masks"), "there is no folder"),
+    (lambda root: (root / "images" / "a.png").unlink(), "have no image of the same name"),
+    (lambda root: shutil.copy(root / "images" / "a.png", root / "images" / "a.jpg"), "share one mask"),
     (lambda root: [path.unlink() for path in (root / "masks").iterdir()], "no labelled pictures")])
 def test_folder_errors(folder, change, words):
     change(folder[0])

@@ -61,7 +61,8 @@ def test_hooks_and_make_run_the_same_tools():
 
 def test_nobody_is_told_to_export_without_docstrings():
     """`nbdev_export` alone leaves the comments out of the docstrings: the advice is `make export`."""
-    said = subprocess.run(["git", "grep", "-l", "nbdev_export"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    said = subprocess.run(["git", "grep", "-l", "nbdev_export"], cwd=ROOT, capture_output=True,
+                          text=True).stdout.split()
     assert set(said) <= {"tests/export.py", "tests/test_door.py", "tests/test_commands.py"}, said
 
 

@@ -19,20 +19,20 @@ from lagm.core.seeds import random_generator
 from lagm.core.tensors import all_finite, load_tensors
 from lagm.core.values import check_fields
 from lagm.data.augment import Augment
-from lagm.training.datasetgan import label_generated
-from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.evaluation.metrics import evaluate, predict
 from lagm.evaluation.prediction import predict_pictures
+from lagm.experiments.stages import make_recipe
 from lagm.generators.contract import Sampling
 from lagm.generators.train import GANRecipe
-from lagm.experiments.stages import make_recipe
-from lagm.training.synthetic import GeneratedPairs, Plan, make_pair
-from lagm.training.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
-from lagm.training.lagm import estimate_lagm, train_lagm, train_supervised
 from lagm.training.batches import Parts
+from lagm.training.datasetgan import label_generated
+from lagm.training.downstream import DownstreamRecipe, train_downstream
+from lagm.training.lagm import estimate_lagm, train_lagm, train_supervised
 from lagm.training.loop import Diverged, validated
 from lagm.training.recipe import FAST, PAPER, Recipe, get_recipe
 from lagm.training.state import TrainState
+from lagm.training.synthetic import GeneratedPairs, Plan, make_pair
+from lagm.training.teachers import Teaching, taught_step, train_mean_teacher, train_self_training, train_taught
 from lagm.training.watching import Watch
 
 CPU = torch.device("cpu")
@@ -304,7 +304,8 @@ def test_a_network_in_eval_mode_is_trained_as_a_whole():
 
 def test_another_set_of_frozen_modules_is_another_run(tmp_path):
     run(SHORT, nets=frozen_networks(True)[0], checkpoint=tmp_path / "run.safetensors")
-    assert run(SHORT, nets=frozen_networks(True)[0], checkpoint=tmp_path / "run.safetensors").step == SHORT.total_steps(2)
+    assert run(SHORT, nets=frozen_networks(True)[0],
+               checkpoint=tmp_path / "run.safetensors").step == SHORT.total_steps(2)
     assert ", 6 frozen (" in load_tensors(tmp_path / "run.safetensors")[1]["identity"]["arm"]
     for nets in (networks(), frozen_networks()[0]):
         with pytest.raises(InputError, match="another run: arm"):

@@ -14,11 +14,18 @@ from lagm.core.errors import InputError
 from lagm.core.seeds import random_generator
 from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
 from lagm.data.augment import Augment
-from lagm.training.encoders import (
-    FrozenEncoder, Pretraining, contrast_loss, denoise_step, matching_points, read_points, train_frozen_encoder)
 from lagm.evaluation.metrics import evaluate
 from lagm.models.frozen import EncoderSegmenter, TimmSegmenter
 from lagm.models.saved import describe_network, load_segmenter, read_networks, save_segmenter
+from lagm.training.encoders import (
+    FrozenEncoder,
+    Pretraining,
+    contrast_loss,
+    denoise_step,
+    matching_points,
+    read_points,
+    train_frozen_encoder,
+)
 from lagm.training.lagm import train_supervised
 from lagm.training.recipe import FAST
 from lagm.training.state import TrainState

@@ -196,9 +196,11 @@ def test_scores_of_many_matrices_are_those_of_each(counts):
 
 def test_pictures_may_differ_in_size(golden, counts):
     facts, arrays = golden
-    cut = [torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["pred"])], [torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["gt"])]
+    cut = ([torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["pred"])],
+           [torch.as_tensor(a[:10 + i]) for i, a in enumerate(arrays["gt"])])
     assert picture_counts(*cut, facts["n_classes"]).shape == counts.shape
-    with pytest.raises(InputError, match="9 predictions and 8 masks"): picture_counts(*[part[:n] for part, n in zip(cut, (9, 8))], 6)
+    with pytest.raises(InputError, match="9 predictions and 8 masks"):
+        picture_counts(*[part[:n] for part, n in zip(cut, (9, 8))], 6)
 
 
 def test_the_worst_pictures_come_first():
@@ -236,7 +238,8 @@ def reference_boundary(predictions, labels, n_classes, radius):
             points = [[] for _ in range(n_classes)]
             for y, x in np.ndindex(mask.shape):
                 if not known[y, x]: continue
-                near = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)) if 0 <= y + dy < mask.shape[0] and 0 <= x + dx < mask.shape[1]]
+                near = [(y + dy, x + dx) for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))
+                        if 0 <= y + dy < mask.shape[0] and 0 <= x + dx < mask.shape[1]]
                 if any(known[p] and mask[p] != mask[y, x] for p in near): points[mask[y, x]].append((y, x))
             found.append([np.array(p).reshape(-1, 2) for p in points])
         for c in range(n_classes):
@@ -251,26 +254,32 @@ def test_border_counts_against_loops(golden, tolerance, radius):
     facts, arrays = golden
     score = BoundaryScore(facts["n_classes"], tolerance)
     for pred, gt in zip(arrays["pred"], arrays["gt"]): score.update(pred[None], gt[None])
-    assert np.array_equal(score.counts.numpy(), reference_boundary(arrays["pred"], arrays["gt"], facts["n_classes"], radius))
+    assert np.array_equal(score.counts.numpy(),
+                          reference_boundary(arrays["pred"], arrays["gt"], facts["n_classes"], radius))
     f, mean = score.compute()
     predicted, near_truth, true, near_prediction = score.counts.double().numpy()
     p, r = near_truth[1] / predicted[1], near_prediction[1] / true[1]
-    assert f[1] == pytest.approx(2 * p * r / (p + r)) and mean == pytest.approx(np.mean([v for v, t in zip(f[1:], true[1:]) if t]))
+    assert (f[1] == pytest.approx(2 * p * r / (p + r))
+            and mean == pytest.approx(np.mean([v for v, t in zip(f[1:], true[1:]) if t])))
 
 
 def test_border_mistakes():
-    with pytest.raises(InputError, match="B, H, W"): BoundaryScore(3).update(torch.zeros(4, 4, dtype=int), torch.zeros(4, 4, dtype=int))
+    with pytest.raises(InputError, match="B, H, W"):
+        BoundaryScore(3).update(torch.zeros(4, 4, dtype=int), torch.zeros(4, 4, dtype=int))
     assert BoundaryScore(3).compute() == ([0.0] * 3, 0.0)
     score = BoundaryScore(2)
-    score.update(torch.zeros(1, 4, 4, dtype=int), torch.ones(1, 4, 4, dtype=int))  # no borders: the frame of the picture is none
+    # no borders: the frame of the picture is none
+    score.update(torch.zeros(1, 4, 4, dtype=int), torch.ones(1, 4, 4, dtype=int))
     assert score.counts.sum() == 0
 
 
 def test_the_report_is_whole_and_can_be_written(golden, tmp_path):
     facts, arrays = golden
     names = [f"class {c}" for c in range(facts["n_classes"])]
-    report = evaluation_report(torch.as_tensor(arrays["pred"]), torch.as_tensor(arrays["gt"]), names, draws=50, checkpoint="x")
+    report = evaluation_report(torch.as_tensor(arrays["pred"]), torch.as_tensor(arrays["gt"]), names, draws=50,
+                               checkpoint="x")
     write_json(tmp_path / "metrics.json", report)
     back = read_json(tmp_path / "metrics.json")
-    assert back["metrics"]["miou"] == pytest.approx(facts["metrics"]["mIoU"]) and list(back["iou"]) == names and back["checkpoint"] == "x"
+    assert (back["metrics"]["miou"] == pytest.approx(facts["metrics"]["mIoU"]) and list(back["iou"]) == names
+            and back["checkpoint"] == "x")
     assert back["intervals"]["miou"]["low"] <= back["metrics"]["miou"] <= back["intervals"]["miou"]["high"]

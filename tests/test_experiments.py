@@ -9,12 +9,13 @@ import papermill
 import pytest
 from notebooks import printed, write_experiment
 
-from lagm.experiments import notebooks as experiments
 from lagm.core.errors import InputError
+from lagm.experiments import notebooks as experiments
 from lagm.experiments.notebooks import check_parameters, is_finished
 from lagm.experiments.running import RunError, run_notebook
 
-METRICS = "from pathlib import Path\nimport json\nprint('k is', k)\nPath(out_dir, 'metrics.json').write_text(json.dumps({'k': k}))"
+METRICS = ("from pathlib import Path\nimport json\nprint('k is', k)\nPath(out_dir, "
+           "'metrics.json').write_text(json.dumps({'k': k}))")
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def test_parameters_are_read_as_papermill_reads_them(toy):
 @pytest.mark.parametrize(("name", "value", "wanted"), [
     ("k", "5", 5), ("k", "250_000", 250_000), ("k", "1e5", 100_000), ("k", 2.0, 2), ("k", 10**20 + 1, 10**20 + 1),
     ("rate", "1e-4", 1e-4), ("rate", 1, 1.0), ("flip", "no", False), ("flip", True, True), ("recipe", "paper", "paper"),
-    ("widths", "[4, 8]", [4, 8]), ("widths", (4, "8"), [4, 8]), ("widths", [], []), ("data", "none", None), ("data", None, None), ("data", "faces", "faces"),
+    ("widths", "[4, 8]", [4, 8]), ("widths", (4, "8"), [4, 8]), ("widths", [], []), ("data", "none", None),
+    ("data", None, None), ("data", "faces", "faces"),
     ("plain", "2", 2.0), ("out_dir", "3", "3"),
 ])
 def test_values_that_fit(toy, name, value, wanted):
@@ -48,16 +50,20 @@ def test_values_that_fit(toy, name, value, wanted):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("k", "two"), ("k", 2.5), ("k", True), ("k", None), ("k", [1]), ("k", math.nan), ("k", "inf"), ("rate", "fast"), ("rate", False), ("flip", 1), ("flip", "maybe"),
-    ("recipe", "papr"), ("recipe", 0), ("widths", "8"), ("widths", [8, "x"]), ("widths", "[8,"), ("data", 3), ("plain", "half"), ("out_dir", 3), ("out_dir", None),
+    ("k", "two"), ("k", 2.5), ("k", True), ("k", None), ("k", [1]), ("k", math.nan), ("k", "inf"), ("rate", "fast"),
+    ("rate", False), ("flip", 1), ("flip", "maybe"),
+    ("recipe", "papr"), ("recipe", 0), ("widths", "8"), ("widths", [8, "x"]), ("widths", "[8,"), ("data", 3),
+    ("plain", "half"), ("out_dir", 3), ("out_dir", None),
 ])
 def test_values_that_do_not_fit_are_named_and_nothing_starts(toy, tmp_path, name, value):
-    with pytest.raises(InputError, match=rf"10_toy.ipynb: {name} = .* is not "): run_notebook(toy, tmp_path / "outputs" / "toy.ipynb", {name: value})
+    with pytest.raises(InputError, match=rf"10_toy.ipynb: {name} = .* is not "):
+        run_notebook(toy, tmp_path / "outputs" / "toy.ipynb", {name: value})
     assert not (tmp_path / "outputs").exists()
 
 
 def test_unknown_parameters_are_named_with_the_known_ones(toy, tmp_path):
-    with pytest.raises(InputError) as caught: run_notebook(toy, tmp_path / "outputs" / "toy.ipynb", {"recepie": "fast", "zzz": 1, "k": "x"})
+    with pytest.raises(InputError) as caught:
+        run_notebook(toy, tmp_path / "outputs" / "toy.ipynb", {"recepie": "fast", "zzz": 1, "k": "x"})
     message = str(caught.value)
     assert "'recepie', did you mean 'recipe'?" in message and "'zzz'" in message and "k = 'x' is not int" in message
     assert "k, rate, flip, recipe, widths, data, plain, out_dir" in message and "\n" not in message
@@ -118,9 +124,11 @@ def test_experiments_of_the_package_are_found_without_a_checkout(toy, tmp_path_f
     package, elsewhere = tmp_path_factory.mktemp("site-packages") / "lagm", tmp_path_factory.mktemp("elsewhere")
     monkeypatch.setattr(experiments.importlib.resources, "files", lambda name: package)
     write_experiment(package / "_experiments" / "own.ipynb")
-    assert list(experiments.list_experiments(elsewhere)) == ["own"] and list(experiments.list_experiments(toy.parent)) == ["toy"]
+    assert (list(experiments.list_experiments(elsewhere)) == ["own"]
+            and list(experiments.list_experiments(toy.parent)) == ["toy"])
     assert experiments.working_folder(package / "_experiments" / "own.ipynb", elsewhere) == elsewhere
-    assert experiments.working_folder(package / "_experiments" / "own.ipynb", package / "_experiments") == package / "_experiments"
+    assert experiments.working_folder(package / "_experiments" / "own.ipynb",
+                                      package / "_experiments") == package / "_experiments"
 
 
 # ---- files that cannot be used
@@ -182,8 +190,10 @@ def test_a_failing_cell_gives_a_short_message_and_a_readable_notebook(toy, tmp_p
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert "KeyError: 'lost'" in str(caught.value) and os.path.join("outputs", "toy.ipynb") in str(caught.value)
     assert printed(tmp_path / "outputs" / "toy.ipynb") == "k is 2\n" and "k is 2\n" in capsys.readouterr().out
-    errors = [out for cell in nbformat.read("outputs/toy.ipynb", 4).cells for out in cell.get("outputs", []) if out.output_type == "error"]
-    assert [error.ename for error in errors] == ["KeyError"] and any("in f()" in line or "f()" in line for line in errors[0].traceback)
+    errors = [out for cell in nbformat.read("outputs/toy.ipynb", 4).cells for out in cell.get("outputs", [])
+              if out.output_type == "error"]
+    assert ([error.ename for error in errors] == ["KeyError"]
+            and any("in f()" in line or "f()" in line for line in errors[0].traceback))
     assert not is_finished(toy, "outputs/toy.ipynb")
     write_experiment(toy, METRICS, "1", "print('at last')")
     run_notebook(toy, "outputs/toy.ipynb")
@@ -192,13 +202,17 @@ def test_a_failing_cell_gives_a_short_message_and_a_readable_notebook(toy, tmp_p
 
 def test_a_mistake_found_by_the_notebook_is_the_callers_too(toy):
     write_experiment(toy, "class InputError(ValueError): pass\nif k > 30: raise InputError(f'k is {k}; give 1 to 30')")
-    with pytest.raises(InputError, match=r"^k is 40; give 1 to 30 \(says cell \[4\] of outputs.toy.ipynb\)$"): run_notebook(toy, "outputs/toy.ipynb", {"k": 40})
+    with pytest.raises(InputError, match=r"^k is 40; give 1 to 30 \(says cell \[4\] of outputs.toy.ipynb\)$"):
+        run_notebook(toy, "outputs/toy.ipynb", {"k": 40})
 
 
 def test_a_run_whose_process_dies_is_not_finished(toy):
-    write_experiment(toy, "print('alive', flush=True)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "print('never')")
-    with pytest.raises(RunError, match="the Python process of outputs.toy.ipynb died"): run_notebook(toy, "outputs/toy.ipynb")
-    assert nbformat.read("outputs/toy.ipynb", 4).metadata.papermill.end_time, "if papermill changes this, is_finished could be simpler"
+    write_experiment(toy, "print('alive', flush=True)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+                     "print('never')")
+    with pytest.raises(RunError, match="the Python process of outputs.toy.ipynb died"):
+        run_notebook(toy, "outputs/toy.ipynb")
+    assert nbformat.read("outputs/toy.ipynb",
+                         4).metadata.papermill.end_time, "if papermill changes this, is_finished could be simpler"
     assert not is_finished(toy, "outputs/toy.ipynb")
 
 
@@ -207,7 +221,8 @@ def test_relative_folders_are_those_of_the_caller(toy, tmp_path):
     run_notebook(toy, "outputs/toy.ipynb")
     assert printed(tmp_path / "outputs" / "toy.ipynb") == f"{os.path.realpath(tmp_path)} outputs\n"
     run_notebook(toy, "outputs/toy.ipynb", cwd="nbs", force=True)
-    assert printed(tmp_path / "outputs" / "toy.ipynb") == f"{os.path.realpath(tmp_path / 'nbs')} {os.path.realpath(tmp_path / 'outputs')}\n"
+    assert printed(tmp_path / "outputs"
+                   / "toy.ipynb") == f"{os.path.realpath(tmp_path / 'nbs')} {os.path.realpath(tmp_path / 'outputs')}\n"
     run_notebook(toy, "outputs/toy.ipynb", {"out_dir": "mine"})
     assert printed(tmp_path / "outputs" / "toy.ipynb").endswith(" mine\n")
 
@@ -216,11 +231,16 @@ def test_relative_folders_are_those_of_the_caller(toy, tmp_path):
 
 
 def test_wrong_values_are_errors_under_plain_papermill_too(toy, tmp_path):
-    write_experiment(toy, "from lagm.experiments.notebooks import check_injected\ncheck_injected(globals())\nprint('checked')")
-    papermill.execute_notebook(str(toy), str(tmp_path / "a.ipynb"), {"k": 3, "widths": [1]}, progress_bar=False, kernel_name="python3")
+    write_experiment(toy, "from lagm.experiments.notebooks import "
+                          "check_injected\ncheck_injected(globals())\nprint('checked')")
+    papermill.execute_notebook(str(toy), str(tmp_path / "a.ipynb"), {"k": 3, "widths": [1]}, progress_bar=False,
+                               kernel_name="python3")
     assert printed(tmp_path / "a.ipynb") == "checked\n"
-    for wrong, message in (({"kk": 3}, "there is no parameter 'kk', did you mean 'k'"), ({"recipe": "papr"}, "recipe = 'papr' is not")):
-        with pytest.raises(papermill.PapermillExecutionError, match=message): papermill.execute_notebook(str(toy), str(tmp_path / "b.ipynb"), wrong, progress_bar=False, kernel_name="python3")
+    for wrong, message in (({"kk": 3}, "there is no parameter 'kk', did you mean 'k'"),
+                           ({"recipe": "papr"}, "recipe = 'papr' is not")):
+        with pytest.raises(papermill.PapermillExecutionError, match=message):
+            papermill.execute_notebook(str(toy), str(tmp_path / "b.ipynb"), wrong, progress_bar=False,
+                                       kernel_name="python3")
 
 
 def test_what_a_run_reads_is_recorded_and_compared(toy, tmp_path):
@@ -230,7 +250,8 @@ def test_what_a_run_reads_is_recorded_and_compared(toy, tmp_path):
     values = {"data": "in/g.bin"}
     output = run_notebook(toy, "outputs/toy.ipynb", values)
     record = nbformat.read(output, 4).metadata.lagm.inputs
-    assert record == {"data": {"file": "g.bin", "bytes": 7, "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}}
+    assert record == {"data": {"file": "g.bin", "bytes": 7,
+                               "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"}}
     (tmp_path / "in" / "g.bin").write_bytes(b"weights")
     assert is_finished(toy, output, values), "the same content, written anew"
     (tmp_path / "in" / "g.bin").write_bytes(b"Weights")

@@ -151,7 +151,8 @@ def test_two_explanations_are_an_error():
 def test_lines_are_wrapped():
     words = " ".join(["long"] * 60)
     head = f'"""{words}."""\n\n__all__ = [{", ".join(repr(f"name_{i:03}") for i in range(40))}]\n'
-    method = f'    def f(\n        self,\n        x: int,\n        # {words}\n        y: int,\n    ) -> None:\n        """Do."""\n'
+    method = (f'    def f(\n        self,\n        x: int,\n        # {words}\n        y: int,\n    ) -> '
+              'None:\n        """Do."""\n')
     source = f"{head}\n\nclass A:\n{method}"
     text = explained(source)
     assert all(len(line) <= WIDTH for line in text.replace(f"        # {words}\n", "").splitlines())

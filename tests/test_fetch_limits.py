@@ -1,4 +1,6 @@
-"""What a server may not do to a download: never end, compress, trickle, change the file half-way, lead to plain http; and two calls at once."""
+"""What a server may not do to a download: never end, compress, trickle, change the file half-way, lead to plain http;
+and two calls at once.
+"""
 
 import gzip
 import http.server
@@ -17,8 +19,8 @@ import lagm.download.fetch as fetching
 import lagm.download.transfer as transferring
 from lagm.core.errors import InputError
 from lagm.download.fetch import download, fetch, fetch_from, remote_size
-from lagm.download.transfer import Unavailable, transfer
 from lagm.download.sources import Source
+from lagm.download.transfer import Unavailable, transfer
 
 pytest.importorskip("pooch")
 requests = pytest.importorskip("requests")
@@ -35,7 +37,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self): self.do_GET()
 
     def do_GET(self):
-        kind, start = self.path.split("/")[1], int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        kind, start = (self.path.split("/")[1],
+                       int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")))
         log = self.server.log
         log.append((kind, start, self.headers.get("If-Range")))
         try: getattr(self, kind.replace("-", "_"))(start, len([entry for entry in log if entry[0] == kind]))
@@ -82,7 +85,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.send(content, start, Last_Modified=date)[:50_000 if count == 1 else None])
 
     def rude(self, start, count):  # a changed file; If-Range is not looked at
-        self.wfile.write(self.send(OLD if count == 1 else NEW, start, ETag=f'"{min(count, 2)}"')[:50_000 if count == 1 else None])
+        self.wfile.write(self.send(OLD if count == 1 else NEW, start,
+                                   ETag=f'"{min(count, 2)}"')[:50_000 if count == 1 else None])
 
     def nameless(self, start, count):  # a changed file of another length, without any name for the version
         self.wfile.write(self.send(OLD if count == 1 else NEW + NEW, start)[:50_000 if count == 1 else None])
@@ -129,35 +133,43 @@ def toy(*addresses, kind="pickle"):
 
 @pytest.mark.parametrize("kind", ["endless", "endless-chunks"])
 def test_an_answer_without_end_is_given_up(server, tmp_path, kind):
-    with pytest.raises(Unavailable, match="more than 1,000,000 bytes"): transfer(server.url(kind), tmp_path / "part", **QUICK, most=10**6)
+    with pytest.raises(Unavailable, match="more than 1,000,000 bytes"):
+        transfer(server.url(kind), tmp_path / "part", **QUICK, most=10**6)
     assert len(server.log) == 1 and not (tmp_path / "part").exists()
 
 
 def test_every_kind_of_source_has_a_limit(server, tmp_path, monkeypatch):
     monkeypatch.setitem(fetching.MOST, "pickle", 10**6)
-    with pytest.raises(InputError, match="more than 1,000,000 bytes"): fetch(toy(server.url("endless")), tmp_path, tmp_path / "c", **QUICK)
+    with pytest.raises(InputError, match="more than 1,000,000 bytes"):
+        fetch(toy(server.url("endless")), tmp_path, tmp_path / "c", **QUICK)
     assert set(fetching.MOST) == {"pickle", "torch", "npy", "any", "folder"} and max(fetching.MOST.values()) < 10**12
-    with pytest.raises(InputError, match="said to have 1,000,000,000,000,000 bytes"): fetch(toy(server.url("huge")), tmp_path, tmp_path / "c", **QUICK)
+    with pytest.raises(InputError, match="said to have 1,000,000,000,000,000 bytes"):
+        fetch(toy(server.url("huge")), tmp_path, tmp_path / "c", **QUICK)
 
 
 def test_the_disk_is_looked_at_while_bytes_come(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: fetching.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(fetching.shutil, "disk_usage",
+                        lambda folder: fetching.shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(InputError, match="make room"): transfer(server.url("endless"), tmp_path / "part", **QUICK)
 
 
 def test_a_compressed_answer_is_refused(server, tmp_path):
-    with pytest.raises(Unavailable, match=r"compressed \(gzip\)"): transfer(server.url("gzip"), tmp_path / "part", **QUICK)
+    with pytest.raises(Unavailable, match=r"compressed \(gzip\)"):
+        transfer(server.url("gzip"), tmp_path / "part", **QUICK)
     assert not (tmp_path / "part").exists()
 
 
-@pytest.mark.parametrize("kind,words", [("trickle", "less than 1,000 bytes a second"), ("crumbs", "stops before the end|IncompleteRead")])
+@pytest.mark.parametrize("kind,words", [("trickle", "less than 1,000 bytes a second"),
+                                        ("crumbs", "stops before the end|IncompleteRead")])
 def test_progress_that_would_never_end_is_none(server, tmp_path, kind, words):
-    with pytest.raises(Unavailable, match=f"gave up after 3 .*({words})"): transfer(server.url(kind), tmp_path / "part", **QUICK | {"timeout": (1, 0.3)})
+    with pytest.raises(Unavailable, match=f"gave up after 3 .*({words})"):
+        transfer(server.url(kind), tmp_path / "part", **QUICK | {"timeout": (1, 0.3)})
     assert len(server.log) <= 4
 
 
 def test_a_page_is_seen_though_it_comes_in_crumbs(server, tmp_path):
-    with pytest.raises(InputError, match="a web page"): fetch(toy(server.url("page")), tmp_path, tmp_path / "c", **QUICK)
+    with pytest.raises(InputError, match="a web page"):
+        fetch(toy(server.url("page")), tmp_path, tmp_path / "c", **QUICK)
 
 
 # ---- which version
@@ -197,7 +209,8 @@ def test_leftovers_of_another_address_are_not_used(server, tmp_path, force):
     folder = tmp_path / "c" / ".toy.pkl.fetch"
     folder.mkdir(parents=True)
     for name in ("whole", "part"): (folder / name).write_bytes(NEW)
-    (folder / "part.json").write_text(json.dumps({"url": "https://example.org/other.pkl", "version": '"one"', "length": len(NEW)}))
+    (folder / "part.json").write_text(json.dumps({"url": "https://example.org/other.pkl", "version": '"one"',
+                                                  "length": len(NEW)}))
     place = fetch(toy(server.url("plain")), tmp_path, tmp_path / "c", force=force, **QUICK)
     assert place.read_bytes() == OLD and [path.name for path in place.parent.iterdir()] == ["toy.pkl"]
 
@@ -231,7 +244,9 @@ class Elsewhere(requests.adapters.BaseAdapter):
     def close(self): pass
 
 
-@pytest.mark.parametrize("places", [{"https://a.test/x": "http://a.test/x"}, {"https://a.test/x": "//b.test/x", "https://b.test/x": "HTTP://c.test/x"}, {"http://a.test/x": "https://b.test/x", "https://b.test/x": "ftp://c.test/x"}])
+@pytest.mark.parametrize("places", [{"https://a.test/x": "http://a.test/x"},
+                                    {"https://a.test/x": "//b.test/x", "https://b.test/x": "HTTP://c.test/x"},
+                                    {"http://a.test/x": "https://b.test/x", "https://b.test/x": "ftp://c.test/x"}])
 def test_no_redirect_leads_from_https_to_http(tmp_path, monkeypatch, places):
     adapter, make = Elsewhere(places), transferring.open_session
 
@@ -249,7 +264,8 @@ def test_no_redirect_leads_from_https_to_http(tmp_path, monkeypatch, places):
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/x", "no address", "http://"])
 def test_addresses_of_another_kind_are_refused_at_once(tmp_path, address):
-    with pytest.raises(Unavailable, match="no address to download from"): transfer(address, tmp_path / "part", **QUICK | {"pause": 99})
+    with pytest.raises(Unavailable, match="no address to download from"):
+        transfer(address, tmp_path / "part", **QUICK | {"pause": 99})
 
 
 # ---- two at once
@@ -270,7 +286,9 @@ def test_two_calls_for_one_place(server, tmp_path):
 
 
 def test_a_second_process_waits(server, tmp_path):
-    code = f"from lagm.download.fetch import fetch; from lagm.download.sources import Source; fetch(Source('toy', 'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, progress=False)"
+    code = ("from lagm.download.fetch import fetch; from lagm.download.sources import Source; fetch(Source('toy', "
+            f"'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, "
+            "progress=False)")
     with fetching._alone(tmp_path / "c" / "toy.pkl"):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()
@@ -301,10 +319,12 @@ def test_a_kill_in_the_last_step_loses_nothing(tmp_path, monkeypatch):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-@pytest.mark.parametrize("member", ["..\\escaped.txt", "C:\\escaped.txt", "C:escaped.txt", "a/../../escaped.txt", "//host/escaped.txt"])
+@pytest.mark.parametrize("member", ["..\\escaped.txt", "C:\\escaped.txt", "C:escaped.txt", "a/../../escaped.txt",
+                                    "//host/escaped.txt"])
 def test_names_of_other_systems_lead_outside_too(tmp_path, member):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive: archive.writestr(member, "x")
-    with pytest.raises(InputError, match="outside its folder"): fetch_from("cgpart-real", tmp_path / "evil.zip", tmp_path / "d")
+    with pytest.raises(InputError, match="outside its folder"):
+        fetch_from("cgpart-real", tmp_path / "evil.zip", tmp_path / "d")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["evil.zip"]
 
 
@@ -313,11 +333,14 @@ def test_an_archive_that_swells_is_not_unpacked(tmp_path):
         with archive.open("Images/a.png", "w", force_zip64=True) as file:
             for _ in range(12): file.write(bytes(10**6))
         for info in archive.infolist(): info.file_size = 10**10  # as the table of contents has it
-    with pytest.raises(InputError, match="would unpack to 10.0 GB"): fetch_from("cgpart-real", tmp_path / "bomb.zip", tmp_path / "d")
+    with pytest.raises(InputError, match="would unpack to 10.0 GB"):
+        fetch_from("cgpart-real", tmp_path / "bomb.zip", tmp_path / "d")
     assert not (tmp_path / "d" / "CGPart_real").exists()
 
 
 def test_the_folder_itself_is_a_member_that_is_taken(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("./", "Images/", "Annotations_png/", "Image_sets/"): archive.writestr(name, "")
-    assert sorted(path.name for path in fetch_from("cgpart-real", tmp_path / "a.zip", tmp_path / "d").iterdir()) == ["Annotations_png", "Image_sets", "Images"]
+    assert sorted(path.name for path in fetch_from("cgpart-real", tmp_path / "a.zip",
+                                                   tmp_path / "d").iterdir()) == ["Annotations_png", "Image_sets",
+                                                                                  "Images"]

@@ -11,7 +11,13 @@ from torch import nn
 
 from lagm.core.errors import InputError
 from lagm.evaluation.folds import (
-    cross_validate, five_folds, make_folds, number_in, read_test_folder, sorted_checkpoints)
+    cross_validate,
+    five_folds,
+    make_folds,
+    number_in,
+    read_test_folder,
+    sorted_checkpoints,
+)
 from lagm.evaluation.intervals import picture_counts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,7 +38,8 @@ def test_agrees_with_the_authors(golden):
     result = cross_validate(names, counts)
     assert [f.test_miou for f in result.folds] == pytest.approx(expected["fold_miou"], abs=1e-9)
     assert [f.checkpoint for f in result.folds] == expected["selected_checkpoint"]
-    assert 100 * result.mean == pytest.approx(expected["mean"], abs=1e-7) and 100 * result.std == pytest.approx(expected["std"], abs=1e-7)
+    assert (100 * result.mean == pytest.approx(expected["mean"], abs=1e-7)
+            and 100 * result.std == pytest.approx(expected["std"], abs=1e-7))
     shuffled = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
     assert cross_validate([names[i] for i in shuffled], counts[:, shuffled]) == result
 
@@ -47,7 +54,8 @@ def test_order_is_that_of_strings(golden):
 def test_by_numbers_the_result_would_differ(golden):
     facts, predictions, truth = golden
     counts = torch.stack([picture_counts(p, truth, facts["n_classes"]) for p in predictions])
-    assert cross_validate([f"{i:02d}" for i in range(len(truth))], counts).mean * 100 != pytest.approx(facts["cross_validation"]["mean"], abs=1e-4)
+    assert cross_validate([f"{i:02d}" for i in range(len(truth))],
+                          counts).mean * 100 != pytest.approx(facts["cross_validation"]["mean"], abs=1e-4)
 
 
 @pytest.mark.parametrize("names, n_folds", [(["a", "b"], 5), (["a", "b", "a", "c", "d"], 5), (list("abc"), 1)])
@@ -71,7 +79,9 @@ def test_only_the_last_twenty_and_the_first_of_equals():
 
 
 class Reader(nn.Module):
-    """Reads the class off the red channel, except that pictures with a green value below `limit` come out as background."""
+    """Reads the class off the red channel, except that pictures with a green value below `limit` come out as
+    background.
+    """
 
     def __init__(self, limit):
         super().__init__()
@@ -85,7 +95,9 @@ class Reader(nn.Module):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures, half background and half class 1 or 2, with green value 10 times their number; specks of one pixel in the labels."""
+    """Seven pictures, half background and half class 1 or 2, with green value 10 times their number; specks of one
+    pixel in the labels.
+    """
     for i in range(7):
         mask = np.zeros((6, 8), np.int64)
         mask[:, :4] = 1 + i % 2
@@ -101,19 +113,22 @@ def test_a_folder_and_checkpoints_with_known_answers(folder):
     assert data.names == [f"car_{i}.png" for i in range(7)] and data.masks[3, 0, 7] == 2, "specks stay"
     assert data.masks[2].max() == 1, "the first channel counts"
     result = five_folds([100, 25, 5], Reader, data, n_classes=3)
-    # a limit of 5 is blind for picture 0, of 25 for pictures 0 to 2, of 100 for all; on folds 0 and 1, 2 they tie where equally blind
+    # a limit of 5 is blind for picture 0, of 25 for pictures 0 to 2, of 100 for all; on folds 0 and 1, 2 they tie where
+    # equally blind
     assert [f.checkpoint for f in result.folds] == [0, 2, 2, 1, 1]
     whole = five_folds([5], Reader, data, n_classes=3)
     tp = {0: 6 * 24 - 1, 1: 3 * 24, 2: 3 * 24}  # fold 0 tests pictures 1 to 6, which the limit 5 sees all
     union = {0: tp[0] + 1, 1: tp[1], 2: tp[2] + 1}
     assert whole.folds[0].test_miou == pytest.approx(np.mean([tp[c] / union[c] for c in range(3)]))
     assert result.folds[0].test_miou == pytest.approx((6 * 24 - 1) / (6 * 48) / 3)
-    assert result.mean == pytest.approx(np.mean([f.test_miou for f in result.folds])) and result.std == pytest.approx(np.std([f.test_miou for f in result.folds]))
+    assert (result.mean == pytest.approx(np.mean([f.test_miou for f in result.folds]))
+            and result.std == pytest.approx(np.std([f.test_miou for f in result.folds])))
 
 
 def test_old_checkpoints_are_not_even_loaded(folder):
     loaded = []
-    result = five_folds(range(30), lambda c: loaded.append(c) or Reader(c), read_test_folder(folder), n_classes=3, last=20)
+    result = five_folds(range(30), lambda c: loaded.append(c) or Reader(c), read_test_folder(folder), n_classes=3,
+                        last=20)
     assert loaded == list(range(10, 30)) and min(f.checkpoint for f in result.folds) >= 10
     with pytest.raises(InputError, match="no checkpoints"): five_folds([], Reader, read_test_folder(folder), 3)
 

@@ -11,7 +11,15 @@ import torch
 
 from lagm.core.errors import InputError
 from lagm.generators.train import (
-    Discriminator, GANRecipe, GANTrainer, load_training, minibatch_std, r1_penalty, train_gan, training_state)
+    Discriminator,
+    GANRecipe,
+    GANTrainer,
+    load_training,
+    minibatch_std,
+    r1_penalty,
+    train_gan,
+    training_state,
+)
 
 TINY = GANRecipe(images=96, batch=8, resolution=16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8,
                  discriminator_channels=(8, 8), r1_interval=4, bfloat16=False)
@@ -23,11 +31,13 @@ def pictures(seed=0):
 
 def test_r1_penalty_equals_finite_differences():
     torch.manual_seed(0)
-    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 1)).double()
+    discriminator = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Softplus(), torch.nn.Flatten(),
+                                        torch.nn.Linear(4 * 36, 1)).double()
     real = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         steps = 1e-5 * torch.eye(real.numel(), dtype=torch.float64).view(-1, *real.shape)
-        slopes = torch.stack([discriminator(real + step).sum() - discriminator(real - step).sum() for step in steps]) / 2e-5
+        slopes = torch.stack([discriminator(real + step).sum() - discriminator(real - step).sum()
+                              for step in steps]) / 2e-5
     assert torch.isclose(r1_penalty(discriminator, real), slopes.square().sum() / len(real), rtol=1e-6)
 
 

@@ -20,7 +20,8 @@ from lagm.generators.weights import save_generator
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8, architecture="resnet", conv_clamp=256)
+    return StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8, architecture="resnet",
+                     conv_clamp=256)
 
 
 def test_a_saved_generator_draws_the_same_pictures(network, tmp_path):
@@ -37,7 +38,8 @@ def test_a_saved_generator_draws_the_same_pictures(network, tmp_path):
 def test_half_precision_halves_the_file_and_hardly_changes_the_picture(network, tmp_path):
     save_generator(tmp_path / "full.safetensors", network)
     save_generator(tmp_path / "half.safetensors", network, half=True)
-    full, half = (load_generator(tmp_path / f"{name}.safetensors", Sampling(noise="const")) for name in ("full", "half"))
+    full, half = (load_generator(tmp_path / f"{name}.safetensors", Sampling(noise="const"))
+                  for name in ("full", "half"))
     assert all(t.dtype == torch.float16 for t in load_tensors(tmp_path / "half.safetensors")[0].values())
     z = full.sample_z(4)
     assert (full(z).image - half(z).image).abs().max() < 0.02
@@ -51,7 +53,8 @@ def test_latents_do_not_depend_on_batching(network):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"kind": "segmenter"}, "no generator of ours"), ({"format_version": 99}, "format version 99"), ({"network": "BigGAN"}, "BigGAN")])
+    ({"kind": "segmenter"}, "no generator of ours"), ({"format_version": 99}, "format version 99"),
+    ({"network": "BigGAN"}, "BigGAN")])
 def test_a_header_of_another_kind_is_named(network, tmp_path, change, message):
     path = tmp_path / "g.safetensors"
     save_generator(path, network)
@@ -86,14 +89,18 @@ def test_sampling_refuses_values_that_mean_nothing(change):
 def test_the_generator_of_the_kit_says_where_it_comes_from():
     generator = load_generator()
     facts = generator.header["provenance"]
-    assert facts["images_seen"] >= 250_000 and facts["style"] == "big-ears" and len(facts["trained_with"]["commit"]) == 40
+    assert (facts["images_seen"] >= 250_000 and facts["style"] == "big-ears"
+            and len(facts["trained_with"]["commit"]) == 40)
     assert asset("generator.safetensors").stat().st_size < 4_000_000
-    assert generator.feature_sizes[0] == 4 and generator.feature_sizes[-1] == generator.resolution and all(b == 2 * a for a, b in zip(generator.feature_sizes, generator.feature_sizes[1:]))
+    assert (generator.feature_sizes[0] == 4 and generator.feature_sizes[-1] == generator.resolution
+            and all(b == 2 * a for a, b in zip(generator.feature_sizes, generator.feature_sizes[1:])))
     json.dumps(facts)
 
 
 def test_the_same_latents_give_the_same_pictures_in_another_process():
-    script = ("import torch; from lagm.generators.contract import Sampling; from lagm.generators.load import load_generator; torch.set_num_threads(1); g = load_generator(sampling=Sampling());"
+    script = ("import torch; from lagm.generators.contract import Sampling; from lagm.generators.load import "
+              "load_generator; torch.set_num_threads(1); g = load_generator(sampling=Sampling());"
               "r = torch.Generator().manual_seed(5); print(g(g.sample_z(2, r), r).image.double().sum().item())")
-    sums = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    sums = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+            for _ in range(2)}
     assert len(sums) == 1

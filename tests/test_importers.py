@@ -19,10 +19,10 @@ from lagm import cli
 from lagm.core.errors import InputError
 from lagm.data.coco import import_coco
 from lagm.data.cvat import import_cvat
+from lagm.data.folder import Folder
 from lagm.data.import_folder import _new_names
 from lagm.data.import_names import Finder, Pictures
 from lagm.data.label_studio import import_label_studio
-from lagm.data.folder import Folder
 
 W, H = 20, 16
 SQUARE = [[2, 2, 10, 2, 10, 8, 2, 8]]
@@ -436,7 +436,8 @@ def test_cvat_with_folders(tmp_path, form):
     export = unpacked(tmp_path / "export", members) if form == "folder" else zipped(tmp_path / "export.zip", members)
     done = import_cvat(export, tmp_path / "out")
     assert sorted(done.names) == ["b", "x_a", "y_a"] and done.skipped == {}
-    assert greys(tmp_path / "out") == {"b.png": 50, "x_a.png": 10, "y_a.png": 20} and sorted(done.unlabelled) == ["a", "c", "z_a"]
+    assert (greys(tmp_path / "out") == {"b.png": 50, "x_a.png": 10, "y_a.png": 20}
+            and sorted(done.unlabelled) == ["a", "c", "z_a"])
     assert all(np.array_equal(mask, TRUTH) for _, mask in Folder(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([export.name, "out"])
 

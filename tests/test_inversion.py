@@ -14,8 +14,23 @@ from lagm.data.labels import IGNORE
 from lagm.generators.contract import FrozenGenerator, Sampling
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.training.inversion import (
-    HandsOff, Inversion, Inverted, Prototypes, Prototyping, StyleSpace, as_generated, as_labelled, best_start, invert,
-    learn_pixels, picture_distance, prototypes_of, pyramid, train_handsoff, train_prototypes)
+    HandsOff,
+    Inversion,
+    Inverted,
+    Prototypes,
+    Prototyping,
+    StyleSpace,
+    as_generated,
+    as_labelled,
+    best_start,
+    invert,
+    learn_pixels,
+    picture_distance,
+    prototypes_of,
+    pyramid,
+    train_handsoff,
+    train_prototypes,
+)
 from lagm.training.recipe import FAST
 
 RECIPE = dataclasses.replace(FAST, steps=4, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)

@@ -54,7 +54,8 @@ class Nursery:
 
     def __init__(self):
         code = NURSERY.format(tests=str(Path(__file__).parent))
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def start(self, folder, seed):
         self.process.stdin.write(json.dumps([str(folder), seed]) + "\n")
@@ -72,7 +73,9 @@ def half_written(folder): return [p for p in folder.iterdir() if p.name.startswi
 
 
 def fresh_or(folder, seed):
-    """The seed of the initial weights: the run's, if it begins; any, if it goes on, since all weights come from the checkpoint."""
+    """The seed of the initial weights: the run's, if it begins; any, if it goes on, since all weights come from the
+    checkpoint.
+    """
     return seed if list(folder.glob("run*.safetensors")) else 0
 
 
@@ -94,7 +97,8 @@ def differences(first, second):
     for name, (tensors, header) in files.items():
         theirs, other_header = others[name]
         found += [f"{name}: {key}" for key in header if header[key] != other_header.get(key)]
-        found += [f"{name}: {key}" for key in tensors.keys() | theirs.keys() if key not in tensors or key not in theirs or not torch.equal(tensors[key], theirs[key])]
+        found += [f"{name}: {key}" for key in tensors.keys() | theirs.keys()
+                  if key not in tensors or key not in theirs or not torch.equal(tensors[key], theirs[key])]
     return found
 
 
@@ -130,7 +134,9 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(tmp_path):
         assert os.WTERMSIG(status) == signal.SIGKILL
         kills += 1
         in_writing += bool(half_written(folder))
-        if (folder / "run.safetensors").exists(): load_tensors(folder / "run.safetensors")  # whole, whenever it is there
+        # whole, whenever it is there
+        if (folder / "run.safetensors").exists():
+            load_tensors(folder / "run.safetensors")
     nursery.start(folder, seed=fresh_or(folder, 99))
     assert nursery.wait() == 0
     nursery.close()
@@ -167,13 +173,15 @@ def test_a_full_disk(tmp_path):
     disk, size, room = tmp_path / "disk", 0, 2 * 2**20
     disk.mkdir()
     mount = f"mount -t tmpfs -o size={room} none {disk}"
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+    if (not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount],
+                                                      capture_output=True).returncode):
         pytest.skip("small disks cannot be made here; the size limit on files, in test_run_state, stands in")
     import test_training as t
     t.run(t.get_recipe("fast", steps=8, warm_segmenter=2, warm_annotator=2), checkpoint=tmp_path / "size.safetensors")
     size = (tmp_path / "size.safetensors").stat().st_size
     script = tmp_path / "script.py"
     script.write_text(FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(disk), room=room, size=size))
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && exec {sys.executable} {script}"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", f"{mount} && exec {sys.executable} {script}"],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "full:" in done.stdout and "resumed from 3" in done.stdout, done.stdout

@@ -8,16 +8,27 @@ import pytest
 
 from lagm.core.errors import InputError
 from lagm.data.label_maps import (
-    LABEL_MAPS, LABEL_SETS, PASCAL_PARTS, RELEASED_CAR_12_NAMES, LabelMap, distinct_colours, get_labels, make_labels,
-    pascal_n_parts, pascal_part_id)
+    LABEL_MAPS,
+    LABEL_SETS,
+    PASCAL_PARTS,
+    RELEASED_CAR_12_NAMES,
+    LabelMap,
+    distinct_colours,
+    get_labels,
+    make_labels,
+    pascal_n_parts,
+    pascal_part_id,
+)
 from lagm.data.labels import CELEBA8
 
 GOLDEN = Path(__file__).parent / "golden" / "datasets"
 NAMES = json.loads((GOLDEN / "class_names.json").read_text(encoding="utf-8"))
 MAPS = json.loads((GOLDEN / "label_maps.json").read_text(encoding="utf-8"))
 PARTS = json.loads((GOLDEN / "pascal_part_map.json").read_text(encoding="utf-8"))
-OURS = {"datasetgan_face_34_to_8": ("dg_face", "celebA_8"), "datasetgan_car_20_to_12": ("dg_car_20", "dg_car_12"), "celeba_19_to_8": ("celebA_19", "celebA_8"),
-        "cgpart_car_32_to_v0": ("CGPart_car", "CGPart_car_simplified_v0"), "cgpart_car_32_to_v1": ("CGPart_car", "CGPart_car_simplified_v1"),
+OURS = {"datasetgan_face_34_to_8": ("dg_face", "celebA_8"), "datasetgan_car_20_to_12": ("dg_car_20", "dg_car_12"),
+        "celeba_19_to_8": ("celebA_19", "celebA_8"),
+        "cgpart_car_32_to_v0": ("CGPart_car", "CGPart_car_simplified_v0"),
+        "cgpart_car_32_to_v1": ("CGPart_car", "CGPart_car_simplified_v1"),
         "cgpart_aeroplane_to_v0": ("CGPart_aeroplane", "CGPart_aeroplane_simplified_v0")}
 
 
@@ -28,7 +39,8 @@ def test_names_are_the_released_ones(name):
 
 
 def test_car_12_goes_by_the_numbers():
-    for part, number in {"head light": 2, "licence plate": 3, "mirror": 4, "tail light": 5, "wheel": 6, "window": 7, "wind shield": 8, "door": 9, "handle": 10, "wheelhub": 11}.items():
+    for part, number in {"head light": 2, "licence plate": 3, "mirror": 4, "tail light": 5, "wheel": 6, "window": 7,
+                         "wind shield": 8, "door": 9, "handle": 10, "wheelhub": 11}.items():
         assert get_labels("dg_car_12").index(part) == number
 
 
@@ -73,6 +85,8 @@ def test_a_mapping_keeps_255_and_refuses_other_values():
 def test_a_table_must_name_every_class_once():
     fine, coarse = make_labels("fine", ["background", "a", "b"]), make_labels("coarse", ["background", "ab"])
     assert LabelMap.from_table(fine, coarse, {"background": ["background"], "ab": ["a", "b"]}).ids == (0, 1, 1)
-    for table, words in (({"background": ["background"], "ab": ["a"]}, "says nothing about b"), ({"background": ["background", "a"], "ab": ["a", "b"]}, "twice"),
-                         ({"background": ["background", "c"]}, "no class 'c'"), ({"ground": ["background"]}, "no class 'ground'")):
+    for table, words in (({"background": ["background"], "ab": ["a"]}, "says nothing about b"),
+                         ({"background": ["background", "a"], "ab": ["a", "b"]}, "twice"),
+                         ({"background": ["background", "c"]}, "no class 'c'"),
+                         ({"ground": ["background"]}, "no class 'ground'")):
         with pytest.raises(InputError, match=words): LabelMap.from_table(fine, coarse, table)

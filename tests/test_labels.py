@@ -1,4 +1,6 @@
-"""Label sets are consistent and frozen; colourise shows every label in its own colour and refuses what it does not know."""
+"""Label sets are consistent and frozen; colourise shows every label in its own colour and refuses what it does not
+know.
+"""
 
 import dataclasses
 
@@ -68,7 +70,9 @@ def test_every_pixel_gets_the_colour_of_its_class(shape, kind):
         assert tuple(shown[index].tolist()) == wanted
 
 
-@pytest.mark.parametrize("mask, message", [([[8]], "the value 8"), ([[-1]], "the value -1"), ([[254]], "the value 254"), ([[256]], "the value 256"),
+@pytest.mark.parametrize("mask, message",
+                         [([[8]], "the value 8"), ([[-1]], "the value -1"), ([[254]], "the value 254"),
+                          ([[256]], "the value 256"),
                                            ([[0.0]], "must hold integers"), ([[True]], "must hold integers")])
 def test_what_is_no_label_is_refused(mask, message):
     with pytest.raises(InputError, match=message):

@@ -7,12 +7,19 @@ import torch
 from test_training import FAST, ToyGenerator, labelled, networks, run, same
 from tiny import tiny_generator, tiny_segmenter
 
-from lagm.models.contracts import Annotator, Generator, LabelledDataset, Segmenter
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars
-from lagm.training.lagm import (
-    estimate_lagm, estimate_supervised, lagm_loop, supervised_loop, train_finish, train_lagm, train_supervised)
+from lagm.models.contracts import Annotator, Generator, LabelledDataset, Segmenter
 from lagm.training.batches import Parts, in_parts
+from lagm.training.lagm import (
+    estimate_lagm,
+    estimate_supervised,
+    lagm_loop,
+    supervised_loop,
+    train_finish,
+    train_lagm,
+    train_supervised,
+)
 from lagm.training.loop import RUN_OPTIONS, Appointment, Loop, RunOptions, go_on, run_options
 from lagm.training.watching import Estimate
 
@@ -75,7 +82,8 @@ def test_appointments_are_told_of_every_step():
 
 def test_a_loop_is_ready_to_go():
     loop = lagm_loop(ToyGenerator(), *networks(), *labelled(), FAST, progress=False)
-    assert isinstance(loop, Loop) and [stage.name for stage in loop.stages] == ["warm segmenter", "warm annotator", "match"]
+    assert (isinstance(loop, Loop) and [stage.name for stage in loop.stages]
+            == ["warm segmenter", "warm annotator", "match"])
     assert same(loop.run(), run(FAST))
 
 

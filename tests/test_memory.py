@@ -1,4 +1,7 @@
-"""Freed memory that is kept: for a while only. What a process holds is watched in a process of its own, whose heap no other test has used."""
+"""Freed memory that is kept: for a while only.
+
+What a process holds is watched in a process of its own, whose heap no other test has used.
+"""
 
 import json
 import platform
@@ -10,7 +13,8 @@ import pytest
 import lagm.ops.memory
 from lagm.ops.memory import kept_memory
 
-needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.system() != "Linux", reason="a setting of glibc")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.system() != "Linux",
+                                 reason="a setting of glibc")
 
 WATCHED = """
 import contextlib, json, resource, torch
@@ -50,8 +54,11 @@ print(json.dumps(seen))
 @needs_glibc
 @pytest.mark.parametrize("error", [False, True])
 def test_memory_is_kept_for_a_while(error):
-    """In MiB. Without the context a block of 40 MiB is faulted in each time; with it, hardly ever; and at its end, an error's or not, memory goes back."""
-    done = subprocess.run([sys.executable, "-c", WATCHED.replace("ERROR", str(error))], capture_output=True, text=True, check=True)
+    """In MiB. Without the context a block of 40 MiB is faulted in each time; with it, hardly ever; and at its end, an
+    error's or not, memory goes back.
+    """
+    done = subprocess.run([sys.executable, "-c", WATCHED.replace("ERROR", str(error))], capture_output=True, text=True,
+                          check=True)
     seen = json.loads(done.stdout)
     assert seen["works"] and seen["usual faults"] >= 400
     assert seen["faults"][0] < 40 and seen["faults"][1] < 100

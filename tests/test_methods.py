@@ -17,7 +17,8 @@ SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
 
 def call(folder, **parameters):
     words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "methods", "--small", "-o", str(folder), *words],
+    return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run",
+                           "methods", "--small", "-o", str(folder), *words],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -50,4 +51,5 @@ def test_a_row_for_each_method(tmp_path):
                           (dict(steps="{supervised: 0}"), "steps of supervised are 0")])
 def test_a_mistake_gives_one_line(tmp_path, change, words):
     done = call(tmp_path / "run", **change)
-    assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1] and not (tmp_path / "run" / "metrics.json").exists()
+    assert (done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
+            and not (tmp_path / "run" / "metrics.json").exists())

@@ -1,4 +1,6 @@
-"""The numbers of every notebook with parameters: the ends that the comments state are those that are checked, and an experiment runs at them."""
+"""The numbers of every notebook with parameters: the ends that the comments state are those that are checked, and an
+experiment runs at them.
+"""
 
 import ast
 import re
@@ -50,7 +52,8 @@ def same_threads():
 
 
 def test_every_notebook_with_numbers_is_met():
-    assert {"quickstart", "methods", "annotate", "downstream", "cross_domain", "evaluate", "report", "generators", "matching"} <= set(PARAMETRIC)
+    assert {"quickstart", "methods", "annotate", "downstream", "cross_domain", "evaluate", "report", "generators",
+            "matching"} <= set(PARAMETRIC)
 
 
 @pytest.mark.parametrize("name", PARAMETRIC)
@@ -58,7 +61,9 @@ def test_a_notebook_states_and_checks_the_ends_of_its_numbers(name, tmp_path, mo
     """Each end passes the first cells; what lies beyond is refused there, in one sentence that names the parameter."""
     monkeypatch.chdir(tmp_path)
     path, ends = PARAMETRIC[name], stated(PARAMETRIC[name])
-    assert None not in ends.values(), f"the comment states no ends, such as '1 or more' or '1 to 40': {[n for n, end in ends.items() if end is None]}"
+    assert None not in ends.values(), (
+        f"the comment states no ends, such as '1 or more' or '1 to 40': {[n for n, end in ends.items() if end is None]}"
+    )
     lists = {n: ast.literal_eval(p.default) for n, p in read_parameters(path).items() if p.annotation == "list[int]"}
     value = lambda n, end: [end] * len(lists[n]) if n in lists else end
     begin(path, {n: value(n, least) for n, (least, _) in ends.items()})
@@ -72,13 +77,16 @@ def test_a_notebook_states_and_checks_the_ends_of_its_numbers(name, tmp_path, mo
 
 
 def test_as_many_pictures_as_the_ends_say():
-    assert (len(Avatars("big-ears", "train")), len(Avatars("big-ears", "test"))) == (stated(PARAMETRIC["quickstart"])["k"][1], stated(PARAMETRIC["methods"])["test_pictures"][1])
+    assert (len(Avatars("big-ears", "train")),
+            len(Avatars("big-ears", "test"))) == (stated(PARAMETRIC["quickstart"])["k"][1],
+                                                  stated(PARAMETRIC["methods"])["test_pictures"][1])
 
 
 # What is small where there is no upper end
 SMALL = {
     "quickstart": dict(iterations=1, warm_up=1, supervised_steps=1, width=2),
-    "methods": dict(iterations=1, warm_up=1, person_steps=1, pixel_steps=1, pretraining_steps=1, inversion_steps=1, members=1, pairs=1, width=1),
+    "methods": dict(iterations=1, warm_up=1, person_steps=1, pixel_steps=1, pretraining_steps=1, inversion_steps=1,
+                    members=1, pairs=1, width=1),
     "annotate": dict(iterations=1, warm_up=1, width=1, channels=1, layers=1),
     "cross_domain": dict(supervised_steps=1, teacher_steps=1, width=1, k=1, pictures=2),
     "downstream": dict(width=1, epochs=1, pictures=2, validation_pictures=2),
@@ -91,7 +99,8 @@ DEAR = {("methods", "test_pictures", 1)}  # ends that only have to pass the firs
 @pytest.mark.parametrize("name", SMALL)
 def test_an_experiment_runs_at_the_ends_of_its_numbers(name, end, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ends = {n: both[end] for n, both in stated(PARAMETRIC[name]).items() if both[end] is not None and n != "threads" and (name, n, end) not in DEAR}
+    ends = {n: both[end] for n, both in stated(PARAMETRIC[name]).items()
+            if both[end] is not None and n != "threads" and (name, n, end) not in DEAR}
     values = {n: [e] * 2 if n == "size" else e for n, e in ends.items()}
     small = SMALL[name] if end else {}
     run_cells(PARAMETRIC[name], {"out_dir": str(tmp_path / "out"), "threads": 1} | small | values)

@@ -7,17 +7,18 @@ import numpy as np
 import official_files
 import pytest
 import torch
+from PIL import Image
+
 from lagm.core import files as core_files
 from lagm.core.errors import InputError
 from lagm.core.files import atomic_path
+from lagm.data.folder import Folder
 from lagm.data.label_studio import import_label_studio
 from lagm.data.prepare_pascal import listed
-from lagm.data.folder import Folder
 from lagm.generators.load import read_generator
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import check_names
 from lagm.training.recipe import get_recipe
-from PIL import Image
 
 
 def test_writing_many_files_looks_at_few_names(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lagm"
 
 READING = {  # calls that read or parse a file: functions as they are called, methods with a dot before their name
-    "open", ".open", ".read_text", ".read_bytes", "np.load", "np.loadtxt", "np.genfromtxt", "np.fromfile", "np.memmap", "json.load", "json.loads", "yaml.load", "yaml.safe_load",
-    "ElementTree.parse", "ElementTree.fromstring", "ElementTree.iterparse", "ElementTree.XML", "loadmat", "zipfile.ZipFile", "torch.load", "pickle.load", "pickle.loads"}
+    "open", ".open", ".read_text", ".read_bytes", "np.load", "np.loadtxt", "np.genfromtxt", "np.fromfile", "np.memmap",
+    "json.load", "json.loads", "yaml.load", "yaml.safe_load",
+    "ElementTree.parse", "ElementTree.fromstring", "ElementTree.iterparse", "ElementTree.XML", "loadmat",
+    "zipfile.ZipFile", "torch.load", "pickle.load", "pickle.loads"}
 
 ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "core_files:read_text": "the reader of text",
@@ -57,13 +59,16 @@ def name_of(function: ast.expr) -> str:
 
 def is_own_text(call: ast.Call) -> bool:
     """`json.loads(json.dumps(...))`, which makes plain values of others and reads nothing."""
-    return bool(call.args) and isinstance(call.args[0], ast.Call) and isinstance(call.args[0].func, ast.Attribute) and call.args[0].func.attr == "dumps"
+    return (bool(call.args) and isinstance(call.args[0], ast.Call) and isinstance(call.args[0].func, ast.Attribute)
+            and call.args[0].func.attr == "dumps")
 
 
 def writes(call: ast.Call) -> bool:
     """Whether an `open` is for writing only."""
-    texts = [a.value for a in (*call.args, *(k.value for k in call.keywords if k.arg == "mode")) if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-    return any(set(text) <= set("wxab") and set(text) & set("wxa") for text in texts) or any("w" in text and len(text) < 3 for text in texts)
+    texts = [a.value for a in (*call.args, *(k.value for k in call.keywords if k.arg == "mode"))
+             if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return (any(set(text) <= set("wxab") and set(text) & set("wxa") for text in texts)
+            or any("w" in text and len(text) < 3 for text in texts))
 
 
 def readings(source: str) -> list[tuple[str, str, int]]:
@@ -73,10 +78,12 @@ def readings(source: str) -> list[tuple[str, str, int]]:
     def visit(node: ast.AST, inside: str) -> None:
         for child in ast.iter_child_nodes(node):
             here = inside
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): here = f"{inside}.{child.name}" if inside else child.name
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                here = f"{inside}.{child.name}" if inside else child.name
             if isinstance(child, ast.Call):
                 name = name_of(child.func)
-                if name in READING and not is_own_text(child) and not (name.endswith("open") and writes(child)): found.append((inside, name, child.lineno))
+                if name in READING and not is_own_text(child) and not (name.endswith("open") and writes(child)):
+                    found.append((inside, name, child.lineno))
             visit(child, here)
 
     visit(ast.parse(source), "")
@@ -94,16 +101,20 @@ def e(p):
     with open(p, "w") as f, tarfile.open(p, "w", format=1) as t, p.open("a") as g: f.write("")
 '''
     assert [(where, name) for where, name, _ in readings(source)] == [
-        ("a", "np.load"), ("B.c", "open"), ("B.c", ".open"), ("B.c", ".open"), ("B.c", "json.loads"), ("d", ".read_text"), ("d", "ElementTree.parse"), ("d", "loadmat")]
+        ("a", "np.load"), ("B.c", "open"), ("B.c", ".open"), ("B.c", ".open"), ("B.c", "json.loads"),
+        ("d", ".read_text"), ("d", "ElementTree.parse"), ("d", "loadmat")]
 
 
 def test_nothing_else_reads():
-    found = [f"lagm/{path.name}:{line}: {where} calls {name}" for path in sorted(PACKAGE.glob("*.py")) for where, name, line in readings(path.read_text(encoding="utf-8"))
+    found = [f"lagm/{path.name}:{line}: {where} calls {name}" for path in sorted(PACKAGE.glob("*.py"))
+             for where, name, line in readings(path.read_text(encoding="utf-8"))
              if not any(fnmatchcase(f"{path.stem}:{where}", allowed) for allowed in ALLOWED)]
-    assert not found, "\n".join(["read these through the readers in lagm.core.files, lagm.data.images or lagm.core.unpickling:", *found])
+    assert not found, "\n".join(["read these through the readers in lagm.core.files, lagm.data.images or "
+                                 "lagm.core.unpickling:", *found])
 
 
 def test_only_readers_are_allowed():
     """An entry whose function is gone would let another of its name through."""
-    there = [f"{path.stem}:{where}" for path in PACKAGE.glob("*.py") for where, *_ in readings(path.read_text(encoding="utf-8"))]
+    there = [f"{path.stem}:{where}" for path in PACKAGE.glob("*.py")
+             for where, *_ in readings(path.read_text(encoding="utf-8"))]
     assert [allowed for allowed in ALLOWED if not any(fnmatchcase(place, allowed) for place in there)] == []

@@ -12,17 +12,26 @@ from PIL import Image
 
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
+from lagm.data.images import read_mask
 from lagm.labelling.album import Album, labelled_shares, save_painted
 from lagm.labelling.project import (
-    Settings, disagreement, missing, new_project, next_step, read_settings, run_project, settings_text)
+    Settings,
+    disagreement,
+    missing,
+    new_project,
+    next_step,
+    read_settings,
+    run_project,
+    settings_text,
+)
 from lagm.labelling.proposals import cluster, clusters_of_features, draw_for_labelling
-from lagm.data.images import read_mask
 
 CLASSES = Avatars().classes
 
 
 def lagm(folder, *words, code=0):
-    done = subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", *map(str, words)], cwd=folder,
+    done = subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())",
+                           *map(str, words)], cwd=folder,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -52,7 +61,8 @@ def test_the_road_in_a_shell(pictures, tmp_path):
     settings = tmp_path / "faces" / "project.yaml"
     settings.write_text(settings.read_text().replace("steps: 1000", "steps: 3").replace("width: 16", "width: 4"))
     said = lagm(tmp_path, "run", "faces", "--folds", 2)
-    assert "learnt from 2 pictures, without a generator" in said and "2 folds" in said and "lagm predict faces/results/segmenter.safetensors" in said
+    assert ("learnt from 2 pictures, without a generator" in said and "2 folds" in said
+            and "lagm predict faces/results/segmenter.safetensors" in said)
     facts = json.loads((tmp_path / "faces" / "results" / "metrics.json").read_text())
     assert facts["labelled"] == ["f0", "f1"] and set(facts["label_next"]) == {"f2", "more/f3", "more/f4"}
     lagm(tmp_path, "predict", "faces/results/segmenter.safetensors", pictures, "-o", "labelled")
@@ -67,7 +77,8 @@ def test_with_a_generator(pictures, tmp_path):
     new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=2, width=4, generator="g.safetensors"))
     paint(tmp_path / "p", (0, 1))
     assert "the generator g.safetensors is not there" in missing(tmp_path / "p")
-    with pytest.raises(InputError, match="the generator g.safetensors is not there"): run_project(tmp_path / "p", progress=False)
+    with pytest.raises(InputError, match="the generator g.safetensors is not there"):
+        run_project(tmp_path / "p", progress=False)
     save_generator(tmp_path / "p" / "g.safetensors", tiny_generator().network)
     facts = run_project(tmp_path / "p", progress=False)
     assert facts["generator"] == "g.safetensors" and (tmp_path / "p" / "results" / "look.png").is_file()
@@ -79,7 +90,8 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
-    monkeypatch.setattr("lagm.training.lagm.train_supervised", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+    monkeypatch.setattr("lagm.training.lagm.train_supervised",
+                        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
 
@@ -95,12 +107,14 @@ def test_a_changed_project_is_trained_anew(pictures, tmp_path):
     second = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=3, width=8)))
     run_project(tmp_path / "p", progress=False)
-    assert sorted(path.name for path in (tmp_path / "p" / "results").iterdir()) == ["look.png", "metrics.json", "segmenter.safetensors"]
+    assert (sorted(path.name for path in (tmp_path / "p" / "results").iterdir())
+            == ["look.png", "metrics.json", "segmenter.safetensors"])
     assert first != second != (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("content, words", [
-    ("size: 30", "size is 30"), ("sise: 64", "no setting 'sise'"), ("size: [", "not YAML"), ("- 1", "list"), ("steps: many", "steps"), ("psi: 3", "psi is 3")])
+    ("size: 30", "size is 30"), ("sise: 64", "no setting 'sise'"), ("size: [", "not YAML"), ("- 1", "list"),
+    ("steps: many", "steps"), ("psi: 3", "psi is 3")])
 def test_mistakes_in_the_settings(tmp_path, content, words):
     (tmp_path / "project.yaml").write_text(content)
     with pytest.raises(InputError, match=words): read_settings(tmp_path)
@@ -113,8 +127,10 @@ def test_settings_come_back():
 
 def test_mistakes_at_the_start(pictures, tmp_path):
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "x.png").write_bytes(b"<html>")
-    for images, classes, words in ((tmp_path / "no", CLASSES, "there is no folder"), (tmp_path / "empty", CLASSES, "no picture"),
-                                   (tmp_path / "bad", CLASSES, "a web page"), (pictures, ["background"], "one class only"), (pictures, ["a", "a"], "repeats")):
+    for images, classes, words in ((tmp_path / "no", CLASSES, "there is no folder"),
+                                   (tmp_path / "empty", CLASSES, "no picture"),
+                                   (tmp_path / "bad", CLASSES, "a web page"),
+                                   (pictures, ["background"], "one class only"), (pictures, ["a", "a"], "repeats")):
         with pytest.raises(InputError, match=words): new_project(tmp_path / "p", images, classes)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
     new_project(tmp_path / "p", pictures, CLASSES)
@@ -125,12 +141,15 @@ def test_a_class_that_nobody_painted_is_said(pictures, tmp_path):
     new_project(tmp_path / "p", pictures, ["background", "skin", "wing"])
     album = Album(tmp_path / "p")
     save_painted(album, 0, np.eye(64, dtype=np.uint8))
-    assert missing(tmp_path / "p") == ["no mask shows wing: nothing can be learnt about it"] and "wing" in next_step(tmp_path / "p")
+    assert (missing(tmp_path / "p") == ["no mask shows wing: nothing can be learnt about it"]
+            and "wing" in next_step(tmp_path / "p"))
     assert labelled_shares(album)[0] == 1.0
 
 
 def test_disagreement_by_hand():
-    """A network that calls the left half 1 wherever it is disagrees with its mirror image everywhere; a symmetric one nowhere."""
+    """A network that calls the left half 1 wherever it is disagrees with its mirror image everywhere; a symmetric one
+    nowhere.
+    """
     class Left(torch.nn.Module):
         def forward(self, x):
             left = torch.zeros(len(x), 2, *x.shape[2:])

@@ -27,14 +27,16 @@ SAVED = "document.querySelector('.lagm-painter').dataset.saved == 'yes'"
 def make_pictures(folder, n=3, size=(SIZE, SIZE)):
     (folder / "images").mkdir(parents=True)
     for i in range(n):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), np.uint8)).save(folder / "images" / f"face{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3),
+                                                          np.uint8)).save(folder / "images" / f"face{i}.png")
     return folder
 
 
 @pytest.fixture
 def desk(tmp_path):
     halves = lambda album, index: np.repeat([[0] * 32 + [1] * 32], SIZE, 0)
-    return Desk(Album(make_pictures(tmp_path / "faces"), CLASSES), {"clusters": halves, "prediction": lambda album, index: np.full((SIZE, SIZE), 3)})
+    return Desk(Album(make_pictures(tmp_path / "faces"), CLASSES),
+                {"clusters": halves, "prediction": lambda album, index: np.full((SIZE, SIZE), 3)})
 
 
 @pytest.fixture
@@ -55,13 +57,17 @@ def ready(browser, name):  # noqa: F811
 def spot(browser, x, y):  # noqa: F811
     """Where a point of the picture, in its pixels, is on the screen."""
     left, top, width, height = browser.value(
-        "(() => { const b = document.querySelector('.lagm-painter canvas').getBoundingClientRect(); return [b.left, b.top, b.width, b.height] })()")
+        "(() => { const b = document.querySelector('.lagm-painter canvas').getBoundingClientRect(); return [b.left, "
+        "b.top, b.width, b.height] })()")
     return left + x / SIZE * width, top + y / SIZE * height
 
 
 def level(browser):  # noqa: F811
-    """Put the picture on whole pixels of the screen, since a mouse has no other places: eight of them are one of the picture."""
-    browser.value("(() => { const f = document.querySelector('.frame'), top = document.querySelector('.lagm-painter canvas').getBoundingClientRect().top; "
+    """Put the picture on whole pixels of the screen, since a mouse has no other places: eight of them are one of the
+    picture.
+    """
+    browser.value("(() => { const f = document.querySelector('.frame'), top = document.querySelector('.lagm-painter "
+                  "canvas').getBoundingClientRect().top; "
                   "f.style.position = 'relative'; f.style.top = `${1 - top % 1}px` })()")
     left, top = spot(browser, 0, 0)
     assert left % 1 == top % 1 == 0 and spot(browser, SIZE, 0)[0] - left == 8 * SIZE
@@ -147,7 +153,8 @@ def test_reload_goes_on_and_pictures_do_not_mix(page):
 def test_the_keyboard_is_enough(page):
     browser, desk, _ = page  # noqa: F811
     for _ in range(6): browser.key("[")
-    browser.key("3"), browser.key("ArrowRight"), browser.key("ArrowUp", shift=True), browser.key(" "), browser.until(SAVED)
+    browser.key("3"), browser.key("ArrowRight"), browser.key("ArrowUp",
+                                                             shift=True), browser.key(" "), browser.until(SAVED)
     mask = read_painted(desk.album, 0)
     assert np.argwhere(mask == 3).tolist() == [[22, 33]] and (mask != 255).sum() == 1
     browser.key("r"), browser.until(SAVED)
@@ -182,7 +189,8 @@ def test_what_cannot_be_saved_is_said(page):
 @needs_browser
 def test_the_command_line_and_ctrl_c(tmp_path, browser):  # noqa: F811
     make_pictures(tmp_path / "faces")
-    lagm = [sys.executable, "-u", "-c", "import sys; from lagm.cli import main; sys.exit(main())", "label", str(tmp_path / "faces"), "--classes", ",".join(CLASSES), "--no-browser"]
+    lagm = [sys.executable, "-u", "-c", "import sys; from lagm.cli import main; sys.exit(main())", "label",
+            str(tmp_path / "faces"), "--classes", ",".join(CLASSES), "--no-browser"]
     process = subprocess.Popen(lagm, stdout=subprocess.PIPE, text=True, start_new_session=True)
     lines = [process.stdout.readline() for _ in range(3)]
     browser.open(lines[1].strip()), ready(browser, "face0")
@@ -203,16 +211,19 @@ def test_messages(tmp_path):
     content = bytes(range(4)) * 12
     assert answer(desk, {"ask": 6, "kind": "save", "index": 1}, [memoryview(content)])[0]["result"] == {"labelled": 1.0}
     assert read_painted(desk.album, 1).tobytes() == content
-    for content in ({"kind": "save", "index": 1}, {"kind": "picture", "index": "../../etc"}, {"kind": "picture", "index": True}, {"kind": "what"}, {}):
+    for content in ({"kind": "save", "index": 1}, {"kind": "picture", "index": "../../etc"},
+                    {"kind": "picture", "index": True}, {"kind": "what"}, {}):
         said, buffers = answer(desk, {"ask": 7, **content}, [b"\x09" * 48])
         assert said["error"] and not buffers and said["answer"] == 7
     assert read_painted(desk.album, 1).max() == 3
 
 
 @needs_browser
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("jupyterlab", "anywidget"))), reason="JupyterLab or anywidget is not installed")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("jupyterlab", "anywidget"))),
+                    reason="JupyterLab or anywidget is not installed")
 def test_in_jupyterlab(tmp_path):
-    """A cell is run in JupyterLab, a stroke is painted with the mouse, keys of the painter do not reach the notebook."""
+    """A cell is run in JupyterLab, a stroke is painted with the mouse, keys of the painter do not reach the notebook.
+    """
     import nbformat
 
     make_pictures(tmp_path / "faces")
@@ -220,12 +231,15 @@ def test_in_jupyterlab(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "paint.ipynb")
     lab = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=t",
-         f"--ServerApp.root_dir={tmp_path}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "c"),
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+         "--ServerApp.port=0", "--IdentityProvider.token=t",
+         f"--ServerApp.root_dir={tmp_path}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "c"),
          "JUPYTER_DATA_DIR": str(tmp_path / "d"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "r")})
     browser = Browser(1400, 1200)  # noqa: F811
     try:
-        port = Browser.wait_for(lambda: next((json.loads(p.read_text())["port"] for p in (tmp_path / "r").glob("jpserver-*.json")), None))
+        port = Browser.wait_for(lambda: next((json.loads(p.read_text())["port"]
+                                              for p in (tmp_path / "r").glob("jpserver-*.json")), None))
         browser.open(f"http://127.0.0.1:{port}/doc/tree/paint.ipynb?token=t")
         browser.until("!!document.querySelector('.jp-Notebook .cm-content')")
         browser.until("!!document.querySelector('[data-jp-item-name=run]')")
@@ -252,7 +266,8 @@ def test_in_jupyterlab(tmp_path):
 
 def test_without_anywidget(tmp_path, monkeypatch):
     monkeypatch.setattr("lagm.labelling.painter.anywidget", None)
-    with pytest.raises(InputError, match=r"painting in a notebook needs anywidget: .*pip install 'anywidget"): Painter(make_pictures(tmp_path / "a"), CLASSES)
+    with pytest.raises(InputError, match=r"painting in a notebook needs anywidget: .*pip install 'anywidget"):
+        Painter(make_pictures(tmp_path / "a"), CLASSES)
 
 
 # ---- odd folders
@@ -272,7 +287,8 @@ def test_masks_of_turned_pictures_and_other_formats(tmp_path):
     Image.fromarray(mask).save(folder / "masks" / "face0.tif")
     assert (read_painted(album, 0) == mask).all()
     save_painted(album, 0, 3 - mask)
-    assert [p.name for p in (folder / "masks").iterdir()] == ["face0.png"] and (read_painted(album, 0) == 3 - mask).all()
+    assert ([p.name for p in (folder / "masks").iterdir()] == ["face0.png"]
+            and (read_painted(album, 0) == 3 - mask).all())
 
 
 @pytest.mark.parametrize("classes", [["background"], ["background", "hair", "skin"], ["background", "skin", "skin"]])

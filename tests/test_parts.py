@@ -17,8 +17,8 @@ from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors, save_tensors
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.segmenters import matched_parameter_names
-from lagm.training.lagm import train_supervised
 from lagm.training.batches import SyntheticBatches
+from lagm.training.lagm import train_supervised
 from lagm.training.processes import own_parts
 from lagm.training.recipe import get_recipe
 from lagm.training.state import TrainState
@@ -37,14 +37,16 @@ class NoNorm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.outc = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()), nn.Conv2d(8, CLASSES, 1)
+        self.body, self.outc = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1),
+                                              nn.Tanh()), nn.Conv2d(8, CLASSES, 1))
 
     def forward(self, x): return self.outc(self.body(x))
 
 
 def without_norm(network):
     """The network, with nothing in place of batch norm."""
-    for name, child in network.named_children(): setattr(network, name, nn.Identity() if isinstance(child, nn.BatchNorm2d) else without_norm(child))
+    for name, child in network.named_children():
+        setattr(network, name, nn.Identity() if isinstance(child, nn.BatchNorm2d) else without_norm(child))
     return network
 
 
@@ -53,7 +55,8 @@ def without_norm(network):
 def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     """Ignored pixels make the labelled parts count differently."""
     torch.manual_seed(0)
-    recipe = dataclasses.replace(PAPER, batch_labelled=4, batch_synthetic=4, shared_batch=shared, label_weight=label_weight, lr_annotator=0.1, lr_segmenter=0.1, optimizer="sgd")
+    recipe = dataclasses.replace(PAPER, batch_labelled=4, batch_synthetic=4, shared_batch=shared,
+                                 label_weight=label_weight, lr_annotator=0.1, lr_segmenter=0.1, optimizer="sgd")
     annotator = without_norm(FPNAnnotator(ToyGenerator.feature_channels, CLASSES, channels=4)).double()
     segmenter = NoNorm().double()
     images, masks = labelled(4)
@@ -61,7 +64,9 @@ def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     source = SyntheticBatches(ToyGenerator(), 4, images.shape[2:], seed=0)
     batches = {stage: source(0, stage) for stage in ("match", "s")}
 
-    def double(batch, rows): return dataclasses.replace(batch, images=batch.images[rows].double(), features=[f[rows].double() for f in batch.features])
+    def double(batch, rows):
+        return dataclasses.replace(batch, images=batch.images[rows].double(),
+                                   features=[f[rows].double() for f in batch.features])
     results = []
     for parts in (1, 2):
         players = TrainState(copy.deepcopy(segmenter), copy.deepcopy(annotator), recipe, torch.device("cpu"))
@@ -73,21 +78,26 @@ def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
         results.append((players, losses))
     (whole, whole_losses), (parts, parts_losses) = results
     assert whole_losses.keys() == parts_losses.keys()
-    for name, loss in whole_losses.items(): assert parts_losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+    for name, loss in whole_losses.items():
+        assert parts_losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
     assert close(parts.segmenter, whole.segmenter, 1e-6) and close(parts.annotator, whole.annotator, 1e-6)
     assert not close(parts.annotator, annotator, 1e-6)
 
 
-PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=1.0, finish_anchor=2.0, parts=2, lr_segmenter=1e-3)
+PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=1.0, finish_anchor=2.0, parts=2,
+                   lr_segmenter=1e-3)
 
 
 @pytest.mark.parametrize("name", ["shared", "two batches", "bfloat16", "intervals", "paper"])
 def test_runs_in_parts(name):
-    recipe = {"shared": PARTS, "two batches": dataclasses.replace(PARTS, shared_batch=False), "bfloat16": dataclasses.replace(PARTS, precision="bfloat16"),
-              "intervals": dataclasses.replace(PARTS, interval_annotator=2, interval_segmenter=2), "paper": dataclasses.replace(PAPER, steps=3, parts=2)}[name]
+    recipe = {"shared": PARTS, "two batches": dataclasses.replace(PARTS, shared_batch=False),
+              "bfloat16": dataclasses.replace(PARTS, precision="bfloat16"),
+              "intervals": dataclasses.replace(PARTS, interval_annotator=2, interval_segmenter=2),
+              "paper": dataclasses.replace(PAPER, steps=3, parts=2)}[name]
     first = run(recipe)
     assert same(first, run(recipe)) and first.step == recipe.total_steps(2)
-    assert first.segmenter.inc.bn1.num_batches_tracked == run(dataclasses.replace(recipe, parts=1)).segmenter.inc.bn1.num_batches_tracked
+    assert (first.segmenter.inc.bn1.num_batches_tracked
+            == run(dataclasses.replace(recipe, parts=1)).segmenter.inc.bn1.num_batches_tracked)
 
 
 def test_supervised_in_parts():
@@ -102,7 +112,9 @@ def test_resumed_in_parts(tmp_path):
 
 
 def test_mistakes():
-    for changes, says in [(dict(parts=3), "divide both batches"), (dict(parts=0), "1 or more"), (dict(parts=2, gradients="double"), "forward"), (dict(parts=2, fresh_labels=False), "fresh_labels")]:
+    for changes, says in [(dict(parts=3), "divide both batches"), (dict(parts=0), "1 or more"),
+                          (dict(parts=2, gradients="double"), "forward"),
+                          (dict(parts=2, fresh_labels=False), "fresh_labels")]:
         with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="2 processes cannot share 3 parts"):
         patch.setattr("lagm.training.processes.this_process", lambda: (0, 2))
@@ -126,7 +138,8 @@ torch.distributed.barrier()
 def test_two_processes_are_one_with_two_parts(tmp_path):
     path = tmp_path / "run.safetensors"
     code = ONE_OF_TWO.format(tests=str(Path(__file__).parent), meeting=str(tmp_path / "meeting"), path=str(path))
-    pair = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+    pair = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
     errors = [process.communicate(timeout=240)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
     threads = torch.get_num_threads()
@@ -137,9 +150,11 @@ def test_two_processes_are_one_with_two_parts(tmp_path):
     assert header["step"] == PARTS.total_steps(2)
     for prefix, network in (("average.", one.segmenter), ("annotator.", one.annotator)):
         for key, value in network.state_dict().items():
-            # batch norm takes a constant away again: such a bias moves by rounding alone, and the running mean follows it
+            # batch norm takes a constant away again: such a bias moves by rounding alone, and the running mean follows
+            # it
             if prefix == "average." and re.search(r"conv\d\.bias|running_mean", key): continue
-            torch.testing.assert_close(tensors[prefix + key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{prefix}{key}: {m}")
+            torch.testing.assert_close(tensors[prefix + key], value, rtol=1e-4, atol=1e-5,
+                                       msg=lambda m: f"{prefix}{key}: {m}")
 
 
 def test_several_processes_by_fabric_are_one_with_as_many_parts(tmp_path):
@@ -150,11 +165,13 @@ def test_several_processes_by_fabric_are_one_with_as_many_parts(tmp_path):
     finally: torch.set_num_threads(threads)
     code = BY_FABRIC.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run.safetensors"))
     (tmp_path / "main.py").write_text(code)
-    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     tensors, header = load_tensors(tmp_path / "result.safetensors")
     assert header["step"] == PARTS.total_steps(2) and header["losses"] == 1  # the history came along, too
-    for key, value in one.annotator.state_dict().items(): torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
+    for key, value in one.annotator.state_dict().items():
+        torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
 BY_FABRIC = """

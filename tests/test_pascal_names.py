@@ -34,7 +34,8 @@ def test_hostile_names_in_a_list_are_left_out_and_nothing_is_written_outside(voc
     for split in ("train", "val"):
         path = voc / "ImageSets" / "Main" / f"horse_{split}.txt"
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + "".join(f"{name} 1\n" for name in HOSTILE).encode())
-    for below, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):  # what such a name would find if it were followed
+    # what such a name would find if it were followed
+    for below, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
         found = next((voc / below).iterdir())
         for name in ("../../escaped", "sub/2008_000001"):
             (voc / below / f"{name}{suffix}").parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +51,13 @@ def test_hostile_names_in_a_list_are_left_out_and_nothing_is_written_outside(voc
     assert set(HOSTILE) <= set(parse.skipped) and set(HOSTILE) <= set(copies.skipped)
     assert "out of the folder" in parse.skipped["../../escaped"] and "of no file" in parse.skipped["sub/2008_000001"]
     clean = prepare_pascal(VOC, ("horse",), tmp_path / "clean", workers=1, progress=False)
-    assert [report.made for report in reports] == [report.made for report in clean]  # the byte order mark hides no picture
+    # the byte order mark hides no picture
+    assert [report.made for report in reports] == [report.made for report in clean]
 
 
 def test_hostile_classes_and_names_in_stats(voc, tmp_path):
-    with pytest.raises(InputError, match="no class '../x"): prepare_pascal(voc, ("../x\x1b[31m",), tmp_path / "out", progress=False)
+    with pytest.raises(InputError, match="no class '../x"):
+        prepare_pascal(voc, ("../x\x1b[31m",), tmp_path / "out", progress=False)
     with pytest.raises(InputError, match="out of the folder"): listed(voc, "../../horse", "train")
     out = tmp_path / "out"
     prepare_pascal(voc, ("horse",), out, steps=("parse", "copy"), workers=1, progress=False)
@@ -64,8 +67,10 @@ def test_hostile_classes_and_names_in_stats(voc, tmp_path):
     assert report.made == 0 and "out of the folder" in report.skipped["../../../escaped"]
     for content in ("[]", '{"indexs": 3}', '{"indexs": [3]}', "{"):
         stats.write_text(content)
-        with pytest.raises(InputError, match="stats.json"): prepare_pascal(voc, ("horse",), out, steps=("crop",), workers=1, progress=False)
-    reports = prepare_pascal(voc, ("horse",), out, steps=("copy", "crop"), workers=1, progress=False)  # a damaged one is replaced
+        with pytest.raises(InputError, match="stats.json"):
+            prepare_pascal(voc, ("horse",), out, steps=("crop",), workers=1, progress=False)
+    # a damaged one is replaced
+    reports = prepare_pascal(voc, ("horse",), out, steps=("copy", "crop"), workers=1, progress=False)
     assert reports[0].kept and json.loads(stats.read_text())["indexs"]
 
 
@@ -84,21 +89,26 @@ def test_run_lengths():
 
 
 @pytest.mark.parametrize("change,words", [
-    ({"counts": ""}, "do not add up"), ({"counts": "5"}, "do not add up"), ({"counts": "0" * 9}, "do not add up"), ({"counts": "f\x7f"}, "damaged"), ({"counts": "o" * 99}, "damaged"),
-    ({"counts": "N" + "0"}, "do not add up"), ({"counts": 7}, "no size"), ({"size": [5, 7.0]}, "no size"), ({"size": [-5, -7]}, "no size"), ({"size": [10**9, 10**9]}, "no size"),
+    ({"counts": ""}, "do not add up"), ({"counts": "5"}, "do not add up"), ({"counts": "0" * 9}, "do not add up"),
+    ({"counts": "f\x7f"}, "damaged"), ({"counts": "o" * 99}, "damaged"),
+    ({"counts": "N" + "0"}, "do not add up"), ({"counts": 7}, "no size"), ({"size": [5, 7.0]}, "no size"),
+    ({"size": [-5, -7]}, "no size"), ({"size": [10**9, 10**9]}, "no size"),
     ({"size": [7, 5]}, "the picture is 7 x 5, its masks are 5 x 7"), ({"size": None}, "no size")])
 def test_damaged_masks(change, words):
     runs = encode_mask(np.eye(5, 7, dtype=np.uint8)) | change
     with pytest.raises(Unusable, match=words): decode_mask(runs, (5, 7))
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"objects": 3}', '{"objects": [{}]}', '{"objects": [{"class": "horse", "parts": [{"part_name": "head", "mask": 5}]}]}', "{"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"objects": 3}', '{"objects": [{}]}',
+                                     '{"objects": [{"class": "horse", "parts": [{"part_name": "head", "mask": 5}]}]}',
+                                     "{"])
 def test_damaged_parsed_annotations_cost_one_picture(voc, tmp_path, content):
     out = tmp_path / "out"
     prepare_pascal(voc, ("horse",), out, steps=("parse",), workers=1, progress=False)
     name = listed(voc, "horse", "train")[0]
     (out / "parsed" / f"{name}.json").write_text(content)
-    with pytest.raises((Unusable, InputError), match=f"{name}.json"): copy_one(name, "horse", voc, out / "parsed", tmp_path / "o")
+    with pytest.raises((Unusable, InputError), match=f"{name}.json"):
+        copy_one(name, "horse", voc, out / "parsed", tmp_path / "o")
 
 
 @pytest.mark.parametrize("content", [

@@ -12,8 +12,16 @@ from PIL import Image
 
 from lagm.core.errors import InputError
 from lagm.data.images import (
-    check_classes, check_same_shape, check_size, describe_bytes, open_picture, read_image, read_mask, save_mask,
-    to_item)
+    check_classes,
+    check_same_shape,
+    check_size,
+    describe_bytes,
+    open_picture,
+    read_image,
+    read_mask,
+    save_mask,
+    to_item,
+)
 from lagm.data.labels import CELEBA8
 
 Y, X = np.mgrid[:24, :32]
@@ -23,8 +31,10 @@ MASK[5:15, 8:20], MASK[:2] = 3, 255
 
 
 def png(width, height, depth, colour, rows=b"", extra=b""):
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+            + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 @pytest.fixture
@@ -58,8 +68,11 @@ def test_cmyk(tmp_path, picture):
     assert np.abs(np.asarray(read_image(tmp_path / "a.jpg"), int) - PIXELS).mean() < 4
 
 
-@pytest.mark.parametrize("orientation,back", [(1, None), (2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180), (4, Image.Transpose.FLIP_TOP_BOTTOM),
-                                              (5, Image.Transpose.TRANSPOSE), (6, Image.Transpose.ROTATE_90), (7, Image.Transpose.TRANSVERSE), (8, Image.Transpose.ROTATE_270)])
+@pytest.mark.parametrize("orientation,back",
+                         [(1, None), (2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180),
+                          (4, Image.Transpose.FLIP_TOP_BOTTOM),
+                                              (5, Image.Transpose.TRANSPOSE), (6, Image.Transpose.ROTATE_90),
+                          (7, Image.Transpose.TRANSVERSE), (8, Image.Transpose.ROTATE_270)])
 def test_exif_rotation(tmp_path, picture, orientation, back):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -97,7 +110,8 @@ def test_palette_with_transparency(tmp_path):
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.97])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 def test_truncated(tmp_path, name, share):
-    Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8).astype(np.uint8)).save(tmp_path / name)
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8).astype(np.uint8)).save(tmp_path
+                                                                                                           / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError, match=f"{name} is"): read_image(tmp_path / name)
@@ -119,8 +133,11 @@ def test_a_bomb_in_a_text_chunk(tmp_path):
     with pytest.raises(InputError, match="a.png"): open_picture(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("content,words", [(b"", "empty"), (b"<!DOCTYPE html>", "a web page"), (b"\n  <HTML>", "a web page"), (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
-                                           (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unknown kind"), (b"PK\x03\x04....", "zip"), (b"nonsense", "unknown kind")])
+@pytest.mark.parametrize("content,words",
+                         [(b"", "empty"), (b"<!DOCTYPE html>", "a web page"), (b"\n  <HTML>", "a web page"),
+                          (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+                                           (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unknown kind"),
+                          (b"PK\x03\x04....", "zip"), (b"nonsense", "unknown kind")])
 def test_other_files(tmp_path, content, words):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match=words): read_image(tmp_path / "a.png")
@@ -152,7 +169,8 @@ def test_a_damaged_byte_gives_a_picture_or_an_input_error(tmp_path, place, value
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB", "RGBA", "LA"])
 def test_masks_of_every_mode(tmp_path, mode):
     stored = {"L": MASK, "I;16": MASK.astype(np.uint16), "RGB": np.repeat(MASK[..., None], 3, 2),
-              "RGBA": np.concatenate([np.repeat(MASK[..., None], 3, 2), np.full((24, 32, 1), 255, np.uint8)], -1), "LA": np.stack([MASK, np.full_like(MASK, 9)], -1)}
+              "RGBA": np.concatenate([np.repeat(MASK[..., None], 3, 2), np.full((24, 32, 1), 255, np.uint8)], -1),
+              "LA": np.stack([MASK, np.full_like(MASK, 9)], -1)}
     if mode == "P": save_mask(tmp_path / "m.png", MASK, CELEBA8)
     else: Image.fromarray(stored[mode]).save(tmp_path / "m.png")
     assert Image.open(tmp_path / "m.png").mode == mode
@@ -164,27 +182,32 @@ def test_masks_of_every_mode(tmp_path, mode):
 def test_masks_of_few_bits_hold_the_stored_numbers(tmp_path, depth, colour):
     values = np.random.RandomState(depth).randint(0, min(2**depth, 250), (6, 16))
     per_byte = 8 // depth
-    rows = b"".join(b"\0" + bytes(sum(int(v) << (8 - depth * (i + 1)) for i, v in enumerate(group)) for group in row.reshape(-1, per_byte)) for row in values)
+    rows = b"".join(b"\0" + bytes(sum(int(v) << (8 - depth * (i + 1)) for i, v in enumerate(group))
+                                  for group in row.reshape(-1, per_byte)) for row in values)
     plte = bytes(range(200, 200 + 3)) * 2**depth
-    extra = b"" if colour == 0 else struct.pack(">I", len(plte)) + b"PLTE" + plte + struct.pack(">I", zlib.crc32(b"PLTE" + plte))
+    extra = (b"" if colour == 0 else struct.pack(">I", len(plte)) + b"PLTE" + plte
+             + struct.pack(">I", zlib.crc32(b"PLTE" + plte)))
     (tmp_path / "m.png").write_bytes(png(16, 6, depth, colour, rows, extra))
     assert np.array_equal(read_mask(tmp_path / "m.png"), values)
 
 
 def test_class_out_of_range_is_named_and_counted(tmp_path):
     Image.fromarray(MASK).save(tmp_path / "m.png")
-    with pytest.raises(InputError, match=r"m\.png holds the value 3 \(120 such pixels\), but the classes are 0\.\.2"): read_mask(tmp_path / "m.png", 3)
+    with pytest.raises(InputError, match=r"m\.png holds the value 3 \(120 such pixels\), but the classes are 0\.\.2"):
+        read_mask(tmp_path / "m.png", 3)
     Image.fromarray(MASK.astype(np.uint16) * 100).save(tmp_path / "m.png")
     with pytest.raises(InputError, match="holds the value"): read_mask(tmp_path / "m.png")
 
 
 def test_masks_that_are_pictures_are_refused(tmp_path, picture):
-    picture.save(tmp_path / "a.png"); Image.fromarray(MASK).save(tmp_path / "a.jpg")
+    picture.save(tmp_path / "a.png")
+    Image.fromarray(MASK).save(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="coloured picture"): read_mask(tmp_path / "a.png")
     with pytest.raises(InputError, match="JPEG changes the numbers"): read_mask(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize("values", [np.array([[0.5]]), np.array([[np.nan]]), np.array([[-1]]), np.array([[256]]), np.zeros(3), np.array([["a"]])])
+@pytest.mark.parametrize("values", [np.array([[0.5]]), np.array([[np.nan]]), np.array([[-1]]), np.array([[256]]),
+                                    np.zeros(3), np.array([["a"]])])
 def test_arrays_that_are_no_masks(values):
     with pytest.raises(InputError): check_classes(values, 5)
 
@@ -192,8 +215,10 @@ def test_arrays_that_are_no_masks(values):
 def test_sizes(picture):
     check_same_shape(picture, MASK, "a", "b")
     check_same_shape(picture, np.zeros((48, 64)), "a", "b", scaled=True)
-    with pytest.raises(InputError, match="64 x 48 pixels, but its picture a is 32 x 24"): check_same_shape(picture, np.zeros((48, 64)), "a", "b")
-    with pytest.raises(InputError, match="one of them is turned"): check_same_shape(picture, MASK.T, "a", "b", scaled=True)
+    with pytest.raises(InputError, match="64 x 48 pixels, but its picture a is 32 x 24"):
+        check_same_shape(picture, np.zeros((48, 64)), "a", "b")
+    with pytest.raises(InputError, match="one of them is turned"):
+        check_same_shape(picture, MASK.T, "a", "b", scaled=True)
     assert check_size(7) == (7, 7) and check_size([3, 4]) == (3, 4) and check_size(None) is None
     for wrong in ((0, 1), (1.5, 2), "ab", (1, 2, 3), True, -4):
         with pytest.raises(InputError, match="size is"): check_size(wrong)
@@ -204,5 +229,6 @@ def test_items(picture):
     assert np.array_equal(image.numpy(), (PIXELS.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1))
     assert mask.numpy().dtype == np.int64 and np.array_equal(mask, MASK)
     image, mask = to_item(picture, MASK, (16, 12), "lanczos")
-    assert np.array_equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0), np.asarray(picture.resize((16, 12), Image.Resampling.LANCZOS)))
+    assert np.array_equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0),
+                          np.asarray(picture.resize((16, 12), Image.Resampling.LANCZOS)))
     assert image.shape == (3, 12, 16) and set(mask.unique().tolist()) <= {0, 3, 255}

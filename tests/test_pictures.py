@@ -45,7 +45,8 @@ def mosaic(figure):
 
 def results(n_classes=8):
     matrix = ConfusionMatrix(n_classes)
-    matrix.update(torch.arange(n_classes).repeat(2), torch.cat([torch.arange(n_classes), torch.zeros(n_classes, dtype=int)]))
+    matrix.update(torch.arange(n_classes).repeat(2),
+                  torch.cat([torch.arange(n_classes), torch.zeros(n_classes, dtype=int)]))
     return matrix.compute()
 
 
@@ -56,7 +57,8 @@ def test_bytes():
         to_bytes(torch.zeros(4, 8, 8, 3))
 
 
-@pytest.mark.parametrize("side, wanted, got", [(64, 128, 128), (50, 128, 150), (256, 128, 128), (4, 128, 128), (127, 128, 127)])
+@pytest.mark.parametrize("side, wanted, got",
+                         [(64, 128, 128), (50, 128, 150), (256, 128, 128), (4, 128, 128), (127, 128, 127)])
 def test_tiles_grow_by_whole_factors(side, wanted, got):
     tile = fit_tile(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8), wanted)
     assert tile.shape == (got, got, 3)
@@ -104,8 +106,10 @@ def test_legend_names_every_class(batch):
     assert tuple(text.get_text() for text in legend.get_texts()) == CELEBA8.classes
     legend = labelled_grid(images[:2], masks[:2], CELEBA8).legends[0]
     assert sorted(text.get_text() for text in legend.get_texts()) == sorted(CELEBA8.classes)
-    colours = {text.get_text(): patch.get_facecolor() for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)}
-    assert all(np.allclose(np.array(colours[name][:3]) * 255, colour) for name, colour in zip(CELEBA8.classes, CELEBA8.palette, strict=True))
+    colours = {text.get_text(): patch.get_facecolor()
+               for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)}
+    assert all(np.allclose(np.array(colours[name][:3]) * 255, colour)
+               for name, colour in zip(CELEBA8.classes, CELEBA8.palette, strict=True))
     assert not labelled_grid(images, masks, CELEBA8, legend=False).legends
 
 
@@ -144,7 +148,8 @@ def test_a_single_picture(batch):
 
 
 def test_principal_components():
-    x = torch.randn(3, 5, 7, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 4, 2, 1, 3]).view(5, 1, 1)
+    x = (torch.randn(3, 5, 7, 6, generator=torch.Generator().manual_seed(0))
+         * torch.tensor([1.0, 4, 2, 1, 3]).view(5, 1, 1))
     parts = principal_components(x).movedim(1, -1).reshape(-1, 3)
     covariance = parts.T @ parts / len(parts)
     expected = torch.linalg.eigvalsh(torch.cov(x.movedim(1, -1).reshape(-1, 5).T, correction=0)).flip(0)[:3]
@@ -174,11 +179,13 @@ def test_names_move_apart_as_little_as_possible():
     assert spread([0, 100], 10) == [0, 100]
     assert spread([2, 0], 10) == [6, -4]
     places = spread([0, 1, 2, 50, 51], 10)
-    assert np.diff(places).min() >= 10 - 1e-9 and np.isclose(np.mean(places[:3]), 1) and np.isclose(np.mean(places[3:]), 50.5)
+    assert (np.diff(places).min() >= 10 - 1e-9 and np.isclose(np.mean(places[:3]), 1)
+            and np.isclose(np.mean(places[3:]), 50.5))
 
 
 def test_curves_show_the_values():
-    figure = curves({"a": ([0, 1, 2], torch.tensor([0.1, 0.2, 0.4])), "b": ([0, 2], [0.1, float("nan")])}, percent=True, ylabel="IoU")
+    figure = curves({"a": ([0, 1, 2], torch.tensor([0.1, 0.2, 0.4])), "b": ([0, 2], [0.1, float("nan")])}, percent=True,
+                    ylabel="IoU")
     (ax,) = figure.axes
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [10, 20, 40], rtol=1e-6)
     assert ax.get_ylabel() == "IoU (%)" and [t.get_text() for t in ax.texts] == ["a"]
@@ -200,7 +207,8 @@ def test_bars_and_table_hold_the_numbers():
     assert heights == sorted(round(100 * v, 4) for v in [*metrics.iou, metrics.fg_miou])
     (ax,) = iou_table(results_, CELEBA8.classes, title="All").axes
     texts = [text.get_text() for text in ax.texts]
-    assert texts.count(f"{100 * metrics.iou[0]:.1f}") >= 2 and {"first", "second", "FG-mIoU", "mIoU", "pixel acc.", "hair"} <= set(texts)
+    assert (texts.count(f"{100 * metrics.iou[0]:.1f}") >= 2
+            and {"first", "second", "FG-mIoU", "mIoU", "pixel acc.", "hair"} <= set(texts))
 
 
 def test_nothing_is_left_behind(batch):
@@ -215,7 +223,8 @@ def test_nothing_is_left_behind(batch):
 def test_a_confusion_figure_writes_the_shares_of_each_true_class():
     figure = confusion_figure(torch.tensor([[75, 25, 0], [0, 0, 0], [1, 0, 999]]), ["back", "never", "thing"])
     texts = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in figure.axes[0].texts}
-    assert texts == {(0, 0): "75", (0, 1): "25", (2, 2): "100"}  # rows are the truth; a class without pixels is empty, 0.1 % is left out
+    # rows are the truth; a class without pixels is empty, 0.1 % is left out
+    assert texts == {(0, 0): "75", (0, 1): "25", (2, 2): "100"}
     with pytest.raises(InputError, match="2, 3"): confusion_figure(torch.zeros(2, 3), ["a", "b"])
 
 
@@ -228,6 +237,9 @@ def test_the_worst_gallery_begins_with_the_worst(batch):
     predictions[2] = 1 - masks[2]  # all wrong
     predictions[1, :8] = 0
     figure = worst_gallery(images, predictions, masks, TWO, number=3)
-    heads = [t.get_text() for t in [*figure.texts, *(t for ax in figure.axes for t in ax.texts)] if t.get_text().startswith("no. ")]
-    assert heads[0] == "no. 2: 0" and heads[1].startswith("no. 1: ") and heads[2].endswith(": 100") and not any(h.startswith("no. 4") for h in heads)
-    with pytest.raises(InputError, match="no picture shows a foreground class"): worst_gallery(images, masks * 0, masks * 0, TWO)
+    heads = [t.get_text() for t in [*figure.texts, *(t for ax in figure.axes for t in ax.texts)]
+             if t.get_text().startswith("no. ")]
+    assert (heads[0] == "no. 2: 0" and heads[1].startswith("no. 1: ") and heads[2].endswith(": 100")
+            and not any(h.startswith("no. 4") for h in heads))
+    with pytest.raises(InputError, match="no picture shows a foreground class"):
+        worst_gallery(images, masks * 0, masks * 0, TWO)

@@ -10,16 +10,16 @@ from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lagm.core import files as core_files
 import lagm.download.transfer as fetching
 import lagm.evaluation.intervals as evaluation
+from lagm.core import files as core_files
 from lagm.core.files import write_json
+from lagm.core.pickle_records import Budget, Storage, Unreadable
 from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment
-from lagm.training.downstream import change_batch
 from lagm.evaluation.boundary import BoundaryScore, within
 from lagm.evaluation.folds import number_in
-from lagm.core.pickle_records import Budget, Storage, Unreadable
+from lagm.experiments.sweep import last_error
 from lagm.generators.stylegan1 import NoiseLayer
 from lagm.generators.stylegan2 import SQRT2, SynthesisLayer, ToRGB
 from lagm.generators.train import GANRecipe, GANTrainer
@@ -28,16 +28,16 @@ from lagm.matching.forward import SyntheticPass, directional_derivative
 from lagm.matching.gradients import graph_of, labelled_gradient, log_probabilities
 from lagm.matching.tangents import record
 from lagm.ops.convolutions import FastConvolutions
-from lagm.experiments.sweep import last_error
-from lagm.training.synthetic import GeneratedPairs, Plan, decide, make_pair
-from lagm.training.lagm import train_supervised
 from lagm.training.batches import SyntheticBatch
 from lagm.training.checkpoints import digest
+from lagm.training.downstream import change_batch
+from lagm.training.lagm import train_supervised
 from lagm.training.loop import Trained
 from lagm.training.processes import each_part, mean_over_parts
 from lagm.training.recipe import PAPER, get_recipe, learning_rate
 from lagm.training.state import TrainState
 from lagm.training.steps import imitation_step, labelled_gradients, phase_segmenter
+from lagm.training.synthetic import GeneratedPairs, Plan, decide, make_pair
 
 CPU = torch.device("cpu")
 

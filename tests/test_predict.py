@@ -1,4 +1,5 @@
-"""From a folder of pictures to masks, overlays and COCO; exports that give the network's logits; evaluation of a file."""
+"""From a folder of pictures to masks, overlays and COCO; exports that give the network's logits; evaluation of a file.
+"""
 
 import importlib.util
 import json
@@ -15,12 +16,19 @@ from torch import nn
 
 from lagm.core.errors import InputError
 from lagm.core.tensors import save_tensors
+from lagm.data.exporters import rle_decode
 from lagm.data.labels import CELEBA8
 from lagm.evaluation.export import export_onnx, export_program, write_model_card
 from lagm.evaluation.metrics import evaluate, predict
 from lagm.evaluation.prediction import (
-    evaluate_checkpoint, list_pictures, open_segmenter, overlay, place, predict_folder, predict_pictures)
-from lagm.data.exporters import rle_decode
+    evaluate_checkpoint,
+    list_pictures,
+    open_segmenter,
+    overlay,
+    place,
+    predict_folder,
+    predict_pictures,
+)
 from lagm.models.saved import save_segmenter
 
 
@@ -40,19 +48,22 @@ def picture(height, width, split=0.5):
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("policy, inner, outer", [("fit", (16, 32), (32, 32)), ("stretch", (32, 32), (32, 32)), ("native", (40, 80), (40, 80))])
+@pytest.mark.parametrize("policy, inner, outer",
+                         [("fit", (16, 32), (32, 32)), ("stretch", (32, 32), (32, 32)), ("native", (40, 80), (40, 80))])
 def test_policies(policy, inner, outer):
     pixels, placement = place(picture(40, 80), policy, (32, 32))
     assert (placement.inner, placement.outer, tuple(pixels.shape[1:])) == (inner, outer, outer)
     mask, = predict_pictures(Red(), [picture(40, 80)], policy, (32, 32))
     assert mask.shape == (40, 80) and mask.dtype == np.uint8
-    expected = np.zeros((40, 80), int); expected[:, 40:] = 1
+    expected = np.zeros((40, 80), int)
+    expected[:, 40:] = 1
     assert (mask != expected).mean() < 0.03
 
 
 def test_the_filling_is_the_edge_and_is_cut_off():
     pixels, placement = place(picture(10, 30), "fit", (21, 30))
-    assert placement.top == 5 and pixels[:, :5].equal(pixels[:, 5:6].expand(-1, 5, -1)) and pixels[:, 15:].equal(pixels[:, 14:15].expand(-1, 6, -1))
+    assert (placement.top == 5 and pixels[:, :5].equal(pixels[:, 5:6].expand(-1, 5, -1))
+            and pixels[:, 15:].equal(pixels[:, 14:15].expand(-1, 6, -1)))
     rows = torch.arange(21.0)[None, :, None].expand(3, 21, 30)
     assert placement.back(rows)[0, :, 0].tolist() == list(range(5, 15))
 
@@ -61,13 +72,15 @@ def test_pictures_of_one_size_go_together():
     network = Red()
     pictures = [picture(16, 16), picture(20, 16), picture(16, 16)]
     masks = predict_pictures(network, pictures, "native")
-    assert sorted(network.seen) == [(1, 3, 20, 16), (2, 3, 16, 16)] and [m.shape for m in masks] == [(16, 16), (20, 16), (16, 16)]
+    assert (sorted(network.seen) == [(1, 3, 20, 16), (2, 3, 16, 16)]
+            and [m.shape for m in masks] == [(16, 16), (20, 16), (16, 16)])
     assert np.array_equal(masks[0], predict(Red(), place(pictures[0], "native")[0][None])[0])
 
 
 def test_overlay():
     mask = np.array([[0, 1]], np.uint8)
-    assert overlay(Image.fromarray(np.full((1, 2, 3), 100, np.uint8)), mask, LABELS, 0.5).tolist() == [[[100] * 3, [178, 50, 50]]]
+    assert overlay(Image.fromarray(np.full((1, 2, 3), 100, np.uint8)), mask, LABELS,
+                   0.5).tolist() == [[[100] * 3, [178, 50, 50]]]
 
 
 @pytest.fixture
@@ -83,12 +96,15 @@ def pictures(tmp_path):
 
 def test_a_folder(pictures, tmp_path):
     result = predict_folder(Red(), pictures, tmp_path / "out", LABELS, (16, 16), progress=False)
-    assert result.done == ["b.png", "below/a.JPG"] and list(result.failed) == ["torn.jpeg"] and "torn.jpeg" in str(result)
+    assert (result.done == ["b.png", "below/a.JPG"] and list(result.failed) == ["torn.jpeg"]
+            and "torn.jpeg" in str(result))
     mask = Image.open(tmp_path / "out" / "masks" / "b.png")
-    assert mask.mode == "P" and mask.size == (20, 12) and mask.getpalette()[:9] == [v for c in LABELS.palette for v in c]
+    assert (mask.mode == "P" and mask.size == (20, 12)
+            and mask.getpalette()[:9] == [v for c in LABELS.palette for v in c])
     assert Image.open(tmp_path / "out" / "overlays" / "below" / "a.png").size == (14, 30)
     coco = json.loads((tmp_path / "out" / "annotations.json").read_text())
-    assert [(i["file_name"], i["height"], i["width"]) for i in coco["images"]] == [("b.png", 12, 20), ("below/a.JPG", 30, 14)]
+    assert ([(i["file_name"], i["height"], i["width"]) for i in coco["images"]]
+            == [("b.png", 12, 20), ("below/a.JPG", 30, 14)])
     rebuilt = np.zeros((12, 20), int)
     for a in coco["annotations"]:
         if a["image_id"] == 1: rebuilt[rle_decode(a["segmentation"])] = a["category_id"]
@@ -96,7 +112,8 @@ def test_a_folder(pictures, tmp_path):
 
 
 def test_folder_mistakes(pictures, tmp_path):
-    with pytest.raises(InputError, match="lies in the folder"): predict_folder(Red(), pictures, pictures / "out", LABELS, (16, 16))
+    with pytest.raises(InputError, match="lies in the folder"):
+        predict_folder(Red(), pictures, pictures / "out", LABELS, (16, 16))
     with pytest.raises(InputError, match="no folder"): list_pictures(tmp_path / "x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pictures"): list_pictures(tmp_path / "empty")
@@ -108,7 +125,9 @@ def test_folder_mistakes(pictures, tmp_path):
 
 def test_on_the_command_line(pictures, tmp_path):
     save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS, (16, 16))
-    call = lambda *words: subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "predict", *map(str, words)],
+    call = lambda *words: subprocess.run([sys.executable, "-c",
+                                          "import sys; from lagm.cli import main; sys.exit(main())", "predict",
+                                          *map(str, words)],
                                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     done = call(tmp_path / "s.safetensors", pictures, "-o", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0 and "2 pictures labelled" in done.stdout, done.stderr
@@ -147,21 +166,27 @@ def test_evaluation_of_a_file(tmp_path):
     save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS, (16, 16))
     images, masks = tiny_pictures(12)
     report = evaluate_checkpoint(tmp_path / "s.safetensors", images, masks, tmp_path / "report")
-    assert report["metrics"] == vars(evaluate(tiny_segmenter(), images, masks, 3)) and report["checkpoint"] == "s.safetensors"
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["confusion.png", "metrics.json", "table.png", "worst.png"]
-    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["metrics"]["miou"] == pytest.approx(report["metrics"]["miou"])
+    assert (report["metrics"] == vars(evaluate(tiny_segmenter(), images, masks, 3))
+            and report["checkpoint"] == "s.safetensors")
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["confusion.png", "metrics.json", "table.png",
+                                                                       "worst.png"]
+    assert json.loads((tmp_path / "report"
+                       / "metrics.json").read_text())["metrics"]["miou"] == pytest.approx(report["metrics"]["miou"])
     write_model_card(tmp_path / "card.md", tmp_path / "s.safetensors", "Tiny", "For tests.", "Apache-2.0", report)
     card = (tmp_path / "card.md").read_text()
-    assert "| 2 | bright | #0000ff |" in card and "Apache-2.0" in card and f"FG-mIoU {report['metrics']['fg_miou']:.1%}" in card and "trained at 16 x 16" in card
+    assert ("| 2 | bright | #0000ff |" in card and "Apache-2.0" in card
+            and f"FG-mIoU {report['metrics']['fg_miou']:.1%}" in card and "trained at 16 x 16" in card)
 
 
 def test_torch_export(tmp_path):
     assert export_program(tiny_segmenter(), tmp_path / "s.pt2", (16, 16)) < 1e-5
     x = torch.randn(5, 3, 16, 16)
-    with torch.no_grad(): assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(x), tiny_segmenter().eval()(x), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(torch.export.load(tmp_path / "s.pt2").module()(x), tiny_segmenter().eval()(x), atol=1e-5)
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs the extra 'onnx'")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+                    reason="needs the extra 'onnx'")
 def test_onnx(tmp_path):
     import onnxruntime
     assert export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 20)) < 1e-4
@@ -173,16 +198,19 @@ def test_onnx(tmp_path):
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"): export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
+    with pytest.raises(InputError, match="python -m pip install .onnx.*onnxruntime"):
+        export_onnx(tiny_segmenter(), tmp_path / "s.onnx", (16, 16))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     from lagm.training.processes import make_fabric
-    with pytest.raises(InputError, match="python -m pip install .lightning-fabric"): make_fabric(2, torch.device("cpu"), "float32")
+    with pytest.raises(InputError, match="python -m pip install .lightning-fabric"):
+        make_fabric(2, torch.device("cpu"), "float32")
 
 
 def test_an_export_that_is_wrong_is_refused(tmp_path):
     from lagm.evaluation.export import _compare
     (tmp_path / "bad").write_text("")
-    with pytest.raises(InputError, match="differs"): _compare(tiny_segmenter().eval(), lambda x: torch.zeros(len(x), 3, 16, 16), (16, 16), tmp_path / "bad")
+    with pytest.raises(InputError, match="differs"):
+        _compare(tiny_segmenter().eval(), lambda x: torch.zeros(len(x), 3, 16, 16), (16, 16), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 

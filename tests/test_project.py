@@ -20,7 +20,9 @@ EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name == "experiments"]
 MODULES = [path for path in modules() if path.name not in ("__init__.py", "_modidx.py")]
 MOST_LINES = 70
 MOST_BYTES_OF_A_PICTURE = 150_000
-MACHINE_PATH = re.compile(r"(?<![\w.…~])/(?:tmp|home|root|work|Users|private|var/folders|mnt|opt)/[\w.]|[A-Z]:\\\\?Users")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.…~])/(?:tmp|home|root|work|Users|private|var/folders|mnt|opt)/[\w.]|[A-Z]:\\\\?Users"
+)
 
 
 def named(paths: list[Path]) -> list:
@@ -57,18 +59,25 @@ def test_a_notebook_holds_no_widgets_errors_or_big_pictures(path):
             data = output.get("data", {})
             assert not any("widget" in kind for kind in data), f"cell {number} holds a widget"
             size = len(data.get("image/png", "")) * 3 // 4
-            assert size <= MOST_BYTES_OF_A_PICTURE, f"the picture of cell {number} has {size:,} bytes: fewer dots per inch"
+            assert size <= MOST_BYTES_OF_A_PICTURE, (
+                f"the picture of cell {number} has {size:,} bytes: fewer dots per inch"
+            )
 
 
-@pytest.mark.parametrize("path", named(NOTEBOOKS + MODULES + [ROOT / name for name in ("README.md", "Makefile", "settings.ini", "setup.py", "outputs/README.md")]))
+@pytest.mark.parametrize("path", named(NOTEBOOKS + MODULES
+                                       + [ROOT / name for name in ("README.md", "Makefile", "settings.ini", "setup.py",
+                                                                   "outputs/README.md")]))
 def test_a_file_tells_nothing_of_the_machine_it_was_made_on(path):
-    found = [match[0] for line in path.read_text(encoding="utf-8").splitlines() if '"image/png"' not in line for match in MACHINE_PATH.finditer(line)]
+    found = [match[0] for line in path.read_text(encoding="utf-8").splitlines() if '"image/png"' not in line
+             for match in MACHINE_PATH.finditer(line)]
     assert not found, f"paths of a machine: {found}"
 
 
 def test_the_pattern_of_machine_paths():
-    assert all(MACHINE_PATH.search(text) for text in (f"in /{'tmp'}/x", f'"/{"ho" "me"}/me/a"', f"(/{'root'}/.cache", "file:///Users/me", r"C:\\Users\\me", f"/{'work'}/main"))
-    assert not any(MACHINE_PATH.search(text) for text in ("https://example.org/home/x", "…/tmp/x", "~/work/x", "a/root/b", "/tmp"))
+    assert all(MACHINE_PATH.search(text) for text in (f"in /{'tmp'}/x", f'"/{"ho" "me"}/me/a"', f"(/{'root'}/.cache",
+                                                      "file:///Users/me", r"C:\\Users\\me", f"/{'work'}/main"))
+    assert not any(MACHINE_PATH.search(text)
+                   for text in ("https://example.org/home/x", "…/tmp/x", "~/work/x", "a/root/b", "/tmp"))
 
 
 @pytest.mark.parametrize("path", named(NOTEBOOKS))
@@ -76,7 +85,8 @@ def test_cells_are_short_and_imports_explicit(path):
     for number, cell in enumerate(code_cells(path)):
         lines = len(cell.source.splitlines())
         assert lines <= MOST_LINES, f"code cell {number} has {lines} lines: {cell.source[:60]!r}"
-        stars = [node.module for node in ast.walk(parsed(cell)) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+        stars = [node.module for node in ast.walk(parsed(cell))
+                 if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
         assert not stars, f"code cell {number}: from {stars} import *"
 
 
@@ -111,8 +121,10 @@ def test_a_module_comes_from_a_notebook_and_defines_each_name_once(path):
 
 def test_the_package_needs_no_tool_of_its_makers():
     """Every module can be imported where nbdev and the optional extras are not installed."""
-    blocked = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "resvg_py", "dicebear_styles", "jupyterlab", "ipywidgets",
-               "scipy", "pycocotools", "pooch", "gdown", "tensorboard", "lightning_fabric", "onnx", "onnxruntime", "snakemake"]
+    blocked = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "resvg_py", "dicebear_styles", "jupyterlab",
+               "ipywidgets",
+               "scipy", "pycocotools", "pooch", "gdown", "tensorboard", "lightning_fabric", "onnx", "onnxruntime",
+               "snakemake"]
     code = (
         "import importlib, sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
@@ -127,7 +139,8 @@ def test_requirements_of_makers_are_extras():
     for tool in ("nbdev", "fastcore", "execnb", "pytest", "dicebear-styles"):
         lines = [line for line in required if re.match(rf"{tool}\b", line)]
         assert lines and all("extra ==" in line for line in lines), lines
-    assert "nbdev==2.4.14" in "".join(required) and re.search(r"execnb<0\.2,", "".join(required)) and re.search(r"fastcore<2,", "".join(required))
+    assert ("nbdev==2.4.14" in "".join(required) and re.search(r"execnb<0\.2,", "".join(required))
+            and re.search(r"fastcore<2,", "".join(required)))
 
 
 # ---- experiments
@@ -137,8 +150,11 @@ def test_requirements_of_makers_are_extras():
 def test_an_experiment_explains_its_parameters(path):
     known = read_parameters(path)
     assert known, "no parameters: tag a cell 'parameters'"
-    assert list(papermill.inspect_notebook(str(path))) == list(known), "papermill must see the same parameters: no quotes and no | in a type, one = a line"
-    for parameter in known.values(): assert parameter.annotation and parameter.help, f"{parameter.name} lacks a type or a comment"
+    assert list(papermill.inspect_notebook(str(path))) == list(known), (
+        "papermill must see the same parameters: no quotes and no | in a type, one = a line"
+    )
+    for parameter in known.values():
+        assert parameter.annotation and parameter.help, f"{parameter.name} lacks a type or a comment"
     defaults = {name: ast.literal_eval(parameter.default) for name, parameter in known.items()}
     check_parameters(path, defaults)
 
@@ -160,7 +176,8 @@ def test_parameter_files_fit_their_experiment(path):
 
 def test_differences_are_told_by_file(tmp_path):
     same, changed, gone, new = (tmp_path / name for name in ("same.py", "changed.py", "gone.py", "new.py"))
-    found = differences({same: "a\n", changed: "a\nb\n", gone: "a\n"}, {same: "a\n", changed: "a\nc\n", new: "a\n"}, tmp_path)
+    found = differences({same: "a\n", changed: "a\nb\n", gone: "a\n"}, {same: "a\n", changed: "a\nc\n", new: "a\n"},
+                        tmp_path)
     assert [text.split()[1] for text in found] == ["changed.py", "gone.py", "new.py"]
     assert "-b\n+c" in found[0]
     assert differences({same: "a\r\n"}, {same: "a\n"}, tmp_path) == ["same.py: only its line ends differ"]

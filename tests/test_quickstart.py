@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-
 from types import SimpleNamespace
 
 import nbformat
@@ -15,21 +14,23 @@ from PIL import Image
 from sync import ROOT
 
 from lagm.cli import main
-from lagm.models.convert import inspect
 from lagm.data.demo import Avatars
-from lagm.experiments.notebooks import find_experiment, read_parameters
 from lagm.evaluation.grids import to_bytes
+from lagm.experiments.notebooks import find_experiment, read_parameters
+from lagm.models.convert import inspect
 
 SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, width=4, threads=1)
 
 
 def command(folder, *extra, **parameters):
     words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "quickstart", "-o", str(folder), *words, *extra]
+    return [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "quickstart", "-o",
+            str(folder), *words, *extra]
 
 
 def call(folder, *extra, **parameters):
-    return subprocess.run(command(folder, *extra, **parameters), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command(folder, *extra, **parameters), capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +61,17 @@ def test_it_leaves_notebook_figures_and_metrics_and_says_where(finished):
 
 @pytest.mark.parametrize("alone, control, matched, words", [
     (0.60, 0.61, 0.68, ["gains +8.0 over the labelled pictures alone", "gains +7.0 over the control"]),
-    (0.60, 0.67, 0.68, ["gains +8.0 over the labelled pictures alone", "no difference that counts between gradient matching and the control (+1.0)"]),
+    (0.60, 0.67, 0.68, ["gains +8.0 over the labelled pictures alone",
+                        "no difference that counts between gradient matching and the control (+1.0)"]),
     (0.60, None, 0.55, ["gradient matching is 5.0 behind the labelled pictures alone"]),
     (0.02, 0.02, 0.09, ["no network has learned anything yet"])])
 @pytest.mark.parametrize("short", ["", "a short run: 3 of 1,000 steps"])
 def test_the_notebook_claims_what_it_measured(alone, control, matched, words, short):
-    cell = next(cell for cell in nbformat.read(find_experiment("quickstart", ROOT), 4).cells if cell.source.startswith("LUCK"))
+    cell = next(cell for cell in nbformat.read(find_experiment("quickstart", ROOT), 4).cells
+                if cell.source.startswith("LUCK"))
     scores = {"supervised only": alone, "A never matched": control, "gradient matching": matched}
-    names = dict(metrics={name: SimpleNamespace(fg_miou=s) for name, s in scores.items() if s is not None}, short=short, recipe="fast")
+    names = dict(metrics={name: SimpleNamespace(fg_miou=s) for name, s in scores.items() if s is not None}, short=short,
+                 recipe="fast")
     exec(cell.source, names)
     said = names["verdict"][:-1] if short else names["verdict"]
     assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
@@ -75,9 +79,13 @@ def test_the_notebook_claims_what_it_measured(alone, control, matched, words, sh
 
 
 def test_as_it_stands_it_is_a_run_that_people_can_see_working():
-    """A minute or two: more would keep a newcomer waiting, less ends in one colour (measured: 200 steps take 106 seconds of processor time)."""
-    given = {name: parameter.default for name, parameter in read_parameters(find_experiment("quickstart", ROOT)).items()}
-    assert 150 <= int(given["iterations"]) <= 250 and 100 <= int(given["warm_up"]) <= 150 and int(given["supervised_steps"]) == int(given["iterations"]) + int(given["warm_up"])
+    """A minute or two: more would keep a newcomer waiting, less ends in one colour (measured: 200 steps take 106
+    seconds of processor time).
+    """
+    given = {name: parameter.default
+             for name, parameter in read_parameters(find_experiment("quickstart", ROOT)).items()}
+    assert (150 <= int(given["iterations"]) <= 250 and 100 <= int(given["warm_up"]) <= 150
+            and int(given["supervised_steps"]) == int(given["iterations"]) + int(given["warm_up"]))
 
 
 @pytest.mark.parametrize("name", ["segmenter.safetensors", "matched.safetensors", ""])
@@ -86,11 +94,13 @@ def test_what_it_trained_labels_a_folder_of_pictures(finished, tmp_path, name):
     (image, _), labels = Avatars("micah", "test")[0], Avatars("micah").labels
     (tmp_path / "in").mkdir()
     Image.fromarray(to_bytes(image)).resize((80, 60)).save(tmp_path / "in" / "face.png")
-    assert main(["predict", str(finished[0] / name), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert main(["predict", str(finished[0] / name), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device",
+                 "cpu"]) == 0
     record = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [entry["name"] for entry in record["categories"]] == list(labels.classes[1:])
     mask = Image.open(tmp_path / "out" / "masks" / "face.png")
-    assert mask.size == (80, 60) and mask.getpalette()[: 3 * labels.n_classes] == [value for colour in labels.palette for value in colour]
+    assert (mask.size == (80, 60) and mask.getpalette()[: 3 * labels.n_classes]
+            == [value for colour in labels.palette for value in colour])
     if name: assert inspect(finished[0] / name)["size"] == (64, 64)
 
 
@@ -104,7 +114,8 @@ def test_a_second_call_keeps_the_result(finished):
 
 def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_path):
     folder = tmp_path / "killed"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (folder / "warm.safetensors").exists() and process.poll() is None:
         time.sleep(0.02)
@@ -119,8 +130,10 @@ def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"), (dict(k=0), "give a whole number from 1 to 40"),
-    (dict(recipe="slow"), "slow"), (dict(style="manga"), "manga"), (dict(generator="no/such.safetensors"), "no/such.safetensors"),
+    (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"),
+    (dict(k=0), "give a whole number from 1 to 40"),
+    (dict(recipe="slow"), "slow"), (dict(style="manga"), "manga"),
+    (dict(generator="no/such.safetensors"), "no/such.safetensors"),
     (dict(iterations=0), "iterations is 0")])
 def test_a_mistake_gives_one_line_and_no_results(tmp_path, change, words):
     done = call(tmp_path / "run", **change)

@@ -1,4 +1,5 @@
-"""Damaged and hostile files of every kind end in one sentence, with little memory: bounded fuzzing, and the lies that were found by it.
+"""Damaged and hostile files of every kind end in one sentence, with little memory: bounded fuzzing, and the lies that
+were found by it.
 
 LAGM_FUZZ=20 in the environment tries twenty times as many cases.
 """
@@ -21,21 +22,28 @@ import pytest
 from PIL import Image
 
 from lagm.core.errors import InputError
-from lagm.data.demo import Avatars, _content_hash
 from lagm.data.datasetgan import read_array_mask
-from lagm.data.images import read_image, read_mask
+from lagm.data.demo import Avatars, _content_hash
+from lagm.data.images import png, read_image, read_mask
 from lagm.data.pascal_boxes import read_boxes
 from lagm.data.pascal_files import Unusable, read_annotation, unpacked_mat
-from lagm.evaluation.folds import read_test_folder
-from lagm.data.images import png
-from lagm.training.shards import SyntheticDataset, add_to_tar
 from lagm.download.sources import array_problem
+from lagm.evaluation.folds import read_test_folder
+from lagm.training.shards import SyntheticDataset, add_to_tar
 
 MASK = np.tile(np.arange(4, dtype=np.uint8), (6, 2))
-MAT = Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "part_segmentation" / "Annotations_Part" / "2008_000002.mat"
-XML = ("<annotation><filename>1.jpg</filename><size><width>12</width><height>10</height></size>" + "".join(
-    f"<object><name>horse</name><bndbox><xmin>{x}</xmin><ymin>2</ymin><xmax>{x + 4}</xmax><ymax>9</ymax></bndbox></object>" for x in (1, 6)) + "</annotation>").encode()
-WORDS = [b"-1", b"0", b"1e999", b"nan", b"1" * 400, b"99999999999999999999", b"true", b"null", b"[" * 5000, b"<a>" * 3000, b"\xff\xff\xff\xff", b"\0\0\0\x80", b"&x;", b"", b"\xef\xbb\xbf"]
+MAT = (Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "part_segmentation" / "Annotations_Part"
+       / "2008_000002.mat")
+XML = (
+    "<annotation><filename>1.jpg</filename><size><width>12</width><height>10</height></size>"
+    + "".join(
+        f"<object><name>horse</name><bndbox><xmin>{x}</xmin><ymin>2</ymin><xmax>{x + 4}</xmax><ymax>9</ymax></bndbox></object>"
+        for x in (1, 6)
+    )
+    + "</annotation>"
+).encode()
+WORDS = [b"-1", b"0", b"1e999", b"nan", b"1" * 400, b"99999999999999999999", b"true", b"null", b"[" * 5000,
+         b"<a>" * 3000, b"\xff\xff\xff\xff", b"\0\0\0\x80", b"&x;", b"", b"\xef\xbb\xbf"]
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -66,13 +74,15 @@ def shard():
     record = {"index": 0, "uncertainty": 0.25, "pixels": np.bincount(label.ravel(), minlength=2).tolist()}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        add_to_tar(tar, "000000", {"png": png(np.dstack([MASK] * 3)), "label.png": png(label, [(0, 0, 0), (9, 9, 9)]), "confidence.png": png(MASK), "json": json.dumps(record).encode()})
+        add_to_tar(tar, "000000", {"png": png(np.dstack([MASK] * 3)), "label.png": png(label, [(0, 0, 0), (9, 9, 9)]),
+                                   "confidence.png": png(MASK), "json": json.dumps(record).encode()})
     return file.getvalue()
 
 
 def write_description(folder, **changes):
     plan = {"n": 1, "seed": 0, "size": None, "wide_crop": False, "vote": "mean", "soft": False, "shard_size": 250}
-    about = {"format": "lagm-synthetic-1", "plan": plan, "label_set": "two", "classes": ["ground", "thing"], "palette": [[0, 0, 0], [9, 9, 9]]}
+    about = {"format": "lagm-synthetic-1", "plan": plan, "label_set": "two", "classes": ["ground", "thing"],
+             "palette": [[0, 0, 0], [9, 9, 9]]}
     (folder / "dataset.json").write_text(json.dumps(about | changes))
 
 
@@ -86,8 +96,10 @@ def avatars():
     arrays = {"val_images": np.dstack([MASK] * 6).reshape(2, 6, 8, 3), "val_masks": np.stack([MASK, MASK])}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
-    about = {"format": "lagm-avatars-1", "style": "x", "palette": ["#000000", "#010000", "#020000", "#030000"], "classes": list("abcd"), "label_set": "four",
-             "splits": {"val": {"first_seed": 0, "images_sha256": _content_hash(arrays["val_images"]), "masks_sha256": _content_hash(arrays["val_masks"])}}}
+    about = {"format": "lagm-avatars-1", "style": "x", "palette": ["#000000", "#010000", "#020000", "#030000"],
+             "classes": list("abcd"), "label_set": "four",
+             "splits": {"val": {"first_seed": 0, "images_sha256": _content_hash(arrays["val_images"]),
+                                "masks_sha256": _content_hash(arrays["val_masks"])}}}
     return file.getvalue(), json.dumps(about).encode()
 
 
@@ -123,7 +135,8 @@ READERS = {  # what: name of the file, whole content, reader, cases
     "xml": ("a.xml", XML, lambda path: read_boxes(path, "horse"), 400),
     "mat": ("a.mat", MAT.read_bytes(), read_annotation, 150),
     "unpacked mat": ("a.mat", unpacked_mat(MAT).getvalue(), read_annotation, 150),
-    **{f"mask {kind}": (f"a.{kind.lower()}", picture(kind), lambda path: read_mask(path, 4), 80) for kind in ("PNG", "TIFF", "GIF", "BMP", "WEBP")},
+    **{f"mask {kind}": (f"a.{kind.lower()}", picture(kind), lambda path: read_mask(path, 4), 80)
+       for kind in ("PNG", "TIFF", "GIF", "BMP", "WEBP")},
     "picture": ("a.tif", picture("TIFF", "LAB"), lambda path: read_image(path, upright=True), 80),
 }
 
@@ -167,12 +180,15 @@ def mat_bomb():
 
 
 def test_matlab_files_that_ended_the_process(tmp_path):
-    for content, words in ((mat_of(30_000), "nested more than 16 deep"), (mat_bomb(), "claim more than 268,435,456 bytes"), (mat_of(2)[:-3], "longer than what is left"), (b"", "no MATLAB file")):
+    for content, words in ((mat_of(30_000), "nested more than 16 deep"),
+                           (mat_bomb(), "claim more than 268,435,456 bytes"),
+                           (mat_of(2)[:-3], "longer than what is left"), (b"", "no MATLAB file")):
         (tmp_path / "a.mat").write_bytes(content)
         with pytest.raises(Unusable, match=f"a.mat cannot be used: .*{words}"): read_annotation(tmp_path / "a.mat")
 
 
-@pytest.mark.parametrize("shape, data", [((1 << 40,), b""), ((1 << 62, 4), bytes(8)), ((-1, 8), bytes(8)), ((2, 3), bytes(5)), ((0, 1 << 62), b"")])
+@pytest.mark.parametrize("shape, data", [((1 << 40,), b""), ((1 << 62, 4), bytes(8)), ((-1, 8), bytes(8)),
+                                         ((2, 3), bytes(5)), ((0, 1 << 62), b"")])
 def test_arrays_that_claim_more_than_there_is(tmp_path, shape, data):
     header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
     (tmp_path / "image_mask1.npy").write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + data)
@@ -184,11 +200,15 @@ def test_arrays_that_claim_more_than_there_is(tmp_path, shape, data):
 
 def test_compressed_arrays_that_claim_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr("lagm.data.demo.MOST_BYTES", 10_000)
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr("val_images.npy", bytes(10_001))
-    with pytest.raises(InputError, match="claims 10,001 bytes, more than the 10,000 allowed"): read_avatars(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("val_images.npy", bytes(10_001))
+    with pytest.raises(InputError, match="claims 10,001 bytes, more than the 10,000 allowed"):
+        read_avatars(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("text", ['<!DOCTYPE a [<!ENTITY x "y">]><annotation/>', '<!DOCTYPE a SYSTEM "http://localhost/x"><annotation/>', "<annotation>", "", "<a>" * 100_000])
+@pytest.mark.parametrize("text", ['<!DOCTYPE a [<!ENTITY x "y">]><annotation/>',
+                                  '<!DOCTYPE a SYSTEM "http://localhost/x"><annotation/>', "<annotation>", "",
+                                  "<a>" * 100_000])
 def test_xml_that_is_no_annotation(tmp_path, text):
     (tmp_path / "a.xml").write_text(text)
     with pytest.raises(Unusable, match="a.xml"): read_boxes(tmp_path / "a.xml", "horse")
@@ -213,25 +233,39 @@ def entry(name, content=b"x", **changes):
     return member, content
 
 
-@pytest.mark.parametrize("extra", [entry("000001.png"), entry("000000.exe"), entry("../000000.png"), entry("000000.png"), entry("000000.soft.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-                                   entry("000000.soft.png", type=tarfile.DIRTYPE), entry("x\x1b[31m.png"), entry("9" * 90 + ".png")])
+@pytest.mark.parametrize("extra", [entry("000001.png"), entry("000000.exe"), entry("../000000.png"),
+                                   entry("000000.png"), entry("000000.soft.png", type=tarfile.SYMTYPE,
+                                                              linkname="/etc/passwd"),
+                                   entry("000000.soft.png", type=tarfile.DIRTYPE), entry("x\x1b[31m.png"),
+                                   entry("9" * 90 + ".png")])
 def test_entries_that_do_not_belong_in_a_shard(tmp_path, extra):
     (tmp_path / "shard-000000.tar").write_bytes(shard())
     read_shard(tmp_path / "shard-000000.tar")
-    with tarfile.open(tmp_path / "shard-000000.tar", "a", format=tarfile.USTAR_FORMAT) as tar: tar.addfile(extra[0], io.BytesIO(extra[1]) if extra[0].isreg() else None)
-    with pytest.raises(InputError, match="shard-000000.tar is damaged .*does not belong there.*call `generate` again") as caught: SyntheticDataset(tmp_path)
+    with tarfile.open(tmp_path / "shard-000000.tar", "a", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(extra[0], io.BytesIO(extra[1]) if extra[0].isreg() else None)
+    with pytest.raises(InputError,
+                       match="shard-000000.tar is damaged .*does not belong there.*call `generate` again") as caught:
+        SyntheticDataset(tmp_path)
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("changes", [{"label.png": png(MASK)}, {"label.png": png(MASK[:3] % 2)}, {"png": png(MASK)}, {"png": b"<html>"}, {"png": png(np.zeros((3, 3, 4), np.uint8))}, {"confidence.png": png(MASK[:2])}])
+@pytest.mark.parametrize("changes", [{"label.png": png(MASK)}, {"label.png": png(MASK[:3] % 2)}, {"png": png(MASK)},
+                                     {"png": b"<html>"}, {"png": png(np.zeros((3, 3, 4), np.uint8))},
+                                     {"confidence.png": png(MASK[:2])}])
 def test_pictures_of_a_shard_that_do_not_fit(tmp_path, changes):
-    with tarfile.open(fileobj=io.BytesIO(shard())) as tar: files = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}
-    with tarfile.open(tmp_path / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar: add_to_tar(tar, "000000", files | changes)
+    with tarfile.open(fileobj=io.BytesIO(shard())) as tar:
+        files = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}
+    with tarfile.open(tmp_path / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        add_to_tar(tar, "000000", files | changes)
     write_description(tmp_path)
-    with pytest.raises(InputError, match=next(iter(changes)) if changes.get("label.png") != png(MASK) else "the label 3 in picture 0"): SyntheticDataset(tmp_path, confidence=True)[0]
+    with pytest.raises(InputError, match=next(iter(changes)) if changes.get("label.png") != png(MASK)
+                       else "the label 3 in picture 0"):
+        SyntheticDataset(tmp_path, confidence=True)[0]
 
 
-@pytest.mark.parametrize("changes", [{"plan": {"n": 10**30}}, {"plan": {"n": 10**11}}, {"plan": {"n": 1, "size": 3}}, {"plan": {"n": 1, "x": 1}}, {"plan": [1]}, {"plan": None}, {"classes": 3}, {"classes": [1, 2]}, {"classes": []},
+@pytest.mark.parametrize("changes", [{"plan": {"n": 10**30}}, {"plan": {"n": 10**11}}, {"plan": {"n": 1, "size": 3}},
+                                     {"plan": {"n": 1, "x": 1}}, {"plan": [1]}, {"plan": None}, {"classes": 3},
+                                     {"classes": [1, 2]}, {"classes": []},
                                      {"palette": [["a", 0, 0], [1, 1, 1]]}, {"label_set": None}, {"format": 1}])
 def test_descriptions_of_a_dataset(tmp_path, changes):
     (tmp_path / "shard-000000.tar").write_bytes(shard())
@@ -240,18 +274,23 @@ def test_descriptions_of_a_dataset(tmp_path, changes):
 
 
 def test_a_pair_without_confidence_is_a_pair(tmp_path):
-    with tarfile.open(fileobj=io.BytesIO(shard())) as tar: files = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}
+    with tarfile.open(fileobj=io.BytesIO(shard())) as tar:
+        files = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}
     del files["confidence.png"]
-    with tarfile.open(tmp_path / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar: add_to_tar(tar, "000000", files)
+    with tarfile.open(tmp_path / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        add_to_tar(tar, "000000", files)
     write_description(tmp_path)
-    assert np.array_equal(SyntheticDataset(tmp_path)[0][1], MASK > 1) and list(SyntheticDataset(tmp_path).files(0)) == list(files)
+    assert (np.array_equal(SyntheticDataset(tmp_path)[0][1], MASK > 1)
+            and list(SyntheticDataset(tmp_path).files(0)) == list(files))
     with pytest.raises(InputError, match="lacks 000000.confidence.png"): SyntheticDataset(tmp_path, confidence=True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs limits of memory")
 def test_little_memory(tmp_path):
     """The worst of the above, in a process that may take half a gigabyte more than it has."""
-    (tmp_path / "image_mask1.npy").write_bytes(b"\x93NUMPY\x01\0P\0" + "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(79).encode() + b"\n")
+    (tmp_path / "image_mask1.npy").write_bytes(b"\x93NUMPY\x01\0P\0"
+                                               + "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), "
+                                                 "}".ljust(79).encode() + b"\n")
     (tmp_path / "a.mat").write_bytes(mat_bomb())
     code = """if True:
         import resource, sys
@@ -263,5 +302,7 @@ def test_little_memory(tmp_path):
             try: reader(name)
             except ValueError as error: print(type(error).__name__, error)
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ["InputError", "Unusable"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ["InputError",
+                                                                                               "Unusable"], done.stderr

@@ -14,6 +14,7 @@ from lagm.core.errors import InputError
 from lagm.data.cache import Cached
 from lagm.data.celeba import CelebAMaskHQ, celeba_numbers
 from lagm.data.datasetgan import DatasetGAN, read_array_mask
+from lagm.data.folder import Folder, read_classes
 from lagm.data.images import by_name, list_files, read_image, read_pair, save_mask
 from lagm.data.labels import LabelSet
 from lagm.data.pascal import PascalPart
@@ -21,7 +22,6 @@ from lagm.data.pascal_boxes import crowded, overlap, usable_boxes
 from lagm.data.prepare_pascal import listed
 from lagm.evaluation.folds import read_test_folder
 from lagm.evaluation.prediction import list_pictures, predict_folder
-from lagm.data.folder import Folder, read_classes
 from lagm.experiments.stages import read_labelled
 
 TWO = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
@@ -88,14 +88,16 @@ def test_a_transparent_picture_looks_the_same_everywhere(tmp_path, mode):
 def test_a_turned_picture_looks_the_same_everywhere(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for folder in ("mine/images", "mine/masks", "DatasetGAN/annotation/training_data/car_processed"): (tmp_path / folder).mkdir(parents=True)
+    for folder in ("mine/images", "mine/masks", "DatasetGAN/annotation/training_data/car_processed"):
+        (tmp_path / folder).mkdir(parents=True)
     stored = Image.fromarray(pixels())
     stored.save(tmp_path / "mine/images/a.png", exif=exif)
     gan = tmp_path / "DatasetGAN/annotation/training_data/car_processed"
     stored.save(gan / "image_0.png", exif=exif)
     np.save(gan / "image_mask0.npy", MASK)
     expected = np.asarray(read_image(gan / "image_0.png", upright=True))
-    along = {1: MASK, 2: MASK[:, ::-1], 3: MASK[::-1, ::-1], 4: MASK[::-1], 5: MASK.T, 6: np.rot90(MASK, -1), 7: MASK[::-1, ::-1].T, 8: np.rot90(MASK)}[orientation]
+    along = {1: MASK, 2: MASK[:, ::-1], 3: MASK[::-1, ::-1], 4: MASK[::-1], 5: MASK.T, 6: np.rot90(MASK, -1),
+             7: MASK[::-1, ::-1].T, 8: np.rot90(MASK)}[orientation]
     tensor = torch.from_numpy(expected.copy()).movedim(-1, 0).float() / 127.5 - 1
     folds, trained = read_test_folder(gan), DatasetGAN(tmp_path, "car", size=None, clean=False)[0]
     for image, mask in ((folds.images[0], folds.masks[0]), trained):  # published masks belong to the stored pixels
@@ -112,7 +114,8 @@ def test_a_turned_picture_looks_the_same_everywhere(tmp_path, orientation):
 
 def test_a_mask_of_another_shape_is_refused(tmp_path):
     Image.fromarray(pixels()).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="its mask is 8 x 8 pixels"): read_pair(tmp_path / "a.png", np.zeros((8, 8), np.uint8), "its mask")
+    with pytest.raises(InputError, match="its mask is 8 x 8 pixels"):
+        read_pair(tmp_path / "a.png", np.zeros((8, 8), np.uint8), "its mask")
 
 
 # ---- two classes as 0 and 255, and classes that nobody shows
@@ -122,7 +125,10 @@ def test_all_of_a_class_as_255_is_an_error(tmp_path):
     root = own_folder(tmp_path, ("a.png", "b.png"))
     for name in "ab": Image.fromarray(MASK * 255).save(root / "masks" / f"{name}.png")
     for _ in range(2):
-        with pytest.raises(InputError, match=r"hold only 0 and 255, and 255 means 'no label': thing never occurs.*save the masks with 1"): Folder(root)[1]
+        with pytest.raises(InputError,
+                           match=r"hold only 0 and 255, and 255 means 'no label': thing never occurs.*save the masks "
+                                 r"with 1"):
+            Folder(root)[1]
     save_mask(root / "masks" / "b.png", MASK)  # now 255 in the other mask is what it means
     assert Folder(root)[0][1].unique().tolist() == [0, 255] and Folder(root)[1][1].unique().tolist() == [0, 1]
     (root / "masks" / "b.png").write_bytes(b"")
@@ -147,8 +153,11 @@ def test_classes_that_no_labelled_picture_shows_are_named_once(tmp_path):
     (root / "classes.txt").write_text("background\nthing\nleg\ntail\n")
     data = Folder(root)
     assert told(lambda: data[0]) == []
-    assert told(lambda: [data[0], data[1], data[1], data[0]]) == [f"no labelled picture of {root} shows leg, tail: nothing can be learnt about them"]
-    assert told(lambda: Folder(root, "unlabelled") if (root / "masks" / "a.png").unlink() else [Folder(root, "unlabelled")[0]]) == []
+    assert told(lambda: [data[0], data[1], data[1],
+                         data[0]]) == [f"no labelled picture of {root} shows leg, tail: nothing can be learnt about "
+                                       "them"]
+    assert told(lambda: Folder(root, "unlabelled") if (root / "masks" / "a.png").unlink()
+                else [Folder(root, "unlabelled")[0]]) == []
     assert len(told(lambda: read_labelled("folder", 0, data=root, size=(8, 8)))) == 1
     assert told(lambda: read_labelled("avatars:big-ears", 1, size=(16, 16))) == []
 
@@ -181,7 +190,8 @@ def test_two_names_that_look_the_same(tmp_path):
 def test_leftovers_of_other_programs_are_no_pictures(tmp_path):
     root = own_folder(tmp_path / "mine")
     for below in ("images", "masks"):
-        for name in ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini"): (root / below / name).write_bytes(b"\0\5\26\7")
+        for name in ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (root / below / name).write_bytes(b"\0\5\26\7")
     assert Folder(root).names == ["a"] and len(list_pictures(root / "images")) == 1
     gan = tmp_path / "gan"
     gan.mkdir()
@@ -202,7 +212,10 @@ def test_two_masks_for_one_picture(tmp_path):
     with pytest.raises(InputError, match="a.jpg is in a format that may change the numbers"): Folder(root)
 
 
-@pytest.mark.parametrize("extra, words", [("image_mask01.npy", "have the same number"), ("photo_1.jpg", "have the same number"), ("image_mask7.npy", "no picture for the label image_mask7"), ("image_8.bmp", "no label file, such as image_mask8")])
+@pytest.mark.parametrize("extra, words", [("image_mask01.npy", "have the same number"),
+                                          ("photo_1.jpg", "have the same number"),
+                                          ("image_mask7.npy", "no picture for the label image_mask7"),
+                                          ("image_8.bmp", "no label file, such as image_mask8")])
 def test_folds_pair_each_with_one(tmp_path, extra, words):
     Image.fromarray(pixels()).save(tmp_path / "image_1.png")
     np.save(tmp_path / "image_mask1.npy", MASK)
@@ -238,15 +251,18 @@ def test_linked_folders_are_read_once(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert below() == ["link/b.png", "link/deep/c.JPG", "real/a.png"]
-        with pytest.raises(InputError, match="lies in the folder of the pictures"): predict_folder(Spy(), tmp_path / "in", tmp_path / "disk2/out", TWO, progress=False)
+        with pytest.raises(InputError, match="lies in the folder of the pictures"):
+            predict_folder(Spy(), tmp_path / "in", tmp_path / "disk2/out", TWO, progress=False)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.png").symlink_to(tmp_path / "gone.png")
-    assert "there is no picture" in predict_folder(Spy(), tmp_path / "broken", tmp_path / "out", TWO, None, "native", progress=False).failed["a.png"]
+    assert "there is no picture" in predict_folder(Spy(), tmp_path / "broken", tmp_path / "out", TWO, None, "native",
+                                                   progress=False).failed["a.png"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any bytes")
 def test_names_that_are_no_text_do_not_stop_the_others(tmp_path):
-    for name in (b"a.png", b"\xff.png"): Image.fromarray(pixels()).save(open(os.fsencode(tmp_path) + b"/" + name, "wb"), "PNG")
+    for name in (b"a.png", b"\xff.png"):
+        Image.fromarray(pixels()).save(open(os.fsencode(tmp_path) + b"/" + name, "wb"), "PNG")
     result = predict_folder(Spy(), tmp_path, tmp_path.parent / "out", TWO, None, "native", progress=False)
     assert result.done == ["a.png"] and "not in UTF-8" in str(result) and str(result).isascii()
 
@@ -285,16 +301,23 @@ def test_names_in_lists_stay_in_their_folder(tmp_path):
 
 
 def test_unlabelled_faces_are_upright_too(tmp_path):
-    for below in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"): (tmp_path / "CelebAMask-HQ" / below).mkdir(parents=True)
+    for below in ("CelebA-HQ-img", "CelebAMask-HQ-mask-anno/0"):
+        (tmp_path / "CelebAMask-HQ" / below).mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 3
-    Image.fromarray(np.kron(pixels(), np.ones((8, 8, 1), np.uint8))).save(tmp_path / "CelebAMask-HQ/CelebA-HQ-img/7.jpg", exif=exif)
+    Image.fromarray(np.kron(pixels(), np.ones((8, 8, 1), np.uint8))).save(
+        tmp_path / "CelebAMask-HQ/CelebA-HQ-img/7.jpg", exif=exif
+    )
     (tmp_path / "celeba_split").mkdir()
     for split in ("unlabelled", "train"): (tmp_path / "celeba_split" / f"{split}.txt").write_text("7\n")
-    Image.fromarray(np.tile([0, 255], (4, 3)).astype(np.uint8)).save(tmp_path / "CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00007_skin.png")
+    Image.fromarray(np.tile([0, 255], (4, 3)).astype(np.uint8)).save(
+        tmp_path / "CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00007_skin.png"
+    )
     labelled, unlabelled = (CelebAMaskHQ(tmp_path, split, size=None)[0] for split in ("train", "unlabelled"))
-    expected = np.asarray(read_image(tmp_path / "CelebAMask-HQ/CelebA-HQ-img/7.jpg", upright=True).resize((6, 4), Image.Resampling.BICUBIC))
-    assert np.array_equal(((labelled[0] + 1) * 127.5).round().byte().movedim(0, -1), expected) and unlabelled[0].shape == (3, 64, 96)
+    expected = np.asarray(read_image(tmp_path / "CelebAMask-HQ/CelebA-HQ-img/7.jpg",
+                                     upright=True).resize((6, 4), Image.Resampling.BICUBIC))
+    assert (np.array_equal(((labelled[0] + 1) * 127.5).round().byte().movedim(0, -1), expected)
+            and unlabelled[0].shape == (3, 64, 96))
     assert (labelled[1][:, 0] > 0).all() and (labelled[1][:, 1] == 0).all()  # turned with the picture
 
 
@@ -333,9 +356,11 @@ def test_listing_takes_work_in_proportion(tmp_path):
 def test_boxes_take_work_in_proportion(layout):
     def boxes(n):
         side = int(n**0.5)
-        place = {"row": lambda i: (50 * i, 0), "column": lambda i: (0, 50 * i), "grid": lambda i: (50 * (i % side), 50 * (i // side)), "diagonal": lambda i: (50 * i, 50 * i),
+        place = {"row": lambda i: (50 * i, 0), "column": lambda i: (0, 50 * i),
+                 "grid": lambda i: (50 * (i % side), 50 * (i // side)), "diagonal": lambda i: (50 * i, 50 * i),
                  "same": lambda i: (0, 0), "sizes": lambda i: (50 * i, 0)}[layout]
-        return [(x, y, x + 40, y + (40 if layout != "sizes" else 2 ** (i % 12))) for i in range(n) for x, y in (place(i),)]
+        return [(x, y, x + 40, y + (40 if layout != "sizes" else 2 ** (i % 12))) for i in range(n)
+                for x, y in (place(i),)]
     few, many = (calls(lambda n=n: crowded(boxes(n))) for n in (500, 2000))
     assert many < 5 * few
 
@@ -348,7 +373,8 @@ def test_crowded_boxes_are_those_of_all_pairs():
         boxes[3] = boxes[7]
         expected = {n for n, a in enumerate(boxes) if any(overlap(a, b) > 0.05 for m, b in enumerate(boxes) if m != n)}
         assert crowded(boxes) == expected
-        assert usable_boxes(boxes, 8) == {n: b for n, b in enumerate(boxes) if n not in expected and min(b[2] - b[0], b[3] - b[1]) >= 8}
+        assert usable_boxes(boxes, 8) == {n: b for n, b in enumerate(boxes)
+                                          if n not in expected and min(b[2] - b[0], b[3] - b[1]) >= 8}
 
 
 def test_files_of_a_folder(tmp_path):
@@ -357,6 +383,7 @@ def test_files_of_a_folder(tmp_path):
     (tmp_path / "f.png").mkdir()  # a folder with the name of a picture
     (tmp_path / "f.png" / "g.Tiff").touch()
     found, folders = list_files(tmp_path)
-    assert [p.relative_to(tmp_path).as_posix() for p in found] == ["a.jpeg", "b.PNG", "f.png/g.Tiff"] and len(folders) == 2
+    assert ([p.relative_to(tmp_path).as_posix() for p in found] == ["a.jpeg", "b.PNG", "f.png/g.Tiff"]
+            and len(folders) == 2)
     assert list(by_name(found, tmp_path)) == ["a", "b", "f.png/g"]
     with pytest.raises(InputError, match="cannot read the folder"): list_files(tmp_path / "none")

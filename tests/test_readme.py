@@ -10,9 +10,9 @@ import pytest
 from nbformat import v4
 from sync import ROOT, notebooks
 
+from lagm.core.errors import InputError
 from lagm.experiments import readme
 from lagm.experiments.comparison import comparison_table, read_cells, saved_table
-from lagm.core.errors import InputError
 from lagm.experiments.report import as_markdown, benchmark_table, find_results, group_minutes, group_results
 
 

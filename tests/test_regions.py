@@ -12,8 +12,18 @@ from PIL import Image
 
 from lagm.core.errors import InputError
 from lagm.data.regions import (
-    area, number, paint, percent_shape, polygon_runs, run_length_runs, shown, unpack_bitmask, unpack_brush,
-    unpack_counts, whole)
+    area,
+    number,
+    paint,
+    percent_shape,
+    polygon_runs,
+    run_length_runs,
+    shown,
+    unpack_bitmask,
+    unpack_brush,
+    unpack_counts,
+    whole,
+)
 
 
 def mask_of(runs, width, height):

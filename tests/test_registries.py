@@ -7,19 +7,19 @@ import sys
 
 import pytest
 import torch
+from templates import run_cells
+from tiny import tiny_generator
 
 from lagm.core.errors import InputError
 from lagm.core.registry import Registry, from_package
 from lagm.core.tensors import save_tensors
 from lagm.data.registry import DATASETS, open_dataset, read_below
 from lagm.experiments.notebooks import experiment_folder
+from lagm.experiments.stages import name_problems, read_labelled, split_problems, use_entries
 from lagm.generators.formats import FORMATS
 from lagm.generators.load import load_generator, read_generator
 from lagm.models.saved import load_segmenter, read_networks, save_segmenter
 from lagm.models.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
-from lagm.experiments.stages import name_problems, read_labelled, split_problems, use_entries
-from templates import run_cells
-from tiny import tiny_generator
 
 PACKAGE = '''
 """A package of somebody else."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lagm.training.baselines import BASELINES, Baseline, with_numbers
 from lagm.core.errors import InputError
+from lagm.training.baselines import BASELINES, Baseline, with_numbers
 from lagm.training.inversion import HandsOff, Inversion
 
 

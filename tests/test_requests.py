@@ -13,9 +13,9 @@ from lagm import cli
 from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.coco import import_coco
+from lagm.data.folder import Folder
 from lagm.data.labels import LabelSet
 from lagm.evaluation.prediction import predict_folder
-from lagm.data.folder import Folder
 
 LABELS = LabelSet("two", ("background", "thing"), ((0, 0, 0), (255, 0, 0)))
 
@@ -35,10 +35,12 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize(("request_", "words"), [
-    (dict(size=(1_000_000, 1_000_000)), "1000000 x 1000000"), (dict(size=(0, 5)), "size is 0 x 5"), (dict(size=(8, 8), batch=0), "batch is 0"),
+    (dict(size=(1_000_000, 1_000_000)), "1000000 x 1000000"), (dict(size=(0, 5)), "size is 0 x 5"),
+    (dict(size=(8, 8), batch=0), "batch is 0"),
 ])
 def test_a_prediction_that_cannot_be(pictures, request_, words):
-    with pytest.raises(InputError, match=words): predict_folder(Never(), pictures, pictures.parent / "out", LABELS, progress=False, **request_)
+    with pytest.raises(InputError, match=words):
+        predict_folder(Never(), pictures, pictures.parent / "out", LABELS, progress=False, **request_)
     assert not (pictures.parent / "out").exists()
 
 
@@ -50,16 +52,19 @@ def test_masks_beside_pictures_are_not_taken_for_pictures(tmp_path):
     mask[2:4] = 1
     Image.fromarray(mask).save(tmp_path / "set" / "masks" / "a.png")
     assert len(Folder(tmp_path / "set")) == 1
-    with pytest.raises(InputError, match="set/images"): predict_folder(Never(), tmp_path / "set", tmp_path / "out", LABELS, (8, 8), progress=False)
+    with pytest.raises(InputError, match="set/images"):
+        predict_folder(Never(), tmp_path / "set", tmp_path / "out", LABELS, (8, 8), progress=False)
 
 
 def test_an_import_does_not_mix_with_its_pictures(pictures, tmp_path):
     (tmp_path / "x.json").write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}')
-    with pytest.raises(InputError, match="folder of the pictures"): import_coco(tmp_path / "x.json", pictures, tmp_path / "in" / ".." / "in")
+    with pytest.raises(InputError, match="folder of the pictures"):
+        import_coco(tmp_path / "x.json", pictures, tmp_path / "in" / ".." / "in")
     assert [path.name for path in pictures.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("words", [["run", "quickstart", "--jobs", "0"], ["run", "quickstart", "--jobs", "-1"], ["predict", "s", "in", "-o", "out", "--batch", "0"],
+@pytest.mark.parametrize("words", [["run", "quickstart", "--jobs", "0"], ["run", "quickstart", "--jobs", "-1"],
+                                   ["predict", "s", "in", "-o", "out", "--batch", "0"],
                                    ["prepare", "pascal", "--workers", "two"]])
 def test_counts_of_the_command_line(words, capsys):
     with pytest.raises(SystemExit) as ended: main(words)
@@ -74,6 +79,9 @@ def test_a_warning_is_one_line(monkeypatch, capfd):
     monkeypatch.setattr(cli, "list_command", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        monkeypatch.setattr(warnings, "showwarning", lambda m, c, f, n, file=None, line=None: sys.stderr.write(warnings.formatwarning(m, c, f, n, line)))
+        monkeypatch.setattr(warnings, "showwarning",
+                            lambda m, c, f, n, file=None, line=None: sys.stderr.write(warnings.formatwarning(m, c, f, n,
+                                                                                                             line)))
         assert main(["list"]) == 0
-    assert capfd.readouterr().err == "lagm: warning: the file lacks its mean style\n" and warnings.formatwarning is before
+    assert (capfd.readouterr().err == "lagm: warning: the file lacks its mean style\n"
+            and warnings.formatwarning is before)

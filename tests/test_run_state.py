@@ -16,9 +16,14 @@ import lagm.training.loop as training_loop
 from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors, save_tensors
 from lagm.models.annotator import FPNAnnotator
-from lagm.training.lagm import estimate_lagm, estimate_supervised, train_lagm, train_supervised
 from lagm.training.checkpoints import (
-    CheckpointError, Checkpoints, generator_digest, random_states, restore_random_states)
+    CheckpointError,
+    Checkpoints,
+    generator_digest,
+    random_states,
+    restore_random_states,
+)
+from lagm.training.lagm import estimate_lagm, estimate_supervised, train_lagm, train_supervised
 from lagm.training.loop import Diverged
 from lagm.training.recipe import get_recipe
 from lagm.training.state import TrainState
@@ -74,7 +79,8 @@ def test_file_size_limit(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         for save in (checkpoints.save, checkpoints.save_best):
-            with pytest.raises(CheckpointError, match="(?s)cannot write the checkpoint .*0.4 MiB.*last good"): save(tensors(2, 100_000), {"step": 2})
+            with pytest.raises(CheckpointError, match="(?s)cannot write the checkpoint .*0.4 MiB.*last good"):
+                save(tensors(2, 100_000), {"step": 2})
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints.load()[1]["step"] == 1 and checkpoints.load()[0]["w"][0] == 1 and not checkpoints.best.exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -92,7 +98,8 @@ def test_random_states_through_a_file(tmp_path):
 
 def test_generator_digest():
     class Held:
-        def __init__(self, network, sampling="a"): self.network, self.sampling, self.dtype = network, sampling, torch.float32
+        def __init__(self, network, sampling="a"):
+            self.network, self.sampling, self.dtype = network, sampling, torch.float32
     torch.manual_seed(0)
     network = nn.Linear(2, 2)
     first = generator_digest(Held(network))
@@ -112,16 +119,19 @@ def test_resumed_from_each_of_its_checkpoints(tmp_path):
         resumed = run(FAST, nets=networks(seed=9), resume_from=path, **options)
         assert same(whole, resumed) and resumed.history == whole.history
     best = load_tensors(tmp_path / "run.best.safetensors")[1]
-    assert best["step"] == whole.best["step"] and whole.best["fg_miou"] == max(r["fg_miou"] for r in whole.history["validation"])
+    assert (best["step"] == whole.best["step"]
+            and whole.best["fg_miou"] == max(r["fg_miou"] for r in whole.history["validation"]))
 
 
 def test_the_header_says_it_all(tmp_path):
     run(FAST, checkpoint=tmp_path / "run.safetensors", seed=4)
     tensors, header = load_tensors(tmp_path / "run.safetensors")
-    assert header["identity"]["seed"] == 4 and header["identity"]["recipe"]["metric"] == "cosine" and header["sampler"] == {"stage": "match", "step": 5}
+    assert (header["identity"]["seed"] == 4 and header["identity"]["recipe"]["metric"] == "cosine"
+            and header["sampler"] == {"stage": "match", "step": 5})
     assert header["provenance"]["versions"]["torch"] and {"commit", "hardware"} <= set(header["provenance"])
     assert {name.split(".")[0] for name in tensors} == {"segmenter", "annotator", "average", "optimizer", "random"}
-    assert {"random.torch", "random.numpy", "random.python"} <= set(tensors) and {n.split(".")[1] for n in tensors if n.startswith("optimizer")} == {"segmenter", "annotator"}
+    assert ({"random.torch", "random.numpy", "random.python"} <= set(tensors)
+            and {n.split(".")[1] for n in tensors if n.startswith("optimizer")} == {"segmenter", "annotator"})
 
 
 def test_another_generator_is_not_resumed(tmp_path):
@@ -133,7 +143,9 @@ def test_another_generator_is_not_resumed(tmp_path):
         def sample_z(self, n, rng=None): return ToyGenerator().sample_z(n, rng)
         def forward(self, z, rng=None): return ToyGenerator()(self.w * z, rng)
 
-    def train(value): return train_lagm(Weighted(value), *networks(), *labelled(), FAST, checkpoint=tmp_path / "run.safetensors", progress=False)
+    def train(value):
+        return train_lagm(Weighted(value), *networks(), *labelled(), FAST, checkpoint=tmp_path / "run.safetensors",
+                          progress=False)
     train(1.0)
     assert train(1.0).step == FAST.total_steps(2)
     with pytest.raises(InputError, match="generator"): train(1.1)
@@ -148,7 +160,8 @@ def test_a_checkpoint_that_lacks_new_fields_is_still_ours(tmp_path):
     for p in Checkpoints(path).numbered(): p.unlink()
     save_tensors(path, {k: v for k, v in tensors.items() if not k.startswith("random")}, header)
     assert same(run(FAST, nets=networks(7), checkpoint=path), whole)
-    with pytest.raises(InputError, match="interval_segmenter .1 there, 2 here"): run(dataclasses.replace(FAST, interval_segmenter=2), checkpoint=path)
+    with pytest.raises(InputError, match="interval_segmenter .1 there, 2 here"):
+        run(dataclasses.replace(FAST, interval_segmenter=2), checkpoint=path)
 
 
 class WithDropout(nn.Module):
@@ -156,7 +169,8 @@ class WithDropout(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.outc = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)), nn.Conv2d(8, CLASSES, 1)
+        self.body, self.outc = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                                              nn.Dropout(0.5)), nn.Conv2d(8, CLASSES, 1))
 
     def forward(self, x): return self.outc(self.body(x))
 
@@ -199,12 +213,14 @@ def test_intervals():
     assert count(plain, match=False) == (0, 6)
     for name in ("fast", "stale labels", "double backward, shared"):
         warm = RECIPES[name].warm_segmenter, RECIPES[name].warm_annotator
-        assert count(dataclasses.replace(RECIPES[name], interval_annotator=2, interval_segmenter=2)) == (warm[1] + 3, warm[0] + 3)
+        assert (count(dataclasses.replace(RECIPES[name], interval_annotator=2, interval_segmenter=2))
+                == (warm[1] + 3, warm[0] + 3))
 
 
 def test_phase_a_alone_is_the_step_without_its_second_half():
     """An annotator's step does not depend on whether the segmenter moves after it."""
-    both, first = run(dataclasses.replace(PAPER, steps=1)), run(dataclasses.replace(PAPER, steps=1, interval_segmenter=1), match=True)
+    both, first = (run(dataclasses.replace(PAPER, steps=1)),
+                   run(dataclasses.replace(PAPER, steps=1, interval_segmenter=1), match=True))
     assert same(both, first)
     record = run(dataclasses.replace(PAPER, steps=2, interval_segmenter=2), record_every=1).history["losses"]
     assert "loss_s" in record[0] and "loss_s" not in record[1] and "loss_gm" in record[1]
@@ -213,8 +229,10 @@ def test_phase_a_alone_is_the_step_without_its_second_half():
 def test_other_released_options():
     """Optimiser, batches, learning rates, group by name or pattern, metric and reduction: each changes the run."""
     plain = run(PAPER)
-    for changes in (dict(optimizer="adam"), dict(batch_labelled=1), dict(batch_synthetic=3), dict(lr_annotator=0.1), dict(lr_segmenter=0.1), dict(matched="outc"),
-                    dict(matched=r"up.*conv1.*"), dict(metric="l2", lr_annotator=0.1), dict(reduction="sum"), dict(momentum=0.0)):
+    for changes in (dict(optimizer="adam"), dict(batch_labelled=1), dict(batch_synthetic=3), dict(lr_annotator=0.1),
+                    dict(lr_segmenter=0.1), dict(matched="outc"),
+                    dict(matched=r"up.*conv1.*"), dict(metric="l2", lr_annotator=0.1), dict(reduction="sum"),
+                    dict(momentum=0.0)):
         assert not same(run(dataclasses.replace(PAPER, **changes)), plain), changes
 
 
@@ -237,7 +255,9 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(tmp_path, monkeypatch):
         result = run(FAST, checkpoint=path, checkpoint_every=2)
     assert len([w for w in caught if "No space left" in str(w.message)]) == 3 and step_of(path) == FAST.total_steps(2)
     assert same(result, run(FAST))
-    monkeypatch.setattr(run_state, "save_tensors", lambda *_: full(*_) if len(calls) < 2 else (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(run_state, "save_tensors",
+                        lambda *_: full(*_) if len(calls) < 2
+                        else (_ for _ in ()).throw(OSError(28, "No space left on device")))
     calls.clear()
     with pytest.raises(CheckpointError, match="No space left"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,9 +266,11 @@ def test_a_full_disk_does_not_end_the_run_before_its_end(tmp_path, monkeypatch):
 
 
 def test_explosion_names_step_and_way_back(tmp_path):
-    with pytest.raises(Diverged, match=r"step 1 of stage 'match': loss_label is 1.\d+, above 0.1.*no checkpoint"): run(PAPER, explode_at=0.1)
+    with pytest.raises(Diverged, match=r"step 1 of stage 'match': loss_label is 1.\d+, above 0.1.*no checkpoint"):
+        run(PAPER, explode_at=0.1)
     path = tmp_path / "run.safetensors"
-    with pytest.raises(Diverged, match=r"above 1000; the last good checkpoint, of step \d of the run, is .*run.safetensors"):
+    with pytest.raises(Diverged,
+                       match=r"above 1000; the last good checkpoint, of step \d of the run, is .*run.safetensors"):
         run(dataclasses.replace(PAPER, lr_segmenter=1e5), checkpoint=path, checkpoint_every=1)
 
 
@@ -257,12 +279,15 @@ def test_explosion_names_step_and_way_back(tmp_path):
 def test_watched_runs_leave_the_same_numbers_when_resumed(tmp_path, monkeypatch):
     def watched(name, **options):
         watch = Watch(tmp_path / name, snapshot_every=6, cosines_every=5)
-        run(FAST, watch=watch, record_every=3, validation=labelled(), validate_every=4, checkpoint=tmp_path / f"{name}.safetensors", checkpoint_every=2, **options)
-        return (tmp_path / name / "metrics.jsonl").read_text(), sorted(p.name for p in (tmp_path / name / "snapshots").iterdir())
+        run(FAST, watch=watch, record_every=3, validation=labelled(), validate_every=4,
+            checkpoint=tmp_path / f"{name}.safetensors", checkpoint_every=2, **options)
+        return ((tmp_path / name / "metrics.jsonl").read_text(),
+                sorted(p.name for p in (tmp_path / name / "snapshots").iterdir()))
 
     whole, pictures = watched("whole")
     kinds = [json.loads(line)["kind"] for line in whole.splitlines()]
-    assert kinds.count("losses") == 4 and kinds.count("validation") == 3 and "cosines" in kinds and pictures == ["00000006.png", "00000012.png"]
+    assert (kinds.count("losses") == 4 and kinds.count("validation") == 3 and "cosines" in kinds
+            and pictures == ["00000006.png", "00000012.png"])
     advance, calls = training_loop.advance, [0]
 
     def dies(loop, bar):
@@ -275,19 +300,23 @@ def test_watched_runs_leave_the_same_numbers_when_resumed(tmp_path, monkeypatch)
         watched("killed")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file: file.write('{"kind": "los')
     assert watched("killed") == (whole, pictures)
-    assert same(run(FAST), run(FAST, watch=Watch(tmp_path / "x", snapshot_every=1, cosines_every=1)))  # looking changes nothing
+    # looking changes nothing
+    assert same(run(FAST), run(FAST, watch=Watch(tmp_path / "x", snapshot_every=1, cosines_every=1)))
 
 
 def test_tensorboard(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(FAST, watch=Watch(tmp_path, snapshot_every=6, tensorboard=True), record_every=4)
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert "losses/loss_gm" in events.Tags()["scalars"] and [e.step for e in events.Scalars("losses/loss_label")] == [4, 8, 12] and "snapshot" in events.Tags()["images"]
+    assert ("losses/loss_gm" in events.Tags()["scalars"]
+            and [e.step for e in events.Scalars("losses/loss_label")] == [4, 8, 12]
+            and "snapshot" in events.Tags()["images"])
 
 
 def test_supervised_runs_are_watched_and_estimated(tmp_path):
     images, masks = labelled()
-    train_supervised(networks()[1], images, masks, FAST, 4, watch=Watch(tmp_path, snapshot_every=2), record_every=1, progress=False)
+    train_supervised(networks()[1], images, masks, FAST, 4, watch=Watch(tmp_path, snapshot_every=2), record_every=1,
+                     progress=False)
     assert len(MetricsLog(tmp_path / "metrics.jsonl").records()) == 4
     estimate = estimate_supervised(networks()[1], images, masks, FAST, 1000, progress=False)
     assert estimate.steps["supervised"][0] == 1000
@@ -295,10 +324,14 @@ def test_supervised_runs_are_watched_and_estimated(tmp_path):
 
 def test_an_estimate_leaves_no_trace(tmp_path):
     nets, untouched = networks(), networks()
-    estimate = estimate_lagm(ToyGenerator(), *nets, *labelled(), FAST, checkpoint=tmp_path / "deep" / "run.safetensors", progress=False)
-    assert isinstance(estimate, Estimate) and list(estimate.steps) == ["warm segmenter", "warm annotator", "match"] and estimate.seconds > 0
-    assert estimate.free_bytes > 0 and estimate.checkpoint_bytes > 1000 and "steps of" in str(estimate) and not list(tmp_path.iterdir())
-    for net, other in zip(nets, untouched): assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
+    estimate = estimate_lagm(ToyGenerator(), *nets, *labelled(), FAST, checkpoint=tmp_path / "deep" / "run.safetensors",
+                             progress=False)
+    assert (isinstance(estimate, Estimate) and list(estimate.steps) == ["warm segmenter", "warm annotator", "match"]
+            and estimate.seconds > 0)
+    assert (estimate.free_bytes > 0 and estimate.checkpoint_bytes > 1000 and "steps of" in str(estimate)
+            and not list(tmp_path.iterdir()))
+    for net, other in zip(nets, untouched):
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
     assert same(run(FAST, nets=nets), run(FAST))
 
 
@@ -314,7 +347,8 @@ def test_snapshot_shows_where_the_annotator_is_sure():
     probabilities[0, 1] = 0.6
     probabilities[0, :, 0, 0] = torch.tensor([0.0, 0.0, 1.0])
     grid = snapshot_grid(torch.zeros(1, 3, 2, 2), probabilities, probabilities, palette_for(3), 0.9)
-    assert grid.shape == (2, 8, 3) and tuple(grid[0, 4]) == palette_for(3).palette[2] and (grid[1, 4] == 255).all() and tuple(grid[1, 2]) == palette_for(3).palette[1]
+    assert (grid.shape == (2, 8, 3) and tuple(grid[0, 4]) == palette_for(3).palette[2] and (grid[1, 4] == 255).all()
+            and tuple(grid[1, 2]) == palette_for(3).palette[1])
 
 
 def test_watcher_survives_a_full_disk(tmp_path, capsys):

@@ -1,4 +1,6 @@
-"""Inputs are known by what they hold, a refused run changes nothing, two runs cannot be in one folder, and nothing is lost to --force."""
+"""Inputs are known by what they hold, a refused run changes nothing, two runs cannot be in one folder, and nothing is
+lost to --force.
+"""
 
 import json
 import os
@@ -16,19 +18,19 @@ from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from torch.utils.data import TensorDataset
 
 from lagm import cli
-from lagm.experiments import notebooks as experiments
 from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors, save_tensors
 from lagm.data.labels import CELEBA8
-from lagm.training.downstream import DownstreamRecipe, train_downstream
+from lagm.experiments import notebooks as experiments
 from lagm.experiments.notebooks import describe_inputs, inputs_unchanged, is_finished, unfinished_copy
-from lagm.models.annotator import FPNAnnotator
 from lagm.experiments.running import RunError, run_notebook
-from lagm.training.shards import generate
 from lagm.experiments.stages import check_size, start_stage
-from lagm.training.synthetic import Plan
+from lagm.models.annotator import FPNAnnotator
 from lagm.training.checkpoints import Checkpoints, checkpoint_lock, folder_lock, set_aside
+from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.training.recipe import get_recipe
+from lagm.training.shards import generate
+from lagm.training.synthetic import Plan
 
 PARAMETERS = """\
 dataset: str = "avatars:big-ears"  # pictures
@@ -77,7 +79,8 @@ FLOWERS = {"dataset": "folder", "data": "flowers"}
 
 @pytest.mark.parametrize("spoil", [
     lambda masks: [put(mask, b"new", age=10_000) for mask in masks.iterdir()],  # as many bytes, an older date
-    lambda masks: put(masks / "0.png", b"new"), lambda masks: (masks / "1.png").rename(masks / "9.png"), lambda masks: (masks / "1.png").unlink(),
+    lambda masks: put(masks / "0.png", b"new"), lambda masks: (masks / "1.png").rename(masks / "9.png"),
+    lambda masks: (masks / "1.png").unlink(),
     lambda masks: put(masks / "deep" / "er.png", b"more"), lambda masks: put(masks.parent / "classes.txt", b"x"),
 ], ids=["all, older", "one", "renamed", "gone", "added below", "added beside"])
 @pytest.mark.parametrize("settled", [True, False])
@@ -85,7 +88,8 @@ def test_a_folder_is_known_by_what_it_holds(toy, tmp_path, monkeypatch, spoil, s
     if settled: monkeypatch.setattr(experiments.time, "time", lambda: 4e9)  # all was written long ago
     for i in range(3): put(tmp_path / "flowers" / "masks" / f"{i}.png", b"old")
     record = describe_inputs(FLOWERS)
-    assert record["data"]["folder"] == "flowers" and record["data"]["files"] == 3 and record["data"]["bytes"] == 9 and ("marks" in record["data"]) == (settled and os.name == "posix")
+    assert (record["data"]["folder"] == "flowers" and record["data"]["files"] == 3 and record["data"]["bytes"] == 9
+            and ("marks" in record["data"]) == (settled and os.name == "posix"))
     put(tmp_path / "flowers" / "masks" / "0.png", b"old", age=500)
     put(tmp_path / "flowers" / ".DS_Store", b"hidden")
     assert unchanged(FLOWERS, record), "written anew with the same content"
@@ -133,7 +137,8 @@ def test_of_the_data_only_the_named_sets_count(toy, tmp_path):
     put(tmp_path / "data" / "PascalPart" / "horse" / "a.png", b"a")
     both = {"dataset": "celeba", "data": "data", "validation_dataset": "pascal:horse"}
     assert describe_inputs({"dataset": "avatars:micah", "data": "data"}) == {}
-    assert describe_inputs({"dataset": "celeba", "data": "data"})["data"]["files"] == 1 and describe_inputs(both)["data"]["files"] == 2
+    assert (describe_inputs({"dataset": "celeba", "data": "data"})["data"]["files"] == 1
+            and describe_inputs(both)["data"]["files"] == 2)
     record = describe_inputs({"dataset": "celeba", "data": "data"})
     put(tmp_path / "data" / "PascalPart" / "horse" / "a.png", b"b")
     assert unchanged({"dataset": "celeba", "data": "data"}, record)
@@ -153,7 +158,8 @@ def test_results_of_other_runs_below_the_pictures_are_no_part_of_them(toy, tmp_p
 def test_replaced_networks_of_another_run_count(toy, tmp_path):
     for name in ("metrics.json", "results.safetensors", "run.log"): put(tmp_path / "outputs" / "a" / name, b"1")
     for name in ("epoch-001.safetensors",): put(tmp_path / "outputs" / "a" / "segmenters" / name, b"1")
-    for path, change, same in (("outputs/a", "run.log", True), ("outputs/a", "results.safetensors", False), ("outputs/a", "metrics.json", False),
+    for path, change, same in (("outputs/a", "run.log", True), ("outputs/a", "results.safetensors", False),
+                               ("outputs/a", "metrics.json", False),
                                ("outputs/a/segmenters", "segmenters/epoch-001.safetensors", False)):
         record = describe_inputs({"networks": path})
         before = (tmp_path / "outputs" / "a" / change).read_bytes()
@@ -165,10 +171,13 @@ def test_older_records_are_understood(toy, tmp_path):
     """As they were written before: of a folder, the metrics.json in it or beside it."""
     put(tmp_path / "outputs" / "a" / "metrics.json", b"1")
     put(tmp_path / "outputs" / "a" / "segmenters" / "epoch-001.safetensors", b"1")
-    old = {"networks": {"file": "metrics.json", "bytes": 1, "sha256": "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"}}
-    for path in ("outputs/a", "outputs/a/segmenters", "outputs/a/metrics.json"): assert unchanged({"networks": path}, old)
+    old = {"networks": {"file": "metrics.json", "bytes": 1,
+                        "sha256": "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"}}
+    for path in ("outputs/a", "outputs/a/segmenters", "outputs/a/metrics.json"):
+        assert unchanged({"networks": path}, old)
     put(tmp_path / "outputs" / "a" / "metrics.json", b"2", age=9999)
-    for path in ("outputs/a", "outputs/a/segmenters", "outputs/a/metrics.json"): assert not unchanged({"networks": path}, old)
+    for path in ("outputs/a", "outputs/a/segmenters", "outputs/a/metrics.json"):
+        assert not unchanged({"networks": path}, old)
 
 
 def test_a_run_is_repeated_when_its_folder_changes_and_the_report_always(toy, tmp_path, capsys):
@@ -179,7 +188,8 @@ def test_a_run_is_repeated_when_its_folder_changes_and_the_report_always(toy, tm
     assert record.inputs.data.files == 1 and str(tmp_path) not in json.dumps(record)
     put(tmp_path / "flowers" / "masks" / "a.png", b"new", age=10_000)
     assert cli.main([*words, "--dry-run"]) == 0 and "to do" in capsys.readouterr().out
-    assert not is_finished(toy, "outputs/toy/toy.ipynb", {"outputs": "outputs"}), "what reads all results has always something new"
+    assert not is_finished(toy, "outputs/toy/toy.ipynb",
+                           {"outputs": "outputs"}), "what reads all results has always something new"
     text = (tmp_path / "outputs/toy/toy.ipynb").read_text()
     (tmp_path / "outputs/toy/toy.ipynb").write_text(text.replace('"dataset": "folder"', '"outputs": "outputs"'))
     assert not is_finished(toy, "outputs/toy/toy.ipynb", {"outputs": "outputs", "data": "flowers"})
@@ -194,7 +204,9 @@ def test_the_records_that_are_there_are_read():
 # ---- a run that is refused
 
 
-def content(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "toy.refused.ipynb"}
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "toy.refused.ipynb"}
 
 
 def test_a_refused_run_leaves_the_finished_one_as_it_was(toy, tmp_path, capsys):
@@ -205,17 +217,24 @@ def test_a_refused_run_leaves_the_finished_one_as_it_was(toy, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["run", "toy", "-p", "k", "40"]) == 2
     said = capsys.readouterr()
-    assert "k is 40; give 1 to 30 (says cell [4] of " in said.err and "toy.refused.ipynb)" in said.err and said.err.count("\n") == 1
+    assert ("k is 40; give 1 to 30 (says cell [4] of " in said.err and "toy.refused.ipynb)" in said.err
+            and said.err.count("\n") == 1)
     assert "set aside, of a run that was refused: state.safetensors" in said.out
     after = content(out)
-    assert [after.pop(name) for name in list(after) if name.startswith("aside-")] == [b"state of 40"] and after == before and is_finished(toy, out / "toy.ipynb")
+    assert ([after.pop(name) for name in list(after) if name.startswith("aside-")] == [b"state of 40"]
+            and after == before and is_finished(toy, out / "toy.ipynb"))
 
-    with pytest.raises(RunError, match="toy.unfinished.ipynb failed: KeyError"): run_notebook(toy, out / "toy.ipynb", {"k": 41})
-    assert not is_finished(toy, out / "toy.ipynb") and unfinished_copy(out / "toy.ipynb").is_file(), "its files are not all its own any more"
+    with pytest.raises(RunError, match="toy.unfinished.ipynb failed: KeyError"):
+        run_notebook(toy, out / "toy.ipynb", {"k": 41})
+    assert not is_finished(toy, out / "toy.ipynb") and unfinished_copy(out / "toy.ipynb").is_file(), (
+        "its files are not all its own any more"
+    )
     run_notebook(toy, out / "toy.ipynb", {"k": 3})
-    assert is_finished(toy, out / "toy.ipynb", {"k": 3}) and not unfinished_copy(out / "toy.ipynb").exists() and not (out / "toy.refused.ipynb").exists()
+    assert (is_finished(toy, out / "toy.ipynb", {"k": 3}) and not unfinished_copy(out / "toy.ipynb").exists()
+            and not (out / "toy.refused.ipynb").exists())
     assert nbformat.read(out / "toy.ipynb", 4).metadata.papermill.output_path == "toy.ipynb"
-    assert (out / "metrics.json").read_text() == "3" and not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert ((out / "metrics.json").read_text() == "3"
+            and not [path for path in out.iterdir() if path.name.startswith(".")])
 
 
 # ---- two runs at once
@@ -236,7 +255,8 @@ def test_the_second_run_is_told_and_a_killed_one_holds_nothing(toy, tmp_path, ca
     assert holder.stdout.readline() == "held\n"
     assert cli.main(["run", "toy"]) == 2
     said = capsys.readouterr().err
-    assert f"another process is working in {os.path.join('outputs', 'toy')} (process {holder.pid} on " in said and os.listdir(out) == [".lagm.lock"]
+    assert (f"another process is working in {os.path.join('outputs', 'toy')} (process {holder.pid} on " in said
+            and os.listdir(out) == [".lagm.lock"])
     holder.kill()
     holder.wait()
     with folder_lock(out): assert f"process {os.getpid()} on " in (out / ".lagm.lock").read_text()
@@ -247,8 +267,10 @@ def test_the_second_run_is_told_and_a_killed_one_holds_nothing(toy, tmp_path, ca
 def test_trainings_hold_their_checkpoint(tmp_path):
     recipe, data = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1), TensorDataset(*tiny_pictures(4))
     with checkpoint_lock(tmp_path / "run.safetensors"), checkpoint_lock(tmp_path / "d" / "state.safetensors"):
-        with pytest.raises(InputError, match="another process is working in"): training_tests.run(recipe, checkpoint=tmp_path / "run.safetensors")
-        with pytest.raises(InputError, match="another process is working in"): train_downstream(tiny_segmenter(), data, DownstreamRecipe(epochs=1), folder=tmp_path / "d", progress=False)
+        with pytest.raises(InputError, match="another process is working in"):
+            training_tests.run(recipe, checkpoint=tmp_path / "run.safetensors")
+        with pytest.raises(InputError, match="another process is working in"):
+            train_downstream(tiny_segmenter(), data, DownstreamRecipe(epochs=1), folder=tmp_path / "d", progress=False)
         training_tests.run(recipe, checkpoint=tmp_path / "other.safetensors")
     assert not list(tmp_path.rglob(".*"))
 
@@ -261,29 +283,40 @@ def test_force_sets_another_runs_checkpoints_aside(tmp_path, monkeypatch, capsys
     training_tests.run(recipe, checkpoint=path)
     before = path.read_bytes()
     other = get_recipe("fast", steps=2, warm_segmenter=1, warm_annotator=1)
-    with pytest.raises(InputError, match="checkpoint of another run: recipe.steps .1 there, 2 here.*--force"): training_tests.run(other, checkpoint=path)
+    with pytest.raises(InputError, match="checkpoint of another run: recipe.steps .1 there, 2 here.*--force"):
+        training_tests.run(other, checkpoint=path)
     assert path.read_bytes() == before
     monkeypatch.setenv("LAGM_FORCE", "1")
-    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and (tmp_path / "aside-1" / "run.safetensors").read_bytes() == before
+    assert (training_tests.run(other, checkpoint=path).step == other.total_steps(2)
+            and (tmp_path / "aside-1" / "run.safetensors").read_bytes() == before)
     said = capsys.readouterr().out
-    assert said.startswith("set aside, of another run: run.safetensors") and said.endswith(f", now in {tmp_path / 'aside-1'}\n") and said.count("\n") == 1
-    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and not (tmp_path / "aside-2").exists(), "its own checkpoint is gone on from"
+    assert (said.startswith("set aside, of another run: run.safetensors")
+            and said.endswith(f", now in {tmp_path / 'aside-1'}\n") and said.count("\n") == 1)
+    assert (
+        training_tests.run(other, checkpoint=path).step == other.total_steps(2) and not (tmp_path / "aside-2").exists()
+    ), "its own checkpoint is gone on from"
     path.write_bytes(b"rubbish")
     for numbered in Checkpoints(path).numbered(): numbered.write_bytes(b"rubbish")
-    assert training_tests.run(other, checkpoint=path).step == other.total_steps(2) and (tmp_path / "aside-2" / "run.safetensors").read_bytes() == b"rubbish"
+    assert (training_tests.run(other, checkpoint=path).step == other.total_steps(2)
+            and (tmp_path / "aside-2" / "run.safetensors").read_bytes() == b"rubbish")
 
 
 def test_force_sets_downstream_runs_and_pairs_aside(tmp_path, monkeypatch):
     data, pairs = TensorDataset(*tiny_pictures(4)), tmp_path / "pairs"
     labels = type(CELEBA8)("two", ("no", "yes"), ((0, 0, 0), (1, 1, 1)))
     generator = tiny_generator()
-    def downstream(epochs): return train_downstream(tiny_segmenter(), data, DownstreamRecipe(epochs=epochs, batch=4), folder=tmp_path / "d", progress=False)
-    def made(n): return generate(generator, FPNAnnotator(generator.feature_channels, 2, channels=4, layers=1).eval(), pairs, Plan(n=n), labels, progress=False)
+    def downstream(epochs):
+        return train_downstream(tiny_segmenter(), data, DownstreamRecipe(epochs=epochs, batch=4), folder=tmp_path / "d",
+                                progress=False)
+    def made(n):
+        return generate(generator, FPNAnnotator(generator.feature_channels, 2, channels=4, layers=1).eval(), pairs,
+                        Plan(n=n), labels, progress=False)
     downstream(1), made(2)
     with pytest.raises(InputError, match="another run: recipe.epochs"): downstream(2)
     with pytest.raises(InputError, match="another dataset"): made(3)
     monkeypatch.setenv("LAGM_FORCE", "1")
-    assert len(downstream(2).history) == 2 and load_tensors(tmp_path / "d" / "aside-1" / "state.safetensors")[1]["epoch"] == 1
+    assert (len(downstream(2).history) == 2
+            and load_tensors(tmp_path / "d" / "aside-1" / "state.safetensors")[1]["epoch"] == 1)
     assert len(made(3)) == 3 and (tmp_path / "aside-1" / "pairs" / "dataset.json").is_file()
 
 
@@ -306,7 +339,8 @@ def test_a_stage_sets_aside_what_it_cannot_go_on_from(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "state.safetensors").is_file(), "a refused run changes nothing"
     put(tmp_path / "flowers" / "masks" / "a.png", b"new", age=1000)
     begin()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["aside-1", "asked.json"] and (tmp_path / "out/aside-1/pairs/0.tar").is_file()
+    assert (sorted(path.name for path in (tmp_path / "out").iterdir()) == ["aside-1", "asked.json"]
+            and (tmp_path / "out/aside-1/pairs/0.tar").is_file())
     save_tensors(begin() / "state.safetensors", {})
     (tmp_path / "out" / "asked.json").write_text("[" * 100_000)  # somebody else's
     begin()
@@ -314,7 +348,8 @@ def test_a_stage_sets_aside_what_it_cannot_go_on_from(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"size": [64, 0]}, "size is"), ({"size": [64, 64, 64]}, "width and height"), ({"size": [64, 32], "levels": 6}, "levels is 6"),
+    ({"size": [64, 0]}, "size is"), ({"size": [64, 64, 64]}, "width and height"),
+    ({"size": [64, 32], "levels": 6}, "levels is 6"),
 ])
 def test_sizes_that_cannot_be_are_named_before_the_start(values, message):
     with pytest.raises(InputError, match=message): check_size(values)
@@ -322,7 +357,9 @@ def test_sizes_that_cannot_be_are_named_before_the_start(values, message):
 
 def test_every_experiment_checks_its_numbers_before_it_reads_anything(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, wrong in {"annotate": {"evaluation_batch": 0}, "downstream": {"keep": 1.5}, "evaluate": {"draws": 0}, "cross_domain": {"teacher_steps": -1}, "methods": {"pairs": 0}, "report": {"most_pictures": -1},
+    for name, wrong in {"annotate": {"evaluation_batch": 0}, "downstream": {"keep": 1.5}, "evaluate": {"draws": 0},
+                        "cross_domain": {"teacher_steps": -1}, "methods": {"pairs": 0}, "report": {"most_pictures": -1},
                         "downstream ": {"lr": -1.0}, "evaluate ": {"protocol": "five-fold"}}.items():
-        with pytest.raises(InputError, match=f"{next(iter(wrong))} is "): run_cells(ROOT / "nbs" / "experiments" / f"{name.strip()}.ipynb", wrong | {"out_dir": "out"})
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is "):
+            run_cells(ROOT / "nbs" / "experiments" / f"{name.strip()}.ipynb", wrong | {"out_dir": "out"})
     assert not (tmp_path / "out").exists()

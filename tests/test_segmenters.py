@@ -15,7 +15,14 @@ from torchvision.models import resnet101
 
 from lagm.core.errors import InputError
 from lagm.models.segmenters import (
-    SEGMENTERS, DeepLabV3, UNet, build_segmenter, matched_parameter_names, resolve_group, unet_widths)
+    SEGMENTERS,
+    DeepLabV3,
+    UNet,
+    build_segmenter,
+    matched_parameter_names,
+    resolve_group,
+    unet_widths,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "segmenters.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
@@ -75,7 +82,8 @@ def test_paper_widths():
     assert unet_widths(16, 3) == ([16, 32, 64, 64], [32, 16, 16])
     assert unet_widths(8, 1) == ([8, 8], [8])
     unet = on_meta(UNet, 6)
-    assert [getattr(unet, n).conv2.out_channels for n in ("inc", "down1", "down2", "down3", "down4")] == [64, 128, 256, 512, 512]
+    assert ([getattr(unet, n).conv2.out_channels for n in ("inc", "down1", "down2", "down3", "down4")]
+            == [64, 128, 256, 512, 512])
     assert [getattr(unet, n).conv1.in_channels for n in ("up1", "up2", "up3", "up4")] == [1024, 512, 256, 128]
 
 
@@ -166,7 +174,8 @@ def test_patterns_match_whole_names():
     assert resolve_group(torch.nn.Linear(2, 2), "wei.*") == "wei.*"
 
 
-@pytest.mark.parametrize("group, told", [("headd", "downup12"), ("out", "regular expression"), ("(", "not a valid"), ("", "no parameter")])
+@pytest.mark.parametrize("group, told", [("headd", "downup12"), ("out", "regular expression"), ("(", "not a valid"),
+                                         ("", "no parameter")])
 def test_wrong_groups_list_the_options(group, told):
     with pytest.raises(InputError, match=told):
         matched_parameter_names(on_meta(UNet, 8), group)
@@ -227,7 +236,8 @@ def test_the_doublings_gradient_has_no_gaps(layout):
     """PyTorch's backward pass of the doubling is several times slower over a view with gaps."""
     class Doublings(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.upsample_bilinear2d_backward.default: layouts.append(args[0].is_contiguous(memory_format=layout))
+            if function is torch.ops.aten.upsample_bilinear2d_backward.default:
+                layouts.append(args[0].is_contiguous(memory_format=layout))
             return function(*args, **kwargs or {})
 
     layouts, network = [], build_segmenter("unet", 3, width=4, levels=2).to(memory_format=layout)

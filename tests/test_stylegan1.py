@@ -20,7 +20,8 @@ GOLDEN = Path(__file__).parent / "golden" / "stylegan1.safetensors"
 
 def tiny(**change) -> StyleGAN1:
     torch.manual_seed(0)
-    return StyleGAN1(**{**dict(resolution=16, z_dim=8, w_dim=8, mapping_layers=2, channel_base=128, channel_max=8), **change})
+    return StyleGAN1(**{**dict(resolution=16, z_dim=8, w_dim=8, mapping_layers=2, channel_base=128, channel_max=8),
+                        **change})
 
 
 def golden_network(facts: dict) -> tuple[StyleGAN1, torch.Tensor]:
@@ -32,7 +33,8 @@ def golden_network(facts: dict) -> tuple[StyleGAN1, torch.Tensor]:
         for name, parameter in network.g_mapping.named_parameters():
             if name.endswith("weight"): parameter.mul_(100)
     random = np.random.RandomState(seed + 999)
-    network.set_noise([torch.from_numpy(random.standard_normal((1, 1, r, r)).astype(np.float32)) for r in network.channels for _ in range(2)])
+    network.set_noise([torch.from_numpy(random.standard_normal((1, 1, r, r)).astype(np.float32))
+                       for r in network.channels for _ in range(2)])
     return network, torch.from_numpy(random.standard_normal((2, 512)).astype(np.float32))
 
 
@@ -61,7 +63,8 @@ def test_constant_noise_is_the_same_for_all_and_random_noise_is_not():
         random = [network(z, rng=torch.Generator().manual_seed(seed)).image for seed in (1, 1, 2)]
         silent = network(z, noise_mode="none").image
     assert torch.equal(const, again) and torch.equal(const[0], const[1]) and not torch.allclose(const, silent)
-    assert torch.equal(random[0], random[1]) and not torch.allclose(random[0], random[2]) and not torch.allclose(random[0][0], random[0][1])
+    assert (torch.equal(random[0], random[1]) and not torch.allclose(random[0], random[2])
+            and not torch.allclose(random[0][0], random[0][1]))
 
 
 def test_a_mean_style_per_layer_truncates_each_layer_towards_its_own():
@@ -77,11 +80,13 @@ def test_larger_pictures_are_resized_like_the_1024_face_model():
     network, limited = tiny(resolution=32), tiny(resolution=32, largest=16)
     limited.load_state_dict(network.state_dict())
     z = torch.randn(2, 8)
-    with torch.no_grad(): (image, features), (small, small_features) = network(z, noise_mode="none"), limited(z, noise_mode="none")
+    with torch.no_grad():
+        (image, features), (small, small_features) = network(z, noise_mode="none"), limited(z, noise_mode="none")
     resize = dict(size=(16, 16), mode="bilinear", align_corners=False)
     assert torch.equal(small, torch.nn.functional.interpolate(image, **resize))
     assert all(torch.equal(a, b) for a, b in zip(small_features[:6], features[:6]))
-    assert all(torch.equal(a, torch.nn.functional.interpolate(b, **resize)) for a, b in zip(small_features[6:], features[6:], strict=True))
+    assert all(torch.equal(a, torch.nn.functional.interpolate(b, **resize))
+               for a, b in zip(small_features[6:], features[6:], strict=True))
     assert FrozenGenerator(limited).resolution == 16 and limited.feature_shapes[-1][1:] == (16, 16)
     face = StyleGAN1(1024, z_dim=8, w_dim=8, mapping_layers=1, channel_base=1024, channel_max=2)
     assert face.num_ws == 18 and face.img_resolution == 512 and [s for _, s, _ in face.feature_shapes[-4:]] == [512] * 4
@@ -99,12 +104,14 @@ def test_a_saved_stylegan_draws_the_same_pictures(tmp_path):
 
 def test_bfloat16_is_close():
     network, z = tiny(), torch.randn(2, 8)
-    with torch.no_grad(): exact, rounded = (network(z, noise_mode="none", dtype=dtype).image for dtype in (torch.float32, torch.bfloat16))
+    with torch.no_grad():
+        exact, rounded = (network(z, noise_mode="none", dtype=dtype).image for dtype in (torch.float32, torch.bfloat16))
     assert 0 < relative_error(rounded, exact) < 0.1
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"resolution": 100}, "power of two"), ({"z_dim": 0}, "z_dim"), ({"mapping_layers": 10**9}, "mapping_layers"), ({"average_rows": 3}, "3 rows"),
+    ({"resolution": 100}, "power of two"), ({"z_dim": 0}, "z_dim"), ({"mapping_layers": 10**9}, "mapping_layers"),
+    ({"average_rows": 3}, "3 rows"),
     ({"channel_base": 8}, "channel_base"), ({"resolution": 16.0}, "resolution")])
 def test_arguments_that_name_no_network_are_refused(change, message):
     with pytest.raises(InputError, match=message): tiny(**change)

@@ -49,7 +49,8 @@ def test_constructor_arguments_survive_the_round_trip(golden):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_random_noise_is_reproducible_and_differs_between_pictures(architecture):
     torch.manual_seed(0)
-    network = StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8, architecture=architecture, conv_clamp=256)
+    network = StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=128, channel_max=8,
+                        architecture=architecture, conv_clamp=256)
     for name, parameter in network.named_parameters():
         if name.endswith("noise_strength"):
             parameter.data.fill_(1.0)
@@ -72,7 +73,8 @@ def test_gradients_equal_those_of_the_per_sample_form():
     naive = torch.cat([torch.nn.functional.conv2d(a[None], k, padding=1) for a, k in zip(x, kernel)])
     ours = modulated_conv2d(x, weight, styles)
     seed = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(ours, (x, weight, styles), seed), torch.autograd.grad(naive, (x, weight, styles), seed)):
+    for a, b in zip(torch.autograd.grad(ours, (x, weight, styles), seed),
+                    torch.autograd.grad(naive, (x, weight, styles), seed)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -86,7 +88,8 @@ def test_upsampling_keeps_the_sum_of_an_inner_pixel():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"c_dim": -1}, "c_dim"), ({"img_resolution": 100}, "power of two"), ({"synthesis_kwargs": {"colour": 1}}, "colour"),
+    ({"c_dim": -1}, "c_dim"), ({"img_resolution": 100}, "power of two"),
+    ({"synthesis_kwargs": {"colour": 1}}, "colour"),
     ({"synthesis_kwargs": {"architecture": "ladder"}}, "ladder"), ({"mapping_kwargs": {"embed": 1}}, "embed")])
 def test_unknown_arguments_are_named(change, message):
     with pytest.raises(InputError, match=message):
@@ -102,7 +105,8 @@ def test_unknown_noise_mode_is_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_generator_notices_that_its_weights_were_changed(dtype):
     torch.manual_seed(0)
-    network, other = (StyleGAN2(16, z_dim=8, w_dim=8, channel_base=128, channel_max=8).requires_grad_(False) for _ in range(2))
+    network, other = (StyleGAN2(16, z_dim=8, w_dim=8, channel_base=128, channel_max=8).requires_grad_(False)
+                      for _ in range(2))
     z = torch.randn(2, 8)
     def draw(of): return of(z, noise_mode="const", dtype=dtype).image
     before = draw(network)

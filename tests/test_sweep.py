@@ -10,8 +10,8 @@ import pytest
 from notebooks import write_experiment
 
 from lagm import cli
-from lagm.experiments.catalogue import read_catalogue
 from lagm.core.errors import InputError
+from lagm.experiments.catalogue import read_catalogue
 from lagm.experiments.sweep import Sweep, describe_steps, execute, last_error, plan_steps
 from lagm.training.checkpoints import folder_lock
 
@@ -34,8 +34,10 @@ Path(out_dir, "metrics.json").write_text('"from ' + Path(networks, "metrics.json
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "nbs" / "experiments"
-    write_experiment(folder / "annotate.ipynb", ANNOTATE, parameters='k: int = 2  # labels\ndevice: str = "auto"  # where\nout_dir: str = "."  # results')
-    write_experiment(folder / "evaluate.ipynb", EVALUATE, parameters='networks: str = ""  # of annotate\nout_dir: str = "."  # results')
+    write_experiment(folder / "annotate.ipynb", ANNOTATE,
+                     parameters='k: int = 2  # labels\ndevice: str = "auto"  # where\nout_dir: str = "."  # results')
+    write_experiment(folder / "evaluate.ipynb", EVALUATE,
+                     parameters='networks: str = ""  # of annotate\nout_dir: str = "."  # results')
     put(tmp_path, "a", 2), put(tmp_path, "b", 13)
     return tmp_path
 
@@ -64,14 +66,20 @@ def test_a_sweep_from_the_first_failure_to_the_last_change(project):
     steps = sweep(project, jobs=2)
     assert states(steps) == ["done", "done", "failed", "blocked"]
     assert "KeyError: 'unlucky'" in steps["b/annotate"].why and steps["b/evaluate"].why == "it needs b/annotate"
-    assert (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"' and "2 done, 1 failed, 1 blocked" in describe_steps(steps)
-    assert "unlucky" in (project / "outputs/b/annotate/annotate.ipynb").read_text(), "the notebook of a failed run must stay"
+    assert ((project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"'
+            and "2 done, 1 failed, 1 blocked" in describe_steps(steps))
+    assert "unlucky" in (project / "outputs/b/annotate/annotate.ipynb").read_text(), (
+        "the notebook of a failed run must stay"
+    )
 
     put(project, "b", 3)  # the cause removed
     put(project, "a", 12)  # another parameter, but the same result: what depends on it stays
-    assert states(sweep(project)) == ["done", "finished", "done", "done"] and times(project, "a/annotate", "a/evaluate", "b/annotate", "b/evaluate") == [2, 1, 2, 1]
+    assert (states(sweep(project)) == ["done", "finished", "done", "done"]
+            and times(project, "a/annotate", "a/evaluate", "b/annotate", "b/evaluate") == [2, 1, 2, 1])
     runs = read_catalogue(project)
-    assert states(plan_steps(runs, project)) == ["finished"] * 4 and states(plan_steps(runs, project, force=["a/evaluate"])) == ["finished", "to do", "finished", "finished"]
+    assert (states(plan_steps(runs, project)) == ["finished"] * 4
+            and states(plan_steps(runs, project, force=["a/evaluate"]))
+            == ["finished", "to do", "finished", "finished"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
@@ -103,14 +111,16 @@ def alive(pid):
 
 def test_one_process_in_a_folder(project):
     run = read_catalogue(project)["a/annotate"]
-    with folder_lock(run.folder), pytest.raises(InputError, match="another process is working in"): execute(run, project)
+    with folder_lock(run.folder), pytest.raises(InputError, match="another process is working in"):
+        execute(run, project)
     with folder_lock(run.folder): pass
 
 
 def test_the_device_is_not_a_reason_to_repeat(project, capsys):
     assert cli.main(["run", "a/annotate", "-p", "device", "cpu"]) == 0
     assert cli.main(["run", "a"]) == 0
-    assert times(project, "a/annotate", "a/evaluate") == [1, 1] and "kept outputs/a/annotate/annotate.ipynb".replace("/", os.sep) in capsys.readouterr().out
+    assert (times(project, "a/annotate", "a/evaluate") == [1, 1]
+            and "kept outputs/a/annotate/annotate.ipynb".replace("/", os.sep) in capsys.readouterr().out)
 
 
 def test_commands(project, capsys):
@@ -122,14 +132,16 @@ def test_commands(project, capsys):
     assert cli.main(["run", "a", "b", "--dry-run"]) == 0 and "4 to do" in capsys.readouterr().out
     assert not (project / "outputs").exists()
     assert cli.main(["run", "a", "--seeds", "1"]) == 2 and "there is no parameter 'seed'" in capsys.readouterr().err
-    assert cli.main(["run", "a", "--dry-run", "-p", "k", "7", "-o", "elsewhere"]) == 0 and "elsewhere/evaluate" in capsys.readouterr().out
+    assert (cli.main(["run", "a", "--dry-run", "-p", "k", "7", "-o", "elsewhere"]) == 0
+            and "elsewhere/evaluate" in capsys.readouterr().out)
     assert cli.main(["run"]) == 2 and cli.main(["run", "a", "--all"]) == 2
     capsys.readouterr()
     assert cli.main(["run", "aa"]) == 2 and "there is no experiment 'aa', did you mean 'a'" in capsys.readouterr().err
 
 
 def test_a_missing_file_stops_before_the_start(project, capsys):
-    (project / "nbs/experiments/evaluate/c.yaml").write_text("networks: checkpoints/none.bin\nout_dir: outputs/c/evaluate\n")
+    (project / "nbs/experiments/evaluate/c.yaml").write_text("networks: checkpoints/none.bin\nout_dir: "
+                                                             "outputs/c/evaluate\n")
     for words in (["run", "c"], ["run", "c", "--dry-run"]):
         assert cli.main(words) == 2 and "there is no checkpoints/none.bin" in capsys.readouterr().err
     assert not (project / "outputs/c").exists()
@@ -147,10 +159,13 @@ def test_snakemake_reads_the_same_graph(project):
     for expected in (2, 0):  # a second time nothing is done
         done = subprocess.run([*words, "-c1", "a"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("Finished jobid") == (expected + 1 if expected else 0) or "Nothing to be done" in done.stderr
-    assert (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"' and times(project, "a/annotate", "a/evaluate") == [1, 1]
+        assert (done.stderr.count("Finished jobid") == (expected + 1 if expected else 0)
+                or "Nothing to be done" in done.stderr)
+    assert ((project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"'
+            and times(project, "a/annotate", "a/evaluate") == [1, 1])
     failed = subprocess.run([*words, "-c1", "b"], capture_output=True, text=True)
-    assert failed.returncode and "unlucky" in (project / "outputs/b/annotate/annotate.ipynb").read_text() and "unlucky" in (project / "outputs/b/annotate/run.log").read_text()
+    assert (failed.returncode and "unlucky" in (project / "outputs/b/annotate/annotate.ipynb").read_text()
+            and "unlucky" in (project / "outputs/b/annotate/run.log").read_text())
 
 
 def test_snakemake_where_machines_share_no_folder(project, tmp_path, monkeypatch):
@@ -160,11 +175,14 @@ def test_snakemake_where_machines_share_no_folder(project, tmp_path, monkeypatch
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    words = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "nbs" / "Snakefile"), "-c1", "a", "--config", f"project={project}"]
+    words = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "nbs" / "Snakefile"), "-c1", "a", "--config",
+             f"project={project}"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert times(project, "a/annotate", "a/evaluate") == [1, 1] and (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"'
-    assert {path.name for path in elsewhere.rglob("*") if path.is_file() and ".snakemake" not in path.parts} == {".done", "run.log"}
+    assert (times(project, "a/annotate", "a/evaluate") == [1, 1]
+            and (project / "outputs/a/evaluate/metrics.json").read_text() == '"from 2"')
+    assert {path.name for path in elsewhere.rglob("*")
+            if path.is_file() and ".snakemake" not in path.parts} == {".done", "run.log"}
     assert "Nothing to be done" in subprocess.run(words, capture_output=True, text=True).stderr
     parameters = project / "nbs/experiments/evaluate/a.yaml"
     parameters.write_text(parameters.read_text() + "# {changed}\n")

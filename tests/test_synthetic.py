@@ -1,4 +1,6 @@
-"""A synthetic dataset is the same bytes however it was made, is completed after an interruption, and says how sure it is."""
+"""A synthetic dataset is the same bytes however it was made, is completed after an interruption, and says how sure it
+is.
+"""
 
 import csv
 import hashlib
@@ -110,13 +112,16 @@ def test_a_finished_shard_is_never_replaced(world, tmp_path):
 
 def test_a_claim_of_a_living_process_holds(tmp_path):
     with claim(tmp_path / "x") as mine:
-        code = f"import pathlib, lagm.training.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as mine: print(mine)"
-        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        code = (f"import pathlib, lagm.training.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as "
+                "mine: print(mine)")
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert mine and told.stdout == "False\n", told.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change, words", [(dict(seed=4), "plan.seed"), (dict(shard_size=6), "plan.shard_size"), (dict(n=24), "plan.n")])
+@pytest.mark.parametrize("change, words",
+                         [(dict(seed=4), "plan.seed"), (dict(shard_size=6), "plan.shard_size"), (dict(n=24), "plan.n")])
 def test_another_plan_is_refused(world, made, change, words):
     before = digests(made[1])
     with pytest.raises(InputError, match=words):
@@ -125,11 +130,15 @@ def test_another_plan_is_refused(world, made, change, words):
 
 
 def test_other_weights_are_refused(world, made):
-    with pytest.raises(InputError, match="generator"): generate(tiny_generator(1), world[1], made[1], PLAN, LABELS, progress=False)
-    with pytest.raises(InputError, match="annotators"): generate(world[0], world[1][:2], made[1], PLAN, LABELS, progress=False)
+    with pytest.raises(InputError, match="generator"):
+        generate(tiny_generator(1), world[1], made[1], PLAN, LABELS, progress=False)
+    with pytest.raises(InputError, match="annotators"):
+        generate(world[0], world[1][:2], made[1], PLAN, LABELS, progress=False)
 
 
-@pytest.mark.parametrize("change, words", [(dict(n=0), "n is 0"), (dict(shard_size=True - 1), "shard_size"), (dict(vote="x"), "mean, majority"), (dict(size=(0, 4)), "height")])
+@pytest.mark.parametrize("change, words",
+                         [(dict(n=0), "n is 0"), (dict(shard_size=True - 1), "shard_size"),
+                          (dict(vote="x"), "mean, majority"), (dict(size=(0, 4)), "height")])
 def test_plans_that_make_no_sense(change, words):
     with pytest.raises(InputError, match=words): Plan(**change)
 
@@ -168,7 +177,8 @@ def test_a_tie_of_votes_goes_to_the_higher_mean():
 
 
 def test_selection():
-    records = [{"index": i, "uncertainty": u, "pixels": p} for i, (u, p) in enumerate([(0.1, [9, 0]), (0.4, [5, 4]), (0.2, [9, 0]), (0.3, [7, 2]), (0.2, [9, 1])])]
+    records = [{"index": i, "uncertainty": u, "pixels": p}
+               for i, (u, p) in enumerate([(0.1, [9, 0]), (0.4, [5, 4]), (0.2, [9, 0]), (0.3, [7, 2]), (0.2, [9, 1])])]
     assert select(records, 0.6).indices == [0, 2, 4]
     assert select(records, 1.0).indices == [0, 1, 2, 3, 4]
     assert select(records, 0.4, {1: 2}, min_pixels=2).added == [1, 3]
@@ -192,7 +202,8 @@ def test_run_lengths():
             assert np.array_equal(rle_decode(code), mask) and sum(code["counts"]) == mask.size
             assert sum(code["counts"][1::2]) == mask.sum()
     assert coco_annotations(np.array([[0, 2], [2, 0]]), 5, 9, 3)[0] | {} == {
-        "id": 9, "image_id": 5, "category_id": 2, "iscrowd": 0, "area": 2, "bbox": [0, 0, 2, 2], "segmentation": {"size": [2, 2], "counts": [1, 2, 1]}}
+        "id": 9, "image_id": 5, "category_id": 2, "iscrowd": 0, "area": 2, "bbox": [0, 0, 2, 2],
+        "segmentation": {"size": [2, 2], "counts": [1, 2, 1]}}
 
 
 def test_exports(made, tmp_path):
@@ -200,17 +211,21 @@ def test_exports(made, tmp_path):
     rows = list(csv.DictReader(open(export_folder(some, tmp_path / "png"))))
     assert [int(r["index"]) for r in rows] == [20, 3, 8]
     mask = Image.open(tmp_path / "png" / rows[1]["mask"])
-    assert mask.mode == "P" and np.array_equal(np.asarray(mask), some[1][1].numpy()) and mask.getpalette()[:9] == [0, 0, 0, 255, 0, 0, 0, 0, 255]
+    assert (mask.mode == "P" and np.array_equal(np.asarray(mask), some[1][1].numpy())
+            and mask.getpalette()[:9] == [0, 0, 0, 255, 0, 0, 0, 0, 255])
     assert float(rows[1]["left"]) == pytest.approx((some[1][1] == 1).float().mean().item(), abs=1e-6)
     coco = json.loads(export_coco(some, tmp_path / "coco").read_text())
     rebuilt = np.zeros((16, 16), int)
     for a in coco["annotations"]:
         if a["image_id"] == 3: rebuilt[rle_decode(a["segmentation"])] = a["category_id"]
     assert np.array_equal(rebuilt, some[1][1].numpy())
-    assert len({a["id"] for a in coco["annotations"]}) == len(coco["annotations"]) and [c["name"] for c in coco["categories"]] == ["left", "bright"]
+    assert (len({a["id"] for a in coco["annotations"]}) == len(coco["annotations"])
+            and [c["name"] for c in coco["categories"]] == ["left", "bright"])
     shards = export_webdataset(some, tmp_path / "web", shard_size=2)
     names = [tarfile.open(path).getnames() for path in shards]
-    assert names[0] == [f"{key}.{e}" for key in ("000020", "000003") for e in ("png", "label.png", "confidence.png", "soft.png", "json")] and len(names[1]) == 5
+    assert (names[0]
+            == [f"{key}.{e}" for key in ("000020", "000003")
+                for e in ("png", "label.png", "confidence.png", "soft.png", "json")] and len(names[1]) == 5)
     with pytest.raises(InputError, match="not empty"): export_coco(some, tmp_path / "coco")
 
 

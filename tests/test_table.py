@@ -11,21 +11,43 @@ import yaml
 from sync import ROOT
 from templates import run_cells
 
-from lagm.training import baselines, datasetgan
-from lagm.training import lagm as training
-from lagm.experiments.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
-from lagm.experiments.comparison import (
-    Score, best_rival, cell_pictures, compare, comparison_table, differences, finish_figure, interval, labels_needed,
-    labels_saved, minutes_table, quality_figure, read_cells, saved_figure, saved_table, widening)
 from lagm.core.errors import InputError
 from lagm.core.files import read_json, write_json
 from lagm.evaluation.intervals import picture_counts, resampled_scores
-from lagm.generators.load import generator_file, kit_generators, load_generator
+from lagm.experiments.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs, read_catalogue
+from lagm.experiments.comparison import (
+    Score,
+    best_rival,
+    cell_pictures,
+    compare,
+    comparison_table,
+    differences,
+    finish_figure,
+    interval,
+    labels_needed,
+    labels_saved,
+    minutes_table,
+    quality_figure,
+    read_cells,
+    saved_figure,
+    saved_table,
+    widening,
+)
 from lagm.experiments.report import (
-    ablation_table, benchmark_table, cell_of, class_figures, find_results, group_minutes, group_results,
-    learning_curves_figure)
-from lagm.models.saved import load_segmenter
+    ablation_table,
+    benchmark_table,
+    cell_of,
+    class_figures,
+    find_results,
+    group_minutes,
+    group_results,
+    learning_curves_figure,
+)
 from lagm.experiments.stages import without_finish
+from lagm.generators.load import generator_file, kit_generators, load_generator
+from lagm.models.saved import load_segmenter
+from lagm.training import baselines, datasetgan
+from lagm.training import lagm as training
 from lagm.training.recipe import FAST, PAPER, get_recipe
 
 METHODS = ROOT / "nbs" / "experiments" / "methods.ipynb"

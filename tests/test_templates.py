@@ -1,4 +1,6 @@
-"""Every released experiment, stage by stage, on stand-ins: the official layouts, the official file formats, the real code, a few steps."""
+"""Every released experiment, stage by stage, on stand-ins: the official layouts, the official file formats, the real
+code, a few steps.
+"""
 
 import json
 import shutil
@@ -9,11 +11,11 @@ from standin import ThinDeepLab, make_checkpoints, make_data
 from sync import ROOT
 from templates import run_cells
 
-from lagm.models import segmenters
 from lagm.experiments.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
-from lagm.generators.load import load_generator
-from lagm.models.saved import read_networks
 from lagm.experiments.stages import load_networks
+from lagm.generators.load import load_generator
+from lagm.models import segmenters
+from lagm.models.saved import read_networks
 
 CATALOGUE = read_catalogue(ROOT)
 REAL = ("celeba_2",)  # with the real DeepLabV3, 60 million weights; the others with a thin one
@@ -67,10 +69,14 @@ def test_a_released_experiment_runs_through(project, monkeypatch, name):
 def check_annotate(project, run, record):
     """The annotator reads every feature map of that generator, and the best or last state was handed on."""
     expected = paper_experiments()[run.experiment][1]["annotate"]
-    assert all(record["parameters"][key] == value for key, value in expected.items() if key not in ("size", "k", "channels", "width", "iterations", "validate_every", "validation_pictures", "backbone"))
+    assert all(record["parameters"][key] == value for key, value in expected.items()
+               if key not in ("size", "k", "channels", "width", "iterations", "validate_every", "validation_pictures",
+                              "backbone"))
     networks = load_networks(project / run.folder / "results.safetensors", len(record["classes"]))
     assert record["recipe"]["wide_crop"] == expected.get("wide_crop", False) and record["step"] == 2
-    generator = load_generator(project / expected["generator"], avg_latent=project / expected["avg_latent"] if "avg_latent" in expected else None)
+    generator = load_generator(project / expected["generator"],
+                               avg_latent=project / expected["avg_latent"] if "avg_latent" in expected else None)
     assert networks.facts["annotator"]["arguments"]["feature_channels"] == generator.feature_channels
     alone = read_networks(project / run.folder / "segmenter.safetensors", len(record["classes"]))
-    assert alone.labels.classes == tuple(record["classes"]) and alone.size == tuple(record["parameters"]["size"][::-1]) and alone.header["metrics"] == record["metrics"]["segmenter"]
+    assert (alone.labels.classes == tuple(record["classes"]) and alone.size == tuple(record["parameters"]["size"][::-1])
+            and alone.header["metrics"] == record["metrics"]["segmenter"])

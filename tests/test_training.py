@@ -27,17 +27,17 @@ from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.data.augment import Augment
 from lagm.models.annotator import FPNAnnotator
+from lagm.models.segmenters import UNet, matched_parameter_names
 from lagm.ops.convolutions import can_winograd
 from lagm.ops.winograd import can_compile
-from lagm.models.segmenters import UNet, matched_parameter_names
-from lagm.training.lagm import train_lagm, train_supervised
+from lagm.training import loop as training_loop
 from lagm.training.batches import LabelledBatches, SyntheticBatch, balanced_weights
 from lagm.training.checkpoints import Checkpoints, Identity
+from lagm.training.lagm import train_lagm, train_supervised
 from lagm.training.loop import Diverged
 from lagm.training.recipe import Recipe, get_recipe
 from lagm.training.state import TrainState
 from lagm.training.steps import matching_step
-from lagm.training import loop as training_loop
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES, SIZE = 4, 16
@@ -45,7 +45,8 @@ CLASSES, SIZE = 4, 16
 
 # --- the authors' traces ---------------------------------------------------------------------------------------------
 
-TRACE_NAMES = {"loss_gm": "GM/loss_gm", "loss_label": "GM/loss_label", "loss_syn": "GM/loss_syn", "loss_s": "S/loss_syn"}
+TRACE_NAMES = {"loss_gm": "GM/loss_gm", "loss_label": "GM/loss_label", "loss_syn": "GM/loss_syn",
+               "loss_s": "S/loss_syn"}
 
 
 def read_trace(name):
@@ -61,7 +62,8 @@ def trace_data(seed):
     labelled = r.uniform(-1, 1, (5, 2, 3, 32, 32))
     labels = torch.from_numpy(r.randint(0, 4, (5, 2, 32, 32)).astype(np.int64))
     images, labelled, *features = (torch.from_numpy(a.astype(np.float32)) for a in (images, labelled, *features))
-    return [SyntheticBatch(images[i], [f[i] for f in features], lambda q: q) for i in range(10)], list(zip(labelled, labels))
+    return ([SyntheticBatch(images[i], [f[i] for f in features], lambda q: q) for i in range(10)],
+            list(zip(labelled, labels)))
 
 
 @functools.cache
@@ -83,7 +85,8 @@ def run_trace(meta, gradients):
     synthetic, labelled = trace_data(int(meta["data_seed"]))
     for step in range(5):
         losses.append(matching_step(players, names, [labelled[step]], [synthetic[2 * step]], [synthetic[2 * step + 1]]))
-    return annotator, segmenter, first_gradient, {name: torch.stack([record[name] for record in losses]) for name in TRACE_NAMES}
+    return (annotator, segmenter, first_gradient,
+            {name: torch.stack([record[name] for record in losses]) for name in TRACE_NAMES})
 
 
 @pytest.mark.parametrize("gradients", ["forward", "double"])
@@ -106,7 +109,8 @@ def test_authors_trace(name, gradient_tolerance, cross_entropy_tolerance, gm_tol
         assert value.float().norm().item() == pytest.approx(golden[f"finalS_norm.{key}"].item(), rel=1e-3), key
     if "cosine" in name:
         for key, value in annotator.state_dict().items():
-            torch.testing.assert_close(value.float(), golden[f"finalA.{key}"], rtol=0.02, atol=2e-3, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(value.float(), golden[f"finalA.{key}"], rtol=0.02, atol=2e-3,
+                                       msg=lambda m: f"{key}: {m}")
 
 
 # --- a small run -----------------------------------------------------------------------------------------------------
@@ -124,7 +128,8 @@ class ToyGenerator:
 
 def labelled(n=2):
     rng = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, SIZE, SIZE, generator=rng) * 2 - 1, torch.randint(0, CLASSES, (n, SIZE, SIZE), generator=rng)
+    return (torch.rand(n, 3, SIZE, SIZE, generator=rng) * 2 - 1,
+            torch.randint(0, CLASSES, (n, SIZE, SIZE), generator=rng))
 
 
 def networks(seed=0):
@@ -144,7 +149,8 @@ def run(recipe, match=True, nets=None, **options):
 def same(first, second):
     """Whether two results hold the same bits."""
     pairs = [(first.segmenter, second.segmenter), (first.annotator, second.annotator)]
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(torch.equal(a, b) for one, other in pairs
+               for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 RECIPES = {
@@ -177,11 +183,15 @@ def test_kept_memory_changes_no_bit():
     ({}, False, False),
     ({"channels_last": True}, True, True),
     ({"channels_last": True, "fast_convolutions": True}, True, not can_winograd()),
-    ({"channels_last": True, "fast_convolutions": True, "compile_convolutions": True}, True, bool(shutil.which("g++")) or not can_winograd()),
+    ({"channels_last": True, "fast_convolutions": True, "compile_convolutions": True}, True,
+     bool(shutil.which("g++")) or not can_winograd()),
     ({"channels_last": True, "fast_convolutions": True, "precision": "bfloat16"}, True, True),
 ])
 def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
-    """True: channels last, of the kernels and of what they see. Winograd's kernel, in float32, wants the annotator's maps contiguous."""
+    """True: channels last, of the kernels and of what they see.
+
+    Winograd's kernel, in float32, wants the annotator's maps contiguous.
+    """
     def is_last(tensor): return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     a, s = networks()
     players = TrainState(s, a, dataclasses.replace(PAPER, **changes), torch.device("cpu"))
@@ -189,12 +199,14 @@ def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
     assert is_last(s.inc.conv1.weight) == is_last(players.arrange(maps)) == segmenter
     assert is_last(players.arrange(maps, "annotator")) == annotator
     assert all(is_last(p) == annotator for p in a.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
-    if changes.get("fast_convolutions") and not annotator: assert players.arrange(maps.contiguous(memory_format=torch.channels_last), "annotator").is_contiguous()
+    if changes.get("fast_convolutions") and not annotator:
+        assert players.arrange(maps.contiguous(memory_format=torch.channels_last), "annotator").is_contiguous()
 
 
 def test_forward_mode_and_double_backward_train_alike():
     """Same weights after a few steps, but for rounding."""
-    results = [run(dataclasses.replace(PAPER, gradients=gradients, lr_annotator=0.05)) for gradients in ("forward", "double")]
+    results = [run(dataclasses.replace(PAPER, gradients=gradients, lr_annotator=0.05))
+               for gradients in ("forward", "double")]
     for a, b in zip(results[0].annotator.state_dict().values(), results[1].annotator.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -202,15 +214,18 @@ def test_forward_mode_and_double_backward_train_alike():
 def test_without_matching_the_annotator_stands_still():
     warm = run(dataclasses.replace(FAST, steps=0))
     frozen = run(FAST, match=False)
-    for (name, a), b in zip(warm.annotator.state_dict().items(), frozen.annotator.state_dict().values()): assert torch.equal(a, b), name
+    for (name, a), b in zip(warm.annotator.state_dict().items(), frozen.annotator.state_dict().values()):
+        assert torch.equal(a, b), name
     assert not torch.equal(warm.segmenter.outc.weight, frozen.segmenter.outc.weight)
-    assert {record["stage"] for record in run(FAST, record_every=1).history["losses"]} == {"warm segmenter", "warm annotator", "match"}
+    assert ({record["stage"] for record in run(FAST, record_every=1).history["losses"]}
+            == {"warm segmenter", "warm annotator", "match"})
 
 
 def test_a_warm_start_can_be_shared():
     """Warm start once, match from copies of it: the same bits as in one go."""
     warm = run(dataclasses.replace(FAST, steps=0))
-    assert same(run(dataclasses.replace(FAST, warm_segmenter=0, warm_annotator=0), nets=(warm.annotator, warm.segmenter)), run(FAST))
+    assert same(run(dataclasses.replace(FAST, warm_segmenter=0, warm_annotator=0),
+                    nets=(warm.annotator, warm.segmenter)), run(FAST))
 
 
 def test_average_is_what_is_returned():
@@ -224,7 +239,9 @@ def test_average_is_what_is_returned():
 def test_supervised_ignores_the_generator_and_learns():
     images, masks = labelled()
     segmenter = networks()[1]
-    result = train_supervised(segmenter, images, masks, get_recipe("fast", augment=None, average=0.0, lr_segmenter=1e-2), 60, validation=(images, masks), record_every=1, progress=False)
+    result = train_supervised(segmenter, images, masks,
+                              get_recipe("fast", augment=None, average=0.0, lr_segmenter=1e-2), 60,
+                              validation=(images, masks), record_every=1, progress=False)
     losses = [record["loss_label"] for record in result.history["losses"]]
     assert losses[-1] < 0.8 * losses[0] and result.history["validation"][-1]["step"] == 60
 
@@ -254,7 +271,9 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(training_loop, "advance", counted)
 
 
-@pytest.mark.parametrize("name, steps", [("fast", 1), ("fast", 4), ("fast", 5), ("fast", 7), ("fast", 9), ("fast, finished", 12), ("fast, finished", 14), ("paper", 1), ("paper", 5), ("stale labels", 9)])
+@pytest.mark.parametrize("name, steps", [("fast", 1), ("fast", 4), ("fast", 5), ("fast", 7), ("fast", 9),
+                                         ("fast, finished", 12), ("fast, finished", 14), ("paper", 1), ("paper", 5),
+                                         ("stale labels", 9)])
 def test_resumed_run_ends_in_the_same_bits(name, steps, tmp_path, monkeypatch):
     options = dict(checkpoint_every=1, record_every=1, validation=labelled(), validate_every=2)
     recipe = RECIPES[name]
@@ -265,15 +284,18 @@ def test_resumed_run_ends_in_the_same_bits(name, steps, tmp_path, monkeypatch):
     torch.rand(3)  # the global generator has moved on
     resumed = run(recipe, nets=networks(seed=99), checkpoint=tmp_path / "run.safetensors", **options)
     assert same(whole, resumed) and whole.history == resumed.history
-    again = run(recipe, nets=networks(seed=98), checkpoint=tmp_path / "run.safetensors", **options)  # a finished run is only read
+    # a finished run is only read
+    again = run(recipe, nets=networks(seed=98), checkpoint=tmp_path / "run.safetensors", **options)
     assert same(whole, again) and whole.history == again.history
 
 
 def test_another_run_is_not_resumed(tmp_path):
     path = tmp_path / "run.safetensors"
     run(FAST, checkpoint=path)
-    for arguments, says in [(dict(recipe=dataclasses.replace(FAST, label_weight=2.0)), "recipe.label_weight .1.0 there, 2.0 here"),
-                            (dict(recipe=FAST, seed=1), "seed .0 there, 1 here"), (dict(recipe=FAST, match=False), "arm .matching there, no matching here")]:
+    for arguments, says in [(dict(recipe=dataclasses.replace(FAST, label_weight=2.0)),
+                             "recipe.label_weight .1.0 there, 2.0 here"),
+                            (dict(recipe=FAST, seed=1), "seed .0 there, 1 here"),
+                            (dict(recipe=FAST, match=False), "arm .matching there, no matching here")]:
         with pytest.raises(InputError, match=says): run(**arguments, checkpoint=path)
     images, masks = labelled()
     with pytest.raises(InputError, match="data"):
@@ -297,7 +319,8 @@ RUN_IN_A_PROCESS = """
 
 
 def start_process(path, seed=0, slow=False):
-    code = textwrap.dedent(RUN_IN_A_PROCESS).format(tests=str(Path(__file__).parent), path=str(path), seed=seed, slow=slow)
+    code = textwrap.dedent(RUN_IN_A_PROCESS).format(tests=str(Path(__file__).parent), path=str(path), seed=seed,
+                                                    slow=slow)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begins\n", process.stderr.read()
     return process
@@ -349,8 +372,10 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(optimizer="adamw"), "sgd, adam"), (dict(steps=-1), "steps"), (dict(steps=1.5), "whole number"), (dict(batch_labelled=0), "batch_labelled"),
-    (dict(lr_segmenter=float("nan")), "lr_segmenter"), (dict(average=1.0), "average"), (dict(precision="float16"), "precision"),
+    (dict(optimizer="adamw"), "sgd, adam"), (dict(steps=-1), "steps"), (dict(steps=1.5), "whole number"),
+    (dict(batch_labelled=0), "batch_labelled"),
+    (dict(lr_segmenter=float("nan")), "lr_segmenter"), (dict(average=1.0), "average"),
+    (dict(precision="float16"), "precision"),
     (dict(fresh_labels=False, shared_batch=False), "shared_batch"), (dict(stepps=3), "no field stepps")])
 def test_wrong_recipes(changes, says):
     with pytest.raises(InputError, match=says): get_recipe("fast", **changes)
@@ -362,7 +387,8 @@ def test_unknown_recipe():
 
 def test_paper_recipe_is_the_papers():
     assert get_recipe("paper") == Recipe()
-    assert (Recipe().steps, Recipe().batch_labelled, Recipe().optimizer, Recipe().lr_annotator, Recipe().momentum) == (150_000, 2, "sgd", 1e-3, 0.9)
+    assert (Recipe().steps, Recipe().batch_labelled, Recipe().optimizer, Recipe().lr_annotator,
+            Recipe().momentum) == (150_000, 2, "sgd", 1e-3, 0.9)
 
 
 def test_wrong_inputs():
@@ -373,11 +399,14 @@ def test_wrong_inputs():
         nets = dict(annotator=annotator, segmenter=segmenter) | changes
         return train_lagm(generator, nets["annotator"], nets["segmenter"], images, masks, recipe, progress=False)
 
-    for arguments, says in [(dict(images=images[:, :1]), "3, H, W"), (dict(images=images[:0]), "n of 1"), (dict(masks=masks[:, :8]), "masks have shape"),
-                            (dict(masks=masks.int()), "int64"), (dict(masks=masks + 4), "classes 4 to 7"), (dict(masks=masks * 0 + 255), "no class"),
+    for arguments, says in [(dict(images=images[:, :1]), "3, H, W"), (dict(images=images[:0]), "n of 1"),
+                            (dict(masks=masks[:, :8]), "masks have shape"),
+                            (dict(masks=masks.int()), "int64"), (dict(masks=masks + 4), "classes 4 to 7"),
+                            (dict(masks=masks * 0 + 255), "no class"),
                             (dict(annotator=FPNAnnotator([3, 6], 7, channels=4)), "7 classes"),
                             (dict(recipe=dataclasses.replace(FAST, matched="nothing")), "nothing"),
-                            (dict(recipe=dataclasses.replace(FAST, matched="outc", fresh_labels=False)), "matched='all'")]:
+                            (dict(recipe=dataclasses.replace(FAST, matched="outc", fresh_labels=False)),
+                             "matched='all'")]:
         with pytest.raises(InputError, match=says): train(**arguments)
 
 
@@ -398,14 +427,19 @@ def test_nothing_of_the_inputs_changes():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs a C++ compiler")
 def test_compiled_networks_learn_the_same():
-    """Networks compiled where they can be; matching takes the segmenter as it was written. What they learn differs by rounding alone."""
-    recipe = dataclasses.replace(FAST, steps=2, warm_segmenter=1, warm_annotator=1, optimizer="sgd", lr_warm=1e-2, lr_segmenter=1e-2, lr_annotator=1e-2, average=0.0)
+    """Networks compiled where they can be; matching takes the segmenter as it was written.
+
+    What they learn differs by rounding alone.
+    """
+    recipe = dataclasses.replace(FAST, steps=2, warm_segmenter=1, warm_annotator=1, optimizer="sgd", lr_warm=1e-2,
+                                 lr_segmenter=1e-2, lr_annotator=1e-2, average=0.0)
     plain = run(recipe)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = run(dataclasses.replace(recipe, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 2  # both networks
     for role, start in zip(("annotator", "segmenter"), networks(), strict=True):
-        usual, quick, first = (torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (getattr(plain, role), getattr(compiled, role), start))
+        usual, quick, first = (torch.cat([p.detach().flatten() for p in network.parameters()])
+                               for network in (getattr(plain, role), getattr(compiled, role), start))
         assert not torch.equal(usual, quick) and (quick - usual).norm() < 1e-4 * (usual - first).norm()
 
 
@@ -414,7 +448,8 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     can_compile.cache_clear()
     recipe = dataclasses.replace(FAST, steps=1, warm_segmenter=1, warm_annotator=1, compile=True)
-    with pytest.warns(UserWarning, match="torch.compile does not work here \\(no compiler\\)") as said: run(recipe), run(recipe)
+    with pytest.warns(UserWarning, match="torch.compile does not work here \\(no compiler\\)") as said:
+        run(recipe), run(recipe)
     can_compile.cache_clear()
     assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
 
@@ -423,8 +458,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
 
 
 def test_the_demo_resumed_from_each_checkpoint_ends_in_the_same_metrics(tmp_path, monkeypatch):
-    """The demo's recipe, through its notebook, with the real faces and generator; only the numbers of steps are small."""
-    parameters = dict(k=2, psi=1.0, iterations=6, warm_up=2, checkpoint_every=2, validate_every=3, validation_pictures=4, evaluation_batch=4, width=8, threads=1)
+    """The demo's recipe, through its notebook, with the real faces and generator; only the numbers of steps are small.
+    """
+    parameters = dict(k=2, psi=1.0, iterations=6, warm_up=2, checkpoint_every=2, validate_every=3,
+                      validation_pictures=4, evaluation_batch=4, width=8, threads=1)
     parameters["changes"] = dict(batch_labelled=2, batch_synthetic=2, finish=0.5, finish_anchor=1.0)
     notebook, kept = ROOT / "nbs" / "experiments" / "annotate.ipynb", []
     save = Checkpoints.save
@@ -457,7 +494,9 @@ def test_the_demo_resumed_from_each_checkpoint_ends_in_the_same_metrics(tmp_path
 
 
 def test_labels_of_an_imitating_annotator_can_go_without_class_weights():
-    """The same annotator, never matched: with weights, without, and without any weights in the recipe, which is another run for S's labelled loss."""
+    """The same annotator, never matched: with weights, without, and without any weights in the recipe, which is another
+    run for S's labelled loss.
+    """
     recipe = dataclasses.replace(FAST, balance=0.5, label_weight=0.0, warm_segmenter=0, warm_annotator=0)
     weighed, plain = run(recipe, match=False), run(recipe, match=False, weigh_labels=False)
     unbalanced = run(dataclasses.replace(recipe, balance=0.0), match=False)

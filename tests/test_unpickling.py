@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import tiny, tiny1
 
-from lagm.models.results import load_results
 from lagm.core.errors import InputError
-from lagm.generators.load import load_generator
-from lagm.generators.weights import save_generator
-from lagm.models.segmenters import UNet
 from lagm.core.pickle_machine import ACTIONS, read_legacy_torch, read_pickle
 from lagm.core.pickle_records import LazyTensor, Unreadable
 from lagm.core.unpickling import read_arrays, read_torch_zip
+from lagm.generators.load import load_generator
+from lagm.generators.weights import save_generator
+from lagm.models.results import load_results
+from lagm.models.segmenters import UNet
 
 FOLDER = tempfile.TemporaryDirectory()
 MARKER = Path(FOLDER.name) / "marker"  # what an attack makes if it is run
@@ -43,31 +43,39 @@ def opened(value):
     return [opened(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64,
+                                   torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
 def test_tensors_come_out_as_torch_reads_them(dtype, tmp_path):
     whole = (torch.randn(6, 5) * 50).to(dtype)
-    tensors = {"whole": whole, "turned": whole.t(), "part": whole[1::2, 2:4], "number": whole[3, 3], "empty": whole[:0], "again": whole}
+    tensors = {"whole": whole, "turned": whole.t(), "part": whole[1::2, 2:4], "number": whole[3, 3], "empty": whole[:0],
+               "again": whole}
     for zipped in (True, False):
         torch.save(tensors, tmp_path / "t.pt", _use_new_zipfile_serialization=zipped)
         data = memoryview((tmp_path / "t.pt").read_bytes())
         ours = opened(read_torch_zip(tmp_path / "t.pt", data) if zipped else read_legacy_torch(data))
         theirs = torch.load(tmp_path / "t.pt", weights_only=True)
-        assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype is dtype and ours[k].shape == theirs[k].shape for k in theirs)
-    assert all(torch.equal(opened(read_pickle(pickle.dumps(tensors, protocol)))[k], tensors[k]) for k in tensors for protocol in (2, 5))
+        assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype is dtype and ours[k].shape == theirs[k].shape
+                   for k in theirs)
+    assert all(torch.equal(opened(read_pickle(pickle.dumps(tensors, protocol)))[k], tensors[k]) for k in tensors
+               for protocol in (2, 5))
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False) | st.text() | st.binary(),
-                    lambda s: st.lists(s) | st.dictionaries(st.text(), s) | st.tuples(s, s) | st.lists(s, max_size=5).map(tuple), max_leaves=30), st.integers(2, 5))
+@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False) | st.text()
+                    | st.binary(),
+                    lambda s: st.lists(s) | st.dictionaries(st.text(), s) | st.tuples(s, s)
+                    | st.lists(s, max_size=5).map(tuple), max_leaves=30), st.integers(2, 5))
 def test_plain_data_survives_every_protocol(value, protocol):
     assert read_pickle(pickle.dumps(value, protocol)) == value
 
 
 def test_large_pieces_and_small_classes():
-    value = OrderedDict(text="ü" * 100_000, raw=b"\xff" * 100_000, mutable=bytearray(b"abc"), members={1, "a"}, frozen=frozenset([2]))
+    value = OrderedDict(text="ü" * 100_000, raw=b"\xff" * 100_000, mutable=bytearray(b"abc"), members={1, "a"},
+                        frozen=frozenset([2]))
     for protocol in (2, 3, 4, 5):
         read = read_pickle(pickle.dumps(value, protocol))
-        assert bytes(read["raw"]) == value["raw"] and bytes(read["mutable"]) == b"abc" and read["members"] == {1, "a"} and read["frozen"] == {2}
+        assert (bytes(read["raw"]) == value["raw"] and bytes(read["mutable"]) == b"abc" and read["members"] == {1, "a"}
+                and read["frozen"] == {2})
 
 
 @pytest.mark.parametrize("code", ["f2", ">f4", "<f8", "i8", ">i2", "u1", "?"])
@@ -107,7 +115,8 @@ def test_there_are_enough_attacks_and_the_first_would_really_run(tmp_path):
     assert len(ATTACKS) + len(ARRAYS) > 150
     content = attacks.pickled(attacks.call("os", "system", attacks.text(attacks.touch(str(tmp_path / "marker")))))
     assert len(content) - len(str(tmp_path)) == len(ATTACKS["reduce os.system"]) - len(FOLDER.name)
-    subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"], input=content, check=True)
+    subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"], input=content,
+                   check=True)
     assert (tmp_path / "marker").exists()
 
 
@@ -154,12 +163,18 @@ print((kilobytes("VmHWM") - before) // 1024)"""
 @pytest.fixture(scope="module")
 def good_files(tmp_path_factory) -> dict[str, bytes]:
     """A small valid file of every format."""
-    folder, network = tmp_path_factory.mktemp("good"), tiny(img_resolution=8, z_dim=4, w_dim=4, mapping_layers=1, channel_base=16, channel_max=2)
+    folder, network = (tmp_path_factory.mktemp("good"),
+                       tiny(img_resolution=8, z_dim=4, w_dim=4, mapping_layers=1, channel_base=16, channel_max=2))
     ours = folder / "g.safetensors"
     save_generator(ours, network)
     torch.save(tiny1().state_dict(), folder / "one.pt")
-    paths = {"nvidia": official.nvidia_pytorch(folder / "g.pkl", network, executed=str(folder / "executed")), "rosinality zip": official.rosinality(folder / "z.pt", network), "rosinality legacy": official.rosinality(folder / "l.pt", network, zipped=False),
-             "tensorflow": official.nvidia_tensorflow(folder / "t.pkl", {"dlatent_avg": np.zeros(4, "f4"), "mapping/Dense0/weight": np.zeros((4, 4), "f4")}, {"resolution": 8, "latent_size": 4}),
+    paths = {"nvidia": official.nvidia_pytorch(folder / "g.pkl", network, executed=str(folder / "executed")),
+             "rosinality zip": official.rosinality(folder / "z.pt", network),
+             "rosinality legacy": official.rosinality(folder / "l.pt", network, zipped=False),
+             "tensorflow": official.nvidia_tensorflow(folder / "t.pkl",
+                                                      {"dlatent_avg": np.zeros(4, "f4"),
+                                                       "mapping/Dense0/weight": np.zeros((4, 4), "f4")},
+                                                      {"resolution": 8, "latent_size": 4}),
              "datasetgan": folder / "one.pt", "ours": ours}
     return {name: path.read_bytes() for name, path in paths.items()}
 
@@ -181,7 +196,8 @@ FORMATS = ["nvidia", "rosinality zip", "rosinality legacy", "tensorflow", "datas
 def test_a_file_cut_anywhere_is_told(kind, good_files, tmp_path):
     content = good_files[kind]
     assert try_loading(content, tmp_path / "cut") or kind == "tensorflow"  # that one lacks most variables
-    cuts = sorted({*range(0, 40), *np.linspace(40, len(content) - 30, 60).astype(int).tolist(), *range(len(content) - 30, len(content))})
+    cuts = sorted({*range(0, 40), *np.linspace(40, len(content) - 30, 60).astype(int).tolist(),
+                   *range(len(content) - 30, len(content))})
     for cut in cuts: assert not try_loading(content[:cut], tmp_path / "cut"), cut
 
 
@@ -189,10 +205,13 @@ def test_a_file_cut_anywhere_is_told(kind, good_files, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_load_or_are_told(kind, good_files, tmp_path_factory):
     content, path = good_files[kind], tmp_path_factory.mktemp("fuzz") / "fuzz"
-    places = st.integers(0, len(content) - 1) | st.integers(0, min(3000, len(content) - 1)) | st.integers(max(0, len(content) - 800), len(content) - 1)
+    places = st.integers(0, len(content)
+                         - 1) | st.integers(0, min(3000, len(content) - 1)) | st.integers(max(0, len(content) - 800),
+                                                                                          len(content) - 1)
 
     @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-    @given(st.lists(st.tuples(places, st.sampled_from(["flip", "set", "insert", "remove", "copy"]), st.integers(0, 255)), min_size=1, max_size=4))
+    @given(st.lists(st.tuples(places, st.sampled_from(["flip", "set", "insert", "remove", "copy"]),
+                              st.integers(0, 255)), min_size=1, max_size=4))
     def damage(changes):
         mutated = bytearray(content)
         for at, how, value in changes:
@@ -207,9 +226,14 @@ def test_damaged_files_load_or_are_told(kind, good_files, tmp_path_factory):
     damage()
 
 
-PIECES = [b"}", b"]", b")", b"(", b"N", b"K\x01", b"\x94", b"h\x00", b"q\x00", b"s", b"u", b"a", b"e", b"t", b"\x85", b"\x86", b"R", b"\x81", b"b", b"0", b"1", b"\x93", b"\x8f", b"\x90", b"\x91", b"Q",
-          attacks.text("a"), attacks.name("collections", "OrderedDict"), attacks.name("torch._utils", "_rebuild_tensor_v2"), attacks.storage(), attacks.name("numpy", "dtype"), attacks.text("f4"), attacks.spread((0,)),
-          attacks.name("numpy.core.multiarray", "_reconstruct"), attacks.name("torch.nn.modules.linear", "Linear"), attacks.name("torch_utils.persistence", "_reconstruct_persistent_obj"), attacks.data(b"abcd"), attacks.name("_codecs", "encode")]
+PIECES = [b"}", b"]", b")", b"(", b"N", b"K\x01", b"\x94", b"h\x00", b"q\x00", b"s", b"u", b"a", b"e", b"t", b"\x85",
+          b"\x86", b"R", b"\x81", b"b", b"0", b"1", b"\x93", b"\x8f", b"\x90", b"\x91", b"Q",
+          attacks.text("a"), attacks.name("collections", "OrderedDict"),
+          attacks.name("torch._utils", "_rebuild_tensor_v2"), attacks.storage(), attacks.name("numpy", "dtype"),
+          attacks.text("f4"), attacks.spread((0,)),
+          attacks.name("numpy.core.multiarray", "_reconstruct"), attacks.name("torch.nn.modules.linear", "Linear"),
+          attacks.name("torch_utils.persistence", "_reconstruct_persistent_obj"), attacks.data(b"abcd"),
+          attacks.name("_codecs", "encode")]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
@@ -235,7 +259,8 @@ def test_the_reader_calls_nothing_but_its_own():
     import lagm.core.pickle_records as records
     import lagm.core.unpickling as doors
     source = "\n".join(map(inspect.getsource, (machine, names, records, doors)))
-    forbidden = ("importlib", "__import__", "eval(", "exec(", "pickle.load", "torch.load(", "Unpickler", "allow_pickle=True")
+    forbidden = ("importlib", "__import__", "eval(", "exec(", "pickle.load", "torch.load(", "Unpickler",
+                 "allow_pickle=True")
     for word in ("getattr(", *forbidden): assert word not in source, word
     assert {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "DUP"}.isdisjoint(ACTIONS)
 

@@ -11,11 +11,17 @@ from lagm.core.errors import InputError
 from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment
 from lagm.models.segmenters import DeepLabV3, UNet
-from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
 from lagm.training.recipe import FAST
 from lagm.training.state import TrainState
+from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
 from lagm.training.weak_to_strong import (
-    WeakToStrong, cutmix_boxes, deepest_maps, dropped_channels, mix_neighbours, train_weak_to_strong)
+    WeakToStrong,
+    cutmix_boxes,
+    deepest_maps,
+    dropped_channels,
+    mix_neighbours,
+    train_weak_to_strong,
+)
 
 RECIPE = dataclasses.replace(FAST, steps=6, warm_segmenter=3, batch_labelled=2, batch_synthetic=2, average=0.9)
 PLAIN = dataclasses.replace(FAST, optimizer="sgd", momentum=0.0, average=0.0, channels_last=False)

@@ -1,4 +1,5 @@
-"""The wheel, installed in an environment of its own without the checkout, does in an empty folder what a checkout does."""
+"""The wheel, installed in an environment of its own without the checkout, does in an empty folder what a checkout does.
+"""
 
 import ast
 import importlib.metadata
@@ -36,18 +37,24 @@ def imported(path):
 
 def test_notebooks_need_only_what_the_package_needs():
     wanted = [Requirement(line) for line in importlib.metadata.requires("lagm")]
-    names = {"pillow": "PIL", "pyyaml": "yaml", "ipykernel": "IPython", "lightning-fabric": "lightning_fabric", "dicebear-styles": "dicebear_styles", "resvg-py": "resvg_py"}
-    needed = {names.get(item.name, item.name) for item in wanted if not item.marker} | {"IPython", "jupyter_client"}  # the latter come with ipykernel
-    extras = {names.get(item.name, item.name) for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders") for item in wanted if item.marker and item.marker.evaluate({"extra": extra})}
+    names = {"pillow": "PIL", "pyyaml": "yaml", "ipykernel": "IPython", "lightning-fabric": "lightning_fabric",
+             "dicebear-styles": "dicebear_styles", "resvg-py": "resvg_py"}
+    # the latter come with ipykernel
+    needed = {names.get(item.name, item.name) for item in wanted if not item.marker} | {"IPython", "jupyter_client"}
+    extras = {names.get(item.name, item.name)
+              for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders") for item in wanted
+              if item.marker and item.marker.evaluate({"extra": extra})}
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"fastcore|\btest_(eq|fail|close)\(", text), f"{path.name}: fastcore is a package of the makers; say assert, or try/except/else"
+        assert not re.search(r"fastcore|\btest_(eq|fail|close)\(",
+                             text), f"{path.name}: fastcore is a package of the makers; say assert, or try/except/else"
         assert imported(path) <= needed | extras | {"ipykernel"}, path.name
 
 
 def test_no_message_sends_anybody_to_an_index_for_the_kit():
     for path in [*(ROOT / "lagm").glob("*.py"), *NOTEBOOKS]:
-        assert not re.search(r"pip install ['\"]?lagm\[", path.read_text(encoding="utf-8")), f"{path.name}: use install_advice"
+        assert not re.search(r"pip install ['\"]?lagm\[",
+                             path.read_text(encoding="utf-8")), f"{path.name}: use install_advice"
 
 
 # ---- the wheel
@@ -55,8 +62,12 @@ def test_no_message_sends_anybody_to_an_index_for_the_kit():
 
 def python(*words, cwd, **environment):
     """Run a program of an environment; its output."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LAGM_HOME", "VIRTUAL_ENV", "PYTHONHOME")}
-    done = subprocess.run([str(word) for word in words], cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}, capture_output=True, text=True, timeout=300)
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("PYTHONPATH", "LAGM_HOME", "VIRTUAL_ENV", "PYTHONHOME")}
+    done = subprocess.run([str(word) for word in words], cwd=cwd,
+                          env=clean | {"OMP_NUM_THREADS": "1"}
+                          | {name: str(value) for name, value in environment.items()}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -65,7 +76,8 @@ def python(*words, cwd, **environment):
 def wheel(tmp_path_factory):
     """Built from a copy, so that nothing is left in the checkout."""
     base = tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(["git", "ls-files", "-z", "lagm", "nbs", "setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "Makefile"], cwd=ROOT, capture_output=True, text=True)
+    files = subprocess.run(["git", "ls-files", "-z", "lagm", "nbs", "setup.py", "settings.ini", "MANIFEST.in",
+                            "README.md", "LICENSE", "NOTICE", "Makefile"], cwd=ROOT, capture_output=True, text=True)
     if files.returncode: pytest.skip("not a git checkout")
     for name in filter(None, files.stdout.split("\0")):
         target = base / "source" / name
@@ -76,7 +88,8 @@ def wheel(tmp_path_factory):
     stale = base / "source" / "build" / "lib" / "lagm" / "_experiments"
     stale.mkdir(parents=True)
     (stale / "removed_long_ago.ipynb").write_text("{}")
-    python(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *(["--no-build-isolation"] if HAS_TOOLS else []), "-w", base / "dist", base / "source", cwd=base)
+    python(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *(["--no-build-isolation"] if HAS_TOOLS else []),
+           "-w", base / "dist", base / "source", cwd=base)
     assert not (base / "source" / "lagm" / "_experiments").exists()
     (found,) = (base / "dist").glob("lagm-*.whl")
     return found
@@ -89,8 +102,10 @@ def installed(wheel, tmp_path_factory):
     venv.create(base / "venv", with_pip=False)
     bin = base / "venv" / ("Scripts" if os.name == "nt" else "bin")
     (packages,) = (base / "venv").glob("lib/python3.*/site-packages")
-    (packages / "others.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("site-packages")))  # whose own .pth files, such as the checkout's, are not read
-    python(sys.executable, "-m", "pip", "--python", bin / "python", "install", "-q", "--no-deps", "--no-index", wheel, cwd=base)
+    # whose own .pth files, such as the checkout's, are not read
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("site-packages")))
+    python(sys.executable, "-m", "pip", "--python", bin / "python", "install", "-q", "--no-deps", "--no-index", wheel,
+           cwd=base)
     where = python(bin / "python", "-c", "import lagm, torch; print(lagm.__file__)", cwd=base).strip()
     assert Path(where).is_relative_to(packages), where
     return bin
@@ -102,18 +117,26 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     kernel = home / ".local" / "share" / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
-    (kernel / "kernel.json").write_text(json.dumps({"argv": [str(home / "no" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "other", "language": "python"}))
+    (kernel / "kernel.json").write_text(json.dumps({"argv": [str(home / "no" / "python"), "-m", "ipykernel_launcher",
+                                                             "-f", "{connection_file}"], "display_name": "other",
+                                                    "language": "python"}))
     return home
 
 
 def test_what_is_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    experiments = {path.relative_to(ROOT / "nbs" / "experiments").as_posix() for kind in ("ipynb", "yaml") for path in (ROOT / "nbs" / "experiments").rglob(f"[!.]*.{kind}") if ".ipynb_checkpoints" not in path.parts}
-    assert {name.removeprefix("lagm/_experiments/") for name in names if name.startswith("lagm/_experiments/")} == experiments | {"Snakefile"} and len(experiments) > 80
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "lagm" / "assets").rglob("*") if path.is_file()} <= names
+    experiments = {path.relative_to(ROOT / "nbs" / "experiments").as_posix() for kind in ("ipynb", "yaml")
+                   for path in (ROOT / "nbs" / "experiments").rglob(f"[!.]*.{kind}")
+                   if ".ipynb_checkpoints" not in path.parts}
+    assert ({name.removeprefix("lagm/_experiments/") for name in names if name.startswith("lagm/_experiments/")}
+            == experiments | {"Snakefile"} and len(experiments) > 80)
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "lagm" / "assets").rglob("*")
+            if path.is_file()} <= names
     metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
-    assert f"Version: {importlib.metadata.version('lagm')}\n" in metadata and (ROOT / "README.md").read_text(encoding="utf-8")[:500] in metadata
-    assert "lagm = lagm.cli:main" in zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert (f"Version: {importlib.metadata.version('lagm')}\n" in metadata
+            and (ROOT / "README.md").read_text(encoding="utf-8")[:500] in metadata)
+    assert "lagm = lagm.cli:main" in zipfile.ZipFile(wheel).read(next(name for name in names
+                                                                      if name.endswith("entry_points.txt"))).decode()
 
 
 SESSION = r"""
@@ -163,7 +186,8 @@ def test_commands_in_an_empty_folder(installed, home, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
-TRY = ["-p", "iterations", "2", "-p", "warm_up", "2", "-p", "supervised_steps", "2", "-p", "test_pictures", "16", "-p", "width", "8"]
+TRY = ["-p", "iterations", "2", "-p", "warm_up", "2", "-p", "supervised_steps", "2", "-p", "test_pictures", "16", "-p",
+       "width", "8"]
 PREDICTING = """
 import sys
 from pathlib import Path
@@ -180,7 +204,8 @@ sys.exit(main(["predict", "s.safetensors", "pictures", "-o", "found", "--device"
 def test_the_quickstart_where_lagm_home_says(installed, home, tmp_path):
     here, project = tmp_path / "here", tmp_path / "project"
     here.mkdir()
-    said = python(installed / "lagm", "run", "quickstart", *TRY, cwd=here, HOME=home, LAGM_HOME=os.path.join("..", "project"))
+    said = python(installed / "lagm", "run", "quickstart", *TRY, cwd=here, HOME=home,
+                  LAGM_HOME=os.path.join("..", "project"))
     results = project / "outputs" / "quickstart"
     assert str(results) in said and json.loads((results / "metrics.json").read_text())
     assert list(here.iterdir()) == [] and [path.name for path in project.iterdir()] == ["outputs"]

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from lagm.ops import winograd as winograd
 from lagm.core.errors import InputError
 from lagm.matching.forward import directional_derivative, match_forward_mode
 from lagm.matching.gradients import labelled_gradient, match_double_backward
 from lagm.matching.tangents import record
+from lagm.models.segmenters import UNet, matched_parameter_names
+from lagm.ops import winograd as winograd
 from lagm.ops.convolutions import FastConvolutions, WinogradConv2d, winograd_conv2d, winograd_fits
 from lagm.ops.winograd import fused_winograd, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
-from lagm.models.segmenters import UNet, matched_parameter_names
 from lagm.training.recipe import PAPER, get_recipe
 from lagm.training.state import TrainState, surroundings
 from lagm.training.steps import supervised_step
@@ -39,19 +39,27 @@ def uncompiled(monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(batch=st.integers(1, 3), inputs=st.integers(1, 9), outputs=st.integers(1, 9), height=st.integers(1, 30), width=st.integers(1, 30), dilation=st.integers(1, 5),
-       seed=st.integers(0, 99), channels_last=st.booleans(), at_once=st.sampled_from([1, winograd.AT_ONCE]), many=st.sampled_from([1, 10**9]))
-def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height, width, dilation, seed, channels_last, at_once, many):
+@given(batch=st.integers(1, 3), inputs=st.integers(1, 9), outputs=st.integers(1, 9), height=st.integers(1, 30),
+       width=st.integers(1, 30), dilation=st.integers(1, 5),
+       seed=st.integers(0, 99), channels_last=st.booleans(), at_once=st.sampled_from([1, winograd.AT_ONCE]),
+       many=st.sampled_from([1, 10**9]))
+def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height, width, dilation, seed, channels_last,
+                                                 at_once, many):
     """In double precision, for any size; whatever is done at once, by either kind of product."""
     rng = torch.Generator().manual_seed(seed)
-    x, weight, gradient = (torch.randn(*shape, dtype=torch.double, generator=rng) for shape in ((batch, inputs, height, width), (outputs, inputs, 3, 3), (batch, outputs, height, width)))
-    if channels_last: x, weight, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, gradient))
+    x, weight, gradient = (torch.randn(*shape, dtype=torch.double, generator=rng)
+                           for shape in ((batch, inputs, height, width), (outputs, inputs, 3, 3),
+                                         (batch, outputs, height, width)))
+    if channels_last:
+        x, weight, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, gradient))
     expected = F.conv2d(x, weight, padding=dilation, dilation=dilation)
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1, [True, True, False])
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, [1, 1], [dilation] * 2,
+                                                             [dilation] * 2, False, [0, 0], 1, [True, True, False])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "AT_ONCE", at_once)
         patch.setattr(winograd, "MANY_TILES", many)
-        ours = tiled_conv2d(x, weight, dilation, False), tiled_conv2d(gradient, weight, dilation, True), tiled_weight_gradient(x, gradient, dilation)
+        ours = (tiled_conv2d(x, weight, dilation, False), tiled_conv2d(gradient, weight, dilation, True),
+                tiled_weight_gradient(x, gradient, dilation))
     for a, b in zip(ours, (expected, of_x, of_weight), strict=True):
         assert a.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * (1 + b.abs().max().item()))
@@ -60,37 +68,45 @@ def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height,
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_derivatives_of_first_and_second_order_and_forward_mode(uncompiled, dilation):
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((2, 2, 5, 6), (3, 2, 3, 3), (3,)))
+    x, weight, bias = (torch.randn(*shape, dtype=torch.double, requires_grad=True)
+                       for shape in ((2, 2, 5, 6), (3, 2, 3, 3), (3,)))
     with fused_winograd():
         def convolve(x, weight, bias): return winograd_conv2d(x, weight, bias, dilation)
         assert torch.autograd.gradcheck(convolve, (x, weight, bias), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(convolve, (x, weight, bias))
         swapped = torch.randn(2, 3, 5, 6, dtype=torch.double, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, weight: WinogradConv2d.apply(x, weight, dilation, True), (swapped, weight), check_forward_ad=True)
+        assert torch.autograd.gradcheck(lambda x, weight: WinogradConv2d.apply(x, weight, dilation, True),
+                                        (swapped, weight), check_forward_ad=True)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_a_backward_pass_after_the_context_is_right(uncompiled, dilation):
     torch.manual_seed(0)
-    x, weight, gradient = torch.randn(2, 8, 20, 20, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True), torch.randn(2, 8, 20, 20)
+    x, weight, gradient = (torch.randn(2, 8, 20, 20, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True),
+                           torch.randn(2, 8, 20, 20))
     with fused_winograd(): y = winograd_conv2d(x, weight, None, dilation)
     expected = torch.autograd.grad(F.conv2d(x, weight, padding=dilation, dilation=dilation), (x, weight), gradient)
-    for ours, usual in zip(torch.autograd.grad(y, (x, weight), gradient), expected, strict=True): assert relative(ours, usual) < 1e-5
+    for ours, usual in zip(torch.autograd.grad(y, (x, weight), gradient), expected, strict=True):
+        assert relative(ours, usual) < 1e-5
 
 
 def test_tangents_by_tape_and_by_dual_numbers(uncompiled):
     torch.manual_seed(0)
     network, images = UNet(4, width=8, levels=2).train(), torch.randn(2, 3, 24, 24)
     direction = {name: torch.randn_like(p) for name, p in network.named_parameters() if p.ndim > 1}
-    exact = directional_derivative(copy.deepcopy(network).double(), {name: d.double() for name, d in direction.items()}, images.double())
+    exact = directional_derivative(copy.deepcopy(network).double(), {name: d.double() for name, d in direction.items()},
+                                   images.double())
     with fused_winograd(), FastConvolutions():
         result, tape = record(network, lambda: network(images).log_softmax(1), [*direction])
-        assert tape.problem is None and sum("_tiled" in apply.__qualname__ for _, _, apply in tape.records) == 10  # all of them
+        # all of them
+        assert tape.problem is None and sum("_tiled" in apply.__qualname__ for _, _, apply in tape.records) == 10
         by_tape, by_duals = tape.tangent(direction, result), directional_derivative(network, direction, images)
         first = network.inc.conv1.weight  # alone: its input stands still
         result, tape = record(network, lambda: network.inc.conv1(images), ["inc.conv1.weight"])
         alone = tape.tangent({"inc.conv1.weight": torch.ones_like(first)}, result)
-        result, tape = record(network, lambda: network.inc.conv2(images.repeat(1, 3, 1, 1)[:, :8] * network.inc.bn1.weight[:, None, None]), ["inc.bn1.weight"])
+        result, tape = record(network,
+                              lambda: network.inc.conv2(images.repeat(1, 3, 1, 1)[:, :8]
+                                                        * network.inc.bn1.weight[:, None, None]), ["inc.bn1.weight"])
         through = tape.tangent({"inc.bn1.weight": torch.ones(8)}, result)
     assert relative(by_tape, exact) < 1e-4 and relative(by_duals, exact) < 1e-4
     assert relative(alone, F.conv2d(images, torch.ones_like(first), padding=1)) < 1e-5
@@ -106,7 +122,8 @@ def matched(network, images, masks, labels, match):
 @pytest.mark.parametrize("match", [match_forward_mode, match_double_backward])
 def test_it_keeps_the_matching_gradient(uncompiled, match):
     torch.manual_seed(0)
-    segmenter, images, labels, masks = UNet(4, width=16, levels=2), torch.randn(2, 2, 3, 32, 32), torch.rand(2, 4, 32, 32).softmax(1), torch.randint(0, 4, (2, 32, 32))
+    segmenter, images, labels, masks = (UNet(4, width=16, levels=2), torch.randn(2, 2, 3, 32, 32),
+                                        torch.rand(2, 4, 32, 32).softmax(1), torch.randint(0, 4, (2, 32, 32)))
     exact = matched(copy.deepcopy(segmenter).double(), images.double(), masks, labels.double(), match)
     usual = matched(copy.deepcopy(segmenter), images, masks, labels, match)
     with fused_winograd(), FastConvolutions(): quick = matched(copy.deepcopy(segmenter), images, masks, labels, match)
@@ -117,7 +134,9 @@ def test_what_does_not_qualify_is_left_alone():
     weight = torch.randn(64, 64, 3, 3)
     with fused_winograd() as works:
         if not works: pytest.skip("needs torch.compile")
-        for x in (torch.randn(2, 64, 64, 64), torch.randn(2, 64, 128, 128, dtype=torch.double), torch.randn(2, 64, 128, 128, device="meta")): assert not winograd_fits(x, weight.to(x.dtype))
+        for x in (torch.randn(2, 64, 64, 64), torch.randn(2, 64, 128, 128, dtype=torch.double),
+                  torch.randn(2, 64, 128, 128, device="meta")):
+            assert not winograd_fits(x, weight.to(x.dtype))
         x = torch.randn(2, 64, 128, 128)
         assert winograd_fits(x, weight) and winograd_fits(x, weight, 2) and not winograd_fits(x, weight, 24)
         with torch.autocast("cpu", torch.bfloat16): assert not winograd_fits(x, weight)
@@ -144,33 +163,44 @@ def test_without_a_compiler_it_says_so_once_and_changes_nothing(monkeypatch):
 
 
 def test_the_recipe_switches_it_on_around_its_steps(uncompiled):
-    with pytest.raises(InputError, match="compile_convolutions.*fast_convolutions=True"): get_recipe("paper", compile_convolutions=True)
+    with pytest.raises(InputError, match="compile_convolutions.*fast_convolutions=True"):
+        get_recipe("paper", compile_convolutions=True)
     for on in (False, True):
-        with surroundings(dataclasses.replace(PAPER, fast_convolutions=on, compile_convolutions=on)): assert is_fused() == on
+        with surroundings(dataclasses.replace(PAPER, fast_convolutions=on, compile_convolutions=on)):
+            assert is_fused() == on
         assert not is_fused()
 
 
 @needs_compiler
 def test_compiled_it_is_the_same_function_and_compiles_few_times():
-    """Shapes, memory layouts, tapes and backward passes of all kinds share what is compiled: at most four versions of a sum (two layouts, batches of one), and no more for what comes later."""
+    """Shapes, memory layouts, tapes and backward passes of all kinds share what is compiled: at most four versions of a
+    sum (two layouts, batches of one), and no more for what comes later.
+    """
     torch.manual_seed(0)
     counters = torch._dynamo.utils.counters["stats"]
 
     def everything(batch, inputs, outputs, height, width, dilation, layout):
-        x, weight, dx, dweight, gradient = (torch.randn(*shape).contiguous(memory_format=layout) for shape in (2 * [(batch, inputs, height, width), (outputs, inputs, 3, 3)] + [(batch, outputs, height, width)]))
-        layer = torch.nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False).to(memory_format=layout)
+        x, weight, dx, dweight, gradient = (torch.randn(*shape).contiguous(memory_format=layout)
+                                            for shape in (2 * [(batch, inputs, height, width), (outputs, inputs, 3, 3)]
+                                                          + [(batch, outputs, height, width)]))
+        layer = torch.nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation,
+                                bias=False).to(memory_format=layout)
         layer.weight = torch.nn.Parameter(weight)
         y, tape = record(layer, lambda: layer(x))
         of_weight, = torch.autograd.grad(y, layer.weight, gradient)
         x.requires_grad_()
         of_x, = torch.autograd.grad(layer(x), x, gradient)
         tangent = tape.tangent({"weight": dweight}, y)
-        with forward_ad.dual_level(): both = forward_ad.unpack_dual(winograd_conv2d(forward_ad.make_dual(x.detach(), dx), forward_ad.make_dual(weight, dweight), None, dilation)).tangent
+        with forward_ad.dual_level():
+            both = forward_ad.unpack_dual(winograd_conv2d(forward_ad.make_dual(x.detach(), dx),
+                                                          forward_ad.make_dual(weight, dweight), None,
+                                                          dilation)).tangent
         def exact(x, weight): return F.conv2d(x.double(), weight.double(), padding=dilation, dilation=dilation)
         x = x.detach()
         settings = [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1, [True, True, False]
         gradients = torch.ops.aten.convolution_backward(gradient.double(), x.double(), weight.double(), None, *settings)
-        for ours, expected in ((y, exact(x, weight)), (of_x, gradients[0]), (of_weight, gradients[1]), (tangent, exact(x, dweight)), (both, exact(dx, weight) + exact(x, dweight))):
+        for ours, expected in ((y, exact(x, weight)), (of_x, gradients[0]), (of_weight, gradients[1]),
+                               (tangent, exact(x, dweight)), (both, exact(dx, weight) + exact(x, dweight))):
             assert relative(ours, expected) < 2e-5
 
     with fused_winograd() as works, FastConvolutions():
@@ -190,11 +220,15 @@ def test_compiled_it_is_the_same_function_and_compiles_few_times():
 
 @needs_compiler
 def test_a_training_step_with_it_is_the_same_step():
-    """The first step of a U-Net's supervised training, compiled, against the usual one: the same but for rounding, and again to the bit."""
+    """The first step of a U-Net's supervised training, compiled, against the usual one: the same but for rounding, and
+    again to the bit.
+    """
     torch.manual_seed(0)
     start, images, masks = UNet(4, width=64, levels=1), torch.randn(2, 3, 64, 64), torch.randint(0, 4, (2, 64, 64))
     weights = []
-    for recipe in (PAPER, *2 * [dataclasses.replace(PAPER, channels_last=True, fast_convolutions=True, compile_convolutions=True)]):
+    for recipe in (PAPER, *2
+                   * [dataclasses.replace(PAPER, channels_last=True, fast_convolutions=True,
+                                          compile_convolutions=True)]):
         network = copy.deepcopy(start)
         players = TrainState(network, None, recipe, torch.device("cpu"))
         players.begin({"segmenter": 0.1}, averaged=False)
@@ -202,4 +236,5 @@ def test_a_training_step_with_it_is_the_same_step():
         weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     usual, quick, again = weights
     origin = torch.cat([p.detach().flatten() for p in start.parameters()])
-    assert torch.equal(quick, again) and not torch.equal(usual, quick) and (quick - usual).norm() < 1e-4 * (usual - origin).norm()
+    assert (torch.equal(quick, again) and not torch.equal(usual, quick)
+            and (quick - usual).norm() < 1e-4 * (usual - origin).norm())

@@ -2,18 +2,19 @@
 
 import torch
 
-from lagm.models.annotator import FPNAnnotator
-from lagm.generators.contract import FrozenGenerator, Sampling
 from lagm.data.labels import LabelSet
-from lagm.models.segmenters import UNet
+from lagm.generators.contract import FrozenGenerator, Sampling
 from lagm.generators.stylegan2 import StyleGAN2
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.segmenters import UNet
 
 LABELS = LabelSet("three", ("background", "left", "bright"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)))
 
 
 def tiny_generator(seed=0):
     torch.manual_seed(seed)
-    return FrozenGenerator(StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8), Sampling(psi=0.9, cutoff=None))
+    return FrozenGenerator(StyleGAN2(16, z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8),
+                           Sampling(psi=0.9, cutoff=None))
 
 
 def tiny_annotators(generator, n=1):
@@ -29,7 +30,9 @@ def tiny_annotators(generator, n=1):
 
 
 def tiny_pictures(n=4, size=16, seed=0):
-    """Pictures of noise and a bright square, class 2, on a left half, class 1, that is a little darker than the right one."""
+    """Pictures of noise and a bright square, class 2, on a left half, class 1, that is a little darker than the right
+    one.
+    """
     rng = torch.Generator().manual_seed(seed)
     images, masks = 0.1 * torch.randn(n, 3, size, size, generator=rng), torch.zeros(n, size, size, dtype=torch.int64)
     images[:, :, :, : size // 2] -= 0.5

@@ -13,11 +13,36 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .pickle_names import (
-    CALLS, DICTS, LONGEST_NAME, RECORDS, STORAGES, allowed_name, is_extra, make_set, paid_key, raw_bytes)
-from .pickle_records import (
-    DO_NOT_OPEN, ENTRY, INSTRUCTION, OBJECT, ArrayType, Budget, Extra, LazyArray, LazyText, Name, Record, Source,
-    Storage, Unreadable, is_count, quoted)
+from lagm.core.pickle_names import (
+    CALLS,
+    DICTS,
+    LONGEST_NAME,
+    RECORDS,
+    STORAGES,
+    allowed_name,
+    is_extra,
+    make_set,
+    paid_key,
+    raw_bytes,
+)
+from lagm.core.pickle_records import (
+    DO_NOT_OPEN,
+    ENTRY,
+    INSTRUCTION,
+    OBJECT,
+    ArrayType,
+    Budget,
+    Extra,
+    LazyArray,
+    LazyText,
+    Name,
+    Record,
+    Source,
+    Storage,
+    Unreadable,
+    is_count,
+    quoted,
+)
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #c3e106ae
 class Stack:

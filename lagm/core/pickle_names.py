@@ -16,8 +16,20 @@ from typing import Any, Protocol
 import torch
 
 from lagm.core.pickle_records import (
-    DO_NOT_OPEN, ENTRY, NUMBER, ArrayType, Budget, LazyArray, LazyTensor, LazyText, Name, Record, Unreadable,
-    checked_shape, quoted)
+    DO_NOT_OPEN,
+    ENTRY,
+    NUMBER,
+    ArrayType,
+    Budget,
+    LazyArray,
+    LazyTensor,
+    LazyText,
+    Name,
+    Record,
+    Unreadable,
+    checked_shape,
+    quoted,
+)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #fb5a656a
 class Spender(Protocol):

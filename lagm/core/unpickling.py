@@ -20,8 +20,18 @@ import numpy as np
 
 from .pickle_machine import Machine, StorageTable
 from .pickle_names import LONGEST_NAME
-from .pickle_records import (
-    DO_NOT_OPEN, ArrayType, Budget, LazyArray, LazyTensor, Record, Source, Unreadable, quoted, reading)
+from lagm.core.pickle_records import (
+    DO_NOT_OPEN,
+    ArrayType,
+    Budget,
+    LazyArray,
+    LazyTensor,
+    Record,
+    Source,
+    Unreadable,
+    quoted,
+    reading,
+)
 
 # %% ../../nbs/reference/core/25_unpickling.ipynb #fd2e55a7
 MOST_ENTRIES = 50_000

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.files import inside, read_lines
 from .images import check_size
 from .label_maps import LABEL_MAPS, LabelMap
-from .labels import LabelSet, Labelled
+from .labels import Labelled, LabelSet
 
 # %% ../../nbs/reference/data/14_base.ipynb #beca22ab
 class PartDataset(Labelled, VisionDataset):

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..core.errors import InputError, printable
 from ..core.files import read_lines
 from .base import PartDataset, choose_split, find_map, need_path
+from .images import read_image, read_pair, to_item
 from .label_maps import CELEBA_19
 from .labels import IGNORE
-from .images import read_image, read_pair, to_item
 
 # %% ../../nbs/reference/data/14_celeba.ipynb #d2ba4fb8
 def merge_parts(

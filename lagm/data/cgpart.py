@@ -17,9 +17,8 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.files import inside
 from .base import PartDataset, find_map, listed_names, need_path
+from .images import check_size, list_files, read_mask, read_pair, to_item
 from .label_maps import get_labels
-from .images import list_files, read_mask, read_pair, to_item
-from .images import check_size
 
 # %% ../../nbs/reference/data/14_cgpart.ipynb #a4440739
 CGPART_MODELS = {

@@ -17,8 +17,17 @@ import numpy as np
 from ..core.errors import InputError, printable
 from ..core.files import read_json
 from .images import read_image
-from .import_folder import (
-    Import, ImportRecord, Imported, check_drawn_size, check_place, class_name, finish_import, identity, need_field)
+from lagm.data.import_folder import (
+    Import,
+    Imported,
+    ImportRecord,
+    check_drawn_size,
+    check_place,
+    class_name,
+    finish_import,
+    identity,
+    need_field,
+)
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from ..core.errors import InputError
 from ..core.files import inside, read_text
 from .images import IMAGE_SUFFIXES, read_mask
-from .import_folder import Import, ImportRecord, Imported, check_place, class_name, finish_import, work_folder
+from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import, work_folder
 from .import_names import Finder, Pictures, without_suffix
 from .labels import IGNORE, LabelSet
 

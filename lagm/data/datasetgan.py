@@ -16,11 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from ..core.errors import InputError
-from .base import PartDataset, choose_split, find_map, need_path
-from .label_maps import get_labels
-from .images import describe_file, read_pair, to_item
-from .images import check_classes
 from ..core.unpickling import read_arrays
+from .base import PartDataset, choose_split, find_map, need_path
+from .images import check_classes, describe_file, read_pair, to_item
+from .label_maps import get_labels
 
 # %% ../../nbs/reference/data/14_datasetgan.ipynb #73f69d03
 SPECK_PIXELS, SPECK_CLASSES = 30, range(1, 50)

@@ -22,9 +22,9 @@ from torchvision.datasets import VisionDataset
 
 from ..core.errors import InputError, printable
 from ..core.files import asset, read_json
-from .labels import IGNORE, LabelSet, Labelled
 from ..core.pickle_records import Unreadable
 from ..core.unpickling import read_npy
+from .labels import IGNORE, Labelled, LabelSet
 
 # %% ../../nbs/reference/data/10_demo.ipynb #7c2e8c0f
 SPLITS = ("train", "val", "test")

@@ -23,8 +23,15 @@ from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, write_json
-from .avatars import (
-    AvatarRecipe, Piece, get_avatar_recipe, load_definition, need_package, resolve_colour, split_seeds)
+from lagm.data.avatars import (
+    AvatarRecipe,
+    Piece,
+    get_avatar_recipe,
+    load_definition,
+    need_package,
+    resolve_colour,
+    split_seeds,
+)
 from .labels import CELEBA8, IGNORE
 
 # %% ../../nbs/reference/data/12_draw_avatars.ipynb #410476d6

@@ -18,8 +18,17 @@ from torch import Tensor
 from ..core.errors import InputError, same_name
 from ..core.files import atomic_path, read_lines
 from .base import PartDataset
-from .images import (
-    IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, read_image, read_mask, read_pair, save_mask, to_item)
+from lagm.data.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    by_name,
+    list_files,
+    read_image,
+    read_mask,
+    read_pair,
+    save_mask,
+    to_item,
+)
 from .label_maps import make_labels, write_classes
 from .labels import IGNORE, LabelSet, warn_of_absent
 
@@ -140,7 +149,8 @@ def _named(line: str, masks: Mapping[str, Path]) -> str:
 class Folder(PartDataset):
     """Pictures of your own: `images/`, `masks/` and `classes.txt`. Items are in alphabetical order.
 
-    `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name takes
+    `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name
+    takes
     the stems listed in `<split>.txt`.
 
     Parameters

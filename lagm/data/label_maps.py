@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic_path
 from ..core.errors import InputError
+from ..core.files import atomic_path
 from .labels import CELEBA8, IGNORE, LabelSet
 
 # %% ../../nbs/reference/data/06_label_maps.ipynb #300f8e21

@@ -22,8 +22,16 @@ import numpy as np
 from ..core.errors import InputError, printable
 from ..core.files import read_json
 from .images import IMAGE_SUFFIXES
-from .import_folder import (
-    Import, ImportRecord, Imported, check_drawn_size, check_place, class_name, finish_import, need_field)
+from lagm.data.import_folder import (
+    Import,
+    Imported,
+    ImportRecord,
+    check_drawn_size,
+    check_place,
+    class_name,
+    finish_import,
+    need_field,
+)
 from .import_names import Pictures, is_from_elsewhere, some_names, without_address
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet

@@ -18,23 +18,33 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import read_json
 from .images import decode_picture
-from .import_folder import (
-    Import, Imported, check_drawn_size, check_place, class_name, finish_import, need_field)
+from lagm.data.import_folder import (
+    Import,
+    Imported,
+    ImportRecord,
+    check_drawn_size,
+    check_place,
+    class_name,
+    finish_import,
+    need_field,
+)
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
 from .labels import LabelSet
 from .regions import number, paint, polygon_runs, shown, whole
-from .import_folder import ImportRecord
 
 # %% ../../nbs/reference/data/15_labelme.ipynb #655dd177
 def _points(shape: Any, least: int, most: int | None, size: tuple[int, int]) -> list[tuple[float, float]]:
     """The points of a shape, near the picture; `InputError` for too few or too many."""
     found = need_field(shape, "points", list, "a shape")
     if not least <= len(found) <= (most or len(found)):
-        raise InputError(f"a {shape.get('shape_type', 'polygon')} has {len(found)} points; it needs {least}" + ("" if most else " or more"))
+        raise InputError(f"a {shape.get('shape_type', 'polygon')} has {len(found)} points; it needs {least}"
+                         + ("" if most else " or more"))
     pairs = [point for point in found if isinstance(point, list) and len(point) == 2]
-    if len(pairs) < len(found): raise InputError(f"a point of a shape is {shown(next(p for p in found if p not in pairs))}, not two numbers")
-    return [tuple(number(value, "a coordinate of a shape", -side, 2 * side) for value, side in zip(pair, size)) for pair in pairs]
+    if len(pairs) < len(found):
+        raise InputError(f"a point of a shape is {shown(next(p for p in found if p not in pairs))}, not two numbers")
+    return [tuple(number(value, "a coordinate of a shape", -side, 2 * side) for value, side in zip(pair, size))
+            for pair in pairs]
 
 
 def _polygon(shape: Any, size: tuple[int, int]) -> np.ndarray:
@@ -62,7 +72,8 @@ def _painted(shape: Any, size: tuple[int, int]) -> np.ndarray:
     except (binascii.Error, ValueError) as error: raise InputError("the mask of a shape is not base64") from error
     mask = np.asarray(decode_picture(content, "the mask of a shape", max_pixels=4 * size[0] * size[1]).convert("L")) > 0
     (x, y), _ = _points(shape, 2, 2, size)
-    left, top = whole(math.floor(x), "a corner of a mask", -size[0], size[0]), whole(math.floor(y), "a corner of a mask", -size[1], size[1])
+    left, top = (whole(math.floor(x), "a corner of a mask", -size[0], size[0]),
+                 whole(math.floor(y), "a corner of a mask", -size[1], size[1]))
     found = np.zeros(size[::-1], bool)
     part = mask[max(0, -top): max(0, size[1] - top), max(0, -left): max(0, size[0] - left)]
     found[max(0, top): max(0, top) + part.shape[0], max(0, left): max(0, left) + part.shape[1]] = part
@@ -85,7 +96,8 @@ def _shapes(content: Any, what: str) -> list[tuple[str, str, dict]]:  # label, k
     found = []
     for i, shape in enumerate(need_field(content, "shapes", list, what)):
         where = f"shape {i + 1} of {what}"
-        kind = need_field(shape, "shape_type", str, where) if isinstance(shape, dict) and "shape_type" in shape else "polygon"
+        kind = (need_field(shape, "shape_type", str, where) if isinstance(shape, dict) and "shape_type" in shape
+                else "polygon")
         if kind not in DRAWN and kind not in WITHOUT_AREA:
             raise InputError(f"{where} is of the kind {shown(kind)}; known are {', '.join((*DRAWN, *WITHOUT_AREA))}")
         found.append((class_name(need_field(shape, "label", str, where), f"the label of {where}"), kind, shape))
@@ -119,7 +131,9 @@ def _class_list(shapes: Iterable[tuple[str, str, dict]], classes: Sequence[str] 
     """The background, then the labels, sorted or as given; `InputError` for a label that is not listed."""
     used = {label for label, kind, _ in shapes if kind in DRAWN} - {"background"}
     wanted = sorted(used) if classes is None else [c for c in classes if c != "background"]
-    if used - set(wanted): raise InputError(f"the label {sorted(used - set(wanted))[0]!r} is none of the classes given: {', '.join(wanted)}")
+    if used - set(wanted):
+        raise InputError(f"the label {sorted(used - set(wanted))[0]!r} is none of the classes given: "
+                         f"{', '.join(wanted)}")
     return make_labels(name, ["background", *wanted])
 
 
@@ -151,7 +165,8 @@ def import_labelme(
     folder, root = Path(export), check_place(root, images or export)
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with LabelMe's JSON files")
     good, bad = _read_files(folder)
-    if not good: raise InputError(f"no JSON file in {folder} is LabelMe's" + (f": {next(iter(bad.values()))}" if bad else ""))
+    if not good:
+        raise InputError(f"no JSON file in {folder} is LabelMe's" + (f": {next(iter(bad.values()))}" if bad else ""))
     labels = _class_list([shape for _, shapes in good.values() for shape in shapes], classes, root.name)
     work = Import(root, Pictures(images or folder, but=root), labels)
     for name, why in bad.items(): work.done.skip(name, why)
@@ -161,7 +176,8 @@ def import_labelme(
     def record(name: str) -> ImportRecord:
         content, shapes = good[name]
         drawn = [shape for shape in shapes if shape[1] in DRAWN]
-        if len(drawn) < len(shapes): work.done.notes.append(f"{name}: {len(shapes) - len(drawn)} points or lines have no area and are left out")
+        if len(drawn) < len(shapes):
+            work.done.notes.append(f"{name}: {len(shapes) - len(drawn)} points or lines have no area and are left out")
         draw = (lambda path, size: _mask(content, drawn, labels, size)) if drawn else None
         return ImportRecord(name, lambda: find(named[name]), draw, named[name])
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from .base import PartDataset, choose_split, listed_names, need_path
-from .label_maps import get_labels
 from .images import by_name, list_files, read_mask, read_pair, to_item
+from .label_maps import get_labels
 
 # %% ../../nbs/reference/data/14_pascal.ipynb #be2fd238
 class PascalPart(PartDataset):

@@ -30,8 +30,15 @@ from ..core.files import atomic_path, inside, read_json, read_lines, write_json
 from .images import read_image, read_mask, save_mask
 from .label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts
 from .pascal_boxes import cut_square, read_boxes, square_around, usable_boxes
-from .pascal_files import (
-    Unusable, decode_mask, encode_mask, need_pascal_extra, paint_parts, picture_place, read_annotation)
+from lagm.data.pascal_files import (
+    Unusable,
+    decode_mask,
+    encode_mask,
+    need_pascal_extra,
+    paint_parts,
+    picture_place,
+    read_annotation,
+)
 
 # %% ../../nbs/reference/data/17_prepare_pascal.ipynb #84b60046
 @dataclass

@@ -19,14 +19,14 @@ from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..core.registry import Registry
-from .demo import Avatars
 from .base import label_sets_of
 from .celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
 from .cgpart import CGPartReal, CGPartRendered
 from .datasetgan import DatasetGAN
-from .pascal import PascalPart
+from .demo import Avatars
 from .folder import Folder
 from .labels import LabelSet
+from .pascal import PascalPart
 
 # %% ../../nbs/reference/data/16_registry.ipynb #c9a6755a
 @dataclass(frozen=True)

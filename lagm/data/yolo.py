@@ -16,34 +16,39 @@ import yaml
 
 from ..core.errors import InputError, printable
 from ..core.files import read_lines, read_text
-from .import_folder import Import, Imported, check_place, class_name, finish_import
+from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
 from .regions import paint, polygon_runs, whole
-from .import_folder import ImportRecord
 
 # %% ../../nbs/reference/data/15_yolo.ipynb #591b500c
 def _names(value: Any, where: str) -> list[str]:
     """The names of data.yaml, a list or numbers with names; `InputError` if they do not count 0, 1, 2 ..."""
     if isinstance(value, dict):
         numbers = {whole(key, f"a class of {where}"): name for key, name in value.items()}
-        if sorted(numbers) != list(range(len(numbers))): raise InputError(f"{where} numbers its classes {sorted(numbers)}; they must be 0, 1, 2 ...")
+        if sorted(numbers) != list(range(len(numbers))):
+            raise InputError(f"{where} numbers its classes {sorted(numbers)}; they must be 0, 1, 2 ...")
         value = [numbers[i] for i in range(len(numbers))]
     if not isinstance(value, list) or not value: raise InputError(f"{where} has no names of classes")
     return [class_name(name, f"class {i} of {where}") for i, name in enumerate(value)]
 
 
 def yolo_classes(folder: Path, classes: Sequence[str] | None = None) -> list[str]:
-    """The names of the classes, without the background: as given, of data.yaml, or of classes.txt. `InputError` without any."""
+    """The names of the classes, without the background: as given, of data.yaml, or of classes.txt.
+
+    `InputError` without any.
+    """
     if classes is not None: return _names(list(classes), "the list of classes")
     for path in (folder / "data.yaml", *sorted(folder.glob("*.yaml"))):
         if not path.is_file(): continue
         try: found = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error: raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if isinstance(found, dict) and "names" in found: return _names(found["names"], str(path))
     for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
         if path.is_file(): return _names(read_lines(path), str(path))
-    raise InputError(f"{folder} does not name its classes: there is no data.yaml with names, and no classes.txt; give them")
+    raise InputError(f"{folder} does not name its classes: there is no data.yaml with names, and no classes.txt; give "
+                     "them")
 
 # %% ../../nbs/reference/data/15_yolo.ipynb #774692cf
 def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  # class, x1, y1, x2, y2 ... in 0..1
@@ -59,10 +64,13 @@ def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  
         if not line.strip(): continue
         try: number, *values = (float(word) for word in line.split())
         except ValueError as error: raise InputError(f"line {i} is {printable(line, 60)!r}, not numbers") from error
-        if number != int(number) or not 0 <= number < n_classes: raise InputError(f"line {i} has the class {number:g}; there are 0 to {n_classes - 1}")
+        if number != int(number) or not 0 <= number < n_classes:
+            raise InputError(f"line {i} has the class {number:g}; there are 0 to {n_classes - 1}")
         if len(values) == 4: raise InputError(f"line {i} is a box, not a polygon; export segments, not detections")
-        if len(values) < 6 or len(values) % 2: raise InputError(f"line {i} has {len(values)} coordinates; a polygon needs an even number from 6 on")
-        if not all(math.isfinite(value) and -0.01 <= value <= 1.01 for value in values): raise InputError(f"line {i} leaves the picture; coordinates are fractions, 0 to 1")
+        if len(values) < 6 or len(values) % 2:
+            raise InputError(f"line {i} has {len(values)} coordinates; a polygon needs an even number from 6 on")
+        if not all(math.isfinite(value) and -0.01 <= value <= 1.01 for value in values):
+            raise InputError(f"line {i} leaves the picture; coordinates are fractions, 0 to 1")
         found.append((int(number), values))
     return found
 
@@ -104,13 +112,15 @@ def import_yolo(
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with labels/")
     below = folder / "labels" if (folder / "labels").is_dir() else folder
     names = yolo_classes(folder, classes)
-    files = {path.relative_to(below).with_suffix("").as_posix(): path for path in sorted(below.rglob("*.txt")) if path.name != "classes.txt"}
+    files = {path.relative_to(below).with_suffix("").as_posix(): path for path in sorted(below.rglob("*.txt"))
+             if path.name != "classes.txt"}
     if not files: raise InputError(f"there are no label files (.txt) in {below}")
     work = Import(root, Pictures(images, but=root), make_labels(root.name, ["background", *names]))
     find = Finder(work.pictures, list(files), stems=True)
 
     def record(name: str) -> ImportRecord:
-        def draw(path: Path, size: tuple[int, int]) -> np.ndarray: return _drawn(yolo_polygons(read_text(files[name]), len(names)), size)
+        def draw(path: Path, size: tuple[int, int]) -> np.ndarray:
+            return _drawn(yolo_polygons(read_text(files[name]), len(names)), size)
         return ImportRecord(f"{name}.txt", lambda: find(name), draw, name)
 
     return finish_import(work, [record(name) for name in files], only_labelled, least)

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from ..core.errors import InputError, printable
 from ..core.files import inside
-from .transfer import check_room
 from ..data.images import describe_file
 from .sources import Source, file_problem
+from .transfer import check_room
 
 # %% ../../nbs/reference/download/18_archives.ipynb #5a98ee9e
 def _safe_members(archive: zipfile.ZipFile, folder: Path) -> list[zipfile.ZipInfo]:

@@ -17,9 +17,17 @@ from typing import Any
 
 from ..core.errors import InputError, printable
 from .archives import find_root, put_in_place, remove_path, swap_in
-from .transfer import (
-    ATTEMPTS, MOST, TIMEOUT, Unavailable, check_room, open_session, optional_module, transfer)
 from .sources import SOURCES, Source, file_problem, get_source
+from lagm.download.transfer import (
+    ATTEMPTS,
+    MOST,
+    TIMEOUT,
+    Unavailable,
+    check_room,
+    open_session,
+    optional_module,
+    transfer,
+)
 
 # %% ../../nbs/reference/download/18_fetch.ipynb #6ca32198
 def describe_source(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..data.images import describe_file, open_picture
 from ..core.unpickling import read_arrays
+from ..data.images import describe_file, open_picture
 
 # %% ../../nbs/reference/download/11_sources.ipynb #a2b79337
 NVIDIA, NOT_STATED = (

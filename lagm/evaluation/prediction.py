@@ -22,15 +22,14 @@ from tqdm import tqdm
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, write_json
 from ..core.seeds import choose_device
-from ..data.images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, read_image
+from ..data.exporters import coco_annotations, coco_categories
+from ..data.images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, png, read_image
 from ..data.labels import CELEBA8, LabelSet, colourise
 from .metrics import metrics_from_counts, predict
 from .record import evaluation_report
-from ..data.exporters import coco_annotations, coco_categories
 from ..models.modes import eval_mode
 from ..models.results import load_results
 from ..models.saved import POLICIES, find_segmenters
-from ..data.images import png
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #d5be5b7c
 @dataclass(frozen=True)

@@ -25,10 +25,20 @@ import yaml
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #d4bca730
 from ..core.errors import InputError
 from ..core.files import asset, read_text
-from .notebooks import (
-    experiment_folder, experiment_name, fit_parameters, is_finished, named_paths, purpose, working_folder)
-from .notebooks import read_parameter_file, read_parameters, read_record, read_yaml
 from ..download.sources import SOURCES, source_problem
+from lagm.experiments.notebooks import (
+    experiment_folder,
+    experiment_name,
+    fit_parameters,
+    is_finished,
+    named_paths,
+    purpose,
+    read_parameter_file,
+    read_parameters,
+    read_record,
+    read_yaml,
+    working_folder,
+)
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #056ba969
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from ..core.errors import InputError
 from ..data.registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
-from .notebooks import find_experiment, list_experiments, named_paths
 from ..download.sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
+from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
+from .notebooks import find_experiment, list_experiments, named_paths
 from .stages import splits_of
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160

@@ -645,19 +645,23 @@ def default_output(
     return output.relative_to(here) if output.is_relative_to(here) else output
 
 # %% ../../nbs/reference/experiments/90_notebooks.ipynb #977ff3e5
-SPEED = ("device", "threads", "workers", "processes", "evaluation_batch", "checkpoint_every")  # parameters that change no result
+# parameters that change no result
+SPEED = ("device", "threads", "workers", "processes", "evaluation_batch", "checkpoint_every")
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     """The texts among the values of parameters, items of lists as "name[0]"; without out_dir and what is no input."""
-    flat = {f"{name}[{i}]": item for name, value in values.items() if isinstance(value, list) for i, item in enumerate(value)}
-    return {name: value for name, value in (dict(values) | flat).items() if isinstance(value, str) and value and name not in ("out_dir", *SPEED)}
+    flat = {f"{name}[{i}]": item for name, value in values.items() if isinstance(value, list)
+            for i, item in enumerate(value)}
+    return {name: value for name, value in (dict(values) | flat).items()
+            if isinstance(value, str) and value and name not in ("out_dir", *SPEED)}
 
 
 def named_paths(
     values: Mapping[str, Any],  # parameters
 ) -> dict[str, str]:  # by parameter name, items of lists as "name[0]"; without out_dir
-    """The paths among the values of parameters, by their looks: texts with a slash in them, or that end like the name of a file.
+    """The paths among the values of parameters, by their looks: texts with a slash in them, or that end like the name
+    of a file.
 
     Parameters
     ----------
@@ -669,7 +673,8 @@ def named_paths(
     dict[str, str]
         by parameter name, items of lists as "name[0]"; without out_dir
     """
-    return {name: value for name, value in _texts(values).items() if "/" in value or re.fullmatch(r"\S+\.[A-Za-z][A-Za-z0-9]{1,11}", value)}
+    return {name: value for name, value in _texts(values).items()
+            if "/" in value or re.fullmatch(r"\S+\.[A-Za-z][A-Za-z0-9]{1,11}", value)}
 
 
 def _read_below(values: Mapping[str, Any]) -> list[str]:

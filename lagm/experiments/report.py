@@ -26,7 +26,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #7cc3716a
-from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, read_json
 from ..data.registry import EXPERIMENTS
@@ -34,6 +33,7 @@ from ..evaluation.curves import curves
 from ..evaluation.figures import panels, plain_label
 from ..evaluation.metrics import Metrics
 from ..evaluation.tables import iou_bars
+from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
 from .notebooks import read_record, unfinished_copy
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #79f6eb8f
@@ -697,7 +697,8 @@ class Section:
 
 STYLE = ("body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
          "td,th{border:1px solid #ccc;padding:.2em .5em;text-align:left}img{max-width:100%}figure{margin:1em 0}")
-PAGE = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
+PAGE = ('<!doctype html>\n<html lang="en"><head><meta '
+        'charset="utf-8"><title>{title}</title><style>{style}</style></head>'
         "\n<body>\n{body}\n</body></html>\n")
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,25 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.iorw import LocalHandler, papermill_io
 from traitlets.config import Config
-import traceback
+
 from ..core.errors import printable
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #94ac3e5a
 from ..core.errors import InputError
 from ..core.files import atomic_path
 from ..core.provenance import provenance
-from .notebooks import (
-    as_stored, check_parameters, describe_inputs, effective_parameters, is_finished, known_sums, read_notebook,
-    read_parameters, read_record, unfinished_copy)
+from lagm.experiments.notebooks import (
+    as_stored,
+    check_parameters,
+    describe_inputs,
+    effective_parameters,
+    is_finished,
+    known_sums,
+    read_notebook,
+    read_parameters,
+    read_record,
+    unfinished_copy,
+)
 from ..training.checkpoints import folder_lock, set_aside
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #3976561b
@@ -73,7 +83,8 @@ class RunError(RuntimeError):
 
 
 def _explained(error: Exception, notebook: Path, output: Path) -> Exception:
-    """What to raise for an error of papermill or its kernel: `InputError` if a cell raised one, `RunError`, or itself."""
+    """What to raise for an error of papermill or its kernel: `InputError` if a cell raised one, `RunError`, or itself.
+    """
     advice = "the cells before it are there too, and the same call again goes on from what is saved"
     if isinstance(error, papermill.PapermillExecutionError):
         cell, message = f"cell [{error.exec_count}] of {output}", str(error.evalue).strip()

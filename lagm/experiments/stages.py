@@ -35,10 +35,11 @@ from ..generators.load import load_generator
 from ..generators.weights import check_version
 from ..models.annotator import FPNAnnotator
 from ..models.results import Results, load_results
-from ..models.saved import find_segmenters as load_segmenters, save_networks, save_segmenter
+from ..models.saved import find_segmenters as load_segmenters
+from ..models.saved import save_networks, save_segmenter
 from ..models.segmenters import SEGMENTERS, build_segmenter
-from ..training.lagm import train_lagm
 from ..training.checkpoints import set_aside
+from ..training.lagm import train_lagm
 from ..training.recipe import Recipe, get_recipe
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #1e48307b

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #84ed5244
-from .catalogue import Run, missing_inputs
-from .running import explain_error
 from ..core.errors import InputError, printable
-from .running import run_notebook
+from .catalogue import Run, missing_inputs
+from .running import explain_error, run_notebook
 from ..training.checkpoints import folder_lock
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #b82f83e1

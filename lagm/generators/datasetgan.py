@@ -10,10 +10,19 @@ import re
 
 import torch
 
-from .formats import (
-    FORMATS, Found, GeneratorFormat, count_numbered, from_tensor, given, lazy_shape, on_meta, plain_weights)
-from .stylegan1 import StyleGAN1
 from ..core.pickle_records import LazyTensor, Unreadable
+from lagm.generators.formats import (
+    FORMATS,
+    Found,
+    GeneratorFormat,
+    count_numbered,
+    from_tensor,
+    given,
+    lazy_shape,
+    on_meta,
+    plain_weights,
+)
+from .stylegan1 import StyleGAN1
 
 # %% ../../nbs/reference/generators/26_datasetgan.ipynb #26c00001
 def datasetgan(

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.errors import InputError
+from ..core.pickle_machine import read_legacy_torch, read_pickle
+from ..core.pickle_records import Extra, LazyArray, LazyTensor, Record, Unreadable, forget_pages, quoted
 from ..core.registry import Registry
 from ..core.tensors import all_finite
-from .weights import as_weight, check_names
-from .stylegan2_ops import resampling_filter
-from ..core.pickle_machine import read_legacy_torch, read_pickle
-from ..core.pickle_records import Extra, LazyArray, LazyTensor, Unreadable, forget_pages, quoted
 from ..core.unpickling import read_torch_zip
-from ..core.pickle_records import Record
+from .stylegan2_ops import resampling_filter
+from .weights import as_weight, check_names
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #b5378d52
 WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what to do

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import datasetgan, nvidia, rosinality  # noqa: F401 (they register their formats)
 from ..core.errors import InputError, printable
 from ..core.files import asset
+from ..core.pickle_records import GET_AGAIN, reading
 from ..core.registry import from_package
 from ..core.seeds import random_generator
 from ..core.tensors import describe_tensors, load_tensors
+from ..core.unpickling import read_arrays
+from . import datasetgan, nvidia, rosinality  # noqa: F401 (they register their formats)
 from .contract import FrozenGenerator, Sampling
 from .formats import FORMATS, Found, fill_network, generator_in, name_other, recognise
-from .weights import generator_header, network_from_tensors, of_class
 from .stylegan1 import StyleGAN1
-from ..core.pickle_records import GET_AGAIN, reading
-from ..core.unpickling import read_arrays
+from .weights import generator_header, network_from_tensors, of_class
 
 # %% ../../nbs/reference/generators/26_load.ipynb #c2394c49
 MEAN_OF = 8000  # latents

@@ -12,13 +12,21 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .formats import (
-    FORMATS, Found, GeneratorFormat, Weight, check_classes, filter_weights, from_tensor, given, on_meta)
+from ..core.pickle_records import ArrayType, LazyArray, Record, Unreadable, quoted
+from ..core.unpickling import module_tensors
+from lagm.generators.formats import (
+    FORMATS,
+    Found,
+    GeneratorFormat,
+    Weight,
+    check_classes,
+    filter_weights,
+    from_tensor,
+    given,
+    on_meta,
+)
 from .stylegan2 import StyleGAN2
 from .stylegan2_ops import resampling_filter
-from ..core.pickle_records import ArrayType, LazyArray, Unreadable, quoted
-from ..core.unpickling import module_tensors
-from ..core.pickle_records import Record
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #752e39e2
 TF_SIZES = {

@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.seeds import random_generator
-from .formats import (
-    FORMATS, Found, GeneratorFormat, Weight, count_numbered, filter_weights, from_tensor, given, lazy_shape,
-    lazy_tensor, on_meta, plain_weights)
 from ..core.pickle_records import Unreadable, quoted
+from ..core.seeds import random_generator
+from lagm.generators.formats import (
+    FORMATS,
+    Found,
+    GeneratorFormat,
+    Weight,
+    count_numbered,
+    filter_weights,
+    from_tensor,
+    given,
+    lazy_shape,
+    lazy_tensor,
+    on_meta,
+    plain_weights,
+)
 from .stylegan2 import StyleGAN2
 from .stylegan2_ops import resampling_filter
 

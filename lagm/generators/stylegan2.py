@@ -16,12 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .stylegan2_arguments import ReleasedArguments, block_widths, check_layer, check_sizes
-from .stylegan2_arguments import mapping_arguments, synthesis_arguments
-from .stylegan2_ops import SkipConv, convolve, remembered, resampling_filter
-from .stylegan2_ops import scale_and_shift, scale_channels, upsample2x
-from .contract import Generated
-from .contract import NOISE_MODES
+from .contract import NOISE_MODES, Generated
+from lagm.generators.stylegan2_arguments import (
+    ReleasedArguments,
+    block_widths,
+    check_layer,
+    check_sizes,
+    mapping_arguments,
+    synthesis_arguments,
+)
+from lagm.generators.stylegan2_ops import (
+    SkipConv,
+    convolve,
+    remembered,
+    resampling_filter,
+    scale_and_shift,
+    scale_channels,
+    upsample2x,
+)
 
 # %% ../../nbs/book/03_stylegan2.ipynb #d6b782b8
 SQRT2 = math.sqrt(2)

@@ -17,19 +17,27 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import InputError, same_name
-from ..data.label_maps import write_classes
 from ..data.folder import read_classes
-from ..data.label_maps import make_labels
+from lagm.data.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    by_name,
+    check_classes,
+    list_files,
+    read_image,
+    read_mask,
+    read_pair,
+    save_mask,
+)
+from ..data.label_maps import make_labels, write_classes
 from ..data.labels import IGNORE, LabelSet
-from ..data.images import IMAGE_SUFFIXES, MASK_SUFFIXES, by_name, list_files, read_image, read_mask
-from ..data.images import check_classes
-from ..data.images import read_pair, save_mask
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #fd739b24
 def check_parts(labels: LabelSet) -> LabelSet:
     """The label set; `InputError` if it has no part besides the background."""
     if labels.n_classes > 1: return labels
-    raise InputError(f"there is one class only, {labels.classes[0]}; give the background and at least one part: background,skin,...")
+    raise InputError(f"there is one class only, {labels.classes[0]}; give the background and at least one part: "
+                     "background,skin,...")
 
 
 def agree_on_classes(
@@ -61,7 +69,8 @@ def agree_on_classes(
 class Album:
     """A folder of pictures and the masks painted so far: `masks/NAME.png`, a palette PNG; 255 is not labelled yet.
 
-    The pictures are in `images/`, or, without such a folder, in the folder itself. Raises `InputError` if there are none.
+    The pictures are in `images/`, or, without such a folder, in the folder itself. Raises `InputError` if there are
+    none.
 
     Parameters
     ----------
@@ -85,7 +94,9 @@ class Album:
         if not found: raise InputError(f"there are no pictures in {where} ({', '.join(IMAGE_SUFFIXES)})")
         self.images = dict(sorted(by_name(found, where, "two pictures that would share one mask").items()))
         unknown = sorted(set(names or ()) - set(self.images))
-        if unknown: raise InputError(f"there is no picture {unknown[0]!r} in {where}; it holds {', '.join(list(self.images)[:8])}")
+        if unknown:
+            raise InputError(f"there is no picture {unknown[0]!r} in {where}; it holds "
+                             f"{', '.join(list(self.images)[:8])}")
         self.names = list(self.images) if names is None else list(names)
         self.labels = agree_on_classes(self.folder, classes)
 
@@ -132,7 +143,8 @@ def save_painted(
     index: int,
     mask: np.ndarray,  # (H, W) class numbers of the upright picture, 255 = not labelled yet
 ) -> float:  # the labelled share of the picture, 0 to 1
-    """Write a mask, whole or not at all; `InputError` if it does not fit the picture or holds a number that is no class.
+    """Write a mask, whole or not at all; `InputError` if it does not fit the picture or holds a number that is no
+    class.
 
     Parameters
     ----------
@@ -146,7 +158,8 @@ def save_painted(
     """
     width, height = album.image(index).size
     if mask.shape != (height, width):
-        raise InputError(f"{album.names[index]} is {width} x {height} pixels, its mask {mask.shape[1]} x {mask.shape[0]}; "
+        raise InputError(f"{album.names[index]} is {width} x {height} pixels, its mask {mask.shape[1]} x "
+                         f"{mask.shape[0]}; "
                          "open the picture again")
     path, old = album.mask_path(index), _stored_mask(album, index)
     check_classes(mask, album.labels.n_classes, path)
@@ -203,7 +216,8 @@ def mask_from_bytes(
     """
     width, height = album.image(index).size
     if len(content) != width * height:
-        raise InputError(f"{album.names[index]} has {width * height} pixels, and {len(content)} came; open the picture again")
+        raise InputError(f"{album.names[index]} has {width * height} pixels, and {len(content)} came; open the picture "
+                         "again")
     return np.frombuffer(content, np.uint8).reshape(height, width)
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #6070fe35

@@ -15,9 +15,9 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import asset
 from ..core.provenance import install_advice
-from .album import Album, Desk
-from ..data.labels import LabelSet
 from ..data.images import IMAGE_SUFFIXES
+from ..data.labels import LabelSet
+from .album import Album, Desk
 
 try: import anywidget
 except ImportError: anywidget = None
@@ -39,7 +39,8 @@ def open_album(
     path = Path(pictures)
     if not path.is_file(): return Album(path, classes)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"{path} is no picture ({', '.join(IMAGE_SUFFIXES)}); give a picture, or a folder with pictures")
+        raise InputError(f"{path} is no picture ({', '.join(IMAGE_SUFFIXES)}); give a picture, or a folder with "
+                         "pictures")
     folder = path.parent.parent if path.parent.name == "images" else path.parent
     return Album(folder, classes, [path.stem])
 

@@ -17,8 +17,15 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from .distances import distance_and_derivative
-from .gradients import (
-    Match, at_least_float32, graph_of, log_probabilities, named_parameters, soft_cross_entropy, uncompiled)
+from lagm.matching.gradients import (
+    Match,
+    at_least_float32,
+    graph_of,
+    log_probabilities,
+    named_parameters,
+    soft_cross_entropy,
+    uncompiled,
+)
 from .tangents import NoTangent, record
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #85943942

@@ -97,7 +97,9 @@ def inspect(
             "parameters": sum(p.numel() for p in network.parameters()),
             "layers": count_layers(network),
         }
-        if role != "generator": facts[role] |= header[role]["arguments"]; continue
+        if role != "generator":
+            facts[role] |= header[role]["arguments"]
+            continue
         facts[role] |= {
             "resolution": network.img_resolution,
             "z_dim": network.z_dim,

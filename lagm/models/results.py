@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..core.errors import InputError, printable
-from ..generators.formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
 from ..core.pickle_records import LazyTensor, Record, Unreadable, reading
 from ..core.unpickling import module_tensors
+from ..generators.formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
 from .annotator import FPNAnnotator
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 

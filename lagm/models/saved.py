@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
+from ..core.pickle_records import Unreadable, quoted
 from ..core.provenance import provenance
 from ..core.tensors import describe_tensors, load_tensors, save_tensors
 from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet
-from .frozen import HeadedEncoder
 from ..generators.formats import count_numbered
-from ..core.pickle_records import Unreadable, quoted
 from ..generators.weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .annotator import FPNAnnotator
+from .frozen import HeadedEncoder
 from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
 
 # %% ../../nbs/reference/models/42_saved.ipynb #f6e8f56a

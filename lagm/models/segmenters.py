@@ -22,9 +22,9 @@ from torchvision.models import ResNet101_Weights
 from torchvision.models.segmentation import deeplabv3_resnet101
 
 from ..core.errors import InputError, printable
+from ..core.pickle_records import Unreadable
 from ..core.registry import Registry
 from ..generators.formats import count_numbered
-from ..core.pickle_records import Unreadable
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #116f8b7e
 class ConvBlock(nn.Module):
@@ -87,7 +87,8 @@ def unet_widths(
 class UNet(nn.Module):
     """U-Net with bilinear upsampling: pictures (B, in_channels, H, W) to logits (B, n_classes, H, W).
 
-    H and W are 2**levels or more; else it raises `InputError`. Parameter names as in the authors' released files: inc, down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
+    H and W are 2**levels or more; else it raises `InputError`. Parameter names as in the authors' released files: inc,
+    down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
 
     Parameters
     ----------

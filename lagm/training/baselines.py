@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.annotator import FPNAnnotator
 from ..core.errors import InputError
 from ..core.registry import Registry
 from ..core.values import check_fields
+from ..models.annotator import FPNAnnotator
 from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder
 from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes
-from .teachers import MEAN_TEACHER, SELF_TRAINING, train_mean_teacher, train_self_training
 from .lagm import train_lagm, train_supervised
 from .loop import Trained
 from .recipe import FAST, RECIPES, Recipe
+from .teachers import MEAN_TEACHER, SELF_TRAINING, train_mean_teacher, train_self_training
 from .weak_to_strong import WEAK_TO_STRONG, train_weak_to_strong
 
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #672d36b2

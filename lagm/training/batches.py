@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..data.augment import Augment, resize_nearest, wide_crop
-from ..models.contracts import Generator
 from ..core.seeds import random_generator
-from ..generators.contract import check_generated
+from ..data.augment import Augment, resize_nearest, wide_crop
 from ..data.labels import IGNORE
+from ..generators.contract import check_generated
+from ..models.contracts import Generator
 
 # %% ../../nbs/reference/training/52_batches.ipynb #85592c22
 class LabelledBatches:

@@ -33,13 +33,11 @@ from ..core.errors import InputError, printable
 from ..core.files import atomic_path
 from ..core.provenance import provenance
 from ..core.tensors import load_tensors, save_tensors
-from ..generators.weights import check_version
 from ..data.labels import LabelSet
-from ..generators.weights import NETWORKS
-from ..models.saved import describe_network
+from ..generators.weights import NETWORKS, check_version
+from ..models.saved import can_be_saved, describe_network
 from .processes import this_process
 from .state import Stage, TrainState, locate
-from ..models.saved import can_be_saved
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #beed4512
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and plain values for the header

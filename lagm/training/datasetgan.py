@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..core.values import check_fields
 from ..core.errors import InputError
 from ..core.seeds import choose_device, random_generator
+from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
 from ..models.modes import eval_mode, resting_modules, train_mode
-from .rivals import told
-from .shards import SyntheticDataset, generate, select
-from .synthetic import Plan
 from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
+from .rivals import told
+from .shards import SyntheticDataset, generate, select
+from .synthetic import Plan
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #72f4c3c5
 def _neighbours(at: Tensor, have: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +264,9 @@ class PixelEnsemble(Perceptrons):
         return x
 
     def annotators(self) -> list["Member"]:
-        """The members as annotators, each features -> logits: for `lagm.training.synthetic`, with Plan(vote="majority")."""
+        """The members as annotators, each features -> logits: for `lagm.training.synthetic`, with
+        Plan(vote="majority").
+        """
         return [Member(self, i) for i in range(self.members)]
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #6ccfc02c

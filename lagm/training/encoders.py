@@ -21,10 +21,10 @@ from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import Augment
 from ..models.frozen import EncoderSegmenter
-from .rivals import Batches, run_stages, set_up
 from .checkpoints import generator_digest
 from .loop import Trained
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
 from .steps import supervised_step
 

@@ -16,10 +16,9 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import write_json
+from ..data.exporters import coco_annotations, coco_categories
 from ..data.labels import LabelSet
 from .shards import SyntheticDataset, add_to_tar
-from ..data.exporters import coco_annotations
-from ..data.exporters import coco_categories
 
 # %% ../../nbs/reference/training/63_exports.ipynb #2afdf047
 def _empty_folder(folder: str | Path) -> Path:

@@ -28,17 +28,25 @@ from ..core.values import check_fields
 from ..data.augment import resize_nearest, wide_crop
 from ..data.checks import check_pictures
 from ..data.labels import IGNORE
-from .datasetgan import (
-    Annotated, FeatureStore, PixelEnsemble, check_ensemble, check_masks, new_ensemble, train_on_pairs, train_pixels)
 from ..generators.contract import FrozenGenerator, Generated, check_generated
 from ..generators.stylegan1 import StyleGAN1, limited
 from ..generators.stylegan2 import StyleGAN2
 from ..ops.convolutions import FastConvolutions
-from .rivals import told
-from .lagm import check_labelled, train_lagm
 from .checkpoints import digest, forced, generator_digest, set_aside
+from lagm.training.datasetgan import (
+    Annotated,
+    FeatureStore,
+    PixelEnsemble,
+    check_ensemble,
+    check_masks,
+    new_ensemble,
+    train_on_pairs,
+    train_pixels,
+)
+from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
+from .rivals import told
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #7b1af4d9
 class StyleSpace:

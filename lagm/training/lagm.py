@@ -18,15 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..models.contracts import Generator
 from ..core.errors import InputError
 from ..core.seeds import choose_device
 from ..data.checks import check_pictures
-from .finishing import anchor_labels, finish_step
 from ..data.labels import IGNORE
+from ..models.contracts import Generator
 from ..models.segmenters import matched_parameter_names
 from .batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
 from .checkpoints import Identity, data_digest, generator_digest
+from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
 from .processes import check_shares, launch
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe, check_counting, labels_say
@@ -241,7 +241,8 @@ def finish_stage(
     state: TrainState,  # the anchor is its annotator, or without one a copy of its segmenter
     sources: Sources,
 ) -> Stage:
-    """The last stage: labelled pictures, and generated ones with the matched networks' labels; see `lagm.training.finishing`.
+    """The last stage: labelled pictures, and generated ones with the matched networks' labels; see
+    `lagm.training.finishing`.
 
     Parameters
     ----------

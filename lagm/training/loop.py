@@ -33,17 +33,24 @@ from ..core.seeds import random_generator
 from ..core.tensors import all_finite, load_tensors
 from ..core.values import plain_value
 from ..data.checks import check_pictures
-from ..evaluation.metrics import evaluate
-from ..models.modes import eval_mode, kept_modes
 from ..data.labels import LabelSet
+from ..evaluation.metrics import evaluate
 from ..matching.distances import layer_cosines
+from ..models.modes import eval_mode, kept_modes
 from ..models.saved import save_segmenter
-from .signs import signs, warning_sign
 from .batches import SyntheticBatch, SyntheticBatches
-from .checkpoints import (
-    CheckpointWriter, History, Identity, checkpoint_lock, describe_run, pack_state, resume)
+from lagm.training.checkpoints import (
+    CheckpointWriter,
+    History,
+    Identity,
+    checkpoint_lock,
+    describe_run,
+    pack_state,
+    resume,
+)
 from .processes import own_parts, this_process
 from .recipe import Recipe
+from .signs import signs, warning_sign
 from .state import Stage, TrainState, locate, surroundings
 from .watching import Estimate, Watch, Watcher, free_space, measure
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.augment import Augment
 from ..core.errors import InputError, printable
 from ..core.values import check_field_names, check_fields
+from ..data.augment import Augment
 from ..matching.distances import METRICS, REDUCTIONS
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #e7b14fe8

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.seeds import choose_device
-from .lagm import check_labelled
 from .batches import LabelledBatches, SyntheticBatches, balanced_weights, in_parts
 from .checkpoints import Identity, data_digest
+from .lagm import check_labelled
 from .loop import Loop, RunOptions, Trained, check_options, run_options
 from .recipe import Recipe, check_counting
 from .state import Stage, TrainState

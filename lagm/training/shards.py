@@ -34,11 +34,10 @@ from tqdm import tqdm
 from ..core.errors import InputError, printable
 from ..core.files import decode_text, parse_json, read_json, write_json
 from ..core.seeds import choose_device
-from ..data.images import decode_picture
+from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
-from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 from .checkpoints import forced, set_aside
-from ..data.images import png
+from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 
 # %% ../../nbs/reference/training/63_shards.ipynb #2762490a
 def pair_files(

@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.modes import eval_mode
 from ..data.labels import IGNORE
 from ..matching.distances import distance_and_derivative
 from ..matching.forward import SyntheticPass, directional_derivative
-from ..matching.gradients import labelled_gradient
-from ..matching.gradients import match_double_backward
-from .signs import class_shares
+from ..matching.gradients import labelled_gradient, match_double_backward
+from ..models.modes import eval_mode
 from .batches import SyntheticBatch, SyntheticBatches
 from .processes import Voted, do_parts, gradient_of_parts, kept_statistics, own_parts, sum_over_processes
+from .signs import class_shares
 from .state import TrainState
 
 # %% ../../nbs/reference/training/54_steps.ipynb #680ea1f1

@@ -24,12 +24,12 @@ from ..core.values import check_fields
 from ..data.augment import Augment
 from ..matching.gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
 from ..models.modes import eval_mode
-from .rivals import Batches, run_stages, set_up
 from ..models.segmenters import network_entry
 from .batches import in_parts
 from .loop import Trained, check_options
 from .processes import gradient_of_parts
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
+from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
 from .steps import labelled_gradients, supervised_step
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.augment import Augment, recolour, warp_images
 from ..core.errors import InputError
+from ..data.augment import Augment, recolour, warp_images
 from ..matching.gradients import uncompiled
-from .teachers import Teaching, View, teacher_labels, train_taught
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
 from .state import TrainState
+from .teachers import Teaching, View, teacher_labels, train_taught
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #51596fb5
 def cutmix_boxes(
@@ -203,6 +203,7 @@ def train_weak_to_strong(
     setting: WeakToStrong = WEAK_TO_STRONG, recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu",
     folder: Any = None, **options: Any,
 ) -> Trained:
-    """`lagm.training.teachers.train_taught`, whose parameters it has, with strongly changed views. Raises as it does."""
+    """`lagm.training.teachers.train_taught`, whose parameters it has, with strongly changed views. Raises as it does.
+    """
     check_options(options, recipe, train_weak_to_strong)
     return train_taught(segmenter, generator, images, masks, setting, recipe, seed=seed, device=device, **options)
