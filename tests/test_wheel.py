@@ -52,7 +52,7 @@ def test_notebooks_need_only_what_the_package_needs():
 
 
 def test_no_message_sends_anybody_to_an_index_for_the_kit():
-    for path in [*(ROOT / "lagm").glob("*.py"), *NOTEBOOKS]:
+    for path in [*(ROOT / "lagm").rglob("*.py"), *NOTEBOOKS]:
         assert not re.search(r"pip install ['\"]?lagm\[",
                              path.read_text(encoding="utf-8")), f"{path.name}: use install_advice"
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..core.errors import InputError, printable
-from ..core.files import read_lines, read_text
+from ..core.files import read_lines, read_text, read_yaml
 from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
@@ -41,9 +40,7 @@ def yolo_classes(folder: Path, classes: Sequence[str] | None = None) -> list[str
     if classes is not None: return _names(list(classes), "the list of classes")
     for path in (folder / "data.yaml", *sorted(folder.glob("*.yaml"))):
         if not path.is_file(): continue
-        try: found = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        found = read_yaml(path)
         if isinstance(found, dict) and "names" in found: return _names(found["names"], str(path))
     for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
         if path.is_file(): return _names(read_lines(path), str(path))

@@ -27,7 +27,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_text, write_json
+from ..core.files import atomic_path, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
 from ..core.values import check_fields
 from ..data.folder import Folder
@@ -107,8 +107,7 @@ def read_settings(folder: str | Path) -> Settings:
         raise InputError(f"{folder} is no project: it has no project.yaml. Make one: lagm new "
                          f"{shlex.quote(str(folder))} "
                          "--images PICTURES --classes background,PART,...")
-    try: found = yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error: raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path) or {}
     if not isinstance(found, dict): raise InputError(f"{path} holds a {type(found).__name__}; write names and values")
     known = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in found if name not in known]
