@@ -38,7 +38,7 @@ from lagm.generators.stylegan2 import StyleGAN2
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
 PROGRAMS = (".", "lagm", "papermill", "make", "mkdir", "pip", "python", "snakemake", "nbdev_export", "nbdev_clean",
             "nbdev_install_hooks", "nbdev_test", "git", "cd", "jupyter")

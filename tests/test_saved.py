@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lagm.stages import load_segmenters
+from lagm.models.saved import find_segmenters as load_segmenters
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
