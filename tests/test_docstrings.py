@@ -46,7 +46,7 @@ def unexplained(function, documentation: str, name: str) -> list[str]:
 
 @pytest.mark.parametrize("module", EXPLAINED)
 def test_every_parameter_of_public_names_is_explained(module):
-    tree = ast.parse((ROOT / "lagm" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "lagm" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     found = []
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"): continue

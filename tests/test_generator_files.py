@@ -383,6 +383,7 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 FULL = """
 import errno, os, resource, sys
 import lagm.core.files
+from lagm.cli import main
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 real, lagm.core.files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]
