@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib import import_module, resources
 
 import numpy as np
@@ -78,7 +78,7 @@ def need_package(
                           "renderer.") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_definition(
     style: str,  # a style of `dicebear-styles`, e.g. "big-ears"
 ) -> dict:  # the style's JSON definition; shared, so do not change it

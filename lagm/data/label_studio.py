@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, unquote_plus
@@ -148,7 +148,7 @@ def _when(annotation: Mapping) -> float:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 moment = datetime.fromisoformat(value.strip())
-                return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+                return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15: return float(value)
     return -math.inf
 

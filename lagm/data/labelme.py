@@ -22,7 +22,6 @@ from lagm.data.import_folder import (
     Import,
     Imported,
     ImportRecord,
-    check_drawn_size,
     check_place,
     class_name,
     finish_import,

@@ -265,7 +265,8 @@ def project_path(
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #79b80046
-if TYPE_CHECKING: from lagm.data.registry import Experiment
+if TYPE_CHECKING:
+    from lagm.data.registry import Experiment
 
 TRAINING = dict(channels=128, layers=3, recipe="paper", iterations=150_000, validate_every=4000)
 
@@ -444,7 +445,8 @@ def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[s
 
 def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
     """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after
-    that."""
+    that.
+    """
     name, count = f"demo_downstream_k{k}", _faces(k)
     stages = _demo(name, k, DEMO_TRAINING)
     stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"],
@@ -463,7 +465,8 @@ def _faces(k: int) -> str:
 
 def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
     """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested
-    before and after."""
+    before and after.
+    """
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
     annotate = {**source, **DEMO_TRAINING, "finish": False, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
@@ -671,7 +674,8 @@ def _name_problems(run: Run) -> list[str]:
 
 def _generator_problems(run: Run) -> list[str]:
     """Whether a generator that is given by a name, not as a file, is there; a comparison of methods takes that of its
-    style."""
+    style.
+    """
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
     given = run.parameters.get("generator") or run.parameters.get("style")

@@ -170,7 +170,7 @@ def usual_generator(
     rng
         source of the noise
     """
-    ws, position, image, features = network.styles(z, sampling.psi, sampling.cutoff), 0, None, []
+    ws, position, x, image, features = network.styles(z, sampling.psi, sampling.cutoff), 0, None, None, []
     for r in network.synthesis.resolutions:
         block = getattr(network.synthesis, f"b{r}")
         x = block.const.repeat(len(z), 1, 1, 1) if block.first else x

@@ -35,8 +35,6 @@ from ..generators.load import load_generator
 from ..generators.weights import check_version
 from ..models.annotator import FPNAnnotator
 from ..models.results import Results, load_results
-from ..models.saved import find_segmenters as load_segmenters
-from ..models.saved import save_networks, save_segmenter
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import set_aside
 from ..training.lagm import train_lagm

@@ -99,11 +99,11 @@ class FrozenGenerator:
 
     @property
     def device(self) -> torch.device:
-        "Where the weights are."
+        """Where the weights are."""
         return next(self.network.parameters()).device
 
     def to(self, device: str | torch.device) -> "FrozenGenerator":
-        "Move the weights to `device`."
+        """Move the weights to `device`."""
         self.network.to(device)
         return self
 

@@ -186,7 +186,7 @@ def convolve(
 
 # %% ../../nbs/reference/generators/22_stylegan2_ops.ipynb #5f643882
 class SkipConv(nn.Module):
-    "The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."
+    """The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."""
 
     def __init__(self, in_channels: int, out_channels: int, taps: list[float] = (1, 3, 3, 1)):
         super().__init__()

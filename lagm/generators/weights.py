@@ -108,7 +108,7 @@ def as_weight(path: str | Path, name: str, tensor: Tensor, like: Tensor) -> Tens
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #da5a83s0
 def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    "Raise `InputError` unless `shapes` has just the names and shapes of `network`."
+    """Raise `InputError` unless `shapes` has just the names and shapes of `network`."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     _complain(path, "lacks", sorted(expected.keys() - shapes.keys()))
     _complain(path, "has unexpected", sorted(shapes.keys() - expected.keys()))
@@ -118,7 +118,7 @@ def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[in
 
 
 def _complain(path: str | Path, what: str, names: list[str]) -> None:
-    "Raise `InputError` if there are names to complain of."
+    """Raise `InputError` if there are names to complain of."""
     if not names: return
     some = f"{', '.join(printable(name, 120) for name in names[:4])}{' …' if len(names) > 4 else ''}"
     raise InputError(f"{path} {what} {some}: the file is damaged or belongs to another network; "
@@ -162,7 +162,7 @@ def network_from_tensors(
 
 
 def check_version(path: str | Path, header: dict[str, Any]) -> None:
-    "Raise `InputError` unless the header has the format version that this program reads."
+    """Raise `InputError` unless the header has the format version that this program reads."""
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {quoted(version)}; this lagm reads {FORMAT_VERSION}: update it")

@@ -19,7 +19,8 @@ from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
 
-try: import anywidget
+try:
+    import anywidget
 except ImportError: anywidget = None
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #bc25c615

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lagm.ops.winograd  # its operations
+import lagm.ops.winograd  # noqa: F401  # torch.ops.lagm has its operations then
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #eb06c4aa
 aten = torch.ops.aten

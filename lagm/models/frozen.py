@@ -132,7 +132,8 @@ class EncoderSegmenter(HeadedEncoder):
 def import_timm():
     """timm; `InputError` if it is not installed."""
     try:
-        with warnings.catch_warnings(action="ignore"): import timm  # it misses progress bars
+        with warnings.catch_warnings(action="ignore"):  # it misses progress bars
+            import timm
     except ImportError as error:
         raise InputError(f"encoders of timm need timm: {install_advice('encoders')}") from error
     return timm

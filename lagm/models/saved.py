@@ -29,7 +29,6 @@ from ..data.labels import LabelSet
 from ..generators.formats import count_numbered
 from ..generators.weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .annotator import FPNAnnotator
-from .frozen import HeadedEncoder
 from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
 
 # %% ../../nbs/reference/models/42_saved.ipynb #f6e8f56a

@@ -34,7 +34,7 @@ from ..core.files import atomic_path
 from ..core.provenance import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..data.labels import LabelSet
-from ..generators.weights import NETWORKS, check_version
+from ..generators.weights import check_version
 from ..models.saved import can_be_saved, describe_network
 from .processes import this_process
 from .state import Stage, TrainState, locate
@@ -269,7 +269,8 @@ def _first_readable(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str,
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #76901cc9
 def _hold(file: Any) -> bool:
     """Take the system's lock on an open file, if there are such locks here; False: another process has it."""
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError: return True
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False

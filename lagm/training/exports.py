@@ -8,16 +8,11 @@ __all__ = ['export_folder', 'export_coco', 'export_webdataset']
 # %% ../../nbs/reference/training/63_exports.ipynb #bce2e8d9
 import csv
 import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..data.exporters import coco_annotations, coco_categories
-from ..data.labels import LabelSet
 from .shards import SyntheticDataset, add_to_tar
 
 # %% ../../nbs/reference/training/63_exports.ipynb #2afdf047

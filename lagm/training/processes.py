@@ -185,7 +185,8 @@ def make_fabric(
     precision
         "float32" or "bfloat16"
     """
-    try: from lightning_fabric import Fabric
+    try:
+        from lightning_fabric import Fabric
     except ImportError as error:
         raise InputError(f"several processes need Fabric: {install_advice('fabric')}") from error
     return Fabric(accelerator=device.type, devices=processes, strategy="ddp_spawn", precision=PRECISIONS[precision])

@@ -24,7 +24,6 @@ from ..core.values import check_fields
 from ..data.augment import Augment
 from ..matching.gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
 from ..models.modes import eval_mode
-from ..models.segmenters import network_entry
 from .batches import in_parts
 from .loop import Trained, check_options
 from .processes import gradient_of_parts

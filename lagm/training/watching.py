@@ -152,7 +152,8 @@ class TensorBoard:
         folder: str | Path,
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
-        try: from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False"
