@@ -86,7 +86,7 @@ class Machine(Stack):
         """What the pickle holds. `source` stands behind it afterwards."""
         while True:
             code = self.source.exactly(1)
-            opcode = pickletools.code2op.get(code.decode("latin-1"))
+            opcode = pickletools.code2op.get(bytes(code).decode("latin-1"))  # type: ignore[attr-defined]
             if opcode is None: raise Unreadable(f"is no pickle, or a broken one: there is no instruction {code!r}")
             if opcode.name not in ACTIONS:
                 raise Unreadable(f"uses the pickle instruction {opcode.name}, which no checkpoint needs", DO_NOT_OPEN)

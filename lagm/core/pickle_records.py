@@ -256,7 +256,8 @@ class LazyArray:
     """A numpy array that is read when asked for: `shape`, `array()`."""
 
     def __init__(self):
-        self.shape, self.data = (), None
+        self.shape: tuple[int, ...] = ()
+        self.data: bytes | memoryview | None = None
 
     def set(self, shape: Any, kind: Any, data: Any, fortran: bool = False) -> Self:
         """Say what is in it; the bytes must be just as many as the shape needs."""
@@ -272,4 +273,5 @@ class LazyArray:
         """The numbers, still in the file and read-only."""
         if self.data is None: raise Unreadable("has an array without numbers")
         if not self.plain: raise Unreadable(f"has an array of {self.dtype} where plain numbers are expected")
-        return np.frombuffer(self.data, self.dtype).reshape(self.shape, order=self.order)
+        order: Any = self.order
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape, order=order)

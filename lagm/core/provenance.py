@@ -60,7 +60,8 @@ def provenance() -> dict[str, Any]:  # plain values only: write it with `write_j
     dict[str, Any]
         plain values only: write it with `write_json`
     """
-    versions = {"torch": torch.__version__}  # with the build, which the package's metadata lack
+    # torch's with the build, which the package's metadata lack
+    versions: dict[str, str] = {"torch": torch.__version__}
     for name in ("lagm", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -113,10 +113,10 @@ def _studio_shapes(results: Any) -> list[_Shape]:
         if result.get("item_index"):
             raise InputError("its regions are on several pages or pictures; make one task of each")
         sides = ("original_width", "original_height")
-        size = tuple(whole(result.get(side), f"its {side}", 1, 1_000_000) for side in sides)
+        width, height = (whole(result.get(side), f"its {side}", 1, 1_000_000) for side in sides)
         label = class_name(names[0], f"the label of a region (tool {kind})")
         value = need_field(result, "value", dict, f"a region of the tool {kind}")
-        shapes.append(_Shape(kind.removesuffix("labels"), label, value, size))
+        shapes.append(_Shape(kind.removesuffix("labels"), label, value, (width, height)))
     if len({shape.size for shape in shapes}) > 1: raise InputError("its regions are of pictures of different sizes")
     return shapes
 

@@ -410,7 +410,7 @@ DEMO_STEPS = {  # of each method; beyond the recipe's only for supervised, the o
 DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
                     inversion_steps=250, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "last_layer": dict(matched="outc"),
     "up_layers": dict(matched="up"),
     "euclidean": dict(metric="l2"),
@@ -489,7 +489,7 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
     dict[str, tuple[str, dict[str, dict[str, Any]]]]
         as `paper_experiments`
     """
-    found = {}
+    found: dict[str, Any] = {}
     for style in DEMO_STYLES:
         first = style == DEMO_STYLES[0]
         for k in DEMO_LABELS:
@@ -564,11 +564,13 @@ def choose_runs(
     waiting = [] if only else list(chosen)
     while waiting:
         for need in catalogue[waiting.pop()].needs:
-            if need not in chosen: chosen.add(need), waiting.append(need)
+            if need in chosen: continue
+            chosen.add(need)
+            waiting.append(need)
     return {name: run for name, run in catalogue.items() if name in chosen}
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e4e39e5b
-SMALL = {  # of each stage: a size that only shows that everything fits together
+SMALL: dict[str, dict[str, Any]] = {  # of each stage: a size that only shows that everything fits together
     "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2,
                     inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
     "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2),

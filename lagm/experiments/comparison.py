@@ -432,7 +432,8 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
         ends.append((plain_label(name.replace(OURS, "matching")), line[max(line)], AFTER if after else BEFORE))
     ks = sorted({k for line in [*ours.values(), *drawn.values()] for k in line})
     ax.set(xscale="log", xlabel="labelled pictures", ylabel="test FG-mIoU (%)", title=plain_label(domain))
-    ax.set_xticks(ks, [str(k) for k in ks]), ax.minorticks_off()
+    ax.set_xticks(ks, [str(k) for k in ks])
+    ax.minorticks_off()
     if far:
         below = ", ".join(f"{name} {min(line.values()):.0f} to {max(line.values()):.0f}" for name, line in far.items())
         ax.text(0.98, 0.03, plain_label(f"below: {below}"), transform=ax.transAxes, ha="right", fontsize=8, color=MUTED)

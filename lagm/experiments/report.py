@@ -569,7 +569,8 @@ def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
             ax.errorbar(list(ours), means, spreads, fmt="s-", color="#c0392b", label="ours", capsize=3)
         ax.set(xscale="log", title=title, xlabel="labelled pictures", ylabel="FG-mIoU, per cent")
         ax.set_xticks(list(own), [str(k) for k in own])
-        ax.minorticks_off(), ax.legend(frameon=False, loc="lower right")
+        ax.minorticks_off()
+        ax.legend(frameon=False, loc="lower right")
     return figure
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #1c7e3d82

@@ -57,7 +57,8 @@ def mean_style(
     parts = [min(rows, MEAN_OF - first) for first in range(0, MEAN_OF, rows)]
     with torch.no_grad():
         means = [mapping(torch.randn(n, z_dim, generator=rng)).double().mean(dim=0) for n in parts]
-    return sum(mean * (n / MEAN_OF) for mean, n in zip(means, parts)).float()
+    mean: Any = sum(mean * (n / MEAN_OF) for mean, n in zip(means, parts))
+    return mean.float()
 
 # %% ../../nbs/reference/generators/26_load.ipynb #1cfd56df
 def set_mean_style(

@@ -9,6 +9,8 @@ __all__ = ['SQRT2', 'ARCHITECTURES', 'leaky_relu', 'FullyConnected', 'unit_power
 
 # %% ../../nbs/book/03_stylegan2.ipynb #0ab3b680
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +254,7 @@ class SynthesisLayer(nn.Module):
         resolution: int,  # of the output, in pixels
         up: bool = False,  # double the resolution
         conv_clamp: float | None = None,  # largest absolute value of an output
-        taps: list[float] = (1, 3, 3, 1),  # of the low-pass filter
+        taps: Sequence[float] = (1, 3, 3, 1),  # of the low-pass filter
         use_noise: bool = True,  # False: a network without any noise, and without the parameters of it
     ):
         super().__init__()
@@ -316,7 +318,7 @@ class SynthesisBlock(nn.Module):
         in_channels: int,  # 0 for the first block, which holds the constant
         out_channels: int, w_dim: int, resolution: int, image_channels: int = 3,
         torgb: bool = True,  # whether it contributes to the picture
-        taps: list[float] = (1, 3, 3, 1),
+        taps: Sequence[float] = (1, 3, 3, 1),
         **layer,  # conv_clamp, use_noise
     ):
         super().__init__()
@@ -348,8 +350,8 @@ ARCHITECTURES = ("skip", "resnet", "orig")
 class ResidualBlock(SynthesisBlock):
     """A block of the `resnet` architecture: its feature map is the mean, in power, of a shortcut and two convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, *sizes, taps: list[float] = (1, 3, 3, 1), **options):
-        super().__init__(in_channels, out_channels, *sizes, taps=taps, **options)
+    def __init__(self, in_channels: int, out_channels: int, *sizes: Any, taps: Sequence[float] = (1, 3, 3, 1), **options):
+        super().__init__(in_channels, out_channels, *sizes, taps=taps, **options)  # type: ignore[misc]
         if not self.first: self.skip = SkipConv(in_channels, out_channels, taps)
 
     def features(self, x: Tensor | None, ws: Tensor, dtype: torch.dtype, **noise) -> Tensor:
@@ -482,7 +484,7 @@ class StyleGAN2(ReleasedArguments, StyleGenerator):
         channel_max: int = 512,
         architecture: str = "skip",  # or "resnet", "orig"
         conv_clamp: float | None = None,  # clamp of every layer's output
-        resample_filter: list[float] = (1, 3, 3, 1), use_noise: bool = True,
+        resample_filter: Sequence[float] = (1, 3, 3, 1), use_noise: bool = True,
         mapping_features: int | None = None,  # width inside the mapping network; None: w_dim
         mapping_lr: float = 0.01,  # its learning rate multiplier, which scales its weights
         c_dim: int = 0,  # number of classes; 0: not conditional

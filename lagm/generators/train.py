@@ -11,6 +11,7 @@ __all__ = ['EqualisedConv', 'DiscriminatorBlock', 'minibatch_std', 'Discriminato
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -285,7 +286,7 @@ class GANState:
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
         self.average.load_state_dict(self.generator.state_dict())
-        adam = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
+        adam: dict[str, Any] = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
         self.optimizers = {"generator": torch.optim.Adam(self.generator.parameters(), **adam),
                            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **adam)}
         self.history: list[dict[str, float]] = []

@@ -178,6 +178,7 @@ def convert(
     if target.suffix != ".safetensors": raise InputError(f"the target {target} must end in .safetensors")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise InputError(f"source and target are the same file, {target}: give another name")
+    networks: dict[str, Any]
     networks, header = read_any(source, avg_latent, progress, label)
     header = {
         **header,

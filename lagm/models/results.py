@@ -131,9 +131,9 @@ def load_results(
         if recognise(data) == "safetensors": return _own_results(path, n_classes)
         annotator, segmenter, facts = find_results(read_value(path, data))
         parts = {"annotator": annotator, "segmenter": segmenter}
-        networks = [part and _filled_part(path, part, data, n_classes) for part in parts.values()]
+        networks: list[Any] = [part and _filled_part(path, part, data, n_classes) for part in parts.values()]
     said = {role: dict(name=part.name, arguments=part.arguments) for role, part in parts.items() if part}
-    return Results(*networks, dict(source=Path(path).name, **said, **facts))
+    return Results(networks[0], networks[1], dict(source=Path(path).name, **said, **facts))
 
 
 def _filled_part(path: str | Path, part: Trained, data: memoryview, n_classes: int | None) -> nn.Module:
