@@ -20,7 +20,7 @@ from test_stylegan1 import golden_network
 from lagm.core.errors import InputError
 from lagm.core.tensors import save_tensors
 from lagm.evaluation.metrics import evaluate
-from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.contract import Sampling
 from lagm.generators.load import load_generator, read_generator
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2

@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from lagm.core.tensors import load_tensors
-from lagm.training.checkpoints import CheckpointError
-from lagm.training.watching import Watch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 

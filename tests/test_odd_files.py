@@ -1,5 +1,6 @@
 """Files of others where ours are expected: one sentence, or a line that names what is passed over; never a traceback,
-a formula or a faked line."""
+a formula or a faked line.
+"""
 
 import copy
 import json

@@ -12,7 +12,7 @@ import importlib.resources
 import os
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,12 @@ def provenance() -> dict[str, Any]:  # plain values only: write it with `write_j
     dict[str, Any]
         plain values only: write it with `write_json`
     """
-    versions = {"torch": torch.__version__}  # with the build, which the package's metadata lack
+    # torch's with the build, which the package's metadata lack
+    versions: dict[str, str] = {"torch": torch.__version__}
     for name in ("lagm", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "date": now, **_commit(), "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -22,7 +22,6 @@ from lagm.data.import_folder import (
     Import,
     Imported,
     ImportRecord,
-    check_drawn_size,
     check_place,
     class_name,
     finish_import,
@@ -43,8 +42,9 @@ def _points(shape: Any, least: int, most: int | None, size: tuple[int, int]) -> 
     pairs = [point for point in found if isinstance(point, list) and len(point) == 2]
     if len(pairs) < len(found):
         raise InputError(f"a point of a shape is {shown(next(p for p in found if p not in pairs))}, not two numbers")
-    return [tuple(number(value, "a coordinate of a shape", -side, 2 * side) for value, side in zip(pair, size))
-            for pair in pairs]
+    across, down = size
+    return [(number(x, "a coordinate of a shape", -across, 2 * across),
+             number(y, "a coordinate of a shape", -down, 2 * down)) for x, y in pairs]
 
 
 def _polygon(shape: Any, size: tuple[int, int]) -> np.ndarray:

@@ -99,7 +99,8 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"the export needs onnx, onnxscript and onnxruntime: {install_advice('onnx')}") from error
-    segmenter, names = copy.deepcopy(segmenter).cpu().eval(), dict(input_names=["pictures"], output_names=["logits"])
+    segmenter = copy.deepcopy(segmenter).cpu().eval()
+    names: dict[str, Any] = dict(input_names=["pictures"], output_names=["logits"])
     with atomic_path(path) as temporary:
         torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamic_shapes=_free_batch(),
                           dynamo=True, external_data=False, verbose=False)

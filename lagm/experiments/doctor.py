@@ -112,7 +112,7 @@ class Doctor:
         return self._found[key]
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #d0c70001
-def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least: int, first: int | None
+def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Any], least: int, first: int | None
                ) -> tuple[str, str]:
     """Status and detail of the items of a reader."""
     if not folder.exists(): return "missing", f"there is no {folder}"
@@ -126,7 +126,7 @@ def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least:
     return "present", f"{len(dataset)} items, the {count} that are used were looked at"
 
 
-def _item_problem(doctor: Doctor, dataset: Dataset, index: int) -> str | None:
+def _item_problem(doctor: Doctor, dataset: Any, index: int) -> str | None:
     """What is wrong with an item, in its files or, if the doctor is to look deep, with their content."""
     try:
         for path in dataset.sources(index):

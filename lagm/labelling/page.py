@@ -11,7 +11,6 @@ import http.server
 import json
 import re
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit

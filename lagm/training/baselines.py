@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..core.registry import Registry
 from ..core.values import check_fields
 from ..models.annotator import FPNAnnotator
+from ..models.contracts import Generator
 from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder
 from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes
@@ -78,7 +79,7 @@ class Baseline:
     recipe: str = "fast"  # the name of the one it follows
     in_all: bool = True  # whether a comparison of all methods has it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.train): raise InputError(f"baseline {self.name!r}: train is no function")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
@@ -137,11 +138,11 @@ class Matching:
     match: bool = True  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True  # False: its labels get no class weights
 
-    def __post_init__(self): check_fields(self, "matching")
+    def __post_init__(self) -> None: check_fields(self, "matching")
 
 
 def train_matching(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *, setting: Matching = Matching(),
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Matching = Matching(),
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
 ) -> Trained:
     """`lagm.training.lagm.train_lagm` with a new annotator, whose weights follow from the seed. Raises as it does."""

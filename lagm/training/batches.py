@@ -129,7 +129,7 @@ class SyntheticBatches:
         self,
         generator: Generator,
         batch: int,
-        size: tuple[int, int],  # height and width that the segmenter is trained at
+        size: Sequence[int],  # height and width that the segmenter is trained at
         seed: int,
         augment: Augment | None = None,
         wide: bool = False,  # cut the central 4:3 band

@@ -73,8 +73,8 @@ def palette_for(
         the kit's own for eight classes, else colours around the wheel
     """
     if n_classes == CELEBA8.n_classes: return CELEBA8
-    wheel = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
-             for i in range(n_classes - 1)]
+    wheel: list[Any] = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
+                        for i in range(n_classes - 1)]
     return LabelSet(f"{n_classes} classes", tuple(f"class {i}" for i in range(n_classes)), ((0, 0, 0), *wheel))
 
 
@@ -152,7 +152,8 @@ class TensorBoard:
         folder: str | Path,
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
-        try: from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False"
