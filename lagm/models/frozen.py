@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.provenance import install_advice
 from .annotator import FPNAnnotator
-from .segmenters import CLASSES, HEAD, SEGMENTERS, NetworkEntry, UNet, unet_widths
+from .entries import CLASSES, HEAD, NetworkEntry
+from .segmenters import SEGMENTERS, UNet, unet_widths
 
 # %% ../../nbs/reference/models/41_frozen.ipynb #73163d92
 class HeadedEncoder(nn.Module):

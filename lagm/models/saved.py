@@ -29,7 +29,8 @@ from ..data.labels import LabelSet
 from ..generators.formats import count_numbered
 from ..generators.weights import FORMAT_VERSION, check_names, check_tensors, check_version
 from .annotator import FPNAnnotator
-from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
+from .entries import CLASSES, NetworkEntry, Shapes, tensor_shape
+from .segmenters import SEGMENTERS
 
 # %% ../../nbs/reference/models/42_saved.ipynb #f6e8f56a
 def _annotator_arguments(network: nn.Module) -> dict[str, Any]:
