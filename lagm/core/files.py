@@ -300,9 +300,11 @@ def read_yaml(
     """
     import yaml
 
-    try: return yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {printable(' '.join(str(error).split()), 300)}") from error
+    text = read_text(path)
+    try: return yaml.safe_load(text)
+    except Exception as error:  # a date 2020-99-99, a thousand brackets: the reader raises nearly anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not YAML: {printable(why, 300)}") from error
 
 # %% ../../nbs/reference/core/02_files.ipynb #a9ae75bc
 def asset(
