@@ -296,7 +296,7 @@ def inspect_command(
     arguments
         source, json, avg_latent
     """
-    from lagm.models import convert
+    from lagm.models.convert import convert
 
     convert.inspect_command(arguments)
 
@@ -311,7 +311,7 @@ def convert_command(
     arguments
         source, target, half, label, force, avg_latent
     """
-    from lagm.models import convert
+    from lagm.models.convert import convert
 
     convert.convert_command(arguments)
 

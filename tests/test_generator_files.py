@@ -28,7 +28,8 @@ from lagm.generators.stylegan2_ops import resampling_filter, upsample2x
 from lagm.generators.weights import save_generator
 from lagm.models.convert import as_lines, convert, inspect
 from lagm.models.results import load_results
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 from lagm.training.checkpoints import generator_digest
 
 

@@ -38,7 +38,8 @@ from lagm.models.saved import (
     save_networks,
     save_segmenter,
 )
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.training.lagm import train_lagm, train_supervised
 from lagm.training.recipe import FAST

@@ -25,7 +25,9 @@ from ..core.registry import from_package
 from ..core.seeds import random_generator
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.unpickling import read_arrays
-from . import datasetgan, nvidia, rosinality  # noqa: F401 (they register their formats)
+from . import nvidia
+from .datasetgan import datasetgan
+from .rosinality import rosinality  # noqa: F401 (they register their formats)
 from .contract import FrozenGenerator, Sampling
 from .formats import Found, fill_network, generator_in, name_other, recognise
 from .stylegan1 import StyleGAN1

@@ -31,7 +31,8 @@ from .processes import gradient_of_parts
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
 from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
-from .steps import Voted, labelled_gradients, supervised_step
+from .processes import Voted
+from .steps import labelled_gradients, supervised_step
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
