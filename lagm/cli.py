@@ -296,9 +296,9 @@ def inspect_command(
     arguments
         source, json, avg_latent
     """
-    from lagm.models.convert import convert
+    from lagm.models.convert import inspect_command as tell
 
-    convert.inspect_command(arguments)
+    tell(arguments)
 
 
 def convert_command(
@@ -311,9 +311,9 @@ def convert_command(
     arguments
         source, target, half, label, force, avg_latent
     """
-    from lagm.models.convert import convert
+    from lagm.models.convert import convert_command as turn
 
-    convert.convert_command(arguments)
+    turn(arguments)
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #93ee07a5
 def add_checkpoint_commands(
