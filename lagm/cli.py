@@ -241,8 +241,9 @@ def run_command(
     if arguments.all == bool(names):
         raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
-        from lagm.labelling.project import project_command
+        from lagm.labelling.project import next_step, project_command
 
+        if arguments.dry_run: return print(next_step(names[0]))
         return project_command(names[0], arguments.folds)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):
         return run_one(arguments, find_experiment(names[0]))
