@@ -206,7 +206,7 @@ def project_generator(folder: str | Path, settings: Settings, device: torch.devi
     beside = Path(folder) / settings.generator
     return load_generator(beside if beside.is_file() else settings.generator, Sampling(settings.psi), device=device)
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
 def train_project(
     folder: str | Path,
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
@@ -370,7 +370,7 @@ def new_command(arguments: Any) -> None:
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
     print(next_step(arguments.project))
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
 def proposals_for(album: Album, segmenter: str = "", generator: str = "") -> dict[str, Callable]:
     """What the painter can start from in a folder."""
     drawn = generator and (album.folder / LATENTS).is_file()
@@ -398,7 +398,7 @@ def label_command(arguments: Any) -> None:
           f"{folder / 'masks'}")
     if (folder / "project.yaml").is_file(): print(next_step(folder))
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s2
 def project_command(folder: str, folds: int = 0) -> None:
     """`lagm run PROJECT`: train, and say what was made and what comes next."""
     facts = run_project(folder, folds)
