@@ -31,7 +31,7 @@ HOMES = {  # old module: the modules that its names are in now
     "comparison": "experiments.comparison",
     "convert": "models.convert",
     "convolutions": "ops.convolutions",
-    "core": "core.files core.tensors core.values core.errors core.seeds core.provenance",
+    "core": "core.files core.tensors core.values core.errors core.seeds core.origins",
     "cost": "experiments.cost",
     "data": "data.demo data.base",
     "datasetgan": "training.datasetgan",

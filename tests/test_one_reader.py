@@ -18,7 +18,7 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "core.files:parse_json": "the reader of JSON",
     "core.files:checksum": "bytes, whatever they are",
     "core.files:_flush_to_disk": "a handle to flush, nothing is read",
-    "core.provenance:_hardware": "the system's description of itself",
+    "core.origins:_hardware": "the system's description of itself",
     "data.images:_decoded": "the reader of pictures",
     "data.images:describe_file": "the first bytes, to name the kind",
     "data.images:_png_depth": "the first bytes of a PNG that was read",
@@ -49,7 +49,7 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "training.checkpoints:folder_lock": "a lock, which holds nothing",
     "cli:_heard": "a stream of the process itself",
     "experiments.report:write_pages": "pictures of our own, as bytes",
-    "models.segmenters:load_backbone": "torchvision's weights, tensors only",
+    "models.deeplab:_imagenet_weights": "torchvision's weights, tensors only",
 }
 
 

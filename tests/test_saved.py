@@ -26,7 +26,7 @@ from lagm.generators.load import load_generator
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
-from lagm.models import saved, segmenters
+from lagm.models import saved
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.convert import convert, inspect
 from lagm.models.results import load_results
@@ -334,7 +334,7 @@ def test_a_folder_may_do_without_pictures_to_validate_on(tmp_path):
 @pytest.fixture
 def no_backbone(monkeypatch):
     def forbidden(*_): raise AssertionError("a file had the backbone's weights loaded")
-    monkeypatch.setattr(segmenters, "load_backbone", forbidden)
+    monkeypatch.setattr("lagm.models.deeplab._imagenet_weights", forbidden)
 
 
 UNET = {"name": "unet", "n_classes": 3, "in_channels": 3, "width": 4, "levels": 2}

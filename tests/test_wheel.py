@@ -144,7 +144,7 @@ import contextlib, io, json, re, sys
 from pathlib import Path
 from lagm.cli import main
 from lagm.core.files import asset
-from lagm.core.provenance import install_advice
+from lagm.core.origins import install_advice
 from lagm.data.labels import CELEBA8
 from lagm.experiments.notebooks import experiment_folder
 from lagm.models.saved import save_segmenter

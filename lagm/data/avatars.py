@@ -20,7 +20,7 @@ from importlib import import_module, resources
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 
 # %% ../../nbs/reference/data/12_avatars.ipynb #ab39cf2c
 SEED_RANGES = {  # role -> (first seed, number of seeds)

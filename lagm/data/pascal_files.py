@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.errors import InputError, printable
 from ..core.files import inside
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from .label_maps import PASCAL_PARTS, pascal_part_id
 from .regions import unpack_counts
 

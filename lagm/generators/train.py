@@ -20,7 +20,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from ..core.errors import InputError
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..core.values import check_fields
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from .annotator import FPNAnnotator
 from .entries import CLASSES, HEAD, NetworkEntry
 from .segmenters import SEGMENTERS, UNet, unet_widths

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.pickle_records import Unreadable, quoted
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import describe_tensors, load_tensors, save_tensors
 from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..data.labels import LabelSet
 from ..generators.weights import check_version

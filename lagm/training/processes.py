@@ -18,7 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..core.seeds import choose_device
 
 # %% ../../nbs/reference/training/58_processes.ipynb #90e10596

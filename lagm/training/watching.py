@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, decode_text, parse_json
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.labels import CELEBA8, LabelSet, colourise
 
 # %% ../../nbs/reference/training/56_watching.ipynb #efba60c6
