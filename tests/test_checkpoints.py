@@ -429,6 +429,8 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
+import lagm.generators.formats
+from lagm.generators.load import load_generator
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmRSS")
 G = load_generator(sys.argv[1])

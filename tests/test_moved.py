@@ -99,7 +99,7 @@ def test_every_moved_name_is_there():
                       ("lagm.training", "FAST"), ("lagm.evaluation", "evaluate"), ("lagm.matching", "match_forward_mode"),
                       ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"), ("lagm.pictures", "labelled_grid")):
         with pytest.warns(DeprecationWarning, match=f"{old}.{name} has moved; write: from lagm"):
-            assert getattr(importlib.import_module(old), name).__name__ if name != "FAST" else True
+            assert getattr(importlib.import_module(old), name) is not None
     with pytest.warns(DeprecationWarning, match="import TrainState"):
         assert importlib.import_module("lagm.training").Players.__name__ == "TrainState"
 

@@ -179,6 +179,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
+from lagm.core.tensors import save_tensors
 from test_parts import PARTS, run
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -28,6 +28,7 @@ from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet
 from ..generators.formats import count_numbered
 from ..generators.weights import FORMAT_VERSION, check_names, check_tensors, check_version
+from . import deeplab, frozen  # noqa: F401 (they register their networks)
 from .annotator import FPNAnnotator
 from .entries import CLASSES, NetworkEntry, Shapes, tensor_shape
 from .segmenters import SEGMENTERS
