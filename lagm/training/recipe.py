@@ -309,7 +309,7 @@ SUPERVISED_FIELDS = ("batch_labelled", "optimizer", "momentum", "lr_segmenter", 
 
 
 def check_counting(
-    recipe: Recipe,
+    recipe: Recipe,  # that the run was given
     counting: Sequence[str],  # the fields that the run heeds
     function: Callable,  # that was called with it
 ) -> None:
@@ -317,6 +317,8 @@ def check_counting(
 
     Parameters
     ----------
+    recipe
+        that the run was given
     counting
         the fields that the run heeds
     function
