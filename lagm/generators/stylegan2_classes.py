@@ -19,7 +19,7 @@ from .stylegan2 import StyleGAN2, unit_power
 # %% ../../nbs/reference/generators/22_stylegan2_classes.ipynb #efff5007
 def class_vector(
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
-    classes: int,
+    classes: int,  # how many there are
 ) -> Tensor:  # (1, classes)
     """A label as conditional generators take it. Raises `InputError` for one that they do not.
 
@@ -27,6 +27,8 @@ def class_vector(
     ----------
     label
         a class, counted from 0, or a weight for each
+    classes
+        how many there are
 
     Returns
     -------

@@ -104,8 +104,14 @@ class Segmenter(Protocol):
 
 @runtime_checkable
 class Annotator(Protocol):
-    """A: a network that labels generated pictures from the generator's features."""
-    n_classes: int
+    """A: a network that labels generated pictures from the generator's features.
+
+    Attributes
+    ----------
+    n_classes
+        background included
+    """
+    n_classes: int  # background included
 
     def __call__(
         self,
@@ -127,8 +133,14 @@ class Annotator(Protocol):
 # %% ../../nbs/reference/models/49_contracts.ipynb #ad66c29a
 @runtime_checkable
 class LabelledDataset(Protocol):
-    """Pictures with masks, and what the numbers in the masks mean."""
-    labels: LabelSet
+    """Pictures with masks, and what the numbers in the masks mean.
+
+    Attributes
+    ----------
+    labels
+        what the classes mean
+    """
+    labels: LabelSet  # what the classes mean
 
     def __len__(self) -> int:
         """How many pictures."""

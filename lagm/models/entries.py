@@ -35,6 +35,8 @@ class NetworkEntry:
 
     Attributes
     ----------
+    build
+        its class
     arguments
         what a file may give it: least and most; in a list: of each of its items; bool; or a pattern for text like it
     describe
@@ -50,7 +52,7 @@ class NetworkEntry:
     deepest
         the module whose maps end the encoder
     """
-    build: type[nn.Module]
+    build: type[nn.Module]  # its class
     # what a file may give it: least and most; in a list: of each of its items; bool; or a pattern for text like it
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"n_classes": CLASSES})
     describe: Callable[[nn.Module], dict[str, Any]] = _only_classes  # the arguments of such a network

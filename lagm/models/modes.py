@@ -13,8 +13,16 @@ from torch import nn
 
 # %% ../../nbs/reference/models/43_modes.ipynb #60ff273d
 @contextmanager
-def kept_modes(*modules: nn.Module) -> Iterator[None]:
-    """Whatever mode modules are put in meanwhile, afterwards every submodule has the one it had before."""
+def kept_modes(
+    *modules: nn.Module,  # whose modes are put back
+) -> Iterator[None]:
+    """Whatever mode modules are put in meanwhile, afterwards every submodule has the one it had before.
+
+    Parameters
+    ----------
+    *modules
+        whose modes are put back
+    """
     before = [(m, m.training) for module in modules for m in module.modules()]
     try:
         yield
@@ -24,8 +32,16 @@ def kept_modes(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in eval mode for a while; afterwards every submodule has the mode it had before."""
+def eval_mode(
+    *modules: nn.Module,  # that are in eval mode meanwhile
+) -> Iterator[None]:
+    """Put modules in eval mode for a while; afterwards every submodule has the mode it had before.
+
+    Parameters
+    ----------
+    *modules
+        that are in eval mode meanwhile
+    """
     with kept_modes(*modules):
         for module in modules:
             module.eval()
@@ -33,9 +49,14 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 # %% ../../nbs/reference/models/43_modes.ipynb #f91a5839
 def resting_modules(
-    network: nn.Module,
+    network: nn.Module,  # that is about to be trained
 ) -> list[nn.Module]:  # none if the network itself is in eval mode: then all of it is only not in use
     """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm.
+
+    Parameters
+    ----------
+    network
+        that is about to be trained
 
     Returns
     -------
@@ -46,13 +67,15 @@ def resting_modules(
 
 
 def train_mode(
-    network: nn.Module,
+    network: nn.Module,  # that is trained
     resting: Sequence[nn.Module],  # of `resting_modules`, from before the training began
 ) -> nn.Module:  # the network
     """Put a network in train mode, but for the modules that are to stay in eval mode.
 
     Parameters
     ----------
+    network
+        that is trained
     resting
         of `resting_modules`, from before the training began
 
