@@ -45,9 +45,14 @@ def pack(
 
 
 def unpack(
-    packed: dict[str, Tensor],
+    packed: dict[str, Tensor],  # what `pack` made
 ) -> tuple[Tensor, Tensor]:  # new tensors: changing them does not change the cache
     """The inverse of `pack`.
+
+    Parameters
+    ----------
+    packed
+        what `pack` made
 
     Returns
     -------
@@ -63,8 +68,8 @@ FORMAT = "lagm-cache-2"  # changed when what readers make of the same files chan
 
 
 def item_key(
-    dataset: Any,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
-    index: int,
+    dataset: Dataset,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
+    index: int,  # of the item
 ) -> str:  # 40 hexadecimal digits
     """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read.
 
@@ -72,6 +77,8 @@ def item_key(
     ----------
     dataset
         with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
+    index
+        of the item
 
     Returns
     -------

@@ -76,13 +76,17 @@ class Weight(NamedTuple):
 
     Attributes
     ----------
+    shape
+        that its numbers will have
     nbytes
         of the numbers in the file
+    read
+        reads them
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # that its numbers will have
     nbytes: int  # of the numbers in the file
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  # reads them
 
 
 def from_tensor(
@@ -109,17 +113,25 @@ def from_tensor(
     return Weight(lazy.shape if shape is None else shape, size, read if change is None else lambda: change(read()))
 
 
-def given(tensor: Tensor) -> Weight:
-    """A weight that is known already."""
+def given(
+    tensor: Tensor,  # that is there already
+) -> Weight:
+    """A weight that is known already.
+
+    Parameters
+    ----------
+    tensor
+        that is there already
+    """
     return Weight(tuple(tensor.shape), 0, lambda: tensor.clone())
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00001
 def fill_network(
     path: str | Path,  # named in errors
     network: nn.Module,  # built on the meta device
-    weights: dict[str, Weight],
+    weights: dict[str, Weight],  # name to what gives its numbers
     data: memoryview,  # the file's bytes
-    progress: bool = False,
+    progress: bool = False,  # whether a line shows how far it is
 ) -> nn.Module:
     """Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite.
 
@@ -129,8 +141,12 @@ def fill_network(
         named in errors
     network
         built on the meta device
+    weights
+        name to what gives its numbers
     data
         the file's bytes
+    progress
+        whether a line shows how far it is
     """
     check_names(path, network, {name: weight.shape for name, weight in weights.items()})
     if sum(weight.nbytes for weight in weights.values()) > 2 * len(data) + 2**20:
@@ -155,6 +171,8 @@ class Found(NamedTuple):
         in words
     network
         on the meta device
+    weights
+        name to what gives its numbers
     mean
         the name of the mean style if it is not in the file
     noise
@@ -165,7 +183,7 @@ class Found(NamedTuple):
 
     kind: str  # in words
     network: nn.Module  # on the meta device
-    weights: dict[str, Weight]
+    weights: dict[str, Weight]  # name to what gives its numbers
     mean: str = ""  # the name of the mean style if it is not in the file
     noise: bool = True  # whether the constant noise is in the file
     takes_mean: bool = False  # whether another mean style may be given, as for formats that may lack it
@@ -181,13 +199,15 @@ class GeneratorFormat:
         the program, and what is in its files
     recognise
         whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
+    read
+        (what was recognised) -> what was found
     unpack
         for files that are neither: their content from their bytes, None if they are others; `recognise` then sees it
     """
     about: str  # the program, and what is in its files
     # whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
     recognise: Callable[[Any], bool]
-    read: Callable[[Any], Found]
+    read: Callable[[Any], Found]  # (what was recognised) -> what was found
     # for files that are neither: their content from their bytes, None if they are others; `recognise` then sees it
     unpack: Callable[[memoryview], Any] | None = None
 
@@ -196,8 +216,16 @@ FORMATS: Registry[GeneratorFormat] = Registry(
     "generator format", lambda name, found: found if isinstance(found, GeneratorFormat) else None)
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00004
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network without memory; arguments that make none are the file's fault."""
+def on_meta(
+    build: Callable[[], nn.Module],  # makes the network
+) -> nn.Module:
+    """A network without memory; arguments that make none are the file's fault.
+
+    Parameters
+    ----------
+    build
+        makes the network
+    """
     try:
         with torch.device("meta"): return build()
     except InputError as error:
@@ -205,14 +233,36 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
                          "if the file is whole, it is of a kind that this kit does not know") from error
 
 
-def lazy_tensor(lazy: Any) -> LazyTensor:
-    """`lazy`, if it is a tensor; else `Unreadable`."""
+def lazy_tensor(
+    lazy: Any,  # a tensor of a pickle that has not been read
+) -> LazyTensor:
+    """`lazy`, if it is a tensor; else `Unreadable`.
+
+    Parameters
+    ----------
+    lazy
+        a tensor of a pickle that has not been read
+    """
     if not isinstance(lazy, LazyTensor): raise Unreadable("has something else where a tensor should be")
     return lazy
 
 
-def lazy_shape(weights: dict, name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions."""
+def lazy_shape(
+    weights: dict,  # names to tensors that have not been read
+    name: str,  # of the tensor
+    dimensions: int,  # how many it must have
+) -> tuple[int, ...]:
+    """The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions.
+
+    Parameters
+    ----------
+    weights
+        names to tensors that have not been read
+    name
+        of the tensor
+    dimensions
+        how many it must have
+    """
     lazy = weights.get(name)
     if not isinstance(lazy, LazyTensor): raise Unreadable(f"lacks {name}")
     if len(lazy.shape) == dimensions: return lazy.shape
@@ -220,13 +270,15 @@ def lazy_shape(weights: dict, name: str, dimensions: int) -> tuple[int, ...]:
 
 
 def count_numbered(
-    names: Iterable[str],
+    names: Iterable[str],  # of all weights
     pattern: str,  # with one group, the number
 ) -> int:
     """How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one.
 
     Parameters
     ----------
+    names
+        of all weights
     pattern
         with one group, the number
     """
@@ -241,18 +293,39 @@ def _in_two_dimensions(weight: Weight) -> Weight:
     return weight._replace(shape=weight.shape * 2, read=lambda: torch.outer(*[weight.read()] * 2))
 
 
-def check_classes(network: nn.Module, weights: dict[str, Weight]) -> None:
-    """Raise `Unreadable` if a network of several classes has no layer for them."""
+def check_classes(
+    network: nn.Module,  # that the file is for
+    weights: dict[str, Weight],  # name to what gives its numbers
+) -> None:
+    """Raise `Unreadable` if a network of several classes has no layer for them.
+
+    Parameters
+    ----------
+    network
+        that the file is for
+    weights
+        name to what gives its numbers
+    """
     if network.c_dim and "mapping.embed.weight" not in weights:
         raise Unreadable(f"describes no network we can build: it has no layer for the {network.c_dim:,} classes of "
                          f"its c_dim or label_size",
                          "it is of a program that this kit does not know")
 
 
-def filter_weights(network: nn.Module, filters: dict[str, Weight]) -> dict[str, Weight]:
+def filter_weights(
+    network: nn.Module,  # that the file is for
+    filters: dict[str, Weight],  # name of each filter to what gives its numbers
+) -> dict[str, Weight]:
     """The filters of a file as the network has them: in two dimensions, and what is never used as usual.
 
     Raises `Unreadable` if they are not those of the arguments.
+
+    Parameters
+    ----------
+    network
+        that the file is for
+    filters
+        name of each filter to what gives its numbers
     """
     found = {name: _in_two_dimensions(weight) if len(weight.shape) == 1 else weight for name, weight in filters.items()}
     unused = [name for name in network.state_dict() if name.endswith("conv1.resample_filter")]
@@ -318,14 +391,29 @@ OTHERS = [  # a key, what has it, and what to do
 ]
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #ab78b4s0
-def name_other(names: list[str]) -> None:
-    """Raise `Unreadable` if the names of tensors are those of a network of another kind."""
+def name_other(
+    names: list[str],  # of the tensors in the file
+) -> None:
+    """Raise `Unreadable` if the names of tensors are those of a network of another kind.
+
+    Parameters
+    ----------
+    names
+        of the tensors in the file
+    """
     for pattern, what, remedy in OTHERS:
         if any(re.fullmatch(pattern, name) for name in names[:10_000]): raise Unreadable(f"holds {what}", remedy)
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #8af507e6
-def plain_weights(value: Any) -> tuple[dict[str, Any], Any]:  # tensors by name, and the mean style beside them or None
+def plain_weights(
+    value: Any,  # what the file holds
+) -> tuple[dict[str, Any], Any]:  # tensors by name, and the mean style beside them or None
     """A state dict in a torch file, or one that is kept as `g_ema`; empty if the file holds something else.
+
+    Parameters
+    ----------
+    value
+        what the file holds
 
     Returns
     -------
@@ -338,8 +426,16 @@ def plain_weights(value: Any) -> tuple[dict[str, Any], Any]:  # tensors by name,
     return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}, mean
 
 
-def find_generator(value: Any) -> Found:
-    """The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`."""
+def find_generator(
+    value: Any,  # what the file holds
+) -> Found:
+    """The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    value
+        what the file holds
+    """
     for entry in FORMATS.values():
         if entry.unpack is None and entry.recognise(value): return entry.read(value)
     _complain_of(value)
@@ -375,8 +471,19 @@ def _short(value: Any) -> str:
     return ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in list(value.items())[:8])
 
 
-def read_value(path: str | Path, data: memoryview) -> Any:
-    """What a pickle or torch file holds, as plain data."""
+def read_value(
+    path: str | Path,  # the file
+    data: memoryview,  # its content
+) -> Any:
+    """What a pickle or torch file holds, as plain data.
+
+    Parameters
+    ----------
+    path
+        the file
+    data
+        its content
+    """
     kind = recognise(data)
     if kind == "zip": return read_torch_zip(path, data)
     return read_legacy_torch(data) if kind == "legacy" else read_pickle(data)

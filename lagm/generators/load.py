@@ -40,8 +40,8 @@ AT_ONCE = 2**24  # numbers
 
 def mean_style(
     mapping: Callable[[Tensor], Tensor],  # (B, z_dim) to (B, w_dim)
-    z_dim: int,
-    w_dim: int,
+    z_dim: int,  # width of a latent
+    w_dim: int,  # width of a style vector
 ) -> Tensor:  # (w_dim,)
     """The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide.
 
@@ -49,6 +49,10 @@ def mean_style(
     ----------
     mapping
         (B, z_dim) to (B, w_dim)
+    z_dim
+        width of a latent
+    w_dim
+        width of a style vector
 
     Returns
     -------
@@ -107,8 +111,16 @@ def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> 
     return mean[0] if mean.shape[0] == 1 else mean
 
 # %% ../../nbs/reference/generators/26_load.ipynb #26e00001
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."""
+def read_safetensors(
+    path: str | Path,  # the file
+) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        the file
+    """
     try: tensors, header = load_tensors(path)
     except InputError as error: raise InputError(f"{error}; {GET_AGAIN}") from error
     return tensors, header
@@ -210,8 +222,16 @@ def generator_file(
     raise InputError(f"there is no generator {printable(text, 60)!r}: the kit has {', '.join(known)}; or give a file")
 
 
-def is_outside(given: str | Path | None) -> bool:
-    """Whether it is a name of another package, and not a file."""
+def is_outside(
+    given: str | Path | None,  # a path or a name
+) -> bool:
+    """Whether it is a name of another package, and not a file.
+
+    Parameters
+    ----------
+    given
+        a path or a name
+    """
     named = isinstance(given, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", given)
     return bool(named) and not Path(given).exists()
 
@@ -241,9 +261,9 @@ def from_elsewhere(
 def load_generator(
     # a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
     path: str | Path | None = None,
-    sampling: Sampling = Sampling(),
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    sampling: Sampling = Sampling(),  # truncation and noise
+    dtype: torch.dtype = torch.float32,  # of the convolutions
+    device: str | torch.device = "cpu",  # where the weights shall be
     *,
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
@@ -257,6 +277,12 @@ def load_generator(
     ----------
     path
         a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
+    sampling
+        truncation and noise
+    dtype
+        of the convolutions
+    device
+        where the weights shall be
     avg_latent
         the mean style in a .npy file, for files that lack it
     label

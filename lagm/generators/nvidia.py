@@ -60,8 +60,16 @@ TF_TRAINING = re.compile(
 )
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #752e39s0
-def tf_arguments(static: dict) -> dict:
-    """StyleGAN2's arguments from those of the TensorFlow program."""
+def tf_arguments(
+    static: dict,  # the arguments that the pickle names
+) -> dict:
+    """StyleGAN2's arguments from those of the TensorFlow program.
+
+    Parameters
+    ----------
+    static
+        the arguments that the pickle names
+    """
     defaults = {"latent_size": 512, "dlatent_size": 512, "resolution": 1024, "num_channels": 3}
     arguments, unknown = {}, []
     if static.get("resample_kernel", ()) is None: unknown.append("resample_kernel = None")
@@ -109,8 +117,19 @@ TF_LEAVES: dict[str, Callable[[LazyArray], tuple[str, Weight]]] = {
 TF_LAYERS = {"Conv": "conv1", "Conv1": "conv1", "Conv0_up": "conv0", "ToRGB": "torgb", "Skip": "skip"}
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #4754eas0
-def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
-    """Our name and weight of a TensorFlow variable."""
+def tf_weight(
+    name: str,  # of the variable
+    array: LazyArray,  # its numbers, not read yet
+) -> tuple[str, Weight]:
+    """Our name and weight of a TensorFlow variable.
+
+    Parameters
+    ----------
+    name
+        of the variable
+    array
+        its numbers, not read yet
+    """
     if name == "dlatent_avg": return "mapping.w_avg", from_tensor(array)
     if match := re.fullmatch(r"mapping/Dense(\d{1,2})/(weight|bias)", name):
         return f"mapping.fc{match[1]}.{match[2]}", _transposed(array) if match[2] == "weight" else from_tensor(array)
@@ -159,8 +178,16 @@ def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
     return found
 
 
-def nvidia_tensorflow(record: Record) -> Found:
-    """StyleGAN2's Gs."""
+def nvidia_tensorflow(
+    record: Record,  # what the pickle says of the network
+) -> Found:
+    """StyleGAN2's Gs.
+
+    Parameters
+    ----------
+    record
+        what the pickle says of the network
+    """
     version, static = record.state.get("version"), record.state.get("static_kwargs")
     if version in (2, 3):
         raise Unreadable(
@@ -194,19 +221,37 @@ FORMATS.register("nvidia-tensorflow", GeneratorFormat(
 POSITIONS = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "mapping_kwargs", "synthesis_kwargs")
 
 
-def constructor_arguments(record: Record) -> dict:
-    """The arguments a persistent object was made with."""
+def constructor_arguments(
+    record: Record,  # what the pickle says of the network
+) -> dict:
+    """The arguments a persistent object was made with.
+
+    Parameters
+    ----------
+    record
+        what the pickle says of the network
+    """
     positional, named = record.state.get("_init_args", ()), record.state.get("_init_kwargs", {})
     if not isinstance(positional, tuple | list) or not isinstance(named, dict):
         raise Unreadable("lacks the arguments its network was built with")
     return {**dict(zip(POSITIONS, positional)), **named}
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #00a74e4f
-def nested_arguments(arguments: dict, blocks_say: bool) -> dict:
+def nested_arguments(
+    arguments: dict,  # what the pickle says, nested
+    blocks_say: bool,  # whether its blocks are those of the later program
+) -> dict:
     """Arguments in the form of StyleGAN2-ADA's program.
 
     The later one, of StyleGAN3, has those of the synthesis network beside the others, and clamps at 256 if nothing else
     is said.
+
+    Parameters
+    ----------
+    arguments
+        what the pickle says, nested
+    blocks_say
+        whether its blocks are those of the later program
     """
     beside = {name: value for name, value in arguments.items() if name not in POSITIONS}
     if "synthesis_kwargs" in arguments or not (beside or blocks_say): return arguments
@@ -223,8 +268,16 @@ def _of_the_later_program(record: Record) -> bool:
     return "fused_modconv_default" in record.state
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #340de119
-def nvidia_pytorch(record: Record) -> Found:
-    """StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program."""
+def nvidia_pytorch(
+    record: Record,  # what the pickle says of the network
+) -> Found:
+    """StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program.
+
+    Parameters
+    ----------
+    record
+        what the pickle says of the network
+    """
     lazy = module_tensors(record)
     if any(name.startswith(("synthesis.input.", "synthesis.L0_")) for name in lazy):
         raise Unreadable(

@@ -22,54 +22,159 @@ from .stylegan2_arguments import check_sizes
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #51e7baf2
 class EqualisedLinear(nn.Module):
-    """A linear layer with `weight * gain * lr / sqrt(fan_in)` and `bias * lr`: (B, in) to (B, out)."""
+    """A linear layer with `weight * gain * lr / sqrt(fan_in)` and `bias * lr`: (B, in) to (B, out).
 
-    def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2), lr_multiplier: float = 1.0):
+    Parameters
+    ----------
+    in_features
+        numbers that come in
+    out_features
+        numbers that go out
+    gain
+        factor of the result
+    lr_multiplier
+        how much faster it learns
+    """
+
+    def __init__(
+        self,
+        in_features: int,  # numbers that come in
+        out_features: int,  # numbers that go out
+        gain: float = math.sqrt(2),  # factor of the result
+        lr_multiplier: float = 1.0,  # how much faster it learns
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.weight_gain, self.bias_gain = gain * lr_multiplier / math.sqrt(in_features), lr_multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, in_features)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, in_features)
+        """
         return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #8d8a5722
 class EqualisedConv2d(nn.Module):
-    """A convolution that keeps the size, with `weight * gain / sqrt(fan_in)`."""
+    """A convolution that keeps the size, with `weight * gain / sqrt(fan_in)`.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = math.sqrt(2)):
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    kernel_size
+        side of the kernel, in pixels
+    gain
+        factor of the result
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+        kernel_size: int,  # side of the kernel, in pixels
+        gain: float = math.sqrt(2),  # factor of the result
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.weight_gain, self.padding = gain / math.sqrt(in_channels * kernel_size**2), kernel_size // 2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        """
         return F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #b7657497
 class StyleMapping(nn.Module):
-    """The mapping network, `z (B, z_dim) -> w (B, w_dim)`."""
+    """The mapping network, `z (B, z_dim) -> w (B, w_dim)`.
 
-    def __init__(self, z_dim: int = 512, w_dim: int = 512, layers: int = 8):
+    Parameters
+    ----------
+    z_dim
+        width of a latent
+    w_dim
+        width of a style vector
+    layers
+        fully connected layers
+    """
+
+    def __init__(
+        self,
+        z_dim: int = 512,  # width of a latent
+        w_dim: int = 512,  # width of a style vector
+        layers: int = 8,  # fully connected layers
+    ):
         super().__init__()
         self.layers = layers
         for i in range(layers):
             setattr(self, f"dense{i}", EqualisedLinear(w_dim if i else z_dim, w_dim, lr_multiplier=0.01))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # (B, z_dim)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        z
+            (B, z_dim)
+        """
         w = z.float() * (z.float().square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         for i in range(self.layers): w = F.leaky_relu(getattr(self, f"dense{i}")(w), 0.2)
         return w
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #e225f6c3
 class Truncation(nn.Module):
-    """Moves the first style vectors towards their mean (StyleGAN, appendix B): (B, num_ws, w_dim) to the same shape."""
+    """Moves the first style vectors towards their mean (StyleGAN, appendix B): (B, num_ws, w_dim) to the same shape.
 
-    def __init__(self, w_dim: int, rows: int = 0):
+    Parameters
+    ----------
+    w_dim
+        width of a style vector
+    rows
+        of the mean style: one per style vector, or 0 for one that serves all
+    """
+
+    def __init__(
+        self,
+        w_dim: int,  # width of a style vector
+        rows: int = 0,  # of the mean style: one per style vector, or 0 for one that serves all
+    ):
         super().__init__()
         self.register_buffer("avg_latent", torch.zeros(rows, w_dim) if rows else torch.zeros(w_dim))
 
-    def forward(self, ws: Tensor, psi: float = 1.0, cutoff: int | None = None) -> Tensor:
+    def forward(
+        self,
+        ws: Tensor,  # (B, number of style vectors, w_dim)
+        psi: float = 1.0,  # 1: none, 0: only the mean style
+        cutoff: int | None = None,  # number of style vectors that are truncated; None: all
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        ws
+            (B, number of style vectors, w_dim)
+        psi
+            1: none, 0: only the mean style
+        cutoff
+            number of style vectors that are truncated; None: all
+        """
         if psi == 1: return ws
         average = self.avg_latent.expand(ws.shape[1], -1)
         truncated = average + psi * (ws - average)
@@ -87,18 +192,48 @@ class BlurKernel(nn.Module):
         taps = torch.tensor([1.0, 2.0, 1.0])
         self.register_buffer("kernel", (taps[:, None] * taps / 16)[None, None])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        """
         return F.conv2d(x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), padding=1, groups=x.shape[1])
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #c3e4f4ad
 class UpConv(EqualisedConv2d):
-    """Doubles the size: (B, I, H, W) to (B, O, 2H, 2W); the bias comes after the blur."""
+    """Doubles the size: (B, I, H, W) to (B, O, 2H, 2W); the bias comes after the blur.
 
-    def __init__(self, in_channels: int, out_channels: int):
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+    ):
         super().__init__(in_channels, out_channels, kernel_size=3)
         self.intermediate = BlurKernel()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        """
         weight = (self.weight * self.weight_gain).to(x.dtype)
         if 2 * x.shape[-1] >= FUSED_FROM:
             wide = F.pad(weight.transpose(0, 1), (1, 1, 1, 1))
@@ -110,15 +245,45 @@ class UpConv(EqualisedConv2d):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #b66056c9
 class NoiseLayer(nn.Module):
-    """Adds one noise map per picture, weighted per channel."""
+    """Adds one noise map per picture, weighted per channel.
 
-    def __init__(self, channels: int, resolution: int, number: int):
+    Parameters
+    ----------
+    channels
+        of the map
+    resolution
+        side of the maps, in pixels
+    number
+        of its first noise layer in the network: the seed of its stored noise
+    """
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        resolution: int,  # side of the maps, in pixels
+        number: int,  # of its first noise layer in the network: the seed of its stored noise
+    ):
         super().__init__()
         self.resolution, self.number = resolution, number
         self.weight = nn.Parameter(torch.zeros(channels))
         self.fixed: Tensor | None = None  # (1, 1, r, r); not part of a checkpoint
 
-    def forward(self, x: Tensor, noise_mode: str, rng: torch.Generator | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+        noise_mode: str,  # one of `NOISE_MODES`
+        rng: torch.Generator | None,  # source of the noise; None: torch's own
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        noise_mode
+            one of `NOISE_MODES`
+        rng
+            source of the noise; None: torch's own
+        """
         if noise_mode == "none": return x
         shape = (x.shape[0] if noise_mode == "random" else 1, 1, self.resolution, self.resolution)
         if noise_mode == "const":
@@ -130,23 +295,71 @@ class NoiseLayer(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #3683fca5
 class Epilogue(nn.Module):
-    """Noise, leaky ReLU, instance norm, style: (B, C, r, r) and (B, w_dim) to (B, C, r, r)."""
+    """Noise, leaky ReLU, instance norm, style: (B, C, r, r) and (B, w_dim) to (B, C, r, r).
 
-    def __init__(self, channels: int, w_dim: int, resolution: int, number: int):
+    Parameters
+    ----------
+    channels
+        of the map
+    w_dim
+        width of a style vector
+    resolution
+        side of the maps, in pixels
+    number
+        of its first noise layer in the network: the seed of its stored noise
+    """
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        w_dim: int,  # width of a style vector
+        resolution: int,  # side of the maps, in pixels
+        number: int,  # of its first noise layer in the network: the seed of its stored noise
+    ):
         super().__init__()
         self.top_epi = nn.ModuleDict({"noise": NoiseLayer(channels, resolution, number)})
         self.style_mod = nn.ModuleDict({"lin": EqualisedLinear(w_dim, 2 * channels, gain=1.0)})
 
-    def forward(self, x: Tensor, w: Tensor, noise_mode: str, rng: torch.Generator | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+        w: Tensor,  # (B, w_dim), the style
+        noise_mode: str,  # one of `NOISE_MODES`
+        rng: torch.Generator | None,  # source of the noise; None: torch's own
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        w
+            (B, w_dim), the style
+        noise_mode
+            one of `NOISE_MODES`
+        rng
+            source of the noise; None: torch's own
+        """
         x = F.leaky_relu(self.top_epi["noise"](x, noise_mode, rng), 0.2)
         scale, offset = self.style_mod["lin"](w).to(x.dtype)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(offset, F.instance_norm(x, eps=1e-5), scale + 1)
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #5d238c44
 class FirstBlock(nn.Module):
-    """4 × 4 pixels: a learned constant, epilogue, convolution, epilogue."""
+    """4 × 4 pixels: a learned constant, epilogue, convolution, epilogue.
 
-    def __init__(self, channels: int, w_dim: int):
+    Parameters
+    ----------
+    channels
+        of the map
+    w_dim
+        width of a style vector
+    """
+
+    def __init__(
+        self,
+        channels: int,  # of the map
+        w_dim: int,  # width of a style vector
+    ):
         super().__init__()
         self.const = nn.Parameter(torch.ones(1, channels, 4, 4))
         self.bias = nn.Parameter(torch.ones(channels))
@@ -154,7 +367,25 @@ class FirstBlock(nn.Module):
         self.conv = EqualisedConv2d(channels, channels, 3)
         self.epi2 = Epilogue(channels, w_dim, 4, number=1)
 
-    def forward(self, x: None, ws: Tensor, dtype: torch.dtype, **noise) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: None,  # (B, C, H, W)
+        ws: Tensor,  # (B, number of style vectors, w_dim)
+        dtype: torch.dtype,  # of the convolutions
+        **noise,  # `noise_mode` and `rng`, for the noise of each pixel
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        ws
+            (B, number of style vectors, w_dim)
+        dtype
+            of the convolutions
+        **noise
+            `noise_mode` and `rng`, for the noise of each pixel
+        """
         x = (self.const + self.bias[:, None, None]).to(dtype).expand(ws.shape[0], -1, -1,
                                                                      -1).contiguous(memory_format=torch.channels_last)
         raw = self.conv(self.epi1(x, ws[:, 0], **noise))
@@ -162,24 +393,78 @@ class FirstBlock(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #89da02d9
 class Block(nn.Module):
-    """r × r pixels: doubling convolution, epilogue, convolution, epilogue."""
+    """r × r pixels: doubling convolution, epilogue, convolution, epilogue.
 
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, number: int):
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    w_dim
+        width of a style vector
+    resolution
+        side of the maps, in pixels
+    number
+        of its first noise layer in the network: the seed of its stored noise
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+        w_dim: int,  # width of a style vector
+        resolution: int,  # side of the maps, in pixels
+        number: int,  # of its first noise layer in the network: the seed of its stored noise
+    ):
         super().__init__()
         self.conv0_up = UpConv(in_channels, out_channels)
         self.epi1 = Epilogue(out_channels, w_dim, resolution, number)
         self.conv1 = EqualisedConv2d(out_channels, out_channels, 3)
         self.epi2 = Epilogue(out_channels, w_dim, resolution, number + 1)
 
-    def forward(self, x: Tensor, ws: Tensor, dtype: torch.dtype, **noise) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+        ws: Tensor,  # (B, number of style vectors, w_dim)
+        dtype: torch.dtype,  # of the convolutions
+        **noise,  # `noise_mode` and `rng`, for the noise of each pixel
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        ws
+            (B, number of style vectors, w_dim)
+        dtype
+            of the convolutions
+        **noise
+            `noise_mode` and `rng`, for the noise of each pixel
+        """
         raw = self.conv1(self.epi1(self.conv0_up(x), ws[:, 0], **noise))
         return self.epi2(raw, ws[:, 1], **noise), raw
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #82d8531b
 class StyleSynthesis(nn.Module):
-    """The synthesis network: ws (B, num_ws, w_dim) to the picture and two maps per block."""
+    """The synthesis network: ws (B, num_ws, w_dim) to the picture and two maps per block.
 
-    def __init__(self, channels: dict[int, int], w_dim: int, img_channels: int = 3):
+    Parameters
+    ----------
+    channels
+        of each block, coarse to fine
+    w_dim
+        width of a style vector
+    img_channels
+        of the picture
+    """
+
+    def __init__(
+        self,
+        channels: dict[int, int],  # of each block, coarse to fine
+        w_dim: int,  # width of a style vector
+        img_channels: int = 3,  # of the picture
+    ):
         super().__init__()
         blocks, below = {}, 0
         for i, (r, c) in enumerate(channels.items()):
@@ -188,7 +473,22 @@ class StyleSynthesis(nn.Module):
         self.blocks = nn.ModuleDict(blocks)
         self.torgb = EqualisedConv2d(below, img_channels, 1, gain=1.0)
 
-    def forward(self, ws: Tensor, dtype: torch.dtype = torch.float32, **noise) -> Generated:
+    def forward(
+        self,
+        ws: Tensor,  # (B, number of style vectors, w_dim)
+        dtype: torch.dtype = torch.float32,  # of the convolutions
+        **noise,  # `noise_mode` and `rng`, for the noise of each pixel
+    ) -> Generated:
+        """
+        Parameters
+        ----------
+        ws
+            (B, number of style vectors, w_dim)
+        dtype
+            of the convolutions
+        **noise
+            `noise_mode` and `rng`, for the noise of each pixel
+        """
         x, features = None, []
         for i, block in enumerate(self.blocks.values()):
             x, raw = block(x, ws[:, 2 * i : 2 * i + 2], dtype, **noise)
@@ -224,37 +524,86 @@ def block_channels(
     return channels
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #20a3554e
-def limited(x: Tensor, largest: int) -> Tensor:
-    """`x` (B, C, r, r), resized to `largest` pixels if it is larger."""
+def limited(
+    x: Tensor,  # (B, C, r, r)
+    largest: int,  # side in pixels to which a larger map is resized
+) -> Tensor:
+    """`x` (B, C, r, r), resized to `largest` pixels if it is larger.
+
+    Parameters
+    ----------
+    x
+        (B, C, r, r)
+    largest
+        side in pixels to which a larger map is resized
+    """
     if x.shape[-1] <= largest: return x
     return F.interpolate(x, size=(largest, largest), mode="bilinear", align_corners=False)
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #f9a5ea0e
 class StyleHalves(nn.Module):
-    """Mapping, truncation and synthesis, put together; a subclass makes them."""
+    """Mapping, truncation and synthesis, put together; a subclass makes them.
 
-    num_ws: int
-    largest: int
-    g_mapping: nn.Module
-    truncation: nn.Module
-    g_synthesis: nn.Module
+    Attributes
+    ----------
+    num_ws
+        number of style vectors
+    largest
+        side in pixels to which larger pictures and maps are resized
+    g_mapping
+        z to w
+    truncation
+        towards the mean style
+    g_synthesis
+        styles to the picture
+    """
 
-    def set_noise(self, maps: Sequence[Tensor]) -> None:
-        """Noise maps (1, 1, r, r) for `noise_mode='const'`, two per block, coarse to fine. Raises `InputError`."""
+    num_ws: int  # number of style vectors
+    largest: int  # side in pixels to which larger pictures and maps are resized
+    g_mapping: nn.Module  # z to w
+    truncation: nn.Module  # towards the mean style
+    g_synthesis: nn.Module  # styles to the picture
+
+    def set_noise(
+        self,
+        maps: Sequence[Tensor],  # one (1, 1, H, W) per noise layer, coarse to fine
+    ) -> None:
+        """Noise maps (1, 1, r, r) for `noise_mode='const'`, two per block, coarse to fine. Raises `InputError`.
+
+        Parameters
+        ----------
+        maps
+            one (1, 1, H, W) per noise layer, coarse to fine
+        """
         layers = [module for module in self.modules() if isinstance(module, NoiseLayer)]
         if len(layers) != len(maps):
             raise InputError(f"{len(maps)} noise maps for {len(layers)} layers: give two per block")
         for layer, noise in zip(layers, maps): layer.fixed = noise
 
-    def styles(self, z: Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
-        """The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim)."""
+    def styles(
+        self,
+        z: Tensor,  # (B, z_dim)
+        truncation_psi: float = 1.0,  # 1: none, 0: only the mean style
+        truncation_cutoff: int | None = None,  # number of style vectors that are truncated; None: all
+    ) -> Tensor:
+        """The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim).
+
+        Parameters
+        ----------
+        z
+            (B, z_dim)
+        truncation_psi
+            1: none, 0: only the mean style
+        truncation_cutoff
+            number of style vectors that are truncated; None: all
+        """
         ws = self.g_mapping(z)[:, None].repeat(1, self.num_ws, 1)
         return self.truncation(ws, truncation_psi, truncation_cutoff)
 
     def forward(
         self,
         z: Tensor,  # (B, z_dim)
-        truncation_psi: float = 1.0,
+        truncation_psi: float = 1.0,  # 1: none, 0: only the mean style
         truncation_cutoff: int | None = None,  # None, or more than num_ws: all layers
         noise_mode: str = "random",  # or "const", "none"
         rng: torch.Generator | None = None,  # source of the random noise
@@ -265,6 +614,8 @@ class StyleHalves(nn.Module):
         ----------
         z
             (B, z_dim)
+        truncation_psi
+            1: none, 0: only the mean style
         truncation_cutoff
             None, or more than num_ws: all layers
         noise_mode
@@ -296,8 +647,12 @@ class StyleGAN1(StyleHalves):
         size of the latent
     w_dim
         size of the style vectors
+    mapping_layers
+        fully connected layers from z to w
     channel_base
         channels at resolution r are min(channel_base // r, channel_max)
+    channel_max
+        most channels of a layer
     average_rows
         rows of the stored mean style, one per layer; 0: one vector for all
     largest
@@ -309,9 +664,9 @@ class StyleGAN1(StyleHalves):
         resolution: int,  # side of the synthesised picture, a power of two from 8 on
         z_dim: int = 512,  # size of the latent
         w_dim: int = 512,  # size of the style vectors
-        mapping_layers: int = 8,
+        mapping_layers: int = 8,  # fully connected layers from z to w
         channel_base: int = 16384,  # channels at resolution r are min(channel_base // r, channel_max)
-        channel_max: int = 512,
+        channel_max: int = 512,  # most channels of a layer
         average_rows: int = 0,  # rows of the stored mean style, one per layer; 0: one vector for all
         largest: int = 512,  # side in pixels to which larger pictures and maps are resized
     ):
@@ -336,8 +691,17 @@ class StyleGAN1(StyleHalves):
         return dict(self._kwargs)
 
     @classmethod
-    def from_init_kwargs(cls, kwargs: dict) -> Self:
-        """A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know."""
+    def from_init_kwargs(
+        cls,
+        kwargs: dict,  # as a released checkpoint names them
+    ) -> Self:
+        """A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know.
+
+        Parameters
+        ----------
+        kwargs
+            as a released checkpoint names them
+        """
         try: return cls(**kwargs)
         except TypeError:
             raise InputError(f"not the arguments of a StyleGAN: {', '.join(sorted(map(str, kwargs)))}") from None

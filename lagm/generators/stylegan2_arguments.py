@@ -20,7 +20,7 @@ LARGEST_SIZES = {"img_resolution": 4096, "resolution": 4096, "largest": 4096, "i
 
 def check_sizes(
     sizes: dict,  # constructor arguments by name
-    may_be_zero: tuple[str, ...] = (),
+    may_be_zero: tuple[str, ...] = (),  # names of those that may be 0
 ) -> None:
     """Raise `InputError` unless all are whole numbers of a size that a network can have.
 
@@ -28,6 +28,8 @@ def check_sizes(
     ----------
     sizes
         constructor arguments by name
+    may_be_zero
+        names of those that may be 0
     """
     for name, value in sizes.items():
         least, most = 0 if name in may_be_zero else 1, LARGEST_SIZES.get(name, 16384)
@@ -36,16 +38,20 @@ def check_sizes(
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #8400cdf3
 def block_widths(
-    img_resolution: int,
+    img_resolution: int,  # side of the picture, a power of two
     channel_base: int,  # channels at resolution r are min(channel_base // r, channel_max)
-    channel_max: int,
+    channel_max: int,  # most channels of a layer
 ) -> dict[int, int]:  # channels by resolution, 4, 8, ..., img_resolution
     """The widths of a StyleGAN2's blocks. Raises `InputError` for sizes that do not fit each other.
 
     Parameters
     ----------
+    img_resolution
+        side of the picture, a power of two
     channel_base
         channels at resolution r are min(channel_base // r, channel_max)
+    channel_max
+        most channels of a layer
 
     Returns
     -------
@@ -70,9 +76,9 @@ def _is_number(value: Any) -> bool:
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #9fc53508
 def check_layer(
     taps: Sequence,  # of the low-pass filter: numbers, or rows of them
-    conv_clamp: float | None,
-    mapping_lr: float,
-    use_noise: bool,
+    conv_clamp: float | None,  # largest absolute value of a map; None: no limit
+    mapping_lr: float,  # learning-rate multiplier of the mapping
+    use_noise: bool,  # whether layers add noise
 ) -> dict[str, Any]:  # what the layers of the synthesis network are made with
     """Raise `InputError` unless these arguments of a layer are numbers that make sense.
 
@@ -80,6 +86,12 @@ def check_layer(
     ----------
     taps
         of the low-pass filter: numbers, or rows of them
+    conv_clamp
+        largest absolute value of a map; None: no limit
+    mapping_lr
+        learning-rate multiplier of the mapping
+    use_noise
+        whether layers add noise
 
     Returns
     -------
@@ -101,10 +113,10 @@ def check_layer(
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #0ef8007c
 def mapping_arguments(
-    w_dim: int,
-    layers: int,
+    w_dim: int,  # width of a style vector
+    layers: int,  # fully connected layers
     features: int | None,  # width inside; None: w_dim
-    lr: float,
+    lr: float,  # learning-rate multiplier
     c_dim: int,  # number of classes; 0: not conditional
     embedding: int | None,  # size of an embedded class; None: w_dim
 ) -> dict[str, Any]:
@@ -112,8 +124,14 @@ def mapping_arguments(
 
     Parameters
     ----------
+    w_dim
+        width of a style vector
+    layers
+        fully connected layers
     features
         width inside; None: w_dim
+    lr
+        learning-rate multiplier
     c_dim
         number of classes; 0: not conditional
     embedding
@@ -126,9 +144,31 @@ def mapping_arguments(
     return dict(num_layers=layers, **widths, **({} if lr == 0.01 else {"lr_multiplier": lr}))
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #654492ae
-def synthesis_arguments(channel_base: int, channel_max: int, architecture: str, conv_clamp: float | None,
-                        taps: Sequence, use_noise: bool) -> dict[str, Any]:
-    """A synthesis network's arguments as the released checkpoints name them."""
+def synthesis_arguments(
+    channel_base: int,  # channels of a layer are this divided by its resolution, `channel_max` at most
+    channel_max: int,  # most channels of a layer
+    architecture: str,  # "skip", "resnet" or "orig"
+    conv_clamp: float | None,  # largest absolute value of a map; None: no limit
+    taps: Sequence,  # of the resampling filter
+    use_noise: bool,  # whether layers add noise
+) -> dict[str, Any]:
+    """A synthesis network's arguments as the released checkpoints name them.
+
+    Parameters
+    ----------
+    channel_base
+        channels of a layer are this divided by its resolution, `channel_max` at most
+    channel_max
+        most channels of a layer
+    architecture
+        "skip", "resnet" or "orig"
+    conv_clamp
+        largest absolute value of a map; None: no limit
+    taps
+        of the resampling filter
+    use_noise
+        whether layers add noise
+    """
     found = dict(channel_base=channel_base, channel_max=channel_max, architecture=architecture, conv_clamp=conv_clamp,
                  resample_filter=list(taps))
     return found if use_noise else found | {"use_noise": False}
@@ -172,13 +212,27 @@ def flatten_kwargs(
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #7b3461e7
 class ReleasedArguments:
-    """For a network that can tell the arguments it was made with, under the names of the released checkpoints."""
+    """For a network that can tell the arguments it was made with, under the names of the released checkpoints.
 
-    z_dim: int
-    c_dim: int
-    w_dim: int
-    img_resolution: int
-    img_channels: int
+    Attributes
+    ----------
+    z_dim
+        width of a latent
+    c_dim
+        number of classes; 0: it is not conditional
+    w_dim
+        width of a style vector
+    img_resolution
+        side of the picture
+    img_channels
+        of the picture
+    """
+
+    z_dim: int  # width of a latent
+    c_dim: int  # number of classes; 0: it is not conditional
+    w_dim: int  # width of a style vector
+    img_resolution: int  # side of the picture
+    img_channels: int  # of the picture
     _mapping_kwargs: dict[str, Any]
     _synthesis_kwargs: dict[str, Any]
 
@@ -188,9 +242,17 @@ class ReleasedArguments:
         return dict(**sizes, mapping_kwargs=dict(self._mapping_kwargs), synthesis_kwargs=dict(self._synthesis_kwargs))
 
     @classmethod
-    def from_init_kwargs(cls, kwargs: dict) -> Self:
+    def from_init_kwargs(
+        cls,
+        kwargs: dict,  # as a released checkpoint names them
+    ) -> Self:
         """A network with the arguments that `init_kwargs` gave, or that a released checkpoint holds.
 
         Raises `InputError` on those that we do not know.
+
+        Parameters
+        ----------
+        kwargs
+            as a released checkpoint names them
         """
         return cls(**flatten_kwargs(kwargs))

@@ -41,7 +41,7 @@ def blur(
     x: Tensor,  # (B, C, H, W)
     kernel: Tensor,  # (k, l)
     more: int,  # pixels that the result has more than `x`: 0, or -1 after a transposed convolution
-    gain: float = 1.0,
+    gain: float = 1.0,  # factor of the result
 ) -> Tensor:  # (B, C, H + more, W + more)
     """Convolve every channel of `x` with `kernel` (flipped, as a convolution proper), with zeros around.
 
@@ -53,6 +53,8 @@ def blur(
         (k, l)
     more
         pixels that the result has more than `x`: 0, or -1 after a transposed convolution
+    gain
+        factor of the result
 
     Returns
     -------
@@ -94,9 +96,9 @@ REMEMBERED = WeakTensorKeyDictionary()  # weight -> {what: (the weight's state, 
 
 
 def remembered(
-    weight: Tensor,
+    weight: Tensor,  # what the result depends on
     what: Hashable,  # name of the result
-    make: Callable[[Tensor], Tensor],
+    make: Callable[[Tensor], Tensor],  # how it is made from the weight
 ) -> Tensor:
     """`make(weight)`; of a frozen weight it is made once and kept for as long as the weight stays as it is.
 
@@ -104,8 +106,12 @@ def remembered(
 
     Parameters
     ----------
+    weight
+        what the result depends on
     what
         name of the result
+    make
+        how it is made from the weight
     """
     if weight.requires_grad or weight.is_inference(): return make(weight)
     state = weight._version, weight.data_ptr(), weight.dtype, weight.device
@@ -186,13 +192,40 @@ def convolve(
 
 # %% ../../nbs/reference/generators/22_stylegan2_ops.ipynb #5f643882
 class SkipConv(nn.Module):
-    """The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."""
+    """The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture.
 
-    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float] = (1, 3, 3, 1)):
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    taps
+        of the resampling filter
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+        taps: list[float] = (1, 3, 3, 1),  # of the resampling filter
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.register_buffer("resample_filter", resampling_filter(taps))
         self.weight_gain = 1 / math.sqrt(in_channels)
 
-    def forward(self, x: Tensor, gain: float) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+        gain: float,  # factor of the result
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        gain
+            factor of the result
+        """
         return upsample2x(F.conv2d(x, (self.weight * (self.weight_gain * gain)).to(x.dtype)), self.resample_filter)

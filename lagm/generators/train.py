@@ -30,16 +30,42 @@ class EqualisedConv(nn.Module):
     """A convolution with equalised learning rate, `weight / sqrt(fan_in)`, and leaky ReLU times sqrt(2).
 
     Or linear, without bias.
+
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    kernel_size
+        side of the kernel, in pixels
+    linear
+        without bias and leaky ReLU
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, linear: bool = False):
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+        kernel_size: int = 3,  # side of the kernel, in pixels
+        linear: bool = False,  # without bias and leaky ReLU
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = None if linear else nn.Parameter(torch.zeros(out_channels))
         self.gain, self.padding = 1 / math.sqrt(in_channels * kernel_size**2), kernel_size // 2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
         # the gain passes through the leaky ReLU
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        """
         weight = self.weight * (self.gain if self.bias is None else self.gain * SQRT2)
         x = F.conv2d(x, weight.to(x.dtype), None if self.bias is None else (self.bias * SQRT2).to(x.dtype),
                      padding=self.padding)
@@ -47,15 +73,36 @@ class EqualisedConv(nn.Module):
 
 # %% ../../nbs/reference/generators/24_train.ipynb #b62d3a16
 class DiscriminatorBlock(nn.Module):
-    """Two convolutions and a linear shortcut; halves the size."""
+    """Two convolutions and a linear shortcut; halves the size.
 
-    def __init__(self, in_channels: int, out_channels: int):
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of the map that goes out
+    """
+
+    def __init__(
+        self,
+        in_channels: int,  # of the map that comes in
+        out_channels: int,  # of the map that goes out
+    ):
         super().__init__()
         self.conv0 = EqualisedConv(in_channels, in_channels)
         self.conv1 = EqualisedConv(in_channels, out_channels)
         self.skip = EqualisedConv(in_channels, out_channels, kernel_size=1, linear=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, C, H, W)
+        """
         residual = self.conv1(F.avg_pool2d(self.conv0(x), 2))
         return (residual + self.skip(F.avg_pool2d(x, 2))) * math.sqrt(0.5)
 
@@ -113,31 +160,64 @@ class Discriminator(nn.Module):
         self.fc = FullyConnected(channels[-1] * 16, channels[-1])
         self.out = FullyConnected(channels[-1], 1)
 
-    def forward(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,  # (B, 3, H, W) in [-1, 1]
+        dtype: torch.dtype = torch.float32,  # of the convolutions
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        image
+            (B, 3, H, W) in [-1, 1]
+        dtype
+            of the convolutions
+        """
         x = F.pixel_unshuffle(image, 2).to(dtype).contiguous(memory_format=torch.channels_last)
         x = self.blocks(self.stem(x))
         x = self.conv(minibatch_std(x)).float().flatten(1)
         return self.out(leaky_relu(self.fc(x))).squeeze(1)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #ba37ce8c
-def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """Logistic loss of the discriminator."""
+def discriminator_loss(
+    real_scores: Tensor,  # (B,), of real pictures
+    fake_scores: Tensor,  # (B,), of generated pictures
+) -> Tensor:
+    """Logistic loss of the discriminator.
+
+    Parameters
+    ----------
+    real_scores
+        (B,), of real pictures
+    fake_scores
+        (B,), of generated pictures
+    """
     return F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean()
 
 
-def generator_loss(fake_scores: Tensor) -> Tensor:
-    """Non-saturating loss of the generator."""
+def generator_loss(
+    fake_scores: Tensor,  # (B,), of generated pictures
+) -> Tensor:
+    """Non-saturating loss of the generator.
+
+    Parameters
+    ----------
+    fake_scores
+        (B,), of generated pictures
+    """
     return F.softplus(-fake_scores).mean()
 
 
 def r1_penalty(
-    discriminator: nn.Module,
+    discriminator: nn.Module,  # whose slope is measured
     real: Tensor,  # (B, 3, R, R)
 ) -> Tensor:  # mean over pictures of the squared norm of the score's gradient
     """The gradient penalty of Mescheder et al. (2018), without its factor gamma / 2; always in float32.
 
     Parameters
     ----------
+    discriminator
+        whose slope is measured
     real
         (B, 3, R, R)
 
@@ -159,10 +239,14 @@ class GANRecipe:
     ----------
     images
         how many real pictures the discriminator sees, with repetition
+    batch
+        pictures of a step
     learning_rate
         of Adam, betas (0, 0.99), for both networks
     cooldown
         share of the run, at its end, over which the rate falls linearly to a tenth
+    r1_gamma
+        weight of the R1 penalty
     r1_interval
         steps between two R1 penalties
     style_mixing
@@ -173,26 +257,42 @@ class GANRecipe:
         the half-life is at most this share of the images seen so far
     bfloat16
         convolutions in bfloat16; weights, R1 and the optimiser stay in float32
+    seed
+        of everything random in the run
+    resolution
+        side of the pictures
+    z_dim
+        width of a latent
+    w_dim
+        width of a style vector
+    mapping_layers
+        fully connected layers from z to w
+    channel_base
+        channels of a layer are this divided by its resolution
+    channel_max
+        but so many at most
+    discriminator_channels
+        of its blocks, fine to coarse
     """
 
     images: int = 250_000  # how many real pictures the discriminator sees, with repetition
-    batch: int = 8
+    batch: int = 8  # pictures of a step
     learning_rate: float = 2.5e-3  # of Adam, betas (0, 0.99), for both networks
     cooldown: float = 0.2  # share of the run, at its end, over which the rate falls linearly to a tenth
-    r1_gamma: float = 0.3
+    r1_gamma: float = 0.3  # weight of the R1 penalty
     r1_interval: int = 16  # steps between two R1 penalties
     style_mixing: float = 0.5  # probability of two latents in one batch
     ema_halflife: int = 5_000  # images after which a weight counts half in the average
     ema_rampup: float = 0.05  # the half-life is at most this share of the images seen so far
     bfloat16: bool = True  # convolutions in bfloat16; weights, R1 and the optimiser stay in float32
-    seed: int = 0
-    resolution: int = 64
-    z_dim: int = 128
-    w_dim: int = 128
-    mapping_layers: int = 3
-    channel_base: int = 1536
-    channel_max: int = 128
-    discriminator_channels: tuple[int, ...] = (64, 96, 128, 128)
+    seed: int = 0  # of everything random in the run
+    resolution: int = 64  # side of the pictures
+    z_dim: int = 128  # width of a latent
+    w_dim: int = 128  # width of a style vector
+    mapping_layers: int = 3  # fully connected layers from z to w
+    channel_base: int = 1536  # channels of a layer are this divided by its resolution
+    channel_max: int = 128  # but so many at most
+    discriminator_channels: tuple[int, ...] = (64, 96, 128, 128)  # of its blocks, fine to coarse
 
     def __post_init__(self):
         check_fields(self, "GAN recipe")
@@ -207,8 +307,8 @@ class GANRecipe:
 # %% ../../nbs/reference/generators/24_train.ipynb #76053ebc
 def real_batch(
     images: Tensor,  # (N, 3, R, R) uint8
-    batch: int,
-    rng: torch.Generator,
+    batch: int,  # how many
+    rng: torch.Generator,  # what draws them
 ) -> Tensor:  # (batch, 3, R, R) in [-1, 1]
     """Real pictures, half of them mirrored.
 
@@ -216,6 +316,10 @@ def real_batch(
     ----------
     images
         (N, 3, R, R) uint8
+    batch
+        how many
+    rng
+        what draws them
 
     Returns
     -------
@@ -230,10 +334,10 @@ def real_batch(
 # %% ../../nbs/reference/generators/24_train.ipynb #93f58a21
 def fake_batch(
     generator: StyleGAN2,  # its running mean of the styles is updated
-    batch: int,
+    batch: int,  # how many
     mixing: float,  # probability of a second latent for the later layers
-    rng: torch.Generator,
-    dtype: torch.dtype = torch.float32,
+    rng: torch.Generator,  # what draws latents and noise
+    dtype: torch.dtype = torch.float32,  # of the convolutions
 ) -> Tensor:  # (batch, 3, R, R), with gradients
     """Generated pictures.
 
@@ -241,8 +345,14 @@ def fake_batch(
     ----------
     generator
         its running mean of the styles is updated
+    batch
+        how many
     mixing
         probability of a second latent for the later layers
+    rng
+        what draws latents and noise
+    dtype
+        of the convolutions
 
     Returns
     -------
@@ -268,12 +378,14 @@ class GANState:
     ----------
     images
         (N, 3, R, R) uint8, the real pictures
+    recipe
+        what to train, and how
     """
 
     def __init__(
         self,
         images: Tensor,  # (N, 3, R, R) uint8, the real pictures
-        recipe: GANRecipe = GANRecipe(),
+        recipe: GANRecipe = GANRecipe(),  # what to train, and how
     ):
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, recipe.resolution, recipe.resolution):
             raise InputError(f"real pictures are {images.dtype} {tuple(images.shape)}: the recipe needs uint8 (N, 3, "
@@ -338,13 +450,29 @@ class GANTrainer(GANState):
         self.average.mapping.w_avg.copy_(self.generator.mapping.w_avg)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #238009d9
-def networks_of(trainer: GANTrainer) -> dict[str, nn.Module]:
-    """The networks of a run, by the names used in its file."""
+def networks_of(
+    trainer: GANTrainer,  # the run
+) -> dict[str, nn.Module]:
+    """The networks of a run, by the names used in its file.
+
+    Parameters
+    ----------
+    trainer
+        the run
+    """
     return dict(generator=trainer.generator, discriminator=trainer.discriminator, average=trainer.average)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #9d214f31
-def training_state(trainer: GANTrainer) -> dict[str, Tensor]:
-    """Every tensor of the run: networks, average, both optimisers, random numbers."""
+def training_state(
+    trainer: GANTrainer,  # the run
+) -> dict[str, Tensor]:
+    """Every tensor of the run: networks, average, both optimisers, random numbers.
+
+    Parameters
+    ----------
+    trainer
+        the run
+    """
     tensors = {f"{name}.{key}": value for name, network in networks_of(trainer).items() for key,
                value in network.state_dict().items()}
     for name, optimizer in trainer.optimizers.items():
@@ -353,15 +481,37 @@ def training_state(trainer: GANTrainer) -> dict[str, Tensor]:
     return tensors | {"rng": trainer.rng.get_state()}
 
 # %% ../../nbs/reference/generators/24_train.ipynb #7f1e699d
-def save_training(trainer: GANTrainer, path: str | Path) -> None:
-    """Write the whole state, atomically."""
+def save_training(
+    trainer: GANTrainer,  # the run
+    path: str | Path,  # the file
+) -> None:
+    """Write the whole state, atomically.
+
+    Parameters
+    ----------
+    trainer
+        the run
+    path
+        the file
+    """
     header = dict(kind="gan-training", recipe=asdict(trainer.recipe), seen=trainer.seen, history=trainer.history,
                   origins=trainer.origins)
     save_tensors(path, training_state(trainer), header)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #29dabcdd
-def load_training(trainer: GANTrainer, path: str | Path) -> None:
-    """Continue from `path`. Raises `InputError` if it belongs to another recipe."""
+def load_training(
+    trainer: GANTrainer,  # a run of the same recipe, whose state is replaced
+    path: str | Path,  # the file
+) -> None:
+    """Continue from `path`. Raises `InputError` if it belongs to another recipe.
+
+    Parameters
+    ----------
+    trainer
+        a run of the same recipe, whose state is replaced
+    path
+        the file
+    """
     tensors, header = load_tensors(path)
     mine = {**asdict(trainer.recipe), "discriminator_channels": list(trainer.recipe.discriminator_channels)}
     if different := [name for name in mine if header.get("recipe", {}).get(name) != mine[name]]:
@@ -383,18 +533,26 @@ def load_training(trainer: GANTrainer, path: str | Path) -> None:
 # %% ../../nbs/reference/generators/24_train.ipynb #50fb6f50
 @torch.no_grad()
 def sample_grid(
-    network: StyleGAN2,
-    count: int = 32,
-    psi: float = 0.7,
+    network: StyleGAN2,  # the generator
+    count: int = 32,  # how many pictures
+    psi: float = 0.7,  # truncation
     seed: int = 0,  # of the latents; the noise is the stored one
-    columns: int = 8,
+    columns: int = 8,  # of the grid
 ) -> Tensor:  # (3, height, width) in [0, 1]
     """Pictures of the same latents every time.
 
     Parameters
     ----------
+    network
+        the generator
+    count
+        how many pictures
+    psi
+        truncation
     seed
         of the latents; the noise is the stored one
+    columns
+        of the grid
 
     Returns
     -------
@@ -408,11 +566,11 @@ def sample_grid(
 # %% ../../nbs/reference/generators/24_train.ipynb #f64aeff4
 def train_gan(
     images: Tensor,  # (N, 3, R, R) uint8
-    recipe: GANRecipe,
+    recipe: GANRecipe,  # what to train, and how
     folder: str | Path,  # state, grids and snapshots go here; an unfinished run in it is continued
     save_every: int = 5_000,  # images between two saved states
     grid_every: int = 25_000,  # images between two grids of samples
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> GANTrainer:
     """Train to the end of the recipe. Stopping at any moment loses at most `save_every` images.
 
@@ -422,12 +580,16 @@ def train_gan(
     ----------
     images
         (N, 3, R, R) uint8
+    recipe
+        what to train, and how
     folder
         state, grids and snapshots go here; an unfinished run in it is continued
     save_every
         images between two saved states
     grid_every
         images between two grids of samples
+    progress
+        whether a line shows how far it is
     """
     folder, trainer = Path(folder), GANTrainer(images, recipe)
     state = folder / "state.safetensors"

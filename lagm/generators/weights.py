@@ -29,7 +29,7 @@ NETWORKS: dict[str, Any] = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # t
 
 def generator_header(
     network: nn.Module,  # of a class in NETWORKS
-    provenance: dict | None = None,
+    provenance: dict | None = None,  # where the weights come from
 ) -> dict:
     """What stands in the header of a generator's file.
 
@@ -37,6 +37,8 @@ def generator_header(
     ----------
     network
         of a class in NETWORKS
+    provenance
+        where the weights come from
     """
     return dict(kind="generator", format_version=FORMAT_VERSION, network=type(network).__name__,
                 init_kwargs=network.init_kwargs(), provenance=provenance or {})
@@ -67,8 +69,8 @@ def save_generator(
 # %% ../../nbs/reference/generators/26_weights.ipynb #da5a830f
 def check_tensors(
     path: str | Path,  # named in errors
-    network: nn.Module,
-    tensors: dict[str, Tensor],
+    network: nn.Module,  # that they are for
+    tensors: dict[str, Tensor],  # name to tensor
 ) -> dict[str, Tensor]:  # float32, and whole numbers where the network has them
     """The tensors as the network takes them; `InputError` unless they have its names and shapes, and finite numbers.
 
@@ -76,6 +78,10 @@ def check_tensors(
     ----------
     path
         named in errors
+    network
+        that they are for
+    tensors
+        name to tensor
 
     Returns
     -------
@@ -91,10 +97,26 @@ def check_tensors(
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def as_weight(path: str | Path, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+def as_weight(
+    path: str | Path,  # the file
+    name: str,  # of the tensor
+    tensor: Tensor,  # as it was read
+    like: Tensor,  # the network's own, for type and shape
+) -> Tensor:
     """A tensor of a file as float32, or as whole numbers where `like` has them.
 
     Raises `InputError` for types that no weights have.
+
+    Parameters
+    ----------
+    path
+        the file
+    name
+        of the tensor
+    tensor
+        as it was read
+    like
+        the network's own, for type and shape
     """
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     if not (tensor.dtype in WEIGHT_TYPES if like.is_floating_point() else whole):
@@ -107,8 +129,22 @@ def as_weight(path: str | Path, name: str, tensor: Tensor, like: Tensor) -> Tens
     return tensor.to(torch.float32 if like.is_floating_point() else like.dtype).contiguous()
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #da5a83s0
-def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise `InputError` unless `shapes` has just the names and shapes of `network`."""
+def check_names(
+    path: str | Path,  # the file
+    network: nn.Module,  # that the file is for
+    shapes: dict[str, tuple[int, ...]],  # names of weights to their shapes
+) -> None:
+    """Raise `InputError` unless `shapes` has just the names and shapes of `network`.
+
+    Parameters
+    ----------
+    path
+        the file
+    network
+        that the file is for
+    shapes
+        names of weights to their shapes
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     _complain(path, "lacks", sorted(expected.keys() - shapes.keys()))
     _complain(path, "has unexpected", sorted(shapes.keys() - expected.keys()))
@@ -128,7 +164,7 @@ def _complain(path: str | Path, what: str, names: list[str]) -> None:
 def network_from_tensors(
     path: str | Path,  # named in errors
     tensors: dict[str, Tensor],  # as `save_generator` wrote them
-    header: dict[str, Any],
+    header: dict[str, Any],  # what the file says about itself
 ) -> nn.Module:
     """The network that a file of ours describes, with its weights.
 
@@ -140,6 +176,8 @@ def network_from_tensors(
         named in errors
     tensors
         as `save_generator` wrote them
+    header
+        what the file says about itself
     """
     if header.get("kind") != "generator":
         said = quoted(header.get("kind", "nothing"))
@@ -161,15 +199,26 @@ def network_from_tensors(
     return network
 
 
-def check_version(path: str | Path, header: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the header has the format version that this program reads."""
+def check_version(
+    path: str | Path,  # the file
+    header: dict[str, Any],  # what the file says about itself
+) -> None:
+    """Raise `InputError` unless the header has the format version that this program reads.
+
+    Parameters
+    ----------
+    path
+        the file
+    header
+        what the file says about itself
+    """
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {quoted(version)}; this lagm reads {FORMAT_VERSION}: update it")
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #89b3a6b9
 def of_class(
-    network: nn.Module,
+    network: nn.Module,  # a conditional generator
     header: dict[str, Any],  # of its file
     label: int | Sequence[float] | None,  # None: the network stays as it is
     path: str | Path,  # named in errors
@@ -178,6 +227,8 @@ def of_class(
 
     Parameters
     ----------
+    network
+        a conditional generator
     header
         of its file
     label

@@ -28,17 +28,21 @@ from .saved import save_networks, stored
 
 # %% ../../nbs/reference/models/27_convert.ipynb #b41e2bb5
 def read_any(
-    path: str | Path,
+    path: str | Path,  # the file
     avg_latent: str | Path | None = None,  # the mean style of a generator that lacks it
-    progress: bool = False,
+    progress: bool = False,  # whether a line shows how far it is
     label: int | None = None,  # one class of a conditional generator, counted from 0; None: all of them
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:  # the networks by role, and a header for them
     """Read a checkpoint of any known kind. Raises `InputError`.
 
     Parameters
     ----------
+    path
+        the file
     avg_latent
         the mean style of a generator that lacks it
+    progress
+        whether a line shows how far it is
     label
         one class of a conditional generator, counted from 0; None: all of them
 
@@ -74,11 +78,20 @@ UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained
 
 
 def inspect(
-    path: str | Path,
-    avg_latent: str | Path | None = None,
-    progress: bool = False,
+    path: str | Path,  # the file
+    avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own
+    progress: bool = False,  # whether a line shows how far it is
 ) -> dict[str, Any]:  # plain values
     """What a checkpoint is. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        the file
+    avg_latent
+        file with the mean style; None: the checkpoint's own
+    progress
+        whether a line shows how far it is
 
     Returns
     -------
@@ -117,16 +130,35 @@ def inspect(
     return facts
 
 # %% ../../nbs/reference/models/27_convert.ipynb #8743f5s0
-def count_layers(network: nn.Module) -> int:
-    """Layers that have a weight."""
+def count_layers(
+    network: nn.Module,  # whose layers are counted
+) -> int:
+    """Layers that have a weight.
+
+    Parameters
+    ----------
+    network
+        whose layers are counted
+    """
     return sum("weight" in module._parameters for module in network.modules())
 
 
 LONGEST_LINE = 2000  # characters
 
 
-def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Facts as lines of text; long lists are broken."""
+def as_lines(
+    facts: dict[str, Any],  # by name
+    indent: str = "",  # in front of each line
+) -> list[str]:
+    """Facts as lines of text; long lists are broken.
+
+    Parameters
+    ----------
+    facts
+        by name
+    indent
+        in front of each line
+    """
     lines, width = [], max((len(name) for name, value in facts.items() if not isinstance(value, dict)), default=0)
     for name, value in facts.items():
         if isinstance(value, dict) and indent == "": lines += [f"{printable(name)}:", *as_lines(value, "  ")]
@@ -150,8 +182,8 @@ def convert(
     source: str | Path,  # a checkpoint of any known kind
     target: str | Path,  # the file to make, ending in .safetensors
     half: bool = False,  # store floating-point numbers as float16
-    avg_latent: str | Path | None = None,
-    progress: bool = False,
+    avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own
+    progress: bool = False,  # whether a line shows how far it is
     label: int | None = None,  # keep one class of a conditional generator, counted from 0
 ) -> dict[str, Any]:  # the header that was written
     """Turn a checkpoint into a safetensors file of ours, checked after writing and put in place atomically.
@@ -166,6 +198,10 @@ def convert(
         the file to make, ending in .safetensors
     half
         store floating-point numbers as float16
+    avg_latent
+        file with the mean style; None: the checkpoint's own
+    progress
+        whether a line shows how far it is
     label
         keep one class of a conditional generator, counted from 0
 
@@ -208,8 +244,16 @@ def _facts(header: dict[str, Any]) -> dict[str, Any]:
     return facts | {"labels": LabelSet(**header["labels"]) if header.get("labels") else None}
 
 
-def rounded(network: nn.Module) -> nn.Module:
-    """The network with its numbers rounded to float16, in place."""
+def rounded(
+    network: nn.Module,  # whose weights are rounded
+) -> nn.Module:
+    """The network with its numbers rounded to float16, in place.
+
+    Parameters
+    ----------
+    network
+        whose weights are rounded
+    """
     network.load_state_dict(
         {
             name: tensor.half().float() if tensor.is_floating_point() else tensor
@@ -220,15 +264,46 @@ def rounded(network: nn.Module) -> nn.Module:
     return network
 
 
-def read_back(path: Path, header: dict, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The networks of a file that was just written."""
+def read_back(
+    path: Path,  # the file
+    header: dict,  # what the file says about itself
+    networks: dict[str, nn.Module],  # by role
+) -> dict[str, nn.Module]:
+    """The networks of a file that was just written.
+
+    Parameters
+    ----------
+    path
+        the file
+    header
+        what the file says about itself
+    networks
+        by role
+    """
     if header["kind"] == "generator": return {"generator": network_from_tensors(path, *read_safetensors(path))}
     results = load_results(path)
     return {role: getattr(results, role) for role in networks}
 
 
-def compare(path: Path, network: nn.Module, again: nn.Module, progress: bool = False) -> None:
-    """Raise `InputError` unless both networks have the same numbers, and draw the same picture."""
+def compare(
+    path: Path,  # the file
+    network: nn.Module,  # that was written
+    again: nn.Module,  # that was read back
+    progress: bool = False,  # whether a line shows how far it is
+) -> None:
+    """Raise `InputError` unless both networks have the same numbers, and draw the same picture.
+
+    Parameters
+    ----------
+    path
+        the file
+    network
+        that was written
+    again
+        that was read back
+    progress
+        whether a line shows how far it is
+    """
     mine, theirs = network.state_dict(), again.state_dict()
     same = type(network) is type(again) and mine.keys() == theirs.keys()
     for name in tqdm(mine, desc="checking", unit=" tensors", disable=not progress):
@@ -245,14 +320,30 @@ def compare(path: Path, network: nn.Module, again: nn.Module, progress: bool = F
         )
 
 # %% ../../nbs/reference/models/27_convert.ipynb #ebe61ef7
-def inspect_command(arguments: argparse.Namespace) -> None:
-    """`lagm inspect SRC`"""
+def inspect_command(
+    arguments: argparse.Namespace,  # of the command line
+) -> None:
+    """`lagm inspect SRC`
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     facts = inspect(arguments.source, arguments.avg_latent, progress=not arguments.json)
     print(json.dumps(facts, indent=1, default=str) if arguments.json else "\n".join(as_lines(facts)))
 
 
-def convert_command(arguments: argparse.Namespace) -> None:
-    """`lagm convert SRC DST`"""
+def convert_command(
+    arguments: argparse.Namespace,  # of the command line
+) -> None:
+    """`lagm convert SRC DST`
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     if Path(arguments.target).exists() and not arguments.force:
         raise InputError(f"{arguments.target} is there already: give another name, or --force to replace it")
     header = convert(arguments.source, arguments.target, arguments.half, arguments.avg_latent, True, arguments.label)

@@ -30,6 +30,8 @@ class HeadedEncoder(nn.Module):
 
     Parameters
     ----------
+    encoder
+        gives the maps
     widths
         channels of its maps, coarse to fine
     n_classes
@@ -44,7 +46,7 @@ class HeadedEncoder(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: nn.Module,  # gives the maps
         widths: list[int],  # channels of its maps, coarse to fine
         n_classes: int,  # classes, background included
         channels: int,  # of the head
@@ -57,24 +59,60 @@ class HeadedEncoder(nn.Module):
         self.head = FPNAnnotator(widths, n_classes, channels, layers, fuse_bn_relu=True)
         self.requires_grad_(True).train()
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The encoder's maps of pictures in [-1, 1], coarse to fine."""
+    def maps(
+        self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> list[Tensor]:
+        """The encoder's maps of pictures in [-1, 1], coarse to fine.
+
+        Parameters
+        ----------
+        x
+            (B, 3, H, W) in [-1, 1]
+        """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> Tensor:
+        """
+        Parameters
+        ----------
+        x
+            (B, 3, H, W) in [-1, 1]
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): maps = self.maps(x)
         logits, size = self.head(maps), x.shape[-2:]
         if logits.shape[-2:] == size: return logits
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
-    def train(self, mode: bool = True) -> "HeadedEncoder":
-        """As usual, but a frozen encoder rests."""
+    def train(
+        self,
+        mode: bool = True,  # True: train mode, but for what is frozen
+    ) -> "HeadedEncoder":
+        """As usual, but a frozen encoder rests.
+
+        Parameters
+        ----------
+        mode
+            True: train mode, but for what is frozen
+        """
         super().train(mode)
         if self.frozen: self.encoder.eval()
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> "HeadedEncoder":
-        """As usual, but a frozen encoder's parameters never do; nor do those of an encoder that are not read."""
+    def requires_grad_(
+        self,
+        requires_grad: bool = True,  # whether gradients are wanted, but for what is frozen
+    ) -> "HeadedEncoder":
+        """As usual, but a frozen encoder's parameters never do; nor do those of an encoder that are not read.
+
+        Parameters
+        ----------
+        requires_grad
+            whether gradients are wanted, but for what is frozen
+        """
         super().requires_grad_(requires_grad)
         for parameter in self.encoder.parameters() if self.frozen else self.unread(): parameter.requires_grad_(False)
         return self
@@ -121,8 +159,17 @@ class EncoderSegmenter(HeadedEncoder):
         encoder = UNet(outputs, width=width, levels=levels)
         super().__init__(encoder, [down[-1], *up], n_classes, channels, layers, frozen)
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The deepest map and those of the way up."""
+    def maps(
+        self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> list[Tensor]:
+        """The deepest map and those of the way up.
+
+        Parameters
+        ----------
+        x
+            (B, 3, H, W) in [-1, 1]
+        """
         return self.encoder.features(x)
 
     def unread(self) -> list[nn.Parameter]:
@@ -141,8 +188,16 @@ def import_timm():
 
 
 @contextmanager
-def timm_errors(model: str) -> Iterator[None]:
-    """What goes wrong in timm, or on the way to its weights, as `InputError`."""
+def timm_errors(
+    model: str,  # timm's name of the encoder
+) -> Iterator[None]:
+    """What goes wrong in timm, or on the way to its weights, as `InputError`.
+
+    Parameters
+    ----------
+    model
+        timm's name of the encoder
+    """
     try: yield
     except InputError: raise
     except Exception as error:
@@ -203,8 +258,17 @@ class TimmSegmenter(HeadedEncoder):
             value = torch.tensor(getattr(about, name), dtype=torch.float32)
             self.register_buffer(f"input_{name}", value.view(1, 3, 1, 1))
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """The encoder's maps, with channels first, coarse to fine."""
+    def maps(
+        self,
+        x: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> list[Tensor]:
+        """The encoder's maps, with channels first, coarse to fine.
+
+        Parameters
+        ----------
+        x
+            (B, 3, H, W) in [-1, 1]
+        """
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         maps = self.encoder(((x + 1) / 2 - self.input_mean) / self.input_std)
         return [f.movedim(-1, 1) if self.encoder.output_fmt == "NHWC" else f for f in maps][::-1]

@@ -25,12 +25,16 @@ class Results(NamedTuple):
 
     Attributes
     ----------
+    annotator
+        None: the file holds none
+    segmenter
+        None: the file holds none
     facts
         what the file says besides: class names, arguments of the networks and of the data
     """
 
-    annotator: FPNAnnotator | None
-    segmenter: nn.Module | None
+    annotator: FPNAnnotator | None  # None: the file holds none
+    segmenter: nn.Module | None  # None: the file holds none
     facts: dict[str, Any]  # what the file says besides: class names, arguments of the networks and of the data
 
 # %% ../../nbs/reference/models/43_results.ipynb #26f00001
@@ -41,11 +45,15 @@ class Trained(NamedTuple):
     ----------
     name
         class
+    arguments
+        of its class, by name
+    weights
+        name to what gives its numbers
     """
 
     name: str  # class
-    arguments: dict
-    weights: dict[str, Weight]
+    arguments: dict  # of its class, by name
+    weights: dict[str, Weight]  # name to what gives its numbers
 
 
 def _shapes(tensors: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
@@ -75,8 +83,16 @@ def plain_facts(
     return {printable(name, 60): printable(item) if isinstance(item, str) else item for name, item in kept}
 
 # %% ../../nbs/reference/models/43_results.ipynb #21588ca3
-def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
-    """Annotator, segmenter and facts in what a file holds. Raises `Unreadable`."""
+def find_results(
+    value: Any,  # what the file holds
+) -> tuple[Trained | None, Trained | None, dict]:
+    """Annotator, segmenter and facts in what a file holds. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    value
+        what the file holds
+    """
     if not isinstance(value, dict):
         raise Unreadable(f"holds a {type(value).__name__}, not trained networks",
                          "give a network-snapshot .pkl or a segmentator .pth")
@@ -156,8 +172,16 @@ def _own_results(path: str | Path, n_classes: int | None) -> Results:
     return Results(found.annotator, found.segmenter, dict(source=Path(path).name, **found.networks, **known))
 
 # %% ../../nbs/reference/models/43_results.ipynb #3c8ed372
-def read_generator_kwargs(path: str | Path) -> dict:
-    """`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`."""
+def read_generator_kwargs(
+    path: str | Path,  # the file
+) -> dict:
+    """`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        the file
+    """
     with reading(path) as data:
         value = read_value(path, data)
         if not isinstance(value, dict) or not isinstance(value.get("G_kwargs"), dict):

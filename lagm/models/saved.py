@@ -57,8 +57,19 @@ def network_classes() -> dict[str, NetworkEntry]:
 MOST_MAPS = 64  # feature maps of an annotator
 
 
-def is_allowed(value: Any, rule: Any) -> bool:
-    """Whether a value of a header keeps a rule of `NetworkEntry.arguments`."""
+def is_allowed(
+    value: Any,  # that a file gives
+    rule: Any,  # a range, a list of one, bool, or a pattern; see `NetworkEntry.arguments`
+) -> bool:
+    """Whether a value of a header keeps a rule of `NetworkEntry.arguments`.
+
+    Parameters
+    ----------
+    value
+        that a file gives
+    rule
+        a range, a list of one, bool, or a pattern; see `NetworkEntry.arguments`
+    """
     if rule is bool: return type(value) is bool
     if isinstance(rule, re.Pattern): return type(value) is str and rule.fullmatch(value) is not None
     if isinstance(rule, list):
@@ -69,7 +80,7 @@ def is_allowed(value: Any, rule: Any) -> bool:
 def check_arguments(
     path: str | Path,  # named in errors
     name: Any,  # of `network_classes`
-    arguments: Any,
+    arguments: Any,  # of its class, by name
 ) -> dict[str, Any]:  # the same arguments
     """Raise `InputError` unless this is a class of ours with arguments that a file may give it.
 
@@ -79,6 +90,8 @@ def check_arguments(
         named in errors
     name
         of `network_classes`
+    arguments
+        of its class, by name
 
     Returns
     -------
@@ -106,8 +119,8 @@ def check_arguments(
 # %% ../../nbs/reference/models/42_saved.ipynb #0d35c0fa
 def build_empty(
     path: str | Path,  # named in errors
-    name: str,
-    arguments: dict[str, Any],
+    name: str,  # of a network, as files know it
+    arguments: dict[str, Any],  # of its class, by name
 ) -> nn.Module:  # on the meta device: shapes without memory
     """The network that a file describes; `InputError` if there is none such.
 
@@ -115,6 +128,10 @@ def build_empty(
     ----------
     path
         named in errors
+    name
+        of a network, as files know it
+    arguments
+        of its class, by name
 
     Returns
     -------
@@ -125,15 +142,28 @@ def build_empty(
     with torch.device("meta"): return network_classes()[name].build(**checked)
 
 # %% ../../nbs/reference/models/42_saved.ipynb #f6aa86ec
-def can_be_saved(network: nn.Module) -> bool:
-    """Whether files have a name for networks of this class."""
+def can_be_saved(
+    network: nn.Module,  # of any class
+) -> bool:
+    """Whether files have a name for networks of this class.
+
+    Parameters
+    ----------
+    network
+        of any class
+    """
     return any(entry.build is type(network) for entry in network_classes().values())
 
 
 def describe_network(
-    network: nn.Module,
+    network: nn.Module,  # of a class that has an entry
 ) -> dict[str, Any]:  # {"name": ..., "arguments": {...}}
     """Class and arguments of a network of ours; `InputError` for networks of other kinds.
+
+    Parameters
+    ----------
+    network
+        of a class that has an entry
 
     Returns
     -------
@@ -198,9 +228,14 @@ def annotator_from_shapes(
 
 
 def segmenter_from_shapes(
-    shapes: Shapes,
+    shapes: Shapes,  # names of weights to their shapes
 ) -> dict[str, Any]:  # {"name": ..., "arguments": {...}}
     """Which segmenter has such weights; `Unreadable` if none that is known has.
+
+    Parameters
+    ----------
+    shapes
+        names of weights to their shapes
 
     Returns
     -------
@@ -251,7 +286,7 @@ def _is_colour(value: Any) -> bool:
 
 def check_facts(
     path: str | Path,  # named in errors
-    header: dict[str, Any],
+    header: dict[str, Any],  # what the file says about itself
 ) -> None:
     """Raise `InputError` unless size, policy and the notes of a header are what they should be, or None.
 
@@ -259,6 +294,8 @@ def check_facts(
     ----------
     path
         named in errors
+    header
+        what the file says about itself
     """
     size, policy = header.get("size"), header.get("policy")
     if size is not None and not (type(size) is list and len(size) == 2 and is_allowed(size, [SIDE])):
@@ -284,6 +321,8 @@ class Saved:
         in eval mode
     networks
         "annotator", "segmenter": {"name": ..., "arguments": {...}}
+    labels
+        what the classes mean; None: nobody said
     size
         height and width that it was trained at
     policy
@@ -295,7 +334,7 @@ class Saved:
     annotator: FPNAnnotator | None  # in eval mode
     segmenter: nn.Module | None  # in eval mode
     networks: dict[str, dict[str, Any]]  # "annotator", "segmenter": {"name": ..., "arguments": {...}}
-    labels: LabelSet | None
+    labels: LabelSet | None  # what the classes mean; None: nobody said
     size: tuple[int, int] | None  # height and width that it was trained at
     policy: str | None  # one of `POLICIES`
     header: dict[str, Any]  # all that the file says
@@ -308,11 +347,13 @@ class Part(NamedTuple):
     ----------
     name
         of `network_classes`
+    arguments
+        of its class, by name
     prefix
         of its tensors' names
     """
     name: str  # of `network_classes`
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # of its class, by name
     prefix: str  # of its tensors' names
 
 
@@ -351,7 +392,7 @@ def _of_results(path: str | Path, header: dict[str, Any], shapes: dict[str, tupl
 
 def find_parts(
     path: str | Path,  # named in errors
-    header: dict[str, Any],
+    header: dict[str, Any],  # what the file says about itself
     shapes: dict[str, tuple[int, ...]],  # of all tensors
 ) -> tuple[str, dict[str, Part]]:  # the kind of file, and the networks by role
     """What networks a file of ours holds; `InputError` if none.
@@ -360,6 +401,8 @@ def find_parts(
     ----------
     path
         named in errors
+    header
+        what the file says about itself
     shapes
         of all tensors
 
@@ -428,7 +471,7 @@ def _filled(path: str | Path, part: Part, shapes: dict[str, tuple[int, ...]], de
 def read_networks(
     path: str | Path,  # a safetensors file of ours, or a state dict of a segmenter or an annotator
     n_classes: int | None = None,  # that there should be, background included; None: whatever there is
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # where the weights shall be
 ) -> Saved:
     """Read trained networks. Raises `InputError` if the file has none, or does not fit its own description.
 
@@ -438,6 +481,8 @@ def read_networks(
         a safetensors file of ours, or a state dict of a segmenter or an annotator
     n_classes
         that there should be, background included; None: whatever there is
+    device
+        where the weights shall be
     """
     shapes, header = describe_tensors(path)
     kind, parts = find_parts(path, header, shapes)
@@ -466,10 +511,17 @@ def _plain_facts(header: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/reference/models/42_saved.ipynb #46d0e56f
 def load_segmenter(
-    path: str | Path,
-    device: str | torch.device = "cpu",
+    path: str | Path,  # the file
+    device: str | torch.device = "cpu",  # where the weights shall be
 ) -> tuple[nn.Module, dict[str, Any]]:  # the network in eval mode, the header; header["labels"] is a LabelSet, or None
     """The segmenter in a file of ours. `InputError` if it has none, or does not fit its own description.
+
+    Parameters
+    ----------
+    path
+        the file
+    device
+        where the weights shall be
 
     Returns
     -------
@@ -506,7 +558,7 @@ def find_segmenters(
 
 # %% ../../nbs/reference/models/42_saved.ipynb #ea9b6ebe
 def stored(
-    network: nn.Module,
+    network: nn.Module,  # that is to be written
     half: bool = False,  # floating-point numbers as float16
     prefix: str = "",  # of the names
 ) -> dict[str, Tensor]:
@@ -514,6 +566,8 @@ def stored(
 
     Parameters
     ----------
+    network
+        that is to be written
     half
         floating-point numbers as float16
     prefix
@@ -584,8 +638,8 @@ def save_segmenter(
 # %% ../../nbs/reference/models/42_saved.ipynb #dfca4fa7
 def save_networks(
     path: str | Path,  # results.safetensors
-    annotator: FPNAnnotator | None = None,
-    segmenter: nn.Module | None = None,
+    annotator: FPNAnnotator | None = None,  # to be written
+    segmenter: nn.Module | None = None,  # to be written
     arguments: Mapping[str, Mapping[str, Any]] | None = None,  # of constructors, by role; None: read off the networks
     labels: LabelSet | dict | None = None,  # what the classes mean; a dict holds the fields of a `LabelSet`
     size: tuple[int, int] | None = None,  # height and width the segmenter was trained at
@@ -601,6 +655,10 @@ def save_networks(
     ----------
     path
         results.safetensors
+    annotator
+        to be written
+    segmenter
+        to be written
     arguments
         of constructors, by role; None: read off the networks
     labels

@@ -61,7 +61,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and
 
 def restore_random_states(
     tensors: Mapping[str, Tensor],  # as `random_states` gave them; others in it are left alone
-    plain: Mapping[str, Any],
+    plain: Mapping[str, Any],  # as they lie in the header
 ) -> None:
     """Put back what `random_states` gave; GPUs that are not there are skipped.
 
@@ -69,6 +69,8 @@ def restore_random_states(
     ----------
     tensors
         as `random_states` gave them; others in it are left alone
+    plain
+        as they lie in the header
     """
     torch.set_rng_state(tensors["random.torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -341,7 +343,7 @@ def forced() -> bool:
 
 def set_aside(
     paths: Iterable[str | Path],  # files and folders, all in one folder; those that are not there are passed over
-    why: str = "of another run",
+    why: str = "of another run",  # for the message
 ) -> Path | None:  # the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
     """Move what is in the way into a folder of its own, and say so in a line.
 
@@ -349,6 +351,8 @@ def set_aside(
     ----------
     paths
         files and folders, all in one folder; those that are not there are passed over
+    why
+        for the message
 
     Returns
     -------
@@ -394,7 +398,7 @@ def unpack_state(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #40eea094
 def describe_run(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     labels: LabelSet | None = None,  # what the classes mean
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
@@ -402,6 +406,8 @@ def describe_run(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     labels
         what the classes mean
     size
@@ -421,18 +427,24 @@ History = dict[str, list[dict[str, Any]]]
 
 
 def restore_state(
-    state: TrainState,
-    stages: Sequence[Stage],
+    state: TrainState,  # networks, optimisers and averages
+    stages: Sequence[Stage],  # in their order
     tensors: Mapping[str, Tensor],  # of a checkpoint
-    header: Mapping[str, Any],
+    header: Mapping[str, Any],  # of the checkpoint
     path: str | Path,  # named in errors
 ) -> tuple[int, History]:  # step and history
     """Put a checkpoint back; `InputError` if it does not fit this run.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
     tensors
         of a checkpoint
+    header
+        of the checkpoint
     path
         named in errors
 
@@ -461,6 +473,12 @@ class CheckpointWriter:
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    identity
+        what tells its checkpoints from those of other runs
     path
         of the newest checkpoint; None: nothing is written
     keep
@@ -471,9 +489,9 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        state: TrainState,
-        stages: Sequence[Stage],
-        identity: Identity,
+        state: TrainState,  # networks, optimisers and averages
+        stages: Sequence[Stage],  # in their order
+        identity: Identity,  # what tells its checkpoints from those of other runs
         path: str | Path | None,  # of the newest checkpoint; None: nothing is written
         keep: int = 2,  # how many of the newest to keep
         about: Mapping[str, Any] | None = None,  # for the header, from `describe_run`
@@ -509,11 +527,21 @@ class CheckpointWriter:
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #4def69ed
 def check_same_run(
-    writer: CheckpointWriter,
-    header: Mapping[str, Any],
-    path: str | Path,
+    writer: CheckpointWriter,  # of the run's checkpoints
+    header: Mapping[str, Any],  # of a checkpoint
+    path: str | Path,  # for the message
 ) -> None:
-    """Raise `InputError` unless a checkpoint is of the writer's run and its networks."""
+    """Raise `InputError` unless a checkpoint is of the writer's run and its networks.
+
+    Parameters
+    ----------
+    writer
+        of the run's checkpoints
+    header
+        of a checkpoint
+    path
+        for the message
+    """
     writer.identity.check(header, path)
     if header.get("networks", writer.about["networks"]) == writer.about["networks"]: return  # older ones do not say
     raise InputError(f"{path} is a checkpoint of another run, with networks of other sizes. "
@@ -537,13 +565,15 @@ def own_checkpoint(writer: CheckpointWriter) -> tuple[dict[str, Tensor], dict[st
 
 
 def resume(
-    writer: CheckpointWriter,
+    writer: CheckpointWriter,  # of the run's checkpoints
     resume_from: str | Path | None = None,  # a checkpoint to begin with if the run has none of its own
 ) -> tuple[int, History] | None:  # step and history
     """Put the writer's state into its newest checkpoint; None if there is none. `InputError` if it is another run's.
 
     Parameters
     ----------
+    writer
+        of the run's checkpoints
     resume_from
         a checkpoint to begin with if the run has none of its own
 

@@ -37,6 +37,7 @@ from .recipe import FAST, Recipe
 from .rivals import told
 from .shards import SyntheticDataset, generate, select
 from .synthetic import Plan
+from collections.abc import Callable
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #72f4c3c5
 def _neighbours(at: Tensor, have: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +115,7 @@ CAR20 = {"channels": [c for c in (512, 512, 512, 512, 256, 128, 64, 32) for _ in
 def memory_needed(
     channels: Sequence[int],  # of each map
     sizes: Sequence[int],  # side of each map
-    pictures: int,
+    pictures: int,  # labelled ones
     bytes_each: int = 4,  # 4: float32, 2: float16
 ) -> dict[str, float]:  # GiB: "naive", "ours"
     """Memory for the features of the labelled pictures: all upsampled and stacked, and as `FeatureStore` keeps them.
@@ -125,6 +126,8 @@ def memory_needed(
         of each map
     sizes
         side of each map
+    pictures
+        labelled ones
     bytes_each
         4: float32, 2: float16
 
@@ -174,7 +177,7 @@ class EnsembleNorm(nn.Module):
 def apply_then_upsample(
     features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
     weight: Tensor,  # (out, D), D the sum of C_i
-    size: Sequence[int],
+    size: tuple[int, int],  # height and width
 ) -> Tensor:  # (B, out, H, W)
     """A linear layer on the upsampled stack of the maps, without that stack.
 
@@ -184,6 +187,8 @@ def apply_then_upsample(
         (B, C_i, H_i, W_i)
     weight
         (out, D), D the sum of C_i
+    size
+        height and width
 
     Returns
     -------
@@ -205,6 +210,10 @@ class Perceptrons(nn.Module):
     ----------
     feature_channels
         of each map; D is their sum
+    n_classes
+        classes, the background included
+    members
+        perceptrons of the ensemble
     hidden
         widths; None: 128 and 32, or 256 and 128 for 30 classes or more
     """
@@ -212,8 +221,8 @@ class Perceptrons(nn.Module):
     def __init__(
         self,
         feature_channels: Sequence[int],  # of each map; D is their sum
-        n_classes: int,
-        members: int = 10,
+        n_classes: int,  # classes, the background included
+        members: int = 10,  # perceptrons of the ensemble
         hidden: tuple[int, int] | None = None,  # widths; None: 128 and 32, or 256 and 128 for 30 classes or more
     ):
         super().__init__()
@@ -238,7 +247,7 @@ class PixelEnsemble(Perceptrons):
     def label_maps(
         self,
         features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
-        member: int,
+        member: int,  # its number, from 0
         size: tuple[int, int] | None = None,  # None: of the largest map
     ) -> Tensor:  # logits (B, C, H, W)
         """One member's logits at every pixel, in eval mode: first layer, then upsampling.
@@ -247,6 +256,8 @@ class PixelEnsemble(Perceptrons):
         ----------
         features
             (B, C_i, H_i, W_i)
+        member
+            its number, from 0
         size
             None: of the largest map
 
@@ -304,7 +315,7 @@ def naive_member(ensemble: PixelEnsemble, member: int) -> nn.Sequential:
 def check_masks(
     masks: Tensor,  # class indices, 255 = ignored
     shape: tuple[int, ...],  # that they must have
-    n_classes: int,
+    n_classes: int,  # classes, the background included
 ) -> None:
     """Raise `InputError` unless masks fit features, name classes that there are, and at least one pixel.
 
@@ -314,6 +325,8 @@ def check_masks(
         class indices, 255 = ignored
     shape
         that they must have
+    n_classes
+        classes, the background included
     """
     if masks.shape != shape: raise InputError(f"the masks have shape {tuple(masks.shape)}; the features need {shape}")
     known = masks[masks != IGNORE]
@@ -323,8 +336,8 @@ def check_masks(
 
 def new_ensemble(
     feature_channels: Sequence[int],  # of each map
-    n_classes: int,
-    members: int,
+    n_classes: int,  # classes, the background included
+    members: int,  # perceptrons of the ensemble
     seed: int,  # of the initial weights, as for `torch.manual_seed`
 ) -> PixelEnsemble:
     """An ensemble whose weights depend on the seed alone.
@@ -333,6 +346,10 @@ def new_ensemble(
     ----------
     feature_channels
         of each map
+    n_classes
+        classes, the background included
+    members
+        perceptrons of the ensemble
     seed
         of the initial weights, as for `torch.manual_seed`
     """
@@ -360,12 +377,12 @@ def train_pixels(
     ensemble: PixelEnsemble,  # trained in place
     store: FeatureStore,  # of the labelled, generated pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; H and W as the store's
-    steps: int = 3000,
+    steps: int = 3000,  # of the optimiser
     batch: int = 64,  # pixels per member and step, as the authors
     lr: float = 1e-3,  # of Adam
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    progress: bool = True,  # whether a line shows how far it is
 ) -> PixelTraining:
     """Cross-entropy on random labelled pixels, other ones for each member.
 
@@ -379,10 +396,18 @@ def train_pixels(
         of the labelled, generated pictures
     masks
         (n, H, W) class indices, 255 = ignored; H and W as the store's
+    steps
+        of the optimiser
     batch
         pixels per member and step, as the authors
     lr
         of Adam
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    progress
+        whether a line shows how far it is
     """
     check_masks(masks, (len(store), *store.size), ensemble.n_classes)
     flat = masks.flatten().cpu()
@@ -407,7 +432,7 @@ def train_pixels(
 def draw_to_label(
     generator: Generator,  # G(z, rng) -> (image, features)
     k: int,  # how many pictures
-    seed: int = 0,
+    seed: int = 0,  # of everything random
     dtype: torch.dtype = torch.float32,  # of the kept features
 ) -> tuple[Tensor, FeatureStore]:  # pictures (k, 3, H, W), as a person is shown them; their features
     """k generated pictures; picture i depends on the seed and i alone.
@@ -418,6 +443,8 @@ def draw_to_label(
         G(z, rng) -> (image, features)
     k
         how many pictures
+    seed
+        of everything random
     dtype
         of the kept features
 
@@ -443,7 +470,7 @@ def label_generated(
     generator: Generator,  # G(z, rng) -> (image, features)
     person: nn.Module,  # a segmenter that plays the person who labels
     k: int,  # how many pictures
-    seed: int = 0,
+    seed: int = 0,  # of everything random
     dtype: torch.dtype = torch.float32,  # of the kept features
 ) -> tuple[Tensor, Tensor, FeatureStore]:  # pictures (k, 3, H, W), masks (k, H, W), features
     """`draw_to_label`, and labels.
@@ -456,6 +483,8 @@ def label_generated(
         a segmenter that plays the person who labels
     k
         how many pictures
+    seed
+        of everything random
     dtype
         of the kept features
 
@@ -584,15 +613,15 @@ class DatasetGAN:
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #71502622
 def train_on_pairs(
     segmenter: nn.Module,  # trained in place
-    generator: Generator,  # G(z, rng) -> (image, features), whose pictures are labelled
-    ensemble: PixelEnsemble,
+    generator: Callable,  # G(z, rng) -> (image, features), whose pictures are labelled
+    ensemble: PixelEnsemble,  # trained in place
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     setting: Any,  # with `pairs` and `keep`, such as `DatasetGAN`
-    recipe: Recipe,
+    recipe: Recipe,  # what the run computes
     *,
-    seed: int,
-    device: str | torch.device,
+    seed: int,  # of everything random
+    device: str | torch.device,  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None,  # keeps the pairs
     **options: Any,  # of `RunOptions`
 ) -> Trained:
@@ -606,12 +635,20 @@ def train_on_pairs(
         trained in place
     generator
         G(z, rng) -> (image, features), whose pictures are labelled
+    ensemble
+        trained in place
     images
         x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks
         y_l: (n, H, W) class indices, 255 = ignored
     setting
         with `pairs` and `keep`, such as `DatasetGAN`
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the pairs
     **options
@@ -636,10 +673,10 @@ def train_datasetgan(
     images: Tensor,  # (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
     masks: Tensor,  # (k, H, W) class indices, 255 = ignored
     *,
-    setting: DatasetGAN = DatasetGAN(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: DatasetGAN = DatasetGAN(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the pairs, so that a stopped run goes on
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -658,6 +695,14 @@ def train_datasetgan(
         (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
     masks
         (k, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the pairs, so that a stopped run goes on
     **options

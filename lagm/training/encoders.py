@@ -127,7 +127,7 @@ def contrast_loss(
     first: Tensor,  # (B, n, C): features of points
     second: Tensor,  # (B, n, C): of the same points in the other picture
     both: Tensor,  # (B, n) bool: the points that count
-    temperature: float,
+    temperature: float,  # of the cosines
 ) -> Tensor:  # a number
     """Tell the points of a picture apart, by their features in two changed pictures.
 
@@ -139,6 +139,8 @@ def contrast_loss(
         (B, n, C): of the same points in the other picture
     both
         (B, n) bool: the points that count
+    temperature
+        of the cosines
 
     Returns
     -------
@@ -154,18 +156,24 @@ def contrast_loss(
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #c89ba181
 def contrast_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     images: Tensor,  # generated pictures, unchanged
-    how: Pretraining,
-    augment: Augment,
+    how: Pretraining,  # task, steps, batch and the rest of it
+    augment: Augment,  # random transforms; None: none
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:
     """Change the pictures twice, and the loss of telling their points apart.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     images
         generated pictures, unchanged
+    how
+        task, steps, batch and the rest of it
+    augment
+        random transforms; None: none
     rng
         on the CPU
     """
@@ -178,18 +186,24 @@ def contrast_step(
 
 
 def denoise_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     images: Tensor,  # generated pictures, unchanged
-    how: Pretraining,
-    augment: Augment | None,
+    how: Pretraining,  # task, steps, batch and the rest of it
+    augment: Augment | None,  # random transforms; None: none
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:
     """Change the pictures, add noise, and the squared error of what the encoder takes for the picture.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     images
         generated pictures, unchanged
+    how
+        task, steps, batch and the rest of it
+    augment
+        random transforms; None: none
     rng
         on the CPU
     """
@@ -244,14 +258,30 @@ class FrozenEncoder:
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #44390ec6
 def encoder_stages(
-    state: TrainState,
-    generator: Generator,
-    images: Tensor,
-    masks: Tensor,
-    how: Pretraining,
-    seed: int,
+    state: TrainState,  # networks, optimisers and averages
+    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    how: Pretraining,  # task, steps, batch and the rest of it
+    seed: int,  # of everything random
 ) -> list[Stage]:
-    """The stages of a run: without labels, with them."""
+    """The stages of a run: without labels, with them.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    how
+        task, steps, batch and the rest of it
+    seed
+        of everything random
+    """
     recipe, batches = state.recipe, Batches(state, generator, images, masks, seed, how.batch)
 
     def pretrain(step: int) -> dict[str, Tensor]:
@@ -276,10 +306,10 @@ def train_frozen_encoder(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: FrozenEncoder = FrozenEncoder(),
+    setting: FrozenEncoder = FrozenEncoder(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # its steps and `ENCODER_FIELDS`; what it says of annotators does not apply
     seed: int = 0,  # of everything random, the initial weights included
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: Any = None,  # not used: nothing but a checkpoint is kept
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:  # its segmenter is an `EncoderSegmenter`
@@ -295,10 +325,14 @@ def train_frozen_encoder(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
     recipe
         its steps and `ENCODER_FIELDS`; what it says of annotators does not apply
     seed
         of everything random, the initial weights included
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         not used: nothing but a checkpoint is kept
     **options

@@ -26,7 +26,7 @@ def _empty_folder(folder: str | Path) -> Path:
 
 
 def export_folder(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
 ) -> Path:  # the table
     """images/NNNNNN.png, masks/NNNNNN.png (with the palette) and a table, pairs.csv.
@@ -35,6 +35,8 @@ def export_folder(
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
 
@@ -58,13 +60,15 @@ def export_folder(
 
 # %% ../../nbs/reference/training/63_exports.ipynb #070a1cb6
 def export_coco(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
 ) -> Path:  # the annotation file
     """images/NNNNNN.png and annotations.json in COCO's format.
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
 
@@ -90,17 +94,23 @@ def export_coco(
 
 # %% ../../nbs/reference/training/63_exports.ipynb #065062c2
 def export_webdataset(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
-    shard_size: int = 1000,
-    prefix: str = "pairs",
+    shard_size: int = 1000,  # pairs of a tar file
+    prefix: str = "pairs",  # of the files' names
 ) -> list[Path]:  # the shards
     """New shards of the dataset's pictures only: PREFIX-NNNNNN.tar, in the layout of the dataset's own.
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
+    shard_size
+        pairs of a tar file
+    prefix
+        of the files' names
 
     Returns
     -------

@@ -161,7 +161,7 @@ def as_labelled(
 def as_generated(
     masks: Tensor,  # (n, H, W)
     resolution: int,  # side of the generated pictures
-    wide: bool,
+    wide: bool,  # pictures were cut to the central 4:3 band
 ) -> Tensor:  # (n, H, W), or (n, R, R) with no label (255) above and below the band
     """The masks in the form of the generator's maps.
 
@@ -171,6 +171,8 @@ def as_generated(
         (n, H, W)
     resolution
         side of the generated pictures
+    wide
+        pictures were cut to the central 4:3 band
 
     Returns
     -------
@@ -186,20 +188,26 @@ def as_generated(
 
 @torch.no_grad()
 def best_start(
-    space: StyleSpace,
+    space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
     points: Tensor,  # (S, layers, w_dim), to choose from
-    plan: Inversion,
-    wide: bool = False,
+    plan: Inversion,  # how the descent goes
+    wide: bool = False,  # cut the central 4:3 band
 ) -> Tensor:  # (B, layers, w_dim)
     """For each picture the point whose picture is nearest.
 
     Parameters
     ----------
+    space
+        the generator's styles
     images
         (B, 3, H, W)
     points
         (S, layers, w_dim), to choose from
+    plan
+        how the descent goes
+    wide
+        cut the central 4:3 band
 
     Returns
     -------
@@ -215,21 +223,27 @@ def best_start(
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #3a914e3d
 def descend(
-    space: StyleSpace,
+    space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
     start: Tensor,  # (B, layers, w_dim)
-    plan: Inversion,
-    wide: bool = False,
-    tick: Callable[[], Any] = lambda: None,  # called after each step
+    plan: Inversion,  # how the descent goes
+    wide: bool = False,  # cut the central 4:3 band
+    tick: Callable = lambda: None,  # called after each step
 ) -> tuple[Tensor, Tensor]:  # points, and the distances of the pictures before each step, (B, steps)
     """Adam from `start`.
 
     Parameters
     ----------
+    space
+        the generator's styles
     images
         (B, 3, H, W)
     start
         (B, layers, w_dim)
+    plan
+        how the descent goes
+    wide
+        cut the central 4:3 band
     tick
         called after each step
 
@@ -255,7 +269,7 @@ def descend(
 # %% ../../nbs/reference/training/69_inversion.ipynb #a62e6627
 def read_kept(
     path: Path | None,  # of a file that `keep` wrote; None: nothing is kept
-    kind: str,
+    kind: str,  # what is expected there
     identity: dict[str, Any],  # plain values: what the tensors depend on
 ) -> dict[str, Tensor] | None:  # None: there is no such file
     """Tensors of this very run. `InputError` if they are another's, unless `lagm run --force` sets them aside.
@@ -264,6 +278,8 @@ def read_kept(
     ----------
     path
         of a file that `keep` wrote; None: nothing is kept
+    kind
+        what is expected there
     identity
         plain values: what the tensors depend on
 
@@ -351,12 +367,12 @@ def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted
 def invert(
     generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
-    plan: Inversion = Inversion(),
+    plan: Inversion = Inversion(),  # how the descent goes
     *,
     seed: int = 0,  # of the random latents to start from
     wide: bool = False,  # the pictures are like the central 4:3 band of generated ones
     folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped inversion goes on
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> Inverted:
     """Latents in W+ for which the generator draws these pictures, picture by picture.
 
@@ -369,12 +385,16 @@ def invert(
         with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images
         (n, 3, H, W) in [-1, 1]
+    plan
+        how the descent goes
     seed
         of the random latents to start from
     wide
         the pictures are like the central 4:3 band of generated ones
     folder
         keeps inversion.safetensors; a stopped inversion goes on
+    progress
+        whether a line shows how far it is
     """
     check_pictures(images, "labelled")
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
@@ -421,13 +441,13 @@ class HandsOff:
 def learn_pixels(
     inverted: Inverted,  # the labelled pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
-    n_classes: int,
-    plan: HandsOff = HandsOff(),
+    n_classes: int,  # classes, the background included
+    plan: HandsOff = HandsOff(),  # of the ensemble's training
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps ensemble.safetensors
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> PixelEnsemble:  # in eval mode
     """DatasetGAN's ensemble, trained on real masks and the features of the inverted pictures.
 
@@ -439,8 +459,18 @@ def learn_pixels(
         the labelled pictures
     masks
         (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
+    n_classes
+        classes, the background included
+    plan
+        of the ensemble's training
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps ensemble.safetensors
+    progress
+        whether a line shows how far it is
 
     Returns
     -------
@@ -467,10 +497,10 @@ def train_handsoff(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: HandsOff = HandsOff(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: HandsOff = HandsOff(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -488,6 +518,14 @@ def train_handsoff(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
     **options
@@ -518,6 +556,8 @@ class Prototypes(nn.Module):
     ----------
     feature_channels
         of all maps
+    n_classes
+        classes, the background included
     layers
         the maps that are used, from 0; None: all
     temperature
@@ -527,7 +567,7 @@ class Prototypes(nn.Module):
     def __init__(
         self,
         feature_channels: Sequence[int],  # of all maps
-        n_classes: int,
+        n_classes: int,  # classes, the background included
         layers: Sequence[int] | None = None,  # the maps that are used, from 0; None: all
         temperature: float = 0.05,  # the lower, the harder the labels
     ):
@@ -567,9 +607,9 @@ class Prototypes(nn.Module):
 def prototypes_of(
     features: Sequence[Tensor],  # (n, C_i, H_i, W_i), of inverted pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
-    n_classes: int,
+    n_classes: int,  # classes, the background included
     layers: Sequence[int] | None = None,  # as in `Prototypes`
-    temperature: float = 0.05,
+    temperature: float = 0.05,  # of the cosines
 ) -> Prototypes:
     """The prototypes of labelled features; `InputError` if masks and features do not fit together.
 
@@ -579,8 +619,12 @@ def prototypes_of(
         (n, C_i, H_i, W_i), of inverted pictures
     masks
         (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
+    n_classes
+        classes, the background included
     layers
         as in `Prototypes`
+    temperature
+        of the cosines
     """
     if masks.ndim != 3 or len(masks) != len(features[0]):
         raise InputError(f"the masks have shape {tuple(masks.shape)}; give (n, H, W) with n = {len(features[0])}")
@@ -632,10 +676,10 @@ def train_prototypes(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: Prototyping = Prototyping(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: Prototyping = Prototyping(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the inversion
     **options: Any,  # as in `train_handsoff`
 ) -> Trained:
@@ -653,6 +697,14 @@ def train_prototypes(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the inversion
     **options

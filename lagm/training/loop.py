@@ -94,8 +94,8 @@ RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
 
 def check_options(
     options: Mapping[str, Any],  # given by name
-    recipe: Any,
-    function: Callable[..., Any],  # that was called with them
+    recipe: Any,  # what the run computes
+    function: Callable,  # that was called with them
 ) -> None:
     """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none.
 
@@ -103,6 +103,8 @@ def check_options(
     ----------
     options
         given by name
+    recipe
+        what the run computes
     function
         that was called with them
     """
@@ -199,18 +201,24 @@ class Diverged(RuntimeError):
 
 
 def require_finite(
-    losses: Mapping[str, float],
-    stage: Stage,
+    losses: Mapping[str, float],  # name -> number
+    stage: Stage,  # for the message
     within: int,  # step of the stage, from 0
-    checkpoint: str | Path | None,
+    checkpoint: str | Path | None,  # the file of the newest state; None: none
     explode_at: float = 1e3,  # a cross-entropy above this has exploded
 ) -> None:
     """Raise `Diverged`, naming the step and the way back, if a loss is not a finite number or has exploded.
 
     Parameters
     ----------
+    losses
+        name -> number
+    stage
+        for the message
     within
         step of the stage, from 0
+    checkpoint
+        the file of the newest state; None: none
     explode_at
         a cross-entropy above this has exploded
     """
@@ -276,7 +284,7 @@ class Appointment:
 
 
 def validated(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # pictures -> logits
     images: Tensor,  # (n, 3, H, W)
     masks: Tensor,  # (n, H, W)
 ) -> dict[str, float]:  # fg_miou and miou, 0 to 1
@@ -284,6 +292,8 @@ def validated(
 
     Parameters
     ----------
+    segmenter
+        pictures -> logits
     images
         (n, 3, H, W)
     masks
@@ -359,13 +369,15 @@ class Signs(Appointment):
         not augmented
     masks
         of the labelled pictures
+    batches
+        how many are looked at
     """
 
     def __init__(
         self,
         pictures: SyntheticBatches,  # not augmented
         masks: Tensor,  # of the labelled pictures
-        batches: int = 8,
+        batches: int = 8,  # how many are looked at
     ):
         self.pictures, self.masks, self.batches = pictures, masks, batches
 
@@ -407,17 +419,23 @@ class Snapshots(Appointment):
 
 # %% ../../nbs/reference/training/59_loop.ipynb #7bfe7bad
 def take_step(
-    state: TrainState,
-    stage: Stage,
+    state: TrainState,  # networks, optimisers and averages
+    stage: Stage,  # whose step it is
     within: int,  # the step's number in the stage, from 0
-    seed: int,
+    seed: int,  # of everything random
 ) -> dict[str, float]:  # losses
     """One step of a stage.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stage
+        whose step it is
     within
         the step's number in the stage, from 0
+    seed
+        of everything random
 
     Returns
     -------
@@ -434,6 +452,14 @@ class Loop:
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    identity
+        what tells its checkpoints from those of other runs
+    options
+        what it leaves behind and tells
     size
         height and width of the labelled pictures; written into checkpoints
     appointments
@@ -443,10 +469,10 @@ class Loop:
     """
     def __init__(
         self,
-        state: TrainState,
-        stages: Sequence[Stage],
-        identity: Identity,
-        options: RunOptions | None = None,
+        state: TrainState,  # networks, optimisers and averages
+        stages: Sequence[Stage],  # in their order
+        identity: Identity,  # what tells its checkpoints from those of other runs
+        options: RunOptions | None = None,  # what it leaves behind and tells
         *,
         size: tuple[int, int] | None = None,  # height and width of the labelled pictures; written into checkpoints
         appointments: Sequence[Appointment] = (),  # beside those that the options ask for

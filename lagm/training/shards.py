@@ -41,11 +41,20 @@ from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 
 # %% ../../nbs/reference/training/63_shards.ipynb #2762490a
 def pair_files(
-    pair: Pair,
-    labels: LabelSet,
-    soft: bool = False,
+    pair: Pair,  # one picture with its label
+    labels: LabelSet,  # what the classes mean
+    soft: bool = False,  # with the probabilities of all classes
 ) -> dict[str, bytes]:  # extension -> content
     """The files of a pair.
+
+    Parameters
+    ----------
+    pair
+        one picture with its label
+    labels
+        what the classes mean
+    soft
+        with the probabilities of all classes
 
     Returns
     -------
@@ -59,7 +68,7 @@ def pair_files(
 
 
 def add_to_tar(
-    tar: tarfile.TarFile,
+    tar: tarfile.TarFile,  # open for writing
     key: str,  # what stands before the first dot of the names
     files: Mapping[str, bytes],  # extension -> content
 ) -> None:
@@ -67,6 +76,8 @@ def add_to_tar(
 
     Parameters
     ----------
+    tar
+        open for writing
     key
         what stands before the first dot of the names
     files
@@ -80,7 +91,7 @@ def add_to_tar(
 # %% ../../nbs/reference/training/63_shards.ipynb #adaaf0b9
 def publish(
     temporary: Path,  # a finished file in the same folder; it is gone afterwards
-    path: Path,
+    path: Path,  # the file's place
 ) -> bool:  # False: `path` was there before, and still is
     """Give a file its name unless the name is taken.
 
@@ -88,6 +99,8 @@ def publish(
     ----------
     temporary
         a finished file in the same folder; it is gone afterwards
+    path
+        the file's place
 
     Returns
     -------
@@ -153,13 +166,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(
-    generator: Generator,  # G(z, rng) -> (image, features)
-    annotators: Sequence[nn.Module],
-    folder: Path,
+    generator: Callable,  # G(z, rng) -> (image, features)
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    folder: Path,  # where the files go
     shard: int,  # its number
-    plan: Plan,
-    labels: LabelSet,
-    tick: Callable[[], Any] = lambda: None,  # called after each picture
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
+    tick: Callable = lambda: None,  # called after each picture
 ) -> bool:  # False: it is there, or somebody else is at it
     """Make a shard.
 
@@ -167,8 +180,16 @@ def write_shard(
     ----------
     generator
         G(z, rng) -> (image, features)
+    annotators
+        each: features -> logits
+    folder
+        where the files go
     shard
         its number
+    plan
+        what is to be made
+    labels
+        what the classes mean
     tick
         called after each picture
 
@@ -204,13 +225,13 @@ def one_thread() -> Iterator[None]:
 def work(
     worker: int,  # the number of this process, from 0
     workers: int,  # how many there are
-    generator: Generator,  # G(z, rng) -> (image, features)
-    annotators: Sequence[nn.Module],
-    folder: Path,
-    plan: Plan,
-    labels: LabelSet,
+    generator: Callable,  # G(z, rng) -> (image, features)
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    folder: Path,  # where the files go
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
     devices: Sequence[str],  # dealt out to the processes in turn
-    progress: bool,
+    progress: bool,  # whether a line shows how far it is
 ) -> None:
     """What one process does.
 
@@ -222,8 +243,18 @@ def work(
         how many there are
     generator
         G(z, rng) -> (image, features)
+    annotators
+        each: features -> logits
+    folder
+        where the files go
+    plan
+        what is to be made
+    labels
+        what the classes mean
     devices
         dealt out to the processes in turn
+    progress
+        whether a line shows how far it is
     """
     device = choose_device(devices[worker % len(devices)])
     if hasattr(generator, "to"): generator.to(device)
@@ -237,9 +268,14 @@ def work(
 
 # %% ../../nbs/reference/training/63_shards.ipynb #207e14ad
 def weights_digest(
-    modules: Sequence[nn.Module],
+    modules: Sequence[nn.Module],  # whose weights count
 ) -> str:  # sixteen hexadecimal digits
     """Depends on every name and number in the modules' state.
+
+    Parameters
+    ----------
+    modules
+        whose weights count
 
     Returns
     -------
@@ -255,12 +291,24 @@ def weights_digest(
 
 
 def describe_dataset(
-    generator: Any,
-    annotators: Sequence[nn.Module],
-    plan: Plan,
-    labels: LabelSet,
+    generator: Any,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
 ) -> dict[str, Any]:
-    """What makes two datasets the same dataset."""
+    """What makes two datasets the same dataset.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotators
+        each: features -> logits
+    plan
+        what is to be made
+    labels
+        what the classes mean
+    """
     sampling = getattr(generator, "sampling", None)
     return {
         "format": "lagm-synthetic-1", "plan": dataclasses.asdict(plan),
@@ -382,6 +430,8 @@ class StoredPairs:
 
     Parameters
     ----------
+    folder
+        where the files go
     indices
         only these pictures, e.g. of `select`; None: all
     needed
@@ -390,7 +440,7 @@ class StoredPairs:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # where the files go
         indices: Sequence[int] | None = None,  # only these pictures, e.g. of `select`; None: all
         needed: Sequence[str] = ("png", "label.png", "json"),  # kinds of files that each pair has to have
     ):
@@ -437,6 +487,8 @@ class SyntheticDataset(StoredPairs, Dataset[Any]):
 
     Parameters
     ----------
+    folder
+        where the files go
     indices
         only these pictures, e.g. of `select`; None: all
     soft
@@ -447,7 +499,7 @@ class SyntheticDataset(StoredPairs, Dataset[Any]):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # where the files go
         indices: Sequence[int] | None = None,  # only these pictures, e.g. of `select`; None: all
         soft: bool = False,  # probabilities instead of labels; the plan must have had `soft`
         confidence: bool = False,  # items have a third part
@@ -481,12 +533,12 @@ class SyntheticDataset(StoredPairs, Dataset[Any]):
 def generate(
     generator: Generator,  # G(z, rng) -> (image, features); see lagm.generators.contract
     annotators: nn.Module | Sequence[nn.Module],  # one, or an ensemble
-    folder: str | Path,
-    plan: Plan = Plan(),
-    labels: LabelSet = CELEBA8,
+    folder: str | Path,  # where the files go
+    plan: Plan = Plan(),  # what is to be made
+    labels: LabelSet = CELEBA8,  # what the classes mean
     processes: int = 1,  # each computes with one thread
     devices: Sequence[str] = ("cpu",),  # dealt out to the processes in turn
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> "SyntheticDataset":
     """Make the dataset, or complete it, and open it.
 
@@ -499,10 +551,18 @@ def generate(
         G(z, rng) -> (image, features); see lagm.generators.contract
     annotators
         one, or an ensemble
+    folder
+        where the files go
+    plan
+        what is to be made
+    labels
+        what the classes mean
     processes
         each computes with one thread
     devices
         dealt out to the processes in turn
+    progress
+        whether a line shows how far it is
     """
     annotators = [annotators] if isinstance(annotators, nn.Module) else list(annotators)
     if not annotators: raise InputError("there is no annotator to label the pictures; give one, or a list of several")

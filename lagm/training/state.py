@@ -52,8 +52,14 @@ class Networks:
 
     Parameters
     ----------
+    segmenter
+        pictures -> logits
     annotator
         None: supervised training
+    recipe
+        what the run computes
+    device
+        "cpu", "cuda", "mps", or a torch device
     class_weights
         (C,), from `balanced_weights`
     weigh_labels
@@ -62,10 +68,10 @@ class Networks:
 
     def __init__(
         self,
-        segmenter: nn.Module,
+        segmenter: nn.Module,  # pictures -> logits
         annotator: nn.Module | None,  # None: supervised training
-        recipe: Recipe,
-        device: torch.device,
+        recipe: Recipe,  # what the run computes
+        device: torch.device,  # "cpu", "cuda", "mps", or a torch device
         class_weights: Tensor | None = None,  # (C,), from `balanced_weights`
         weigh_labels: bool = True,  # False: the annotator's labels are used without class weights
     ):
@@ -130,13 +136,15 @@ class Stage:
 
 
 def locate(
-    stages: Sequence[Stage],
+    stages: Sequence[Stage],  # of a run, in their order
     step: int,  # of the whole run, from 0
 ) -> tuple[Stage, int]:  # the stage it belongs to, and its number within that
     """Find a step's stage.
 
     Parameters
     ----------
+    stages
+        of a run, in their order
     step
         of the whole run, from 0
 
@@ -153,14 +161,18 @@ def locate(
 # %% ../../nbs/reference/training/53_state.ipynb #e5459f59
 @torch.no_grad()
 def move_average(
-    average: nn.Module,
-    network: nn.Module,
+    average: nn.Module,  # the running average, changed in place
+    network: nn.Module,  # the one that computes
     decay: float,  # 0: the average is the network; near 1: it hardly moves
 ) -> None:
     """Move an average a little towards its network, running statistics included.
 
     Parameters
     ----------
+    average
+        the running average, changed in place
+    network
+        the one that computes
     decay
         0: the average is the network; near 1: it hardly moves
     """

@@ -171,10 +171,10 @@ class Pair:
 
 @torch.no_grad()
 def make_pair(
-    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
-    annotators: Sequence[Callable[..., Tensor]],  # each: features -> logits (1, C, H, W); asked in eval mode
-    index: int,
-    plan: Plan = Plan(),
+    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    annotators: Sequence[Callable],  # each: features -> logits (1, C, H, W); asked in eval mode
+    index: int,  # its number, from 0
+    plan: Plan = Plan(),  # what is to be made
 ) -> Pair:
     """Picture number `index` of a plan.
 
@@ -184,6 +184,10 @@ def make_pair(
         G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     annotators
         each: features -> logits (1, C, H, W); asked in eval mode
+    index
+        its number, from 0
+    plan
+        what is to be made
     """
     rng = random_generator(plan.seed, "synthetic dataset", index)
     image, features = generator(generator.sample_z(1, rng), rng)
@@ -247,6 +251,12 @@ class GeneratedPairs(Dataset[Any]):
 
     Parameters
     ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotators
+        each: features -> logits
+    plan
+        what is to be made
     soft
         probabilities instead of labels
     confidence
@@ -255,9 +265,9 @@ class GeneratedPairs(Dataset[Any]):
 
     def __init__(
         self,
-        generator: Generator,
-        annotators: Sequence[nn.Module],
-        plan: Plan = Plan(),
+        generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+        annotators: Sequence[nn.Module],  # each: features -> logits
+        plan: Plan = Plan(),  # what is to be made
         soft: bool = False,  # probabilities instead of labels
         confidence: bool = False,  # items have a third part
     ):

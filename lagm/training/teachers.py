@@ -33,6 +33,7 @@ from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
 from .processes import Voted
 from .steps import labelled_gradients, supervised_step
+from collections.abc import Callable
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
@@ -91,18 +92,24 @@ class Teaching:
 
     def views(
         self,
-        state: TrainState,
-        teacher: nn.Module,
+        state: TrainState,  # networks, optimisers and averages
+        teacher: nn.Module,  # asked where a view needs its opinion
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
-        augment: Augment | None,
+        augment: Augment | None,  # random transforms; None: none
         rng: torch.Generator,  # for the changes
     ) -> "list[View]":
         """What the student sees: here, each picture changed once, and its label with it.
 
         Parameters
         ----------
+        state
+            networks, optimisers and averages
+        teacher
+            asked where a view needs its opinion
         images
             (B, 3, H, W): generated pictures, unchanged
+        augment
+            random transforms; None: none
         rng
             for the changes
         """
@@ -118,16 +125,20 @@ MEAN_TEACHER = Teaching(teacher="average", hard=False, ramp=0.3)
 # %% ../../nbs/reference/training/66_teachers.ipynb #0c6da303
 @torch.no_grad()
 def teacher_labels(
-    teacher: nn.Module,
+    teacher: nn.Module,  # its predictions are the labels
     images: Tensor,  # (B, 3, H, W), unchanged
-    teaching: Teaching,
+    teaching: Teaching,  # who teaches, and how
 ) -> Tensor:  # (B, C, H, W): probabilities; all zero where the pixel does not count
     """What the teacher says, in eval mode.
 
     Parameters
     ----------
+    teacher
+        its predictions are the labels
     images
         (B, 3, H, W), unchanged
+    teaching
+        who teaches, and how
 
     Returns
     -------
@@ -164,17 +175,21 @@ class View:
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #cfcc45cf
 def view_gradient(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # the student
     names: Sequence[str],  # of its parameters
-    view: View,
+    view: View,  # the pictures and their labels
     weight: float,  # of the loss on generated pictures
 ) -> tuple[list[Tensor], Tensor]:  # one tensor per name, weighted; the view's share of the loss, detached
     """What a view teaches.
 
     Parameters
     ----------
+    segmenter
+        the student
     names
         of its parameters
+    view
+        the pictures and their labels
     weight
         of the loss on generated pictures
 
@@ -190,24 +205,32 @@ def view_gradient(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #8d7c2d4d
 def taught_step(
-    state: TrainState,
-    teacher: nn.Module,
+    state: TrainState,  # networks, optimisers and averages
+    teacher: nn.Module,  # its predictions are the labels
     labelled: Sequence[tuple[Tensor, Tensor]],  # x_l, y_l: the parts of a batch
     generated: Sequence[tuple[Tensor, torch.Generator]],  # of each part its pictures, unchanged, and for their changes
-    teaching: Teaching,
+    teaching: Teaching,  # who teaches, and how
     weight: float,  # of the generated pictures at this step
-    augment: Augment | None,
+    augment: Augment | None,  # random transforms; None: none
 ) -> dict[str, Tensor]:  # loss_label, loss_s
     """The segmenter learns from labelled pictures and from its teacher, part by part.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    teacher
+        its predictions are the labels
     labelled
         x_l, y_l: the parts of a batch
     generated
         of each part its pictures, unchanged, and for their changes
+    teaching
+        who teaches, and how
     weight
         of the generated pictures at this step
+    augment
+        random transforms; None: none
 
     Returns
     -------
@@ -233,14 +256,30 @@ def taught_step(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #bd80a8d5
 def taught_stages(
-    state: TrainState,
-    generator: Generator,
-    images: Tensor,
-    masks: Tensor,
-    teaching: Teaching,
-    seed: int,
+    state: TrainState,  # networks, optimisers and averages
+    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    teaching: Teaching,  # who teaches, and how
+    seed: int,  # of everything random
 ) -> list[Stage]:
-    """The stages of a run: warm start of the segmenter, teaching."""
+    """The stages of a run: warm start of the segmenter, teaching.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    teaching
+        who teaches, and how
+    seed
+        of everything random
+    """
     recipe, parts = state.recipe, state.recipe.parts
     batches = Batches(state, generator, images, masks, seed, recipe.batch_synthetic // parts)
 
@@ -270,11 +309,11 @@ def train_taught(
     generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    setting: Teaching,
+    setting: Teaching,  # the numbers that only this method has
     recipe: Recipe = FAST,  # its steps, warm_segmenter and `TAUGHT_FIELDS`; what it says of annotators does not apply
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: Any = None,  # not used: nothing but a checkpoint is kept
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -290,8 +329,14 @@ def train_taught(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
     recipe
         its steps, warm_segmenter and `TAUGHT_FIELDS`; what it says of annotators does not apply
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         not used: nothing but a checkpoint is kept
     **options

@@ -84,9 +84,14 @@ def mix_neighbours(
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #559098c1
 def deepest_maps(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # any network of the kit
 ) -> nn.Module | None:  # the submodule whose result they are; None: not known of this network
     """Where the encoder of a segmenter ends.
+
+    Parameters
+    ----------
+    segmenter
+        any network of the kit
 
     Returns
     -------
@@ -100,13 +105,15 @@ def deepest_maps(
 
 @contextlib.contextmanager
 def dropped_channels(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # any network of the kit
     share: float,  # of channels; 0: nothing happens
 ) -> Iterator[None]:
     """While in this context, random channels of the deepest maps are zero and the others scaled up, per picture.
 
     Parameters
     ----------
+    segmenter
+        any network of the kit
     share
         of channels; 0: nothing happens
     """
@@ -164,8 +171,8 @@ class WeakToStrong(Teaching):
 
     def views(
         self,
-        state: TrainState,
-        teacher: nn.Module,
+        state: TrainState,  # networks, optimisers and averages
+        teacher: nn.Module,  # asked where a view needs its opinion
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
         augment: Augment | None,  # None: the weak view is the picture, a strong one is mixed only
         rng: torch.Generator,  # for the changes
@@ -174,6 +181,10 @@ class WeakToStrong(Teaching):
 
         Parameters
         ----------
+        state
+            networks, optimisers and averages
+        teacher
+            asked where a view needs its opinion
         images
             (B, 3, H, W): generated pictures, unchanged
         augment
