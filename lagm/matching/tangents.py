@@ -321,9 +321,10 @@ class Tape(TorchDispatchMode):
         self.parameters = self.numbers.parameters
         self.expected: tuple[Any, ...] | None = None  # the key of what autograd, not the network, will detach next
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Tape":
         torch.clear_autocast_cache()  # weights that autocast has converted before we looked would have no origin
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}

@@ -388,7 +388,7 @@ def train_pixels(
     flat = masks.flatten().cpu()
     known = (flat != IGNORE).nonzero()[:, 0]
     device = choose_device(device)
-    ensemble = train_mode(ensemble.to(device), resting_modules(ensemble))
+    ensemble = cast(PixelEnsemble, train_mode(ensemble.to(device), resting_modules(ensemble)))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
     for step in tqdm(range(steps), disable=not progress, desc="pixels", dynamic_ncols=True):
         rng = random_generator(seed, "pixels", step)
@@ -399,8 +399,7 @@ def train_pixels(
         (loss * ensemble.members).backward()  # each member's own mean
         optimizer.step()
         if step % 20 == 0 or step == steps - 1: losses.append(loss.item())
-    ensemble.eval()
-    return PixelTraining(ensemble, losses)
+    return PixelTraining(ensemble.eval(), losses)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a87fc184
 @torch.no_grad()
