@@ -31,8 +31,14 @@ from lagm.models.convert import convert, inspect
 from lagm.models.deeplab import DeepLabV3
 from lagm.models.results import load_results
 from lagm.models.saved import (
-    describe_network, find_segmenters, find_segmenters as load_segmenters, load_segmenter, read_networks,
-    save_networks, save_segmenter)
+    describe_network,
+    find_segmenters,
+    load_segmenter,
+    read_networks,
+    save_networks,
+    save_segmenter,
+)
+from lagm.models.saved import find_segmenters as load_segmenters
 from lagm.models.segmenters import UNet
 from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.training.lagm import train_lagm, train_supervised
