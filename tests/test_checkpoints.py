@@ -26,8 +26,8 @@ from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
 from lagm.models.annotator import FPNAnnotator
-from lagm.models.results import load_results, read_generator_kwargs
 from lagm.models.deeplab import DeepLabV3
+from lagm.models.results import load_results, read_generator_kwargs
 from lagm.models.segmenters import UNet
 
 GOLDEN = Path(__file__).parent / "golden"

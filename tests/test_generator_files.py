@@ -27,8 +27,8 @@ from lagm.generators.stylegan2 import StyleGAN2, modulated_conv2d
 from lagm.generators.stylegan2_ops import resampling_filter, upsample2x
 from lagm.generators.weights import save_generator
 from lagm.models.convert import as_lines, convert, inspect
-from lagm.models.results import load_results
 from lagm.models.deeplab import DeepLabV3
+from lagm.models.results import load_results
 from lagm.models.segmenters import UNet
 from lagm.training.checkpoints import generator_digest
 

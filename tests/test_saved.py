@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lagm.models.saved import find_segmenters as load_segmenters
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
@@ -29,6 +28,7 @@ from lagm.generators.weights import save_generator
 from lagm.models import saved
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.convert import convert, inspect
+from lagm.models.deeplab import DeepLabV3
 from lagm.models.results import load_results
 from lagm.models.saved import (
     describe_network,
@@ -38,7 +38,7 @@ from lagm.models.saved import (
     save_networks,
     save_segmenter,
 )
-from lagm.models.deeplab import DeepLabV3
+from lagm.models.saved import find_segmenters as load_segmenters
 from lagm.models.segmenters import UNet
 from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.training.lagm import train_lagm, train_supervised

@@ -16,7 +16,13 @@ from torchvision.models import resnet101
 from lagm.core.errors import InputError
 from lagm.models.deeplab import DeepLabV3
 from lagm.models.segmenters import (
-    SEGMENTERS, UNet, build_segmenter, matched_parameter_names, resolve_group, unet_widths)
+    SEGMENTERS,
+    UNet,
+    build_segmenter,
+    matched_parameter_names,
+    resolve_group,
+    unet_widths,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "segmenters.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")

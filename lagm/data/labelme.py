@@ -60,8 +60,9 @@ def _points(
                          + ("" if most else " or more"))
     strange = [point for point in found if not isinstance(point, list) or len(point) != 2]
     if strange: raise InputError(f"a point of a shape is {shown(strange[0])}, not two numbers")
-    return [tuple(number(value, "a coordinate of a shape", -side, 2 * side) for value, side in zip(pair, size))
-            for pair in found]
+    across, down = size
+    return [(number(x, "a coordinate of a shape", -across, 2 * across),
+             number(y, "a coordinate of a shape", -down, 2 * down)) for x, y in found]
 
 
 def _polygon(columns: np.ndarray, shape: Any, value: int) -> None:
@@ -253,7 +254,7 @@ def _class_list(
     notes
         gets a line on labels that differ in capitals
     """
-    used = {label: file for file in reversed(files) for label in files[file].drawn}
+    used = {label: file for file in reversed([*files]) for label in files[file].drawn}
     used = {label: file for label, file in used.items() if label not in ("background", IGNORED)}
     given = sorted(used) if classes is None else [class_name(name, "a class") for name in classes]
     wanted = [label for label in given if label.lower() != "background"]

@@ -348,9 +348,10 @@ ARCHITECTURES = ("skip", "resnet", "orig")
 
 
 class ResidualBlock(SynthesisBlock):
-    """A block of the `resnet` architecture: its feature map is the mean, in power, of a shortcut and two convolutions."""
+    """A block of the `resnet` architecture: the mean, in power, of a shortcut and two convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, *sizes: Any, taps: Sequence[float] = (1, 3, 3, 1), **options):
+    def __init__(self, in_channels: int, out_channels: int, *sizes: Any, taps: Sequence[float] = (1, 3, 3, 1),
+                 **options):
         super().__init__(in_channels, out_channels, *sizes, taps=taps, **options)  # type: ignore[misc]
         if not self.first: self.skip = SkipConv(in_channels, out_channels, taps)
 

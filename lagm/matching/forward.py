@@ -165,9 +165,7 @@ class SyntheticPass:
         """
         tape, self.tape = self.tape, None  # what it holds is let go
         if tape is not None:
-            try:
-                change: Tensor = tape.tangent(direction, self.log_probs)
-                return change
+            try: return tape.tangent(direction, self.log_probs)
             except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
         return directional_derivative(self.segmenter, direction, self.images, self.random_state)
 
