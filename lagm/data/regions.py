@@ -355,7 +355,7 @@ def unpack_bitmask(
         raise InputError(f"its bitmask has {picture.width} x {picture.height} pixels, the picture {width} x {height}")
     pixels = np.asarray(picture.convert("RGBA"))
     painted: Any = pixels[..., 3] > 0
-    return (pixels[..., :3] > 0).any(-1) if painted.all() else painted
+    return np.asarray((pixels[..., :3] > 0).any(-1) if painted.all() else painted)
 
 # %% ../../nbs/reference/data/15_regions.ipynb #4a6698b7
 def _percent(value: dict, key: str, side: int, least: float = -100, most: float = 200) -> float:

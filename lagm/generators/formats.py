@@ -133,7 +133,7 @@ def fill_network(
     data: memoryview,  # the file's bytes
     progress: bool = False,  # whether a line shows how far it is
 ) -> nn.Module:
-    """Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite.
+    """Put weights into a network. `InputError` unless names and shapes are the network's, and all numbers finite.
 
     Parameters
     ----------

@@ -25,11 +25,11 @@ from ..core.registry import from_package
 from ..core.seeds import random_generator
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.unpickling import read_arrays
-from . import nvidia
-from .datasetgan import datasetgan
-from .rosinality import rosinality  # noqa: F401 (they register their formats)
+from . import nvidia  # noqa: F401 (it registers its formats, and so do the next two)
 from .contract import FrozenGenerator, Sampling
+from .datasetgan import datasetgan  # noqa: F401
 from .formats import Found, fill_network, generator_in, name_other, recognise
+from .rosinality import rosinality  # noqa: F401
 from .stylegan1 import StyleGAN1
 from .weights import generator_header, network_from_tensors, of_class
 

@@ -7,7 +7,7 @@ __all__ = ['aten', 'Rule', 'RULES', 'CONSTANT', 'IN_PLACE', 'SAVE_RESULT', 'rule
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #216393ae
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,8 @@ def _linear(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tang
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape)
-# a tangent may lie in memory in another order than its value
 def _reshaped(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
-    shape = result.shape
+    shape = result.shape  # a tangent may lie in memory in another order than its value
     return lambda dx: dx.reshape(shape)
 
 
@@ -311,13 +310,12 @@ class Tape(TorchDispatchMode):
         others: Iterable[Tensor] = (),  # those that require a gradient and stand still
     ):
         super().__init__()
-        self.numbers, self.viewed = _Numbers(parameters, others), set[Any]()
-        self.records: list[tuple[Any, Any, Any]] = []
+        self.numbers, self.records, self.viewed = _Numbers(parameters, others), list[Any](), set[Any]()
         self.problem: str | None = None
         self.parameters = self.numbers.parameters
         self.expected: tuple[Any, ...] | None = None  # the key of what autograd, not the network, will detach next
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Any:
         torch.clear_autocast_cache()  # weights that autocast has converted before we looked would have no origin
         return super().__enter__()
 
@@ -330,9 +328,7 @@ class Tape(TorchDispatchMode):
         if self.problem is None: self._note(operation, arguments, keywords, tensors, inputs, result)
         return result
 
-    def _note(
-        self, operation: Any, arguments: Any, keywords: Any, tensors: list[Any], inputs: list[Any], result: Any
-    ) -> None:
+    def _note(self, operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any) -> None:
         """Record one operation, if it matters."""
         packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
         expected, self.expected = self.expected, None

@@ -214,8 +214,7 @@ def convert(
     if target.suffix != ".safetensors": raise InputError(f"the target {target} must end in .safetensors")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise InputError(f"source and target are the same file, {target}: give another name")
-    networks: dict[str, Any]
-    networks, header = read_any(source, avg_latent, progress, label)
+    found, header = read_any(source, avg_latent, progress, label)
     header = {
         **header,
         "provenance": {
@@ -224,7 +223,7 @@ def convert(
         },
     }
     alone = header["kind"] == "generator"
-    if half: networks = {role: rounded(network) for role, network in networks.items()}
+    networks: dict[str, Any] = {role: rounded(network) if half else network for role, network in found.items()}
     with atomic_path(target) as temporary:
         try:
             if alone: save_tensors(temporary, stored(networks["generator"], half), header)

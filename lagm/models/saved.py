@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
-from ..core.pickle_records import Unreadable, quoted
 from ..core.origins import provenance
+from ..core.pickle_records import Unreadable, quoted
 from ..core.tensors import describe_tensors, load_tensors, save_tensors
 from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet

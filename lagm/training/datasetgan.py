@@ -413,7 +413,7 @@ def train_pixels(
     flat = masks.flatten().cpu()
     known = (flat != IGNORE).nonzero()[:, 0]
     device = choose_device(device)
-    ensemble = train_mode(ensemble.to(device), resting_modules(ensemble))
+    ensemble = cast(PixelEnsemble, train_mode(ensemble.to(device), resting_modules(ensemble)))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
     for step in tqdm(range(steps), disable=not progress, desc="pixels", dynamic_ncols=True):
         rng = random_generator(seed, "pixels", step)
@@ -424,8 +424,7 @@ def train_pixels(
         (loss * ensemble.members).backward()  # each member's own mean
         optimizer.step()
         if step % 20 == 0 or step == steps - 1: losses.append(loss.item())
-    ensemble.eval()
-    return PixelTraining(ensemble, losses)
+    return PixelTraining(ensemble.eval(), losses)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a87fc184
 @torch.no_grad()
@@ -655,7 +654,8 @@ def train_on_pairs(
         of `RunOptions`
     """
     run, device = told(options), choose_device(device)
-    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, (images.shape[2], images.shape[3])
+    n_classes, size = segmenter.n_classes, (images.shape[2], images.shape[3])
+    labels = _named(run.labels, n_classes)
     plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:

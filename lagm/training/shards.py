@@ -22,7 +22,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -414,8 +414,8 @@ def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> 
                 index, extension = place = _place(member, indices, path.stat().st_size)
                 if place in places: raise InputError(f"{member.name!r} does not belong there a second time")
                 places[place] = (path, member.offset_data, member.size)
-                content = tar.extractfile(member)
-                if extension == "json" and content: records[index] = _record(content.read(), index, n_classes)
+                if extension != "json": continue
+                records[index] = _record(cast(IO[bytes], tar.extractfile(member)).read(), index, n_classes)
         lacking = next((f"{i:06d}.{kind}" for i in indices for kind in needed if (i, kind) not in places), None)
         if lacking: raise InputError(f"it lacks {lacking}")
     except (tarfile.TarError, ValueError, OSError, EOFError, LookupError, ArithmeticError, MemoryError) as error:
@@ -452,8 +452,7 @@ class StoredPairs:
                              "call `generate` again to complete it")
         if "soft.png" in needed and not self.plan.soft:
             raise InputError(f"{self.folder} holds no probabilities; make the dataset with Plan(soft=True)")
-        self.places: dict[tuple[int, str], tuple[Path, int, int]] = {}
-        records: dict[int, Any] = {}
+        self.places, records = dict[tuple[int, str], tuple[Path, int, int]](), dict[int, Any]()
         for shard in self.plan.shards:
             path, own = shard_path(self.folder, shard), self.plan.indices(shard)
             places, found = _scan(path, own, needed, self.labels.n_classes)
@@ -635,8 +634,7 @@ def select(
         raise InputError(f"there is a quota for class {wrong[0]}, but the pictures have classes 0..{n_classes - 1}")
     ordered = sorted(records, key=lambda r: (r["uncertainty"], r["index"]))
     number = math.ceil(round(keep * len(ordered), 9))
-    kept, dropped, short = ordered[:number], ordered[number:], {}
-    added: list[Mapping[str, Any]] = []
+    kept, dropped, added, short = ordered[:number], ordered[number:], list[Any](), {}
     for c, quota in (quotas or {}).items():
         shows = lambda r: r["pixels"][c] >= min_pixels
         lacking = quota - sum(map(shows, kept))

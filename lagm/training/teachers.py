@@ -27,11 +27,10 @@ from ..models.contracts import Generator
 from ..models.modes import eval_mode
 from .batches import in_parts
 from .loop import Trained, check_options
-from .processes import gradient_of_parts
+from .processes import Voted, gradient_of_parts
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
 from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
-from .processes import Voted
 from .steps import labelled_gradients, supervised_step
 from collections.abc import Callable
 
