@@ -31,19 +31,29 @@ STYLE: Any = {
 }
 
 # %% ../../nbs/reference/evaluation/80_figures.ipynb #abdf3045
-def plain_label(text: str) -> str:
-    """A text for a figure as it stands, dollar signs included."""
+def plain_label(
+    text: str,  # of a label
+) -> str:
+    """A text for a figure as it stands, dollar signs included.
+
+    Parameters
+    ----------
+    text
+        of a label
+    """
     return text.replace("$", r"\$")
 
 
 def text_width(
-    text: str,
+    text: str,  # of a label
     size: float = 10,  # of the letters, in points
 ) -> float:  # in pixels at 100 dots per inch
     """Width of the longest line of a text in the font of the style.
 
     Parameters
     ----------
+    text
+        of a label
     size
         of the letters, in points
 
@@ -57,9 +67,15 @@ def text_width(
 
 
 def method_colours(
-    n: int,
+    n: int,  # number of methods
 ) -> list[str]:
-    """Colours for n methods; they repeat after eight, when `curves` draws dashes."""
+    """Colours for n methods; they repeat after eight, when `curves` draws dashes.
+
+    Parameters
+    ----------
+    n
+        number of methods
+    """
     return [METHOD_COLOURS[i % len(METHOD_COLOURS)] for i in range(n)]
 
 # %% ../../nbs/reference/evaluation/80_figures.ipynb #9effb79e

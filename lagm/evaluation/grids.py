@@ -110,7 +110,7 @@ def grid_figure(
     names: Sequence[str] = (),  # of the rows
     heads: Sequence[str] = (),  # of the columns
     labels: LabelSet | None = None,  # None: no legend
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     gap: int = 4,
     row_gaps: Sequence[int] | None = None,  # None: as `gap`
 ) -> Figure:
@@ -126,6 +126,8 @@ def grid_figure(
         of the columns
     labels
         None: no legend
+    title
+        above the figure; empty: none
     row_gaps
         None: as `gap`
     """
@@ -202,7 +204,7 @@ def image_grid(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     columns: int | None = None,  # pictures per row; None: all in one row up to 10, else about twice as wide as high
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     names: Sequence[str] = (),  # names of the rows, if wanted
 ) -> Figure:
     """Pictures in rows, from left to right and top to bottom.
@@ -215,6 +217,8 @@ def image_grid(
         pictures per row; None: all in one row up to 10, else about twice as wide as high
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     names
         names of the rows, if wanted
     """
@@ -230,9 +234,9 @@ def labelled_grid(
     masks: Tensor,  # (n, H, W) class indices, 255 = no label
     labels: LabelSet,  # names and colours of the classes
     rows: int | None = None,  # how many double rows; None: up to 10 pictures in each
-    legend: bool = True,
+    legend: bool = True,  # names and colours of the classes below
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """Pictures with their masks below them. Pixels without a label are white.
 
@@ -246,8 +250,12 @@ def labelled_grid(
         names and colours of the classes
     rows
         how many double rows; None: up to 10 pictures in each
+    legend
+        names and colours of the classes below
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     """
     images, masks = batch_of(images), batch_of(masks, 3)
     if len(images) != len(masks):
@@ -265,9 +273,9 @@ def comparison_grid(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     rows: Mapping[str, Tensor],  # name of a row -> masks (n, H, W), 255 = no label
     labels: LabelSet,  # names and colours of the classes
-    legend: bool = True,
+    legend: bool = True,  # names and colours of the classes below
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     image_name: str = "picture",  # name of the first row
 ) -> Figure:
     """A row of pictures above one row of masks per name, e.g. each method's prediction and the truth.
@@ -280,8 +288,12 @@ def comparison_grid(
         name of a row -> masks (n, H, W), 255 = no label
     labels
         names and colours of the classes
+    legend
+        names and colours of the classes below
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     image_name
         name of the first row
     """
@@ -301,10 +313,10 @@ def worst_gallery(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     predictions: Tensor,  # (n, H, W) class indices
     masks: Tensor,  # (n, H, W), 255 = no label
-    labels: LabelSet,
-    number: int = 10,
-    tile: int = 96,
-    title: str = "",
+    labels: LabelSet,  # classes and colours
+    number: int = 10,  # how many pictures
+    tile: int = 96,  # side of a picture in pixels
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth.
 
@@ -318,6 +330,14 @@ def worst_gallery(
         (n, H, W) class indices
     masks
         (n, H, W), 255 = no label
+    labels
+        classes and colours
+    number
+        how many pictures
+    tile
+        side of a picture in pixels
+    title
+        above the figure; empty: none
     """
     counts = picture_counts(predictions, masks, labels.n_classes)
     worst = worst_pictures(counts, number)

@@ -108,9 +108,9 @@ def place(
 def predict_pictures(
     segmenter: nn.Module,  # asked in eval mode
     pictures: Sequence[Image.Image],  # RGB, of any sizes
-    policy: str = "fit",
-    size: tuple[int, int] | None = None,
-    device: str | torch.device = "cpu",
+    policy: str = "fit",  # "fit", "stretch" or "native"
+    size: tuple[int, int] | None = None,  # height and width of training; not for "native"
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> list[np.ndarray]:  # (H, W) uint8 class indices, each of its picture's size
     """The class of every pixel of every picture.
 
@@ -120,6 +120,12 @@ def predict_pictures(
         asked in eval mode
     pictures
         RGB, of any sizes
+    policy
+        "fit", "stretch" or "native"
+    size
+        height and width of training; not for "native"
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------
@@ -139,7 +145,7 @@ def predict_pictures(
 def overlay(
     picture: Image.Image,  # RGB
     mask: np.ndarray,  # (H, W) class indices
-    labels: LabelSet,
+    labels: LabelSet,  # classes and colours
     strength: float = 0.5,  # of the colours; the background stays as it is
 ) -> np.ndarray:  # (H, W, 3) uint8
     """The picture with the parts in their colours.
@@ -150,6 +156,8 @@ def overlay(
         RGB
     mask
         (H, W) class indices
+    labels
+        classes and colours
     strength
         of the colours; the background stays as it is
 
@@ -168,7 +176,7 @@ def open_segmenter(
     path: str | Path,
     labels: LabelSet | None = None,  # None: as the file says
     size: tuple[int, int] | None = None,  # None: as the file says
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> tuple[nn.Module, LabelSet, tuple[int, int] | None]:
     """A segmenter, what its classes mean, and the size it was trained at.
 
@@ -182,6 +190,8 @@ def open_segmenter(
         None: as the file says
     size
         None: as the file says
+    device
+        cpu, cuda, cuda:N or mps
     """
     segmenter, found, facts = _opened(path)
     labels, size = labels or found or _numbered(segmenter.n_classes), size or facts.get("size")
@@ -228,8 +238,16 @@ class Predicted:
         return "\n".join([f"{len(self.done)} pictures labelled", *failed])
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #e3481340
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files below a folder, sorted. `InputError` if there are none, or if two would get the same mask."""
+def list_pictures(
+    folder: str | Path,  # and those below it
+) -> list[Path]:
+    """The picture files below a folder, sorted. `InputError` if there are none, or if two would get the same mask.
+
+    Parameters
+    ----------
+    folder
+        and those below it
+    """
     return _look_for_pictures(Path(folder))[0]
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #42050cb4
@@ -278,15 +296,15 @@ def _write_masks(out: Path, name: str, picture: Image.Image, mask: np.ndarray, l
 
 
 def predict_folder(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # moved to the device
     folder: str | Path,  # pictures, also in folders below
     out: str | Path,
-    labels: LabelSet,
-    size: tuple[int, int] | None = None,
-    policy: str = "fit",
-    batch: int = 16,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    labels: LabelSet,  # classes and colours
+    size: tuple[int, int] | None = None,  # height and width of training; not for "native"
+    policy: str = "fit",  # "fit", "stretch" or "native"
+    batch: int = 16,  # pictures at a time
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
+    progress: bool = True,  # show a progress bar
 ) -> Predicted:
     """Label every picture of a folder.
 
@@ -294,8 +312,22 @@ def predict_folder(
 
     Parameters
     ----------
+    segmenter
+        moved to the device
     folder
         pictures, also in folders below
+    labels
+        classes and colours
+    size
+        height and width of training; not for "native"
+    policy
+        "fit", "stretch" or "native"
+    batch
+        pictures at a time
+    device
+        cpu, cuda, cuda:N or mps
+    progress
+        show a progress bar
     """
     folder, out, device, result = Path(folder), Path(out), choose_device(device), Predicted()
     _check_request(folder, size, batch)
@@ -319,8 +351,16 @@ def predict_folder(
     return result
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #7158372d
-def predict_command(arguments: Any) -> None:
-    """`lagm predict`: label a folder of pictures with a trained segmenter."""
+def predict_command(
+    arguments: Any,  # of the command line
+) -> None:
+    """`lagm predict`: label a folder of pictures with a trained segmenter.
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     segmenter, labels, facts = _opened(arguments.segmenter)
     size, policy = arguments.size or facts.get("size"), arguments.policy or facts.get("policy") or "fit"
     if size is None and policy != "native":
@@ -344,9 +384,9 @@ def evaluate_checkpoint(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored
     out: str | Path,  # folder
-    labels: LabelSet | None = None,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
+    labels: LabelSet | None = None,  # None: the file's own
+    batch_size: int = 32,  # pictures at a time
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> dict[str, Any]:  # what metrics.json holds
     """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png.
 
@@ -360,6 +400,12 @@ def evaluate_checkpoint(
         (n, H, W) class indices, 255 = ignored
     out
         folder
+    labels
+        None: the file's own
+    batch_size
+        pictures at a time
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------

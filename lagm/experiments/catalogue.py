@@ -84,15 +84,33 @@ class Run:
         """The file with its numbers."""
         return self.folder / "metrics.json"
 
-    def odd_record(self, root: str | Path = ".") -> str:
-        """A line about a notebook that lies where its results go and is passed over; empty if there is none such."""
+    def odd_record(
+        self,
+        root: str | Path = ".",  # the project's folder
+    ) -> str:
+        """A line about a notebook that lies where its results go and is passed over; empty if there is none such.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         if not (Path(root) / self.output).is_file(): return ""
         try: read_record(Path(root) / self.output)
         except InputError as error: return f"passed over: {error}"
         return ""
 
-    def finished(self, root: str | Path = ".") -> bool:
-        """Whether its results are there, from this code, these parameters and the inputs as they are now."""
+    def finished(
+        self,
+        root: str | Path = ".",  # the project's folder
+    ) -> bool:
+        """Whether its results are there, from this code, these parameters and the inputs as they are now.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         return is_finished(self.notebook, Path(root) / self.output, self.parameters, root)
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #34060598
@@ -107,8 +125,16 @@ def _declared(notebook: Path, _changed: int) -> dict:
     return read_parameters(notebook)
 
 
-def declared_parameters(notebook: Path) -> dict:
-    """`read_parameters`, remembered until the file changes."""
+def declared_parameters(
+    notebook: Path,  # of an experiment
+) -> dict:
+    """`read_parameters`, remembered until the file changes.
+
+    Parameters
+    ----------
+    notebook
+        of an experiment
+    """
     return _declared(notebook, notebook.stat().st_mtime_ns)
 
 
@@ -150,10 +176,15 @@ def _single(notebook: Path) -> Run:
 
 
 def connect(
-    runs: Iterable[Run],
+    runs: Iterable[Run],  # in any order
 ) -> dict[str, Run]:  # by name; a run comes after those it needs
     """Find out who reads whose results; `InputError` if two runs share a folder, if nobody makes what is read, or if
     they go in a circle.
+
+    Parameters
+    ----------
+    runs
+        in any order
 
     Returns
     -------
@@ -350,7 +381,7 @@ def paper_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #d27aaa38
 def parameter_text(
     about: str,  # the first line
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # names and values
 ) -> str:  # YAML
     """A parameter file, one value a line.
 
@@ -358,6 +389,8 @@ def parameter_text(
     ----------
     about
         the first line
+    parameters
+        names and values
 
     Returns
     -------
@@ -524,7 +557,7 @@ def paper_numbers() -> dict[str, dict[str, Any]]:
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #3cc05533
 def choose_runs(
-    catalogue: Mapping[str, Run],
+    catalogue: Mapping[str, Run],  # of `read_catalogue`
     wanted: Sequence[str],  # names of experiments or runs, or patterns such as "cat16_*"
     others: Iterable[str] = (),  # more names to suggest to who mistyped one
     only: bool = False,  # without those they need
@@ -533,6 +566,8 @@ def choose_runs(
 
     Parameters
     ----------
+    catalogue
+        of `read_catalogue`
     wanted
         names of experiments or runs, or patterns such as "cat16_*"
     others
@@ -580,7 +615,7 @@ SMALL: dict[str, dict[str, Any]] = {  # of each stage: a size that only shows th
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e4e39es0
 def change_runs(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Run],  # stages of experiments, by name
     # each goes to all the runs that have such a parameter; text is read as the declared type
     values: Mapping[str, Any],
     moves: Mapping[str, str] | None = None,  # experiment -> new folder, in place of outputs/EXPERIMENT
@@ -591,6 +626,8 @@ def change_runs(
 
     Parameters
     ----------
+    runs
+        stages of experiments, by name
     values
         each goes to all the runs that have such a parameter; text is read as the declared type
     moves
@@ -636,7 +673,7 @@ def _moved(value: Any, before: str, after: str) -> Any:
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #5afd0762
 def missing_inputs(
-    run: Run,
+    run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
     data: bool = True,  # open the datasets, too
     others: Iterable[Run] = (),  # runs that come before; what is in their folders counts as there
@@ -645,6 +682,8 @@ def missing_inputs(
 
     Parameters
     ----------
+    run
+        a stage of an experiment
     root
         what relative paths start from
     data

@@ -98,13 +98,15 @@ class Prepared:
 
 
 def prepare(
-    work: Workload,
+    work: Workload,  # what is to be trained
     dtype: torch.dtype = torch.float32,  # of the generator's convolutions
 ) -> Prepared:
     """Networks with fixed random weights, a labelled batch.
 
     Parameters
     ----------
+    work
+        what is to be trained
     dtype
         of the generator's convolutions
     """
@@ -121,7 +123,7 @@ def prepare(
 # %% ../../nbs/reference/experiments/67_cost.ipynb #3bd5ba35
 def grouped_conv2d(
     x: Tensor,  # (B, I, H, W)
-    layer: SynthesisLayer | ToRGB,
+    layer: SynthesisLayer | ToRGB,  # of our generator
     w: Tensor,  # (B, w_dim)
 ) -> Tensor:  # (B, O, H, W), or twice the size if the layer doubles it; without noise, bias and activation
     """A modulated convolution with one group per picture.
@@ -130,6 +132,8 @@ def grouped_conv2d(
     ----------
     x
         (B, I, H, W)
+    layer
+        of our generator
     w
         (B, w_dim)
 
@@ -156,7 +160,7 @@ def grouped_conv2d(
 def usual_generator(
     network: nn.Module,  # a StyleGAN2 of the architecture "skip", without clamps
     z: Tensor,  # (B, z_dim)
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # truncation and noise
     rng: torch.Generator | None = None,  # source of the noise
 ) -> Generated:
     """The generator with one kernel per picture, contiguous and in float32.
@@ -167,6 +171,8 @@ def usual_generator(
         a StyleGAN2 of the architecture "skip", without clamps
     z
         (B, z_dim)
+    sampling
+        truncation and noise
     rng
         source of the noise
     """
@@ -188,12 +194,23 @@ def usual_generator(
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #e53d81ed
 def usual_pictures(
-    setting: Prepared,
-    seed: int,
-    step: int,
-    stage: str,
+    setting: Prepared,  # of `prepare`
+    seed: int,  # of the run
+    step: int,  # of the run, from 0
+    stage: str,  # of the step: whose pictures
 ) -> tuple[Tensor, list[Tensor]]:  # pictures of the labelled pictures' size, features
     """Drawn as `SyntheticBatches` draws them, from the same random numbers.
+
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    seed
+        of the run
+    step
+        of the run, from 0
+    stage
+        of the step: whose pictures
 
     Returns
     -------
@@ -206,15 +223,41 @@ def usual_pictures(
     return F.interpolate(images, setting.images.shape[2:], mode="nearest"), features
 
 
-def soft_loss(segmenter: nn.Module, images: Tensor, q: Tensor) -> Tensor:
-    """Cross-entropy of S against soft labels q (B, C, H, W)."""
+def soft_loss(
+    segmenter: nn.Module,  # the network
+    images: Tensor,  # (B, 3, H, W)
+    q: Tensor,  # (B, C, H, W) probabilities
+) -> Tensor:
+    """Cross-entropy of S against soft labels q (B, C, H, W).
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    images
+        (B, 3, H, W)
+    q
+        (B, C, H, W) probabilities
+    """
     return -(q * F.log_softmax(segmenter(images), dim=1)).sum(1).mean()
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #19e6f639
 class PlainStep:
-    """The released step, by autograd alone; SGD with momentum for both networks."""
+    """The released step, by autograd alone; SGD with momentum for both networks.
 
-    def __init__(self, setting: Prepared, lr: float = 1e-3):
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    lr
+        learning rate of A and S
+    """
+
+    def __init__(
+        self,
+        setting: Prepared,  # of `prepare`
+        lr: float = 1e-3,  # learning rate of A and S
+    ):
         self.setting = setting
         self.matched = matched_parameter_names(setting.segmenter)
         both = setting.annotator, setting.segmenter
@@ -246,8 +289,23 @@ class PlainStep:
         losses = dict(loss_label=labelled_loss, loss_gm=distance, loss_syn=synthetic_loss, loss_s=segmenter_loss)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def move(self, which: int, network: nn.Module, loss: Tensor) -> None:
-        """One optimiser step of a network."""
+    def move(
+        self,
+        which: int,  # 0: A, 1: S
+        network: nn.Module,  # A or S
+        loss: Tensor,  # to descend
+    ) -> None:
+        """One optimiser step of a network.
+
+        Parameters
+        ----------
+        which
+            0: A, 1: S
+        network
+            A or S
+        loss
+            to descend
+        """
         self.optimizers[which].zero_grad()
         loss.backward()
         for parameter in network.parameters(): torch.nan_to_num(parameter.grad, 0.0, 1e5, -1e5, out=parameter.grad)
@@ -255,9 +313,24 @@ class PlainStep:
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #aa0d86af
 class OurStep:
-    """`matching_step` on a workload, called like `PlainStep`."""
+    """`matching_step` on a workload, called like `PlainStep`.
 
-    def __init__(self, setting: Prepared, recipe: Recipe, lr: float = 1e-3):
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    recipe
+        of the training
+    lr
+        learning rate of A and S
+    """
+
+    def __init__(
+        self,
+        setting: Prepared,  # of `prepare`
+        recipe: Recipe,  # of the training
+        lr: float = 1e-3,  # learning rate of A and S
+    ):
         self.setting, self.recipe, self.annotator_gradients = setting, recipe, []
         self.state = TrainState(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
         self.state.begin({"segmenter": lr, "annotator": lr}, averaged=False)
@@ -277,13 +350,15 @@ class OurStep:
 
 
 def make_step(
-    work: Workload,
+    work: Workload,  # what is to be trained
     variant: str,  # one of VARIANTS
 ) -> PlainStep | OurStep:
     """A step of a workload in one of the variants. Raises `InputError` for an unknown one.
 
     Parameters
     ----------
+    work
+        what is to be trained
     variant
         one of VARIANTS
     """
@@ -300,10 +375,17 @@ def clock() -> float:
 
 
 def convolution_peak(
-    dtype: torch.dtype = torch.float32,
-    repeats: int = 5,
+    dtype: torch.dtype = torch.float32,  # of the convolution
+    repeats: int = 5,  # the fastest counts
 ) -> float:  # floating-point operations per second
     """The rate of a 3 x 3 convolution of 128 channels at 64 x 64, channels_last: the best of a few.
+
+    Parameters
+    ----------
+    dtype
+        of the convolution
+    repeats
+        the fastest counts
 
     Returns
     -------
@@ -389,8 +471,8 @@ def run_variant(
 def in_own_process(
     work: str,  # one of WORKLOADS
     variant: str,  # one of VARIANTS
-    repeats: int = 3,
-    threads: int = 0,
+    repeats: int = 3,  # steps that are timed
+    threads: int = 0,  # 0: as many as PyTorch chooses
 ) -> dict[str, Any]:
     """`run_variant` in a fresh process, so that no variant inherits another's memory.
 
@@ -402,6 +484,10 @@ def in_own_process(
         one of WORKLOADS
     variant
         one of VARIANTS
+    repeats
+        steps that are timed
+    threads
+        0: as many as PyTorch chooses
     """
     call = f"run_variant({work!r}, {variant!r}, {repeats}, {threads})"
     code = f"import json; from lagm.experiments.cost import run_variant; print(json.dumps({call}))"

@@ -56,14 +56,18 @@ class Doctor:
 
     Parameters
     ----------
+    data
+        folder of the datasets
+    checkpoints
+        folder of the checkpoints
     deep
         decode every picture
     """
 
     def __init__(
         self,
-        data: str | Path = "data",
-        checkpoints: str | Path = "checkpoints",
+        data: str | Path = "data",  # folder of the datasets
+        checkpoints: str | Path = "checkpoints",  # folder of the checkpoints
         deep: bool = False,  # decode every picture
     ):
         self.data, self.checkpoints, self.deep = Path(data), Path(checkpoints), deep
@@ -71,15 +75,15 @@ class Doctor:
         self._found: dict[tuple, Finding] = {}
 
     def raw(self, name: str) -> Source:
-        """What `lagm fetch` knows of a file or folder; `InputError` if nothing is called so."""
+        """What `lagm fetch` knows of the file or folder `name`; `InputError` if nothing is called so."""
         return get_source(name)
 
     def note(self, need: str, where: Path, detail: str, mend: str) -> Finding:
-        """A finding that stops nothing."""
+        """A finding about `need` at `where` that stops nothing: `detail` says what could be better, `mend` how."""
         return Finding(need, "note", str(where), detail, mend)
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with a picture or array."""
+        """What is wrong with the picture or array at `path`."""
         if path not in self._files:
             array = path.suffix == ".npy"
             self._files[path] = array_problem(path) if array else picture_problem(path, self.deep)
@@ -87,10 +91,10 @@ class Doctor:
 
     def items(
         self,
-        need: str,
+        need: str,  # e.g. "CelebAMask-HQ train"
         folder: Path,  # if this is not there, the need is missing, and not broken
-        mend: str,
-        make: Callable[[], Dataset],
+        mend: str,  # the command or page that helps
+        make: Callable[[], Dataset],  # opens the reader
         least: int = 1,  # how many items are needed
         first: int | None = None,  # look at so many items only
     ) -> Finding:
@@ -98,8 +102,14 @@ class Doctor:
 
         Parameters
         ----------
+        need
+            e.g. "CelebAMask-HQ train"
         folder
             if this is not there, the need is missing, and not broken
+        mend
+            the command or page that helps
+        make
+            opens the reader
         least
             how many items are needed
         first
@@ -137,13 +147,15 @@ def _item_problem(doctor: Doctor, dataset: Any, index: int) -> str | None:
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #d0c70004
 def look_at_source(
-    doctor: Doctor,
+    doctor: Doctor,  # with the folders to look at
     name: str,  # as `lagm fetch` calls it
 ) -> Finding:
     """Look at a checkpoint or latent; `InputError` if nothing is called so.
 
     Parameters
     ----------
+    doctor
+        with the folders to look at
     name
         as `lagm fetch` calls it
     """
@@ -179,18 +191,34 @@ def _splits(doctor: Doctor, item: Experiment) -> list[Finding]:
 
 
 def examine(
-    item: Experiment,
-    doctor: Doctor,
+    item: Experiment,  # of the paper
+    doctor: Doctor,  # with the folders to look at
 ) -> list[Finding]:
-    """All that an experiment needs: what the entry of its dataset says, and its files."""
+    """All that an experiment needs: what the entry of its dataset says, and its files.
+
+    Parameters
+    ----------
+    item
+        of the paper
+    doctor
+        with the folders to look at
+    """
     entry, _ = dataset_entry(item.dataset)
     findings = (entry.examine or _splits)(doctor, item)
     return findings + [_backbone(doctor) if name == "resnet101" else look_at_source(doctor, name)
                        for name in item.needs]
 
 
-def can_run(findings: Iterable[Finding]) -> bool:
-    """Whether nothing that is needed is missing or broken."""
+def can_run(
+    findings: Iterable[Finding],  # of `examine`
+) -> bool:
+    """Whether nothing that is needed is missing or broken.
+
+    Parameters
+    ----------
+    findings
+        of `examine`
+    """
     return all(finding.status in ("present", "note") for finding in findings)
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #c3b7d1f0
@@ -225,7 +253,7 @@ def _examine_others(runs: Mapping[str, Run]) -> list[Finding]:
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #9556b260
 def examine_named(
     name: str,  # what `lagm run` takes, or the beginning of names
-    doctor: Doctor,
+    doctor: Doctor,  # with the folders to look at
 ) -> dict[str, list[Finding]]:  # by experiment, or by stage if not the whole experiment is meant
     """What the runs that a name stands for need; `InputError` if it stands for none.
 
@@ -233,6 +261,8 @@ def examine_named(
     ----------
     name
         what `lagm run` takes, or the beginning of names
+    doctor
+        with the folders to look at
 
     Returns
     -------
@@ -257,9 +287,9 @@ def report(
     # what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
     # 28
     name: str | None = None,
-    data: str | Path = "data",
-    checkpoints: str | Path = "checkpoints",
-    deep: bool = False,
+    data: str | Path = "data",  # folder of the datasets
+    checkpoints: str | Path = "checkpoints",  # folder of the checkpoints
+    deep: bool = False,  # decode every picture
 ) -> dict[str, Any]:  # plain values, for JSON
     """The findings of one or more experiments; `InputError` if nothing is called by that name.
 
@@ -268,6 +298,12 @@ def report(
     name
         what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
         28
+    data
+        folder of the datasets
+    checkpoints
+        folder of the checkpoints
+    deep
+        decode every picture
 
     Returns
     -------
@@ -297,8 +333,16 @@ def _said_once(findings: Iterable[Finding]) -> list[str]:
             for group in groups.values()]
 
 
-def as_text(content: dict[str, Any]) -> str:
-    """A report for people: each reason is said once."""
+def as_text(
+    content: dict[str, Any],  # of `report`
+) -> str:
+    """A report for people: each reason is said once.
+
+    Parameters
+    ----------
+    content
+        of `report`
+    """
     lines, told, single = [], set(), len(content["experiments"]) == 1
     for name, entry in content["experiments"].items():
         findings = [Finding(**finding) for finding in entry["findings"]]

@@ -50,19 +50,23 @@ def _mask(desk: Desk, index: int) -> Answer:
 
 
 def respond(
-    desk: Desk,
+    desk: Desk,  # what answers
     method: str,  # GET or PUT
     path: str,  # of the request, without what follows a question mark
-    body: bytes = b"",
+    body: bytes = b"",  # of the request
 ) -> Answer:
     """Answer a request that had the token; raises `InputError` where the desk does.
 
     Parameters
     ----------
+    desk
+        what answers
     method
         GET or PUT
     path
         of the request, without what follows a question mark
+    body
+        of the request
     """
     if (method, path) == ("GET", "/api/state"): return _json(desk.state())
     found = re.fullmatch(r"/api/(picture|mask)/(\d{1,9})", path)
@@ -132,6 +136,8 @@ class LabelServer(http.server.ThreadingHTTPServer):
     ----------
     respond
         method, path, body -> answer
+    page
+        HTML
     port
         0: any that is free
     """
@@ -143,7 +149,7 @@ class LabelServer(http.server.ThreadingHTTPServer):
     def __init__(
         self,
         respond: Callable[[str, str, bytes], Answer],  # method, path, body -> answer
-        page: str = PAGE,
+        page: str = PAGE,  # HTML
         port: int = 0,  # 0: any that is free
     ):
         self.respond, self.token = respond, secrets.token_urlsafe(24)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import asset
-from ..core.origins import install_advice
+from ..core.provenance import install_advice
 from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
@@ -47,7 +47,7 @@ def open_album(
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #cd03f571
 def answer(
-    desk: Desk,
+    desk: Desk,  # what answers
     content: Mapping[str, Any],  # {"ask": number, "kind": ..., and what the kind needs}
     buffers: Sequence[Any] = (),  # of the message
 ) -> tuple[dict[str, Any], list[bytes]]:  # content and buffers of the answer
@@ -55,6 +55,8 @@ def answer(
 
     Parameters
     ----------
+    desk
+        what answers
     content
         {"ask": number, "kind": ..., and what the kind needs}
     buffers

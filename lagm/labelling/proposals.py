@@ -29,8 +29,8 @@ from .album import Album
 def cluster(
     vectors: Tensor,  # (n, d) float
     k: int,  # number of clusters, 1 or more
-    steps: int = 20,
-    seed: int = 0,
+    steps: int = 20,  # rounds of moving the centres
+    seed: int = 0,  # of the first centres
 ) -> Tensor:  # (n,) int64, 0 to k - 1
     """The cluster of each vector by k-means; fewer than `k` if there are fewer different vectors.
 
@@ -40,6 +40,10 @@ def cluster(
         (n, d) float
     k
         number of clusters, 1 or more
+    steps
+        rounds of moving the centres
+    seed
+        of the first centres
 
     Returns
     -------
@@ -99,19 +103,23 @@ LATENTS = "latents.safetensors"
 
 
 def draw_for_labelling(
-    generator: FrozenGenerator,
+    generator: FrozenGenerator,  # draws them
     folder: str | Path,  # made; images/ and the latents go there
     n: int,  # pictures, 1 or more
-    seed: int = 0,
+    seed: int = 0,  # of latents and noise
 ) -> Path:  # the folder
     """Draw pictures to label, with their latents. `InputError` if the folder holds pictures already.
 
     Parameters
     ----------
+    generator
+        draws them
     folder
         made; images/ and the latents go there
     n
         pictures, 1 or more
+    seed
+        of latents and noise
 
     Returns
     -------
@@ -170,7 +178,7 @@ def clusters_of_features(
 def predictions(
     segmenter: str | Path,  # a file or folder that `open_segmenter` reads
     labels: LabelSet,  # of the album
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> Callable[[Album, int], np.ndarray]:  # (H, W) uint8
     """A proposal: the labels that a trained segmenter gives. `InputError` if its classes are others than the album's.
 
@@ -180,6 +188,8 @@ def predictions(
         a file or folder that `open_segmenter` reads
     labels
         of the album
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------
