@@ -125,7 +125,7 @@ def curves(
     log_y: bool = False,  # logarithmic y axis
     ax: Axes | None = None,  # draw here instead of in a new figure
 ) -> Figure:
-    """Lines over iterations or time, named at their right ends.
+    """Lines over iterations or time, named at their right ends. `InputError` if a curve's x and y differ in number.
 
     Parameters
     ----------

@@ -78,6 +78,8 @@ def k_means(
 ) -> tuple[Tensor, Tensor]:  # group of each point (N,) and centres (k, D), the largest group first
     """Lloyd's algorithm from k-means++ seeds, the same for the same seed.
 
+    `InputError` if there are fewer points than groups.
+
     Parameters
     ----------
     points
@@ -158,6 +160,8 @@ def feature_pyramid(
     title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """Each picture with its feature maps in their principal colours, and their k-means groups.
+
+    `InputError` if the maps are of other pictures, or for more clusters than colours.
 
     Parameters
     ----------

@@ -90,12 +90,14 @@ class CrossValidation:
 
     Attributes
     ----------
+    folds
+        one per fold
     mean
         of the test mIoUs
     std
         their standard deviation, divided by their number
     """
-    folds: list[FoldResult]
+    folds: list[FoldResult]  # one per fold
     mean: float  # of the test mIoUs
     std: float  # their standard deviation, divided by their number
 
@@ -110,6 +112,8 @@ def cross_validate(
     last: int = LAST_CHECKPOINTS,  # only so many checkpoints, from the end, are considered
 ) -> CrossValidation:
     """The protocol from confusion matrices. Of equally good checkpoints the earliest is chosen.
+
+    `InputError` for counts of another shape.
 
     Parameters
     ----------
@@ -263,6 +267,8 @@ def five_folds(
     last: int = LAST_CHECKPOINTS,  # only so many checkpoints, from the end, are considered
 ) -> CrossValidation:
     """The protocol: checkpoints and test pictures in, mean and standard deviation out.
+
+    `InputError` if there is no checkpoint.
 
     Parameters
     ----------

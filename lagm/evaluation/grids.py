@@ -32,6 +32,8 @@ def to_bytes(
 ) -> np.ndarray:  # (..., H, W, 3) uint8
     """Pictures in [-1, 1] as bytes for display; values beyond the range are clipped, NaN becomes mid-grey.
 
+    `InputError` for another shape.
+
     Parameters
     ----------
     images
@@ -238,7 +240,7 @@ def labelled_grid(
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
     title: str = "",  # above the figure; empty: none
 ) -> Figure:
-    """Pictures with their masks below them. Pixels without a label are white.
+    """Pictures with their masks below them. Pixels without a label are white. `InputError` if they differ in number.
 
     Parameters
     ----------
@@ -279,6 +281,8 @@ def comparison_grid(
     image_name: str = "picture",  # name of the first row
 ) -> Figure:
     """A row of pictures above one row of masks per name, e.g. each method's prediction and the truth.
+
+    `InputError` if a row has not one mask per picture.
 
     Parameters
     ----------

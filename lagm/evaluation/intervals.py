@@ -21,7 +21,7 @@ def picture_counts(
     masks: Tensor,  # of the same shapes, 255 = ignore
     n_classes: int,  # number of classes
 ) -> Tensor:  # (n, C, C) int64
-    """The confusion matrix of each picture.
+    """The confusion matrix of each picture. `InputError` if predictions and masks differ in number.
 
     Parameters
     ----------
@@ -106,11 +106,21 @@ def worst_pictures(
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #97e4c4d7
 @dataclass(frozen=True)
 class Interval:
-    """A score and where the middle share (`level`) of its bootstrap draws lies."""
+    """A score and where the middle share (`level`) of its bootstrap draws lies.
 
-    value: float
-    low: float
-    high: float
+    Attributes
+    ----------
+    value
+        on all pictures
+    low
+        lower end
+    high
+        upper end
+    """
+
+    value: float  # on all pictures
+    low: float  # lower end
+    high: float  # upper end
     level: float = 0.95
 
     def __str__(self) -> str:

@@ -44,12 +44,16 @@ class Placement:
         what it was resized to
     outer
         with the filling
+    top
+        rows of filling above
+    left
+        columns of filling at the left
     """
     original: tuple[int, int]  # height and width of the picture
     inner: tuple[int, int]  # what it was resized to
     outer: tuple[int, int]  # with the filling
-    top: int = 0
-    left: int = 0
+    top: int = 0  # rows of filling above
+    left: int = 0  # columns of filling at the left
 
     def back(self, logits: Tensor) -> Tensor:  # (C, H, W) of the outer size -> (C, *original)
         """Cut the filling off, resize to the picture's size.
@@ -354,7 +358,7 @@ def predict_folder(
 def predict_command(
     arguments: Any,  # of the command line
 ) -> None:
-    """`lagm predict`: label a folder of pictures with a trained segmenter.
+    """`lagm predict`: label a folder of pictures with a trained segmenter. `InputError` if no size is known.
 
     Parameters
     ----------

@@ -158,6 +158,8 @@ def confusion_figure(
 ) -> Figure:
     """A confusion matrix, in per cent of each true class; a class without pixels has an empty row.
 
+    `InputError` for another shape.
+
     Parameters
     ----------
     counts

@@ -51,6 +51,8 @@ class Run:
         celeba_10
     stage
         annotate; empty if the experiment is a single notebook
+    notebook
+        of the stage
     output
         outputs/celeba_10/annotate/annotate.ipynb
     about
@@ -62,7 +64,7 @@ class Run:
     """
     experiment: str  # celeba_10
     stage: str  # annotate; empty if the experiment is a single notebook
-    notebook: Path
+    notebook: Path  # of the stage
     parameters: Mapping[str, Any]
     output: Path  # outputs/celeba_10/annotate/annotate.ipynb
     about: str = ""  # a line for people: the first comment of the parameter file

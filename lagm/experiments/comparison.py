@@ -48,13 +48,15 @@ class Score:
         (B,) float64: the same on resamples of the test pictures, per cent
     iou
         of each class, per cent
+    classes
+        names, in the order of `iou`
     minutes
         of everything that its network went through
     """
     value: float  # FG-mIoU on all test pictures, per cent
     draws: Tensor | None = None  # (B,) float64: the same on resamples of the test pictures, per cent
     iou: tuple[float, ...] | None = None  # of each class, per cent
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # names, in the order of `iou`
     minutes: float | None = None  # of everything that its network went through
 
 
@@ -216,12 +218,18 @@ class Comparison:
 
     Attributes
     ----------
+    domain
+        such as big-ears
     k
         None: all of them
     method
         ours
     ours
         mean over the seeds that both have, per cent
+    rival
+        the best other method
+    theirs
+        the rival's, likewise
     difference
         points
     ends
@@ -229,12 +237,12 @@ class Comparison:
     ahead
         seeds in which ours has the higher number
     """
-    domain: str
+    domain: str  # such as big-ears
     k: int | None  # None: all of them
     method: str  # ours
     ours: float  # mean over the seeds that both have, per cent
-    rival: str
-    theirs: float
+    rival: str  # the best other method
+    theirs: float  # the rival's, likewise
     difference: float  # points
     ends: tuple[float, float] | None  # of the 95 % interval; None: no way to tell
     seeds: int

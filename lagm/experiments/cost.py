@@ -45,6 +45,8 @@ class Workload:
 
     Attributes
     ----------
+    title
+        for people
     segmenter
         for `build_segmenter`
     size
@@ -53,14 +55,18 @@ class Workload:
         labelled and generated pictures each
     generator
         arguments of StyleGAN2; None: the kit's own
+    classes
+        number of classes
+    annotator_channels
+        of its hidden maps
     """
-    title: str
+    title: str  # for people
     segmenter: dict[str, Any]  # for `build_segmenter`
     size: int  # of the pictures, in pixels
     batch: int  # labelled and generated pictures each
     generator: dict[str, Any] | None  # arguments of StyleGAN2; None: the kit's own
-    classes: int = 8
-    annotator_channels: int = 128
+    classes: int = 8  # number of classes
+    annotator_channels: int = 128  # of its hidden maps
 
 
 WORKLOADS = {
@@ -89,12 +95,26 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> changes of the paper's recipe
 # %% ../../nbs/reference/experiments/67_cost.ipynb #104b67bb
 @dataclass
 class Prepared:
-    """A workload that is ready for steps."""
-    generator: FrozenGenerator
-    annotator: nn.Module
-    segmenter: nn.Module
-    images: Tensor
-    masks: Tensor
+    """A workload that is ready for steps.
+
+    Attributes
+    ----------
+    generator
+        without truncation
+    annotator
+        A
+    segmenter
+        S
+    images
+        (B, 3, size, size) in [-1, 1], labelled
+    masks
+        (B, size, size) class indices
+    """
+    generator: FrozenGenerator  # without truncation
+    annotator: nn.Module  # A
+    segmenter: nn.Module  # S
+    images: Tensor  # (B, 3, size, size) in [-1, 1], labelled
+    masks: Tensor  # (B, size, size) class indices
 
 
 def prepare(

@@ -128,13 +128,15 @@ class Result:
         empty for single notebooks
     variant
         "", "seed1", "small", ...
+    folder
+        where it lies
     record
         the content of metrics.json
     """
     experiment: str  # without the ending of a variant
     stage: str  # empty for single notebooks
     variant: str  # "", "seed1", "small", ...
-    folder: Path
+    folder: Path  # where it lies
     record: Mapping[str, Any] = field(repr=False)  # the content of metrics.json
 
     def value(
@@ -198,21 +200,29 @@ class Row:
 
     Attributes
     ----------
+    experiment
+        as in the catalogue
+    metric
+        of the paper
     paper
+        per cent
+    paper_std
         per cent
     values
         ours, one per seed
+    iterations
+        of the annotator
     hours
         of all stages, mean over seeds
     note
         what is missing and why; empty if nothing is
     """
-    experiment: str
-    metric: str
+    experiment: str  # as in the catalogue
+    metric: str  # of the paper
     paper: float | None  # per cent
-    paper_std: float | None
+    paper_std: float | None  # per cent
     values: tuple[float, ...]  # ours, one per seed
-    iterations: int | None
+    iterations: int | None  # of the annotator
     hours: float | None  # of all stages, mean over seeds
     note: str  # what is missing and why; empty if nothing is
 
@@ -832,14 +842,18 @@ class Section:
 
     Attributes
     ----------
+    title
+        heading
     text
         paragraphs, plain
+    table
+        rows of texts, the head first
     pictures
         title and PNG file
     """
-    title: str
+    title: str  # heading
     text: str = ""  # paragraphs, plain
-    table: Sequence[Sequence[str]] = ()
+    table: Sequence[Sequence[str]] = ()  # rows of texts, the head first
     pictures: Sequence[tuple[str, Path]] = ()  # title and PNG file
 
 

@@ -145,6 +145,8 @@ def clusters_of_features(
 ) -> Callable[[Album, int], np.ndarray]:  # (H, W) uint8
     """A proposal for pictures of `draw_for_labelling`: clusters of the features that drew them.
 
+    It raises `InputError` for others.
+
     Parameters
     ----------
     generator
