@@ -169,7 +169,8 @@ def _write(ax: Axes, names: Iterable, heads: Iterable, title: str, head: float) 
 
 def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     """A patch per class, how many stand in a row of `room` pixels, and the width this takes."""
-    entries = [Patch(facecolor=to_rgb(np.array(colour) / 255), edgecolor="#999999", linewidth=0.6, label=plain_label(name))
+    entries = [Patch(facecolor=to_rgb(np.array(colour) / 255), edgecolor="#999999", linewidth=0.6,
+                     label=plain_label(name))
                for name, colour in zip(labels.classes, labels.palette, strict=True)]
     widths = [text_width(name) + 42 for name in labels.classes]
     if sum(widths) <= room: return entries, len(entries), sum(widths)

@@ -49,13 +49,8 @@ def _linear(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tang
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape)
-def _reshaped(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:  # a tangent may lie in memory in another order than its value
-    """
-    Returns
-    -------
-    _Tangent
-        a tangent may lie in memory in another order than its value
-    """
+# a tangent may lie in memory in another order than its value
+def _reshaped(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     shape = result.shape
     return lambda dx: dx.reshape(shape)
 
@@ -207,7 +202,8 @@ def _batch_norm(operation: Any, arguments: Any, keywords: Any, result: Any) -> _
         if not training: return dx * per_channel(inverse if weight is None else inverse * weight).to(dx.dtype)
         wanted = [True, False, False]
         return aten.native_batch_norm_backward(dx, x, weight, None, None, mean, inverse, True, eps, wanted)[0]
-    def apply(dx: _Part, dweight: _Part = None, dbias: _Part = None, *_: _Part) -> Any:  # the running statistics stand still
+    # the running statistics stand still
+    def apply(dx: _Part, dweight: _Part = None, dbias: _Part = None, *_: _Part) -> Any:
         change = None if dx is None else of_pictures(dx)
         if dweight is not None:
             change = _total(change, ((x - per_channel(mean)) * per_channel(inverse * dweight)).to(x.dtype))
