@@ -118,7 +118,7 @@ def checkout(tmp_path_factory):
     """What a fresh clone holds, without the results of old runs."""
     root = tmp_path_factory.mktemp("clone") / "lagm"
     shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    for name in ("README.md", "Makefile", "settings.ini", "setup.py", "LICENSE", "NOTICE"):
+    for name in ("README.md", "CONTRIBUTING.md", "Makefile", "settings.ini", "setup.py", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, root)
     return root
 
