@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.files import atomic_path
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..models.saved import load_segmenter
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #9e4793b1

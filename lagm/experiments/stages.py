@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # %% ../../nbs/reference/experiments/88_stages.ipynb #f695f046
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors
 from ..data.demo import choose_labelled, stack
 from ..data.labels import LabelSet, warn_of_absent

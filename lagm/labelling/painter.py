@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import asset
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
