@@ -29,6 +29,10 @@ def test_listing_experiments_needs_no_torch():
     assert loaded_after("from lagm.cli import main; assert not main(['list'])", HEAVY[:2] + HEAVY[3:-1]) == []
 
 
+def test_showing_a_notebook_needs_no_torch():
+    assert loaded_after("from lagm.cli import main; assert not main(['show', 'quickstart'])", HEAVY[:2] + HEAVY[3:-1]) == []
+
+
 def test_the_public_names():
     assert len(lagm.__all__) == len(set(lagm.__all__)) and 20 <= len(lagm.__all__) <= 30
     assert set(lagm.__all__) <= set(dir(lagm))
