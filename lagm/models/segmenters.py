@@ -224,7 +224,8 @@ SEGMENTERS.register("unet", NetworkEntry(
         "u1": r"outc.*|down1.*|up4.*", "u2": r"outc.*|down2.*|up3.*"},
     deepest=lambda network: network.get_submodule(f"down{network.levels}")))
 SEGMENTERS.register("deeplabv3", DEEPLABV3)
-SEGMENTERS.register("deeplab", DEEPLABV3);  # another word for it
+# another word for it
+SEGMENTERS.register("deeplab", DEEPLABV3)
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #f2a2aab8
 def build_segmenter(
