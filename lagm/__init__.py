@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from lagm.matching.distances import distance
     from lagm.matching.forward import match_forward_mode
     from lagm.models.annotator import FPNAnnotator
+    from lagm.models.deeplab import DeepLabV3
     from lagm.models.saved import load_segmenter, save_segmenter
-    from lagm.models.segmenters import DeepLabV3, UNet, build_segmenter
+    from lagm.models.segmenters import UNet, build_segmenter
     from lagm.training.downstream import train_downstream
     from lagm.training.lagm import train_lagm, train_supervised
     from lagm.training.recipe import Recipe, get_recipe
@@ -49,7 +50,8 @@ _PUBLIC = {
     "lagm.generators.contract": ["FrozenGenerator", "Sampling"],
     "lagm.generators.load": ["load_generator"],
     "lagm.models.annotator": ["FPNAnnotator"],
-    "lagm.models.segmenters": ["DeepLabV3", "UNet", "build_segmenter"],
+    "lagm.models.deeplab": ["DeepLabV3"],
+    "lagm.models.segmenters": ["UNet", "build_segmenter"],
     "lagm.models.saved": ["load_segmenter", "save_segmenter"],
     "lagm.matching.distances": ["distance"],
     "lagm.matching.forward": ["match_forward_mode"],

@@ -31,7 +31,7 @@ HOMES = {  # old module: the modules that its names are in now
     "comparison": "experiments.comparison",
     "convert": "models.convert",
     "convolutions": "ops.convolutions",
-    "core": "core.files core.tensors core.values core.errors core.seeds core.provenance",
+    "core": "core.files core.tensors core.values core.errors core.seeds core.origins",
     "cost": "experiments.cost",
     "data": "data.demo data.base",
     "datasetgan": "training.datasetgan",
@@ -44,6 +44,10 @@ HOMES = {  # old module: the modules that its names are in now
         "evaluation.record",
     "experiments": "experiments.notebooks experiments.running",
     "fetch": "download.fetch download.transfer download.archives",
+}
+
+# %% ../nbs/reference/core/01_moved.ipynb #659a0f6b
+HOMES |= {
     "finishing": "training.finishing",
     "folders": "data.folder data.datasetgan data.label_maps",
     "folds": "evaluation.folds",
@@ -65,8 +69,8 @@ HOMES = {  # old module: the modules that its names are in now
     "regions": "data.regions",
     "report": "experiments.report",
     "run_state": "training.checkpoints",
-    "saved": "models.saved models.entries models.segmenters generators.weights",
-    "segmenters": "models.segmenters models.deeplab models.entries",
+    "saved": "models.saved models.segmenters generators.weights",
+    "segmenters": "models.segmenters",
     "signs": "training.signs",
     "sources": "download.sources data.registry",
     "stages": "experiments.stages data.registry",

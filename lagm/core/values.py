@@ -24,7 +24,7 @@ _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str:
 
 
 def plain_value(
-    value: Any,
+    value: Any,  # of a file or a person
     kind: type,  # bool, int, float or str
     what: str,  # for the error message, e.g. "recipe: steps"
 ) -> Any:
@@ -34,6 +34,8 @@ def plain_value(
 
     Parameters
     ----------
+    value
+        of a file or a person
     kind
         bool, int, float or str
     what
@@ -63,7 +65,7 @@ def declared_value(value: Any, kind: Any, what: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(choices):
             raise InputError(f"{what} is {printable(repr(value))}; give {len(choices)} values")
         return tuple(declared_value(item, choice, what) for item, choice in zip(value, choices))
-    if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{what} is {printable(repr(value))}; give the fields of {kind.__name__}")
         return kind(**check_field_names(value, kind, what))

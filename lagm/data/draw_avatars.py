@@ -15,6 +15,7 @@ from hashlib import sha256
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -168,8 +169,8 @@ def avatar_svg(
 
 
 def draw_svg(
-    recipe: AvatarRecipe,
-    seed: int,
+    recipe: AvatarRecipe,  # the style and its changes
+    seed: int,  # decides the face
     choice: Mapping[str, str],  # component -> variant, in place of what the seed chooses
     flat: bool = False,  # as in `avatar_svg`
     layers: int | None = None,  # as in `avatar_svg`
@@ -178,6 +179,10 @@ def draw_svg(
 
     Parameters
     ----------
+    recipe
+        the style and its changes
+    seed
+        decides the face
     choice
         component -> variant, in place of what the seed chooses
     flat
@@ -494,7 +499,8 @@ def write_assets(
     dict
         the metadata that was written
     """
-    arrays, splits = {}, {}
+    arrays: dict[str, Any] = {}
+    splits: dict[str, Any] = {}
     for split in SPLITS:
         seeds = split_seeds(split, None if counts is None else counts[split])
         images, masks = render_set(style, seeds, size, progress=progress)

@@ -36,6 +36,8 @@ class Imported:
 
     Attributes
     ----------
+    root
+        the folder that was made
     names
         pictures with masks
     unlabelled
@@ -45,7 +47,7 @@ class Imported:
     notes
         what else there is to say
     """
-    root: Path
+    root: Path  # the folder that was made
     names: list[str] = field(default_factory=list)  # pictures with masks
     unlabelled: list[str] = field(default_factory=list)  # pictures without
     skipped: dict[str, str] = field(default_factory=dict)  # what was left out -> why
@@ -105,8 +107,8 @@ def _new_names(pictures: Mapping[Path, str]) -> dict[Path, str]:
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #c89a3140
 def need_field(
-    record: Any,
-    key: str,
+    record: Any,  # a value of a JSON file
+    key: str,  # the field's name
     kind: type,  # that the value must have
     what: str,  # the record, for the error message
 ) -> Any:
@@ -114,6 +116,10 @@ def need_field(
 
     Parameters
     ----------
+    record
+        a value of a JSON file
+    key
+        the field's name
     kind
         that the value must have
     what
@@ -127,13 +133,15 @@ def need_field(
 
 
 def identity(
-    value: Any,
+    value: Any,  # of a JSON file
     what: str,  # the record, for the error message
 ) -> int | str:
     """A number or name that tells records apart; "7" and 7.0 are 7. `InputError` for other things.
 
     Parameters
     ----------
+    value
+        of a JSON file
     what
         the record, for the error message
     """
@@ -146,13 +154,15 @@ def identity(
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #9116cecd
 def class_name(
-    value: Any,
+    value: Any,  # of a file
     what: str,  # for the error message
 ) -> str:
     """The name of a class, as it can stand in classes.txt; `InputError` if it cannot.
 
     Parameters
     ----------
+    value
+        of a file
     what
         for the error message
     """
@@ -164,7 +174,7 @@ def class_name(
 
 def check_drawn_size(
     width: int,  # of the annotation
-    height: int,
+    height: int,  # of the annotation
     size: tuple[int, int],  # of the picture
 ) -> None:
     """Raise `InputError` unless an annotation's size is its picture's, or that of the picture turned.
@@ -172,6 +182,8 @@ def check_drawn_size(
     Parameters
     ----------
     width
+        of the annotation
+    height
         of the annotation
     size
         of the picture
@@ -273,7 +285,7 @@ def _fitting(mask: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
     """The mask, turned as the picture is; `InputError` if they differ in size."""
     if size != mask.shape[::-1]:
         mask = turned_like(mask, path, size)
-    check_drawn_size(*mask.shape[::-1], size)
+    check_drawn_size(mask.shape[1], mask.shape[0], size)
     if size != mask.shape[::-1]:
         raise InputError("its annotation is turned against its picture; save the picture without an EXIF rotation")
     return mask
@@ -399,8 +411,8 @@ def _write(work: Import, made: Path, only_labelled: bool) -> None:
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #d57a9259
 def finish_import(
-    work: Import,
-    records: Iterable[ImportRecord],
+    work: Import,  # the pictures and labels
+    records: Iterable[ImportRecord],  # one for each picture of the export
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
@@ -408,6 +420,10 @@ def finish_import(
 
     Parameters
     ----------
+    work
+        the pictures and labels
+    records
+        one for each picture of the export
     only_labelled
         leave pictures without labels behind
     least

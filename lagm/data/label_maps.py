@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def distinct_colours(
     while len(chosen) < n:
         chosen.append(int(gap.argmax()))
         gap = np.minimum(gap, np.linalg.norm(space - space[chosen[-1]], axis=1))
-    return tuple(tuple(int(v) for v in candidates[i]) for i in chosen)
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in candidates[chosen])
 
 # %% ../../nbs/reference/data/06_label_maps.ipynb #ba0e77ec
 def make_labels(
@@ -80,13 +81,13 @@ def make_labels(
     colours
         None: distinct ones
     """
-    palette = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
+    palette: Any = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
     return LabelSet(name, tuple(classes), palette)
 
 
 def write_classes(
     root: str | Path,  # the folder
-    labels: LabelSet,
+    labels: LabelSet,  # names and colours of the classes
 ) -> None:
     """Write the names and colours of a label set to classes.txt, one class a line, as a folder of pictures has it.
 
@@ -94,6 +95,8 @@ def write_classes(
     ----------
     root
         the folder
+    labels
+        names and colours of the classes
     """
     text = "".join(f"{name}\t#{r:02x}{g:02x}{b:02x}\n" for name, (r, g, b) in zip(labels.classes, labels.palette))
     with atomic_path(Path(root) / "classes.txt") as temporary:
@@ -181,23 +184,35 @@ def get_labels(
 # %% ../../nbs/reference/data/06_label_maps.ipynb #c82b8024
 @dataclass(frozen=True)
 class LabelMap:
-    """How the classes of one label set become those of another: `ids[c]` is the target class of source class c."""
+    """How the classes of one label set become those of another: `ids[c]` is the target class of source class c.
 
-    source: LabelSet
-    target: LabelSet
+    Attributes
+    ----------
+    source
+        the finer classes
+    target
+        the coarser classes
+    """
+
+    source: LabelSet  # the finer classes
+    target: LabelSet  # the coarser classes
     ids: tuple[int, ...]
 
     @classmethod
     def from_table(
         cls,
-        source: LabelSet,
-        target: LabelSet,
+        source: LabelSet,  # the finer classes
+        target: LabelSet,  # the coarser classes
         table: Mapping[str, Sequence[str]],  # target class -> source classes
     ) -> "LabelMap":
         """Build from names. Raises `InputError` if a source class is missing, unknown or named twice.
 
         Parameters
         ----------
+        source
+            the finer classes
+        target
+            the coarser classes
         table
             target class -> source classes
         """
@@ -377,9 +392,14 @@ def pascal_part_id(
 
 
 def pascal_n_parts(
-    object_class: str,
+    object_class: str,  # e.g. horse
 ) -> int:  # the background included
     """How many part numbers a class has.
+
+    Parameters
+    ----------
+    object_class
+        e.g. horse
 
     Returns
     -------

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.errors import InputError, printable
 from ..core.files import inside
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from .label_maps import PASCAL_PARTS, pascal_part_id
 from .regions import unpack_counts
 
@@ -42,16 +42,20 @@ def need_pascal_extra() -> None:
 
 
 def picture_place(
-    folder: str | Path,
+    folder: str | Path,  # with pictures of VOC
     name: str,  # of a picture, from a list or another file
-    suffix: str,
+    suffix: str,  # of the pictures, e.g. ".jpg"
 ) -> Path:
     """A picture's file in a folder; `Unusable` if its name is that of no file there.
 
     Parameters
     ----------
+    folder
+        with pictures of VOC
     name
         of a picture, from a list or another file
+    suffix
+        of the pictures, e.g. ".jpg"
     """
     try:
         path = inside(folder, f"{name}{suffix}")
@@ -152,7 +156,7 @@ def read_annotation(
     """
     loadmat = _extra("scipy.io").loadmat
     try:
-        objects = []
+        objects: list[dict[str, Any]] = []
         for item in loadmat(unpacked_mat(path), variable_names=["anno"])["anno"][0, 0]["objects"].reshape(-1):
             mask = _binary(item["mask"])
             parts = [(str(part["part_name"].item()), _binary(part["mask"], mask.shape))

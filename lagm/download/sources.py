@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.unpickling import read_arrays
-from ..data.images import describe_file, open_picture
 
 # %% ../../nbs/reference/download/11_sources.ipynb #a2b79337
 NVIDIA, NOT_STATED = (
@@ -40,20 +38,24 @@ class Source:
         tried in order; none: it has to be asked for at `page`
     page
         where people read about it
+    licence
+        in words
     sha256
         of the download, or its first digits
     holds
         for folders: what must be inside
+    note
+        what else to know
     """
     name: str  # what `lagm fetch` calls it
     path: str  # where it belongs; begins with data/ or checkpoints/
     kind: str  # pickle, torch, npy, folder (from a zip archive) or any
     addresses: tuple[str, ...] = ()  # tried in order; none: it has to be asked for at `page`
     page: str = ""  # where people read about it
-    licence: str = NOT_STATED
+    licence: str = NOT_STATED  # in words
     sha256: str = ""  # of the download, or its first digits
     holds: tuple[str, ...] = ()  # for folders: what must be inside
-    note: str = ""
+    note: str = ""  # what else to know
 
     def place(
         self,
@@ -80,48 +82,19 @@ _CGPART_PAGE = "https://www.cs.jhu.edu/~qliu24/CGPart/"
 _STYLEGAN2 = tuple(
     Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence)
     for name, file, address, page, licence in (
-        (
-            "stylegan2-celeba-256",
-            "celeba0-28k-paper256-ada.pkl",
-            "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-celeba-512",
-            "celeba28k-paper512-ada.pkl",
-            "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-aeroplane",
-            "lsunairplane-stylegan2-noaug-13200.pkl",
-            "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-horse",
-            "stylegan2-horse-config-f.pkl",
-            f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
-            "https://github.com/NVlabs/stylegan2",
-            NVIDIA,
-        ),
-        (
-            "stylegan2-car",
-            "stylegan2-car-config-f.pkl",
-            f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
-            "https://github.com/NVlabs/stylegan2",
-            NVIDIA,
-        ),
-        (
-            "stylegan2-cat",
-            "lsuncat200k-paper256-ada.pkl",
-            f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
-            "https://github.com/NVlabs/stylegan2-ada",
-            NVIDIA,
-        ),
+        ("stylegan2-celeba-256", "celeba0-28k-paper256-ada.pkl", "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-celeba-512", "celeba28k-paper512-ada.pkl", "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-aeroplane", "lsunairplane-stylegan2-noaug-13200.pkl", "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-horse", "stylegan2-horse-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
+         "https://github.com/NVlabs/stylegan2", NVIDIA),
+        ("stylegan2-car", "stylegan2-car-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
+         "https://github.com/NVlabs/stylegan2", NVIDIA),
+        ("stylegan2-cat", "lsuncat200k-paper256-ada.pkl",
+         f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
+         "https://github.com/NVlabs/stylegan2-ada", NVIDIA),
     )
 )
 
@@ -241,6 +214,8 @@ def get_source(name: str) -> Source:
 
 # %% ../../nbs/reference/download/11_sources.ipynb #128a1c9c
 def _pickle_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     with open(path, "rb") as file:
         first = file.read(1)
         file.seek(-1, 2)
@@ -250,6 +225,8 @@ def _pickle_problem(path: Path) -> str | None:
 
 
 def _zip_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     if zipfile.is_zipfile(path): return None
     return (
         "it is a zip archive without its end: it was cut off"
@@ -265,11 +242,15 @@ def _torch_problem(path: Path) -> str | None:
 
 
 def _npy_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     with open(path, "rb") as file: first = file.read(6)
     return None if first == b"\x93NUMPY" else f"it is not a numpy array but {describe_file(path)}"
 
 
 def _any_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     what = describe_file(path)
     return f"it is {what}" if what.startswith(("a web page", "a git-lfs", "empty", "unreadable")) else None
 
@@ -284,13 +265,15 @@ _PROBLEMS: dict[str, Callable[[Path], str | None]] = {
 
 
 def file_problem(
-    path: str | Path,
+    path: str | Path,  # of the file
     kind: str,  # as in `Source`; "folder" stands for the zip archive it comes in
 ) -> str | None:  # None: nothing is wrong with its form
     """What is wrong with a file, if it is not of its kind or was cut off.
 
     Parameters
     ----------
+    path
+        of the file
     kind
         as in `Source`; "folder" stands for the zip archive it comes in
 
@@ -307,13 +290,15 @@ def file_problem(
 
 # %% ../../nbs/reference/download/11_sources.ipynb #50ce0002
 def picture_problem(
-    path: Path,
+    path: Path,  # of the file
     deep: bool = False,  # decode it
 ) -> str | None:  # None: it looks whole
     """What is wrong with a picture file.
 
     Parameters
     ----------
+    path
+        of the file
     deep
         decode it
 
@@ -322,6 +307,8 @@ def picture_problem(
     str | None
         None: it looks whole
     """
+    from lagm.data.images import describe_file, open_picture
+
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -343,6 +330,9 @@ def picture_problem(
 
 def array_problem(path: Path) -> str | None:
     """What is wrong with a .npy file."""
+    from lagm.core.unpickling import read_arrays
+    from lagm.data.images import describe_file
+
     if not path.is_file(): return "is not there"
     try: read_arrays(path)
     except InputError as error:
@@ -351,13 +341,15 @@ def array_problem(path: Path) -> str | None:
 
 # %% ../../nbs/reference/download/11_sources.ipynb #50ce0003
 def source_problem(
-    source: Source,
+    source: Source,  # what is looked at
     path: Path,  # where it is
 ) -> str | None:  # None: it looks whole
     """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts.
 
     Parameters
     ----------
+    source
+        what is looked at
     path
         where it is
 
@@ -371,6 +363,8 @@ def source_problem(
 
 def _latent_problem(path: Path) -> str | None:
     """What is wrong with an average latent, if it is a numpy file."""
+    from lagm.core.unpickling import read_arrays
+
     problem = array_problem(path)
     if problem: return problem
     shapes = [array.shape for array in read_arrays(path).values()]

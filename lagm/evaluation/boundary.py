@@ -6,6 +6,8 @@
 __all__ = ['borders', 'within', 'BoundaryScore']
 
 # %% ../../nbs/reference/evaluation/71_boundary.ipynb #aed67940
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,8 @@ def borders(
     padded = F.pad(masks[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     middle = padded[:, 1:-1, 1:-1]
     others = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
-    edge = sum((other != middle) & (other >= 0) & (other < n_classes) for other in others) > 0
+    count: Any = sum((other != middle) & (other >= 0) & (other < n_classes) for other in others)
+    edge = count > 0
     return edge[:, None] & (middle[:, None] == torch.arange(n_classes, device=masks.device).view(-1, 1, 1))
 
 
@@ -71,21 +74,35 @@ class BoundaryScore:
 
     Parameters
     ----------
+    n_classes
+        number of classes
     tolerance
         share of the picture's diagonal; at least one pixel
     """
 
     def __init__(
         self,
-        n_classes: int,
+        n_classes: int,  # number of classes
         tolerance: float = 0.0075,  # share of the picture's diagonal; at least one pixel
     ):
         self.n_classes, self.tolerance = n_classes, tolerance
         # predicted, of them near the truth, true, of them near the prediction
         self.counts = torch.zeros(4, n_classes, dtype=torch.int64)
 
-    def update(self, predictions: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
-        """Add pictures. Raises `InputError` for unequal shapes or scores instead of classes."""
+    def update(
+        self,
+        predictions: Tensor | np.ndarray,  # (n, H, W) class indices
+        labels: Tensor | np.ndarray,  # (n, H, W) class indices, 255 = ignored
+    ) -> None:
+        """Add pictures. Raises `InputError` for unequal shapes or scores instead of classes.
+
+        Parameters
+        ----------
+        predictions
+            (n, H, W) class indices
+        labels
+            (n, H, W) class indices, 255 = ignored
+        """
         predictions, labels = as_classes(predictions, "predictions"), as_classes(labels, "labels")
         if predictions.shape != labels.shape or labels.ndim != 3:
             raise InputError(f"predictions have the shape {tuple(predictions.shape)} and labels "

@@ -75,7 +75,7 @@ def spread(
 
 # %% ../../nbs/reference/evaluation/83_curves.ipynb #4b7501c2
 def name_the_ends(
-    ax: Axes,
+    ax: Axes,  # with the lines
     ends: Sequence[tuple],  # name, height in data units, colour
     distance: float = 13.5,  # least distance between two names, in points
     leaders: bool = False,  # lines from the ends to names that had to move
@@ -85,6 +85,8 @@ def name_the_ends(
 
     Parameters
     ----------
+    ax
+        with the lines
     ends
         name, height in data units, colour
     distance
@@ -94,8 +96,9 @@ def name_the_ends(
     size
         of the letters, in points
     """
-    ax.figure.draw_without_rendering()
-    to_points = 72 / ax.figure.dpi
+    figure = ax.get_figure(root=True)
+    figure.draw_without_rendering()
+    to_points = 72 / figure.dpi
     heights = [ax.transData.transform((ax.get_xlim()[1], y))[1] * to_points for _, y, _ in ends]
     shown = [(*end, height) for end, height in zip(ends, heights, strict=True) if np.isfinite(height)]
     places = spread([height for *_, height in shown], distance)
@@ -114,24 +117,32 @@ def _darker(colour: str) -> tuple[float, ...]:
 @mpl.rc_context(STYLE)
 def curves(
     history: Mapping[str, tuple],  # name of a line -> (x, y), two sequences of one length
-    xlabel: str = "iteration",
-    ylabel: str = "",
-    title: str = "",
+    xlabel: str = "iteration",  # below
+    ylabel: str = "",  # at the left
+    title: str = "",  # above the figure; empty: none
     smooth: int = 1,  # window of a moving average; 1: none
     percent: bool = False,  # y is a fraction, shown in per cent
-    log_y: bool = False,
+    log_y: bool = False,  # logarithmic y axis
     ax: Axes | None = None,  # draw here instead of in a new figure
 ) -> Figure:
-    """Lines over iterations or time, named at their right ends.
+    """Lines over iterations or time, named at their right ends. `InputError` if a curve's x and y differ in number.
 
     Parameters
     ----------
     history
         name of a line -> (x, y), two sequences of one length
+    xlabel
+        below
+    ylabel
+        at the left
+    title
+        above the figure; empty: none
     smooth
         window of a moving average; 1: none
     percent
         y is a fraction, shown in per cent
+    log_y
+        logarithmic y axis
     ax
         draw here instead of in a new figure
     """
@@ -155,4 +166,4 @@ def curves(
     ax.set(xlabel=xlabel, ylabel=ylabel + " (%)" * percent, title=plain_label(title))
     ax.margins(x=0.01)
     name_the_ends(ax, ends)
-    return ax.figure
+    return ax.get_figure(root=True)

@@ -73,10 +73,12 @@ def pca_colours(
 def k_means(
     points: Tensor,  # (N, D)
     k: int,  # number of groups
-    seed: int = 0,
+    seed: int = 0,  # of the first centres
     steps: int = 25,  # rounds of assigning and averaging
 ) -> tuple[Tensor, Tensor]:  # group of each point (N,) and centres (k, D), the largest group first
     """Lloyd's algorithm from k-means++ seeds, the same for the same seed.
+
+    `InputError` if there are fewer points than groups.
 
     Parameters
     ----------
@@ -84,6 +86,8 @@ def k_means(
         (N, D)
     k
         number of groups
+    seed
+        of the first centres
     steps
         rounds of assigning and averaging
 
@@ -113,7 +117,7 @@ def feature_clusters(
     features: Sequence[Tensor],  # maps (B, C_i, H_i, W_i)
     k: int = 10,  # number of groups
     size: int = 64,  # side at which the pixels are grouped
-    seed: int = 0,
+    seed: int = 0,  # of the first centres
 ) -> Tensor:  # (B, size, size) integers 0..k-1, the largest group is 0
     """Group the pixels of a batch by all their features together, without any label.
 
@@ -125,6 +129,8 @@ def feature_clusters(
         number of groups
     size
         side at which the pixels are grouped
+    seed
+        of the first centres
 
     Returns
     -------
@@ -151,9 +157,11 @@ def feature_pyramid(
     shown: int = 4,  # how many pictures to show; the colours are found on the whole batch
     clusters: int = 0,  # also group the pixels into so many clusters (at most 20)
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """Each picture with its feature maps in their principal colours, and their k-means groups.
+
+    `InputError` if the maps are of other pictures, or for more clusters than colours.
 
     Parameters
     ----------
@@ -167,6 +175,8 @@ def feature_pyramid(
         also group the pixels into so many clusters (at most 20)
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     """
     images = batch_of(images)
     if clusters > len(CLUSTER_COLOURS):

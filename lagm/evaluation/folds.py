@@ -42,7 +42,7 @@ class Fold:
 
 def make_folds(
     names: Iterable[str],  # file names, in any order
-    n_folds: int = 5,
+    n_folds: int = 5,  # number of folds, 2 or more
 ) -> list[Fold]:
     """The folds of the protocol. `InputError` if there are fewer pictures than folds, or if a name occurs twice.
 
@@ -50,6 +50,8 @@ def make_folds(
     ----------
     names
         file names, in any order
+    n_folds
+        number of folds, 2 or more
     """
     ordered = sorted(names)
     if len(set(ordered)) < len(ordered): raise InputError("a file name occurs twice; the folds need different names")
@@ -88,12 +90,14 @@ class CrossValidation:
 
     Attributes
     ----------
+    folds
+        one per fold
     mean
         of the test mIoUs
     std
         their standard deviation, divided by their number
     """
-    folds: list[FoldResult]
+    folds: list[FoldResult]  # one per fold
     mean: float  # of the test mIoUs
     std: float  # their standard deviation, divided by their number
 
@@ -104,10 +108,12 @@ class CrossValidation:
 def cross_validate(
     names: Sequence[str],  # of the n test pictures
     counts: Tensor,  # (checkpoints, n, C, C): of each checkpoint and picture, in the order of `names`
-    n_folds: int = 5,
+    n_folds: int = 5,  # number of folds, 2 or more
     last: int = LAST_CHECKPOINTS,  # only so many checkpoints, from the end, are considered
 ) -> CrossValidation:
     """The protocol from confusion matrices. Of equally good checkpoints the earliest is chosen.
+
+    `InputError` for counts of another shape.
 
     Parameters
     ----------
@@ -115,6 +121,8 @@ def cross_validate(
         of the n test pictures
     counts
         (checkpoints, n, C, C): of each checkpoint and picture, in the order of `names`
+    n_folds
+        number of folds, 2 or more
     last
         only so many checkpoints, from the end, are considered
     """
@@ -195,7 +203,7 @@ class TestFolder:
 
 # %% ../../nbs/reference/evaluation/72_folds.ipynb #6326f637
 def read_test_folder(
-    folder: str | Path,
+    folder: str | Path,  # with the pictures and their `.npy` labels
     # height and width to resize to (pictures bicubic, labels nearest); None: as they are, if all are alike
     size: tuple[int, int] | None = None,
 ) -> TestFolder:
@@ -205,6 +213,8 @@ def read_test_folder(
 
     Parameters
     ----------
+    folder
+        with the pictures and their `.npy` labels
     size
         height and width to resize to (pictures bicubic, labels nearest); None: as they are, if all are alike
     """
@@ -223,11 +233,18 @@ def read_test_folder(
 
 # %% ../../nbs/reference/evaluation/72_folds.ipynb #4ab87f34
 def sorted_checkpoints(
-    folder: str | Path,
-    pattern: str = "*.safetensors",
+    folder: str | Path,  # with checkpoints
+    pattern: str = "*.safetensors",  # of their names
     last: int = LAST_CHECKPOINTS,
 ) -> list[Path]:  # at most `last`, the latest at the end
     """The last checkpoints of a folder, by the number in their names. `InputError` if there are none.
+
+    Parameters
+    ----------
+    folder
+        with checkpoints
+    pattern
+        of their names
 
     Returns
     -------
@@ -242,14 +259,16 @@ def sorted_checkpoints(
 def five_folds(
     checkpoints: Sequence[Any],  # in the order of training: paths, or whatever `load` takes
     load: Callable[[Any], nn.Module],  # gives the segmenter of a checkpoint
-    data: TestFolder,
-    n_classes: int,
-    batch_size: int = 8,
-    device: str | torch.device | None = None,
-    n_folds: int = 5,
-    last: int = LAST_CHECKPOINTS,
+    data: TestFolder,  # test pictures and labels
+    n_classes: int,  # number of classes
+    batch_size: int = 8,  # pictures at a time
+    device: str | torch.device | None = None,  # None: where the network is
+    n_folds: int = 5,  # number of folds, 2 or more
+    last: int = LAST_CHECKPOINTS,  # only so many checkpoints, from the end, are considered
 ) -> CrossValidation:
     """The protocol: checkpoints and test pictures in, mean and standard deviation out.
+
+    `InputError` if there is no checkpoint.
 
     Parameters
     ----------
@@ -257,6 +276,18 @@ def five_folds(
         in the order of training: paths, or whatever `load` takes
     load
         gives the segmenter of a checkpoint
+    data
+        test pictures and labels
+    n_classes
+        number of classes
+    batch_size
+        pictures at a time
+    device
+        None: where the network is
+    n_folds
+        number of folds, 2 or more
+    last
+        only so many checkpoints, from the end, are considered
     """
     checkpoints = list(checkpoints)
     if not checkpoints: raise InputError("there are no checkpoints to choose from; give one or more")

@@ -31,6 +31,8 @@ def to_bytes(
 ) -> np.ndarray:  # (..., H, W, 3) uint8
     """Pictures in [-1, 1] as bytes for display; values beyond the range are clipped, NaN becomes mid-grey.
 
+    `InputError` for another shape.
+
     Parameters
     ----------
     images
@@ -109,7 +111,7 @@ def grid_figure(
     names: Sequence[str] = (),  # of the rows
     heads: Sequence[str] = (),  # of the columns
     labels: LabelSet | None = None,  # None: no legend
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     gap: int = 4,
     row_gaps: Sequence[int] | None = None,  # None: as `gap`
 ) -> Figure:
@@ -125,6 +127,8 @@ def grid_figure(
         of the columns
     labels
         None: no legend
+    title
+        above the figure; empty: none
     row_gaps
         None: as `gap`
     """
@@ -164,8 +168,9 @@ def _write(ax: Axes, names: Iterable, heads: Iterable, title: str, head: float) 
 
 def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     """A patch per class, how many stand in a row of `room` pixels, and the width this takes."""
-    entries = [Patch(facecolor=np.array(colour) / 255, edgecolor="#999999", linewidth=0.6, label=plain_label(name))
-               for name, colour in zip(labels.classes, labels.palette, strict=True)]
+    entries = [Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="#999999", linewidth=0.6,
+                     label=plain_label(name))
+               for name, (red, green, blue) in zip(labels.classes, labels.palette, strict=True)]
     widths = [text_width(name) + 42 for name in labels.classes]
     if sum(widths) <= room: return entries, len(entries), sum(widths)
     per_row = max(1, int(room // max(widths)))
@@ -201,7 +206,7 @@ def image_grid(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     columns: int | None = None,  # pictures per row; None: all in one row up to 10, else about twice as wide as high
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     names: Sequence[str] = (),  # names of the rows, if wanted
 ) -> Figure:
     """Pictures in rows, from left to right and top to bottom.
@@ -214,6 +219,8 @@ def image_grid(
         pictures per row; None: all in one row up to 10, else about twice as wide as high
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     names
         names of the rows, if wanted
     """
@@ -229,11 +236,11 @@ def labelled_grid(
     masks: Tensor,  # (n, H, W) class indices, 255 = no label
     labels: LabelSet,  # names and colours of the classes
     rows: int | None = None,  # how many double rows; None: up to 10 pictures in each
-    legend: bool = True,
+    legend: bool = True,  # names and colours of the classes below
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
-    """Pictures with their masks below them. Pixels without a label are white.
+    """Pictures with their masks below them. Pixels without a label are white. `InputError` if they differ in number.
 
     Parameters
     ----------
@@ -245,8 +252,12 @@ def labelled_grid(
         names and colours of the classes
     rows
         how many double rows; None: up to 10 pictures in each
+    legend
+        names and colours of the classes below
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     """
     images, masks = batch_of(images), batch_of(masks, 3)
     if len(images) != len(masks):
@@ -264,12 +275,14 @@ def comparison_grid(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     rows: Mapping[str, Tensor],  # name of a row -> masks (n, H, W), 255 = no label
     labels: LabelSet,  # names and colours of the classes
-    legend: bool = True,
+    legend: bool = True,  # names and colours of the classes below
     tile: int = 128,  # wanted side of a picture in the figure, in pixels
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
     image_name: str = "picture",  # name of the first row
 ) -> Figure:
     """A row of pictures above one row of masks per name, e.g. each method's prediction and the truth.
+
+    `InputError` if a row has not one mask per picture.
 
     Parameters
     ----------
@@ -279,8 +292,12 @@ def comparison_grid(
         name of a row -> masks (n, H, W), 255 = no label
     labels
         names and colours of the classes
+    legend
+        names and colours of the classes below
     tile
         wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     image_name
         name of the first row
     """
@@ -300,10 +317,10 @@ def worst_gallery(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     predictions: Tensor,  # (n, H, W) class indices
     masks: Tensor,  # (n, H, W), 255 = no label
-    labels: LabelSet,
-    number: int = 10,
-    tile: int = 96,
-    title: str = "",
+    labels: LabelSet,  # classes and colours
+    number: int = 10,  # how many pictures
+    tile: int = 96,  # side of a picture in pixels
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """The pictures with the lowest mean IoU over the foreground classes that they show: picture, prediction, truth.
 
@@ -317,6 +334,14 @@ def worst_gallery(
         (n, H, W) class indices
     masks
         (n, H, W), 255 = no label
+    labels
+        classes and colours
+    number
+        how many pictures
+    tile
+        side of a picture in pixels
+    title
+        above the figure; empty: none
     """
     counts = picture_counts(predictions, masks, labels.n_classes)
     worst = worst_pictures(counts, number)

@@ -19,9 +19,9 @@ from .metrics import ConfusionMatrix
 def picture_counts(
     predictions: Tensor,  # (n, H, W) class indices; or a sequence of (H, W), if the pictures differ in size
     masks: Tensor,  # of the same shapes, 255 = ignore
-    n_classes: int,
+    n_classes: int,  # number of classes
 ) -> Tensor:  # (n, C, C) int64
-    """The confusion matrix of each picture.
+    """The confusion matrix of each picture. `InputError` if predictions and masks differ in number.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ def picture_counts(
         (n, H, W) class indices; or a sequence of (H, W), if the pictures differ in size
     masks
         of the same shapes, 255 = ignore
+    n_classes
+        number of classes
 
     Returns
     -------
@@ -82,7 +84,7 @@ def scores(
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #0918503b
 def worst_pictures(
     counts: Tensor,  # (n, C, C), of `picture_counts`
-    number: int = 8,
+    number: int = 8,  # how many
 ) -> list[int]:  # the worst first
     """Pictures with the lowest mean IoU over the foreground classes that they show.
 
@@ -90,6 +92,8 @@ def worst_pictures(
     ----------
     counts
         (n, C, C), of `picture_counts`
+    number
+        how many
 
     Returns
     -------
@@ -102,11 +106,21 @@ def worst_pictures(
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #97e4c4d7
 @dataclass(frozen=True)
 class Interval:
-    """A score and where the middle share (`level`) of its bootstrap draws lies."""
+    """A score and where the middle share (`level`) of its bootstrap draws lies.
 
-    value: float
-    low: float
-    high: float
+    Attributes
+    ----------
+    value
+        on all pictures
+    low
+        lower end
+    high
+        upper end
+    """
+
+    value: float  # on all pictures
+    low: float  # lower end
+    high: float  # upper end
     level: float = 0.95
 
     def __str__(self) -> str:
@@ -115,8 +129,8 @@ class Interval:
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #4f469a24
 def resampled_scores(
     counts: Tensor,  # (n, C, C), of `picture_counts`
-    score: str = "fg_miou",
-    draws: int = 200,
+    score: str = "fg_miou",  # a field of `Metrics`
+    draws: int = 200,  # resamples
     seed: int = 0,
     of: str = "",  # which pictures these are, such as the name of the test set
 ) -> Tensor:  # (draws,) float64, 0 to 1
@@ -129,6 +143,10 @@ def resampled_scores(
     ----------
     counts
         (n, C, C), of `picture_counts`
+    score
+        a field of `Metrics`
+    draws
+        resamples
     of
         which pictures these are, such as the name of the test set
 
@@ -146,11 +164,11 @@ def resampled_scores(
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #a434998e
 def bootstrap(
     counts: Tensor,  # (n, C, C), of `picture_counts`
-    score: str = "fg_miou",
+    score: str = "fg_miou",  # a field of `Metrics`
     versus: Tensor | None = None,  # another method's, for the same pictures: the interval is of the difference
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    draws: int = 1000,  # resamples
+    level: float = 0.95,  # of the interval, 0 to 1
+    seed: int = 0,  # of everything random
 ) -> Interval:
     """Percentile bootstrap over pictures.
 
@@ -160,8 +178,16 @@ def bootstrap(
     ----------
     counts
         (n, C, C), of `picture_counts`
+    score
+        a field of `Metrics`
     versus
         another method's, for the same pictures: the interval is of the difference
+    draws
+        resamples
+    level
+        of the interval, 0 to 1
+    seed
+        of everything random
     """
     if not 0 < level < 1 or draws < 1:
         raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")

@@ -44,12 +44,16 @@ class Placement:
         what it was resized to
     outer
         with the filling
+    top
+        rows of filling above
+    left
+        columns of filling at the left
     """
     original: tuple[int, int]  # height and width of the picture
     inner: tuple[int, int]  # what it was resized to
     outer: tuple[int, int]  # with the filling
-    top: int = 0
-    left: int = 0
+    top: int = 0  # rows of filling above
+    left: int = 0  # columns of filling at the left
 
     def back(self, logits: Tensor) -> Tensor:  # (C, H, W) of the outer size -> (C, *original)
         """Cut the filling off, resize to the picture's size.
@@ -90,12 +94,13 @@ def place(
     if size is None and policy != "native":
         raise InputError(f"the policy {policy!r} needs the size that the network was trained at, which its file does "
                          "not tell; give the size")
-    original = picture.size[::-1]
-    outer = original if policy == "native" else tuple(int(side) for side in size)
+    original = picture.height, picture.width
+    outer = original if policy == "native" else (int(size[0]), int(size[1]))
     inner = outer
     if policy == "fit":
         factor = min(outer[0] / original[0], outer[1] / original[1])
-        inner = tuple(min(o, max(1, round(side * factor))) for o, side in zip(outer, original, strict=True))
+        height, width = (min(o, max(1, round(side * factor))) for o, side in zip(outer, original, strict=True))
+        inner = height, width
     if inner != original: picture = picture.resize(inner[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 127.5 - 1
     top, left = (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
@@ -107,9 +112,9 @@ def place(
 def predict_pictures(
     segmenter: nn.Module,  # asked in eval mode
     pictures: Sequence[Image.Image],  # RGB, of any sizes
-    policy: str = "fit",
-    size: tuple[int, int] | None = None,
-    device: str | torch.device = "cpu",
+    policy: str = "fit",  # "fit", "stretch" or "native"
+    size: tuple[int, int] | None = None,  # height and width of training; not for "native"
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> list[np.ndarray]:  # (H, W) uint8 class indices, each of its picture's size
     """The class of every pixel of every picture.
 
@@ -119,13 +124,20 @@ def predict_pictures(
         asked in eval mode
     pictures
         RGB, of any sizes
+    policy
+        "fit", "stretch" or "native"
+    size
+        height and width of training; not for "native"
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------
     list[np.ndarray]
         (H, W) uint8 class indices, each of its picture's size
     """
-    placed, masks = [place(picture, policy, size) for picture in pictures], [None] * len(pictures)
+    placed = [place(picture, policy, size) for picture in pictures]
+    masks: list[Any] = [None] * len(pictures)
     for outer in sorted({p.outer for _, p in placed}):
         chosen = [i for i, (_, p) in enumerate(placed) if p.outer == outer]
         with eval_mode(segmenter): logits = segmenter(torch.stack([placed[i][0] for i in chosen]).to(device)).cpu()
@@ -137,7 +149,7 @@ def predict_pictures(
 def overlay(
     picture: Image.Image,  # RGB
     mask: np.ndarray,  # (H, W) class indices
-    labels: LabelSet,
+    labels: LabelSet,  # classes and colours
     strength: float = 0.5,  # of the colours; the background stays as it is
 ) -> np.ndarray:  # (H, W, 3) uint8
     """The picture with the parts in their colours.
@@ -148,6 +160,8 @@ def overlay(
         RGB
     mask
         (H, W) class indices
+    labels
+        classes and colours
     strength
         of the colours; the background stays as it is
 
@@ -166,7 +180,7 @@ def open_segmenter(
     path: str | Path,
     labels: LabelSet | None = None,  # None: as the file says
     size: tuple[int, int] | None = None,  # None: as the file says
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> tuple[nn.Module, LabelSet, tuple[int, int] | None]:
     """A segmenter, what its classes mean, and the size it was trained at.
 
@@ -180,13 +194,15 @@ def open_segmenter(
         None: as the file says
     size
         None: as the file says
+    device
+        cpu, cuda, cuda:N or mps
     """
     segmenter, found, facts = _opened(path)
     labels, size = labels or found or _numbered(segmenter.n_classes), size or facts.get("size")
     if labels.n_classes != segmenter.n_classes:
         raise InputError(f"{path} has {segmenter.n_classes} classes, the label set {labels.name!r} has "
                          f"{labels.n_classes}; give the one it was trained with")
-    return segmenter.to(device).eval(), labels, tuple(size) if size else None
+    return segmenter.to(device).eval(), labels, (size[0], size[1]) if size else None
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #bd3fd1c5
 def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any]]:
@@ -202,8 +218,8 @@ def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #0769a8bd
 def _numbered(n_classes: int) -> LabelSet:
     """Names and colours for classes that nobody named."""
-    if n_classes == CELEBA8.n_classes: palette = CELEBA8.palette
-    else: palette = [(0, 0, 0)] + [(37 * c % 256, 91 * c % 256, (255 - 53 * c) % 256) for c in range(1, n_classes)]
+    others = tuple((37 * c % 256, 91 * c % 256, (255 - 53 * c) % 256) for c in range(1, n_classes))
+    palette = CELEBA8.palette if n_classes == CELEBA8.n_classes else ((0, 0, 0), *others)
     return LabelSet("unnamed", ("background", *(f"class {c}" for c in range(1, n_classes))), palette)
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #79bcea93
@@ -226,8 +242,16 @@ class Predicted:
         return "\n".join([f"{len(self.done)} pictures labelled", *failed])
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #e3481340
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files below a folder, sorted. `InputError` if there are none, or if two would get the same mask."""
+def list_pictures(
+    folder: str | Path,  # and those below it
+) -> list[Path]:
+    """The picture files below a folder, sorted. `InputError` if there are none, or if two would get the same mask.
+
+    Parameters
+    ----------
+    folder
+        and those below it
+    """
     return _look_for_pictures(Path(folder))[0]
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #42050cb4
@@ -276,15 +300,15 @@ def _write_masks(out: Path, name: str, picture: Image.Image, mask: np.ndarray, l
 
 
 def predict_folder(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # moved to the device
     folder: str | Path,  # pictures, also in folders below
     out: str | Path,
-    labels: LabelSet,
-    size: tuple[int, int] | None = None,
-    policy: str = "fit",
-    batch: int = 16,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    labels: LabelSet,  # classes and colours
+    size: tuple[int, int] | None = None,  # height and width of training; not for "native"
+    policy: str = "fit",  # "fit", "stretch" or "native"
+    batch: int = 16,  # pictures at a time
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
+    progress: bool = True,  # show a progress bar
 ) -> Predicted:
     """Label every picture of a folder.
 
@@ -292,8 +316,22 @@ def predict_folder(
 
     Parameters
     ----------
+    segmenter
+        moved to the device
     folder
         pictures, also in folders below
+    labels
+        classes and colours
+    size
+        height and width of training; not for "native"
+    policy
+        "fit", "stretch" or "native"
+    batch
+        pictures at a time
+    device
+        cpu, cuda, cuda:N or mps
+    progress
+        show a progress bar
     """
     folder, out, device, result = Path(folder), Path(out), choose_device(device), Predicted()
     _check_request(folder, size, batch)
@@ -317,8 +355,16 @@ def predict_folder(
     return result
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #7158372d
-def predict_command(arguments: Any) -> None:
-    """`lagm predict`: label a folder of pictures with a trained segmenter."""
+def predict_command(
+    arguments: Any,  # of the command line
+) -> None:
+    """`lagm predict`: label a folder of pictures with a trained segmenter. `InputError` if no size is known.
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     segmenter, labels, facts = _opened(arguments.segmenter)
     size, policy = arguments.size or facts.get("size"), arguments.policy or facts.get("policy") or "fit"
     if size is None and policy != "native":
@@ -342,9 +388,9 @@ def evaluate_checkpoint(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored
     out: str | Path,  # folder
-    labels: LabelSet | None = None,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
+    labels: LabelSet | None = None,  # None: the file's own
+    batch_size: int = 32,  # pictures at a time
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> dict[str, Any]:  # what metrics.json holds
     """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png.
 
@@ -358,6 +404,12 @@ def evaluate_checkpoint(
         (n, H, W) class indices, 255 = ignored
     out
         folder
+    labels
+        None: the file's own
+    batch_size
+        pictures at a time
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------

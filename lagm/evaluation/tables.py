@@ -50,7 +50,7 @@ def _percent(
 def iou_bars(
     results: Mapping[str, Metrics],  # method -> its metrics
     classes: Sequence[str],  # names of all classes, the background first
-    title: str = "IoU by class",
+    title: str = "IoU by class",  # above the figure; empty: none
     numbers: bool | None = None,  # write the value above each bar; None: if there is room
 ) -> Figure:
     """Bars of every class's IoU, side by side for each method, and their FG-mIoU at the right.
@@ -61,6 +61,8 @@ def iou_bars(
         method -> its metrics
     classes
         names of all classes, the background first
+    title
+        above the figure; empty: none
     numbers
         write the value above each bar; None: if there is room
     """
@@ -99,7 +101,7 @@ def _name_bars(ax: Axes, places: np.ndarray, columns: Sequence[str]) -> None:
 def iou_table(
     results: Mapping[str, Metrics],  # method -> its metrics
     classes: Sequence[str],  # names of all classes, the background first
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """Per cent of every class and of the means, one row per method.
 
@@ -111,6 +113,8 @@ def iou_table(
         method -> its metrics
     classes
         names of all classes, the background first
+    title
+        above the figure; empty: none
     """
     columns, values = _percent(results, classes, ["miou", "fg_miou", "pixel_accuracy"])
     left = max(text_width(name) for name in results) / 100 + 0.2
@@ -150,9 +154,11 @@ def _column(ax: Axes, name: str, values: np.ndarray, start: float, width: float,
 def confusion_figure(
     counts: Tensor | np.ndarray,  # (C, C) pixels by (true class, predicted class)
     classes: Sequence[str],  # names, the background first
-    title: str = "",
+    title: str = "",  # above the figure; empty: none
 ) -> Figure:
     """A confusion matrix, in per cent of each true class; a class without pixels has an empty row.
+
+    `InputError` for another shape.
 
     Parameters
     ----------
@@ -160,6 +166,8 @@ def confusion_figure(
         (C, C) pixels by (true class, predicted class)
     classes
         names, the background first
+    title
+        above the figure; empty: none
     """
     counts = np.asarray(torch.as_tensor(counts), float)
     if counts.shape != (len(classes), len(classes)):
@@ -192,13 +200,15 @@ def _ink(colour: Sequence[int]) -> str:
 
 
 def draw_map(
-    mapping: LabelMap,
+    mapping: LabelMap,  # to draw
     columns: int = 4,  # source classes side by side
 ) -> Figure:
     """A picture of a mapping: target classes on the left, the source classes of each on its right.
 
     Parameters
     ----------
+    mapping
+        to draw
     columns
         source classes side by side
     """

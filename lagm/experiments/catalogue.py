@@ -51,6 +51,8 @@ class Run:
         celeba_10
     stage
         annotate; empty if the experiment is a single notebook
+    notebook
+        of the stage
     output
         outputs/celeba_10/annotate/annotate.ipynb
     about
@@ -62,7 +64,7 @@ class Run:
     """
     experiment: str  # celeba_10
     stage: str  # annotate; empty if the experiment is a single notebook
-    notebook: Path
+    notebook: Path  # of the stage
     parameters: Mapping[str, Any]
     output: Path  # outputs/celeba_10/annotate/annotate.ipynb
     about: str = ""  # a line for people: the first comment of the parameter file
@@ -84,15 +86,33 @@ class Run:
         """The file with its numbers."""
         return self.folder / "metrics.json"
 
-    def odd_record(self, root: str | Path = ".") -> str:
-        """A line about a notebook that lies where its results go and is passed over; empty if there is none such."""
+    def odd_record(
+        self,
+        root: str | Path = ".",  # the project's folder
+    ) -> str:
+        """A line about a notebook that lies where its results go and is passed over; empty if there is none such.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         if not (Path(root) / self.output).is_file(): return ""
         try: read_record(Path(root) / self.output)
         except InputError as error: return f"passed over: {error}"
         return ""
 
-    def finished(self, root: str | Path = ".") -> bool:
-        """Whether its results are there, from this code, these parameters and the inputs as they are now."""
+    def finished(
+        self,
+        root: str | Path = ".",  # the project's folder
+    ) -> bool:
+        """Whether its results are there, from this code, these parameters and the inputs as they are now.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         return is_finished(self.notebook, Path(root) / self.output, self.parameters, root)
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #34060598
@@ -107,8 +127,16 @@ def _declared(notebook: Path, _changed: int) -> dict:
     return read_parameters(notebook)
 
 
-def declared_parameters(notebook: Path) -> dict:
-    """`read_parameters`, remembered until the file changes."""
+def declared_parameters(
+    notebook: Path,  # of an experiment
+) -> dict:
+    """`read_parameters`, remembered until the file changes.
+
+    Parameters
+    ----------
+    notebook
+        of an experiment
+    """
     return _declared(notebook, notebook.stat().st_mtime_ns)
 
 
@@ -150,10 +178,15 @@ def _single(notebook: Path) -> Run:
 
 
 def connect(
-    runs: Iterable[Run],
+    runs: Iterable[Run],  # in any order
 ) -> dict[str, Run]:  # by name; a run comes after those it needs
     """Find out who reads whose results; `InputError` if two runs share a folder, if nobody makes what is read, or if
     they go in a circle.
+
+    Parameters
+    ----------
+    runs
+        in any order
 
     Returns
     -------
@@ -265,7 +298,8 @@ def project_path(
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #79b80046
-if TYPE_CHECKING: from lagm.data.registry import Experiment
+if TYPE_CHECKING:
+    from lagm.data.registry import Experiment
 
 TRAINING = dict(channels=128, layers=3, recipe="paper", iterations=150_000, validate_every=4000)
 
@@ -349,7 +383,7 @@ def paper_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #d27aaa38
 def parameter_text(
     about: str,  # the first line
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # names and values
 ) -> str:  # YAML
     """A parameter file, one value a line.
 
@@ -357,6 +391,8 @@ def parameter_text(
     ----------
     about
         the first line
+    parameters
+        names and values
 
     Returns
     -------
@@ -409,7 +445,7 @@ DEMO_STEPS = {  # of each method; beyond the recipe's only for supervised, the o
 DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
                     inversion_steps=250, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "last_layer": dict(matched="outc"),
     "up_layers": dict(matched="up"),
     "euclidean": dict(metric="l2"),
@@ -444,7 +480,8 @@ def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[s
 
 def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
     """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after
-    that."""
+    that.
+    """
     name, count = f"demo_downstream_k{k}", _faces(k)
     stages = _demo(name, k, DEMO_TRAINING)
     stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"],
@@ -463,7 +500,8 @@ def _faces(k: int) -> str:
 
 def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
     """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested
-    before and after."""
+    before and after.
+    """
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
     annotate = {**source, **DEMO_TRAINING, "finish": False, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
@@ -486,7 +524,7 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
     dict[str, tuple[str, dict[str, dict[str, Any]]]]
         as `paper_experiments`
     """
-    found = {}
+    found: dict[str, Any] = {}
     for style in DEMO_STYLES:
         first = style == DEMO_STYLES[0]
         for k in DEMO_LABELS:
@@ -521,7 +559,7 @@ def paper_numbers() -> dict[str, dict[str, Any]]:
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #3cc05533
 def choose_runs(
-    catalogue: Mapping[str, Run],
+    catalogue: Mapping[str, Run],  # of `read_catalogue`
     wanted: Sequence[str],  # names of experiments or runs, or patterns such as "cat16_*"
     others: Iterable[str] = (),  # more names to suggest to who mistyped one
     only: bool = False,  # without those they need
@@ -530,6 +568,8 @@ def choose_runs(
 
     Parameters
     ----------
+    catalogue
+        of `read_catalogue`
     wanted
         names of experiments or runs, or patterns such as "cat16_*"
     others
@@ -561,11 +601,13 @@ def choose_runs(
     waiting = [] if only else list(chosen)
     while waiting:
         for need in catalogue[waiting.pop()].needs:
-            if need not in chosen: chosen.add(need), waiting.append(need)
+            if need in chosen: continue
+            chosen.add(need)
+            waiting.append(need)
     return {name: run for name, run in catalogue.items() if name in chosen}
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e4e39e5b
-SMALL = {  # of each stage: a size that only shows that everything fits together
+SMALL: dict[str, dict[str, Any]] = {  # of each stage: a size that only shows that everything fits together
     "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2,
                     inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
     "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2),
@@ -575,7 +617,7 @@ SMALL = {  # of each stage: a size that only shows that everything fits together
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e4e39es0
 def change_runs(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Run],  # stages of experiments, by name
     # each goes to all the runs that have such a parameter; text is read as the declared type
     values: Mapping[str, Any],
     moves: Mapping[str, str] | None = None,  # experiment -> new folder, in place of outputs/EXPERIMENT
@@ -586,6 +628,8 @@ def change_runs(
 
     Parameters
     ----------
+    runs
+        stages of experiments, by name
     values
         each goes to all the runs that have such a parameter; text is read as the declared type
     moves
@@ -631,7 +675,7 @@ def _moved(value: Any, before: str, after: str) -> Any:
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #5afd0762
 def missing_inputs(
-    run: Run,
+    run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
     data: bool = True,  # open the datasets, too
     others: Iterable[Run] = (),  # runs that come before; what is in their folders counts as there
@@ -640,6 +684,8 @@ def missing_inputs(
 
     Parameters
     ----------
+    run
+        a stage of an experiment
     root
         what relative paths start from
     data
@@ -671,7 +717,8 @@ def _name_problems(run: Run) -> list[str]:
 
 def _generator_problems(run: Run) -> list[str]:
     """Whether a generator that is given by a name, not as a file, is there; a comparison of methods takes that of its
-    style."""
+    style.
+    """
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
     given = run.parameters.get("generator") or run.parameters.get("style")

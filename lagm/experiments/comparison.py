@@ -28,7 +28,7 @@ from torch import Tensor
 from ..core.seeds import random_generator
 from ..evaluation.curves import name_the_ends
 from ..evaluation.figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
-from .report import DOMAINS, FINISHED, Result, Table, cell_of, number
+from .report import DOMAINS, FINISHED, Result, cell_of, number
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #91b67206
 OURS, ALONE = "gradient matching", "supervised"  # each also with ", finished"; `ALONE`: labelled pictures only
@@ -48,13 +48,15 @@ class Score:
         (B,) float64: the same on resamples of the test pictures, per cent
     iou
         of each class, per cent
+    classes
+        names, in the order of `iou`
     minutes
         of everything that its network went through
     """
     value: float  # FG-mIoU on all test pictures, per cent
     draws: Tensor | None = None  # (B,) float64: the same on resamples of the test pictures, per cent
     iou: tuple[float, ...] | None = None  # of each class, per cent
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # names, in the order of `iou`
     minutes: float | None = None  # of everything that its network went through
 
 
@@ -106,8 +108,16 @@ def read_cells(
     return dict(sorted(cells.items(), key=lambda item: (ORDER.index(item[0][0]), item[0][1])))
 
 
-def mean(scores: Mapping[str, Score]) -> float:
-    """Over seeds."""
+def mean(
+    scores: Mapping[str, Score],  # by seed
+) -> float:
+    """Over seeds.
+
+    Parameters
+    ----------
+    scores
+        by seed
+    """
     return statistics.fmean(score.value for score in scores.values())
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #1f573398
@@ -131,10 +141,17 @@ def widening(
 
 
 def differences(
-    ours: Mapping[str, Score],
-    other: Mapping[str, Score],
+    ours: Mapping[str, Score],  # by seed
+    other: Mapping[str, Score],  # by seed
 ) -> Tensor:  # (S, B) float64, points: seeds that both have, resamples of the test pictures (1 if there are none)
     """The paired differences of two methods in a cell.
+
+    Parameters
+    ----------
+    ours
+        by seed
+    other
+        by seed
 
     Returns
     -------
@@ -151,8 +168,8 @@ def differences(
 def interval(
     table: Tensor,  # (S, B), of `differences`
     widen: bool = True,  # False: as if there were many seeds
-    draws: int = 4000,
-    seed: int = 0,
+    draws: int = 4000,  # of the resampling
+    seed: int = 0,  # of the resampling
 ) -> tuple[float, float] | None:  # None: there is neither a second seed nor a resample
     """Where 95 % of the mean differences lie, with other test pictures and other seeds.
 
@@ -162,6 +179,10 @@ def interval(
         (S, B), of `differences`
     widen
         False: as if there were many seeds
+    draws
+        of the resampling
+    seed
+        of the resampling
 
     Returns
     -------
@@ -178,8 +199,16 @@ def interval(
     return tuple(table[chosen, picture].mean(1).quantile(ends).tolist())
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #5d319e54
-def is_rival(method: str) -> bool:
-    """Whether a method is none of ours: neither matching nor its control."""
+def is_rival(
+    method: str,  # name in the records
+) -> bool:
+    """Whether a method is none of ours: neither matching nor its control.
+
+    Parameters
+    ----------
+    method
+        name in the records
+    """
     return "match" not in method
 
 
@@ -189,12 +218,18 @@ class Comparison:
 
     Attributes
     ----------
+    domain
+        such as big-ears
     k
         None: all of them
     method
         ours
     ours
         mean over the seeds that both have, per cent
+    rival
+        the best other method
+    theirs
+        the rival's, likewise
     difference
         points
     ends
@@ -202,12 +237,12 @@ class Comparison:
     ahead
         seeds in which ours has the higher number
     """
-    domain: str
+    domain: str  # such as big-ears
     k: int | None  # None: all of them
     method: str  # ours
     ours: float  # mean over the seeds that both have, per cent
-    rival: str
-    theirs: float
+    rival: str  # the best other method
+    theirs: float  # the rival's, likewise
     difference: float  # points
     ends: tuple[float, float] | None  # of the 95 % interval; None: no way to tell
     seeds: int
@@ -222,11 +257,19 @@ class Comparison:
 
 
 def best_rival(
-    methods: Methods,
-    ours: Mapping[str, Score],
+    methods: Methods,  # scores by method and seed, of one cell
+    ours: Mapping[str, Score],  # by seed
 ) -> str | None:
     """The rival with the highest mean over the seeds of ours, among those that have most of them; None if there is
-    none."""
+    none.
+
+    Parameters
+    ----------
+    methods
+        scores by method and seed, of one cell
+    ours
+        by seed
+    """
     shared = {name: [scores[seed].value for seed in ours if seed in scores] for name, scores in methods.items()
               if is_rival(name)}
     return max((name for name, values in shared.items() if values),
@@ -241,11 +284,20 @@ def _comparison(domain: str, k: int | None, method: str, rival: str, ours: Seque
 
 
 def compare_cell(
-    domain: str,
-    k: int,
-    methods: Methods,
+    domain: str,  # of the benchmark, such as big-ears
+    k: int,  # labelled pictures
+    methods: Methods,  # scores by method and seed, of one cell
 ) -> Comparison | None:  # None: ours or all rivals are missing
     """Ours, finished if it is there, against the best rival.
+
+    Parameters
+    ----------
+    domain
+        of the benchmark, such as big-ears
+    k
+        labelled pictures
+    methods
+        scores by method and seed, of one cell
 
     Returns
     -------
@@ -262,9 +314,14 @@ def compare_cell(
 
 
 def compare(
-    cells: Cells,
+    cells: Cells,  # of `read_cells`
 ) -> list[Comparison]:  # by domain, in each by number of labels, the mean over all of them last
     """Ours against the best rival in every cell that has both.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
 
     Returns
     -------
@@ -295,9 +352,14 @@ def _over_all(domain: str, own: Sequence[Comparison], cells: Cells) -> Compariso
 
 
 def comparison_table(
-    cells: Cells,
+    cells: Cells,  # of `read_cells`
 ) -> list[list[str]]:  # the head first
     """A row for each cell, and one for each domain; dashes where ours or all rivals are missing.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
 
     Returns
     -------
@@ -324,7 +386,7 @@ def comparison_table(
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #66c81b41
 def labels_needed(
     curve: Mapping[int, float],  # number of labels -> quality; not empty
-    quality: float,
+    quality: float,  # per cent
 ) -> tuple[float, str]:  # labels; with ">": more than so many, "≤": so many or fewer, "": about so many
     """Where a curve first reaches a quality, by straight lines over the logarithm of the number of labels.
 
@@ -332,6 +394,8 @@ def labels_needed(
     ----------
     curve
         number of labels -> quality; not empty
+    quality
+        per cent
 
     Returns
     -------
@@ -346,9 +410,14 @@ def labels_needed(
 
 
 def labels_saved(
-    cells: Cells,
+    cells: Cells,  # of `read_cells`
 ) -> dict[str, dict[int, tuple[float, str]]]:  # domain -> labels of ours -> labels alone, as `labels_needed` gives them
     """How many labels the supervised network needs to be as good as ours.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
 
     Returns
     -------
@@ -365,13 +434,32 @@ def labels_saved(
     return found
 
 
-def better_of(methods: Methods, name: str) -> float | None:
-    """The mean of a method, finished or not, whichever is higher; None if it is missing."""
+def better_of(
+    methods: Methods,  # scores by method and seed, of one cell
+    name: str,  # without ", finished"
+) -> float | None:
+    """The mean of a method, finished or not, whichever is higher; None if it is missing.
+
+    Parameters
+    ----------
+    methods
+        scores by method and seed, of one cell
+    name
+        without ", finished"
+    """
     return max((mean(methods[row]) for row in (name, name + FINISHED) if row in methods), default=None)
 
 
-def saved_table(cells: Cells) -> list[list[str]]:
-    """Labels needed alone, a row for each domain."""
+def saved_table(
+    cells: Cells,  # of `read_cells`
+) -> list[list[str]]:
+    """Labels needed alone, a row for each domain.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    """
     saved, ks = labels_saved(cells), sorted({k for _, k in cells})
     def text(found: tuple[float, str] | None) -> str:
         if found is None: return "–"
@@ -381,10 +469,18 @@ def saved_table(cells: Cells) -> list[list[str]]:
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #21ef4af9
 def minutes_table(
-    cells: Cells,
-    domain: str,
+    cells: Cells,  # of `read_cells`
+    domain: str,  # of the benchmark, such as big-ears
 ) -> list[list[str]]:
-    """Mean minutes over seeds: a row for each method, a column for each number of labels."""
+    """Mean minutes over seeds: a row for each method, a column for each number of labels.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    domain
+        of the benchmark, such as big-ears
+    """
     own = {k: methods for (name, k), methods in cells.items() if name == domain}
     table = [["method", *(f"k = {k}" for k in own)]]
     for method in dict.fromkeys(name for methods in own.values() for name in methods):
@@ -431,7 +527,8 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
         ends.append((plain_label(name.replace(OURS, "matching")), line[max(line)], AFTER if after else BEFORE))
     ks = sorted({k for line in [*ours.values(), *drawn.values()] for k in line})
     ax.set(xscale="log", xlabel="labelled pictures", ylabel="test FG-mIoU (%)", title=plain_label(domain))
-    ax.set_xticks(ks, [str(k) for k in ks]), ax.minorticks_off()
+    ax.set_xticks(ks, [str(k) for k in ks])
+    ax.minorticks_off()
     if far:
         below = ", ".join(f"{name} {min(line.values()):.0f} to {max(line.values()):.0f}" for name, line in far.items())
         ax.text(0.98, 0.03, plain_label(f"below: {below}"), transform=ax.transAxes, ha="right", fontsize=8, color=MUTED)
@@ -439,8 +536,16 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
 
 
 @mpl.rc_context(STYLE)
-def quality_figure(cells: Cells) -> Figure | None:
-    """FG-mIoU against the number of labelled pictures, a panel for each domain; None without cells."""
+def quality_figure(
+    cells: Cells,  # of `read_cells`
+) -> Figure | None:
+    """FG-mIoU against the number of labelled pictures, a panel for each domain; None without cells.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    """
     domains = list(dict.fromkeys(domain for domain, _ in cells))
     if not domains: return None
     figure, axes = panels(len(domains), 5.4 if len(domains) > 1 else 7.2, 4.4)
@@ -456,9 +561,17 @@ BEYOND = 1.5  # so far above the last number of labels stands "more than that"
 
 
 @mpl.rc_context(STYLE)
-def saved_figure(cells: Cells) -> Figure | None:
+def saved_figure(
+    cells: Cells,  # of `read_cells`
+) -> Figure | None:
     """Labels that a network alone needs to be as good as ours, against the labels that ours has; None if there is
-    nothing to compare."""
+    nothing to compare.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    """
     saved, ks = labels_saved(cells), sorted({k for _, k in cells})
     if not saved: return None
     figure, (ax,) = panels(1, 5.6, 4.4)
@@ -485,10 +598,17 @@ def saved_figure(cells: Cells) -> Figure | None:
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #994a6f36
 @mpl.rc_context(STYLE)
 def finish_figure(
-    cells: Cells,
-    domain: str,
+    cells: Cells,  # of `read_cells`
+    domain: str,  # of the benchmark, such as big-ears
 ) -> Figure | None:  # None: no cell has both
     """IoU of each class before and after the finish, a row of bars for each number of labels.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    domain
+        of the benchmark, such as big-ears
 
     Returns
     -------
@@ -523,9 +643,14 @@ def finish_figure(
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #5ab2fe3e
 def cell_pictures(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
 ) -> list[tuple[str, Path]]:  # title and file, by domain and number of labels
     """What each cell's run with the lowest seed left of its test pictures.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
 
     Returns
     -------

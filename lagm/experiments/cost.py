@@ -45,6 +45,8 @@ class Workload:
 
     Attributes
     ----------
+    title
+        for people
     segmenter
         for `build_segmenter`
     size
@@ -53,14 +55,18 @@ class Workload:
         labelled and generated pictures each
     generator
         arguments of StyleGAN2; None: the kit's own
+    classes
+        number of classes
+    annotator_channels
+        of its hidden maps
     """
-    title: str
+    title: str  # for people
     segmenter: dict[str, Any]  # for `build_segmenter`
     size: int  # of the pictures, in pixels
     batch: int  # labelled and generated pictures each
     generator: dict[str, Any] | None  # arguments of StyleGAN2; None: the kit's own
-    classes: int = 8
-    annotator_channels: int = 128
+    classes: int = 8  # number of classes
+    annotator_channels: int = 128  # of its hidden maps
 
 
 WORKLOADS = {
@@ -89,22 +95,38 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> changes of the paper's recipe
 # %% ../../nbs/reference/experiments/67_cost.ipynb #104b67bb
 @dataclass
 class Prepared:
-    """A workload that is ready for steps."""
-    generator: FrozenGenerator
-    annotator: nn.Module
-    segmenter: nn.Module
-    images: Tensor
-    masks: Tensor
+    """A workload that is ready for steps.
+
+    Attributes
+    ----------
+    generator
+        without truncation
+    annotator
+        A
+    segmenter
+        S
+    images
+        (B, 3, size, size) in [-1, 1], labelled
+    masks
+        (B, size, size) class indices
+    """
+    generator: FrozenGenerator  # without truncation
+    annotator: nn.Module  # A
+    segmenter: nn.Module  # S
+    images: Tensor  # (B, 3, size, size) in [-1, 1], labelled
+    masks: Tensor  # (B, size, size) class indices
 
 
 def prepare(
-    work: Workload,
+    work: Workload,  # what is to be trained
     dtype: torch.dtype = torch.float32,  # of the generator's convolutions
 ) -> Prepared:
     """Networks with fixed random weights, a labelled batch.
 
     Parameters
     ----------
+    work
+        what is to be trained
     dtype
         of the generator's convolutions
     """
@@ -121,7 +143,7 @@ def prepare(
 # %% ../../nbs/reference/experiments/67_cost.ipynb #3bd5ba35
 def grouped_conv2d(
     x: Tensor,  # (B, I, H, W)
-    layer: SynthesisLayer | ToRGB,
+    layer: SynthesisLayer | ToRGB,  # of our generator
     w: Tensor,  # (B, w_dim)
 ) -> Tensor:  # (B, O, H, W), or twice the size if the layer doubles it; without noise, bias and activation
     """A modulated convolution with one group per picture.
@@ -130,6 +152,8 @@ def grouped_conv2d(
     ----------
     x
         (B, I, H, W)
+    layer
+        of our generator
     w
         (B, w_dim)
 
@@ -154,9 +178,9 @@ def grouped_conv2d(
 # %% ../../nbs/reference/experiments/67_cost.ipynb #d5239e29
 @torch.no_grad()
 def usual_generator(
-    network: StyleGAN2,  # of the architecture "skip", without clamps
+    network: nn.Module,  # a StyleGAN2 of the architecture "skip", without clamps
     z: Tensor,  # (B, z_dim)
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),  # truncation and noise
     rng: torch.Generator | None = None,  # source of the noise
 ) -> Generated:
     """The generator with one kernel per picture, contiguous and in float32.
@@ -164,13 +188,16 @@ def usual_generator(
     Parameters
     ----------
     network
-        of the architecture "skip", without clamps
+        a StyleGAN2 of the architecture "skip", without clamps
     z
         (B, z_dim)
+    sampling
+        truncation and noise
     rng
         source of the noise
     """
     ws, position, image, features = network.styles(z, sampling.psi, sampling.cutoff), 0, None, []
+    x: Any = None
     for r in network.synthesis.resolutions:
         block = getattr(network.synthesis, f"b{r}")
         x = block.const.repeat(len(z), 1, 1, 1) if block.first else x
@@ -187,12 +214,23 @@ def usual_generator(
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #e53d81ed
 def usual_pictures(
-    setting: Prepared,
-    seed: int,
-    step: int,
-    stage: str,
+    setting: Prepared,  # of `prepare`
+    seed: int,  # of the run
+    step: int,  # of the run, from 0
+    stage: str,  # of the step: whose pictures
 ) -> tuple[Tensor, list[Tensor]]:  # pictures of the labelled pictures' size, features
     """Drawn as `SyntheticBatches` draws them, from the same random numbers.
+
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    seed
+        of the run
+    step
+        of the run, from 0
+    stage
+        of the step: whose pictures
 
     Returns
     -------
@@ -205,15 +243,41 @@ def usual_pictures(
     return F.interpolate(images, setting.images.shape[2:], mode="nearest"), features
 
 
-def soft_loss(segmenter: nn.Module, images: Tensor, q: Tensor) -> Tensor:
-    """Cross-entropy of S against soft labels q (B, C, H, W)."""
+def soft_loss(
+    segmenter: nn.Module,  # the network
+    images: Tensor,  # (B, 3, H, W)
+    q: Tensor,  # (B, C, H, W) probabilities
+) -> Tensor:
+    """Cross-entropy of S against soft labels q (B, C, H, W).
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    images
+        (B, 3, H, W)
+    q
+        (B, C, H, W) probabilities
+    """
     return -(q * F.log_softmax(segmenter(images), dim=1)).sum(1).mean()
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #19e6f639
 class PlainStep:
-    """The released step, by autograd alone; SGD with momentum for both networks."""
+    """The released step, by autograd alone; SGD with momentum for both networks.
 
-    def __init__(self, setting: Prepared, lr: float = 1e-3):
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    lr
+        learning rate of A and S
+    """
+
+    def __init__(
+        self,
+        setting: Prepared,  # of `prepare`
+        lr: float = 1e-3,  # learning rate of A and S
+    ):
         self.setting = setting
         self.matched = matched_parameter_names(setting.segmenter)
         both = setting.annotator, setting.segmenter
@@ -233,7 +297,7 @@ class PlainStep:
         synthetic_loss = soft_loss(segmenter, images, q)
         gradients = torch.autograd.grad(synthetic_loss, matched, create_graph=True)
         pairs = [(s.flatten(1), l.flatten(1)) for s, l in zip(gradients, target) if s.ndim > 1]
-        distance = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs) / len(gradients)
+        distance: Any = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs) / len(gradients)
         self.move(0, annotator, distance)
         self.annotator_gradients = [parameter.grad for parameter in annotator.parameters()]
 
@@ -245,8 +309,23 @@ class PlainStep:
         losses = dict(loss_label=labelled_loss, loss_gm=distance, loss_syn=synthetic_loss, loss_s=segmenter_loss)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def move(self, which: int, network: nn.Module, loss: Tensor) -> None:
-        """One optimiser step of a network."""
+    def move(
+        self,
+        which: int,  # 0: A, 1: S
+        network: nn.Module,  # A or S
+        loss: Tensor,  # to descend
+    ) -> None:
+        """One optimiser step of a network.
+
+        Parameters
+        ----------
+        which
+            0: A, 1: S
+        network
+            A or S
+        loss
+            to descend
+        """
         self.optimizers[which].zero_grad()
         loss.backward()
         for parameter in network.parameters(): torch.nan_to_num(parameter.grad, 0.0, 1e5, -1e5, out=parameter.grad)
@@ -254,9 +333,24 @@ class PlainStep:
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #aa0d86af
 class OurStep:
-    """`matching_step` on a workload, called like `PlainStep`."""
+    """`matching_step` on a workload, called like `PlainStep`.
 
-    def __init__(self, setting: Prepared, recipe: Recipe, lr: float = 1e-3):
+    Parameters
+    ----------
+    setting
+        of `prepare`
+    recipe
+        of the training
+    lr
+        learning rate of A and S
+    """
+
+    def __init__(
+        self,
+        setting: Prepared,  # of `prepare`
+        recipe: Recipe,  # of the training
+        lr: float = 1e-3,  # learning rate of A and S
+    ):
         self.setting, self.recipe, self.annotator_gradients = setting, recipe, []
         self.state = TrainState(setting.segmenter, setting.annotator, recipe, torch.device("cpu"))
         self.state.begin({"segmenter": lr, "annotator": lr}, averaged=False)
@@ -276,20 +370,22 @@ class OurStep:
 
 
 def make_step(
-    work: Workload,
+    work: Workload,  # what is to be trained
     variant: str,  # one of VARIANTS
 ) -> PlainStep | OurStep:
     """A step of a workload in one of the variants. Raises `InputError` for an unknown one.
 
     Parameters
     ----------
+    work
+        what is to be trained
     variant
         one of VARIANTS
     """
     if variant not in VARIANTS: raise InputError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     setting = prepare(work, torch.bfloat16 if variant == "bfloat16" else torch.float32)
     if variant == "plain": return PlainStep(setting)
-    batches = dict(batch_labelled=work.batch, batch_synthetic=work.batch)
+    batches: dict[str, Any] = dict(batch_labelled=work.batch, batch_synthetic=work.batch)
     return OurStep(setting, replace(PAPER, **batches, **VARIANTS[variant]))
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #7d941b1c
@@ -299,10 +395,17 @@ def clock() -> float:
 
 
 def convolution_peak(
-    dtype: torch.dtype = torch.float32,
-    repeats: int = 5,
+    dtype: torch.dtype = torch.float32,  # of the convolution
+    repeats: int = 5,  # the fastest counts
 ) -> float:  # floating-point operations per second
     """The rate of a 3 x 3 convolution of 128 channels at 64 x 64, channels_last: the best of a few.
+
+    Parameters
+    ----------
+    dtype
+        of the convolution
+    repeats
+        the fastest counts
 
     Returns
     -------
@@ -388,8 +491,8 @@ def run_variant(
 def in_own_process(
     work: str,  # one of WORKLOADS
     variant: str,  # one of VARIANTS
-    repeats: int = 3,
-    threads: int = 0,
+    repeats: int = 3,  # steps that are timed
+    threads: int = 0,  # 0: as many as PyTorch chooses
 ) -> dict[str, Any]:
     """`run_variant` in a fresh process, so that no variant inherits another's memory.
 
@@ -401,6 +504,10 @@ def in_own_process(
         one of WORKLOADS
     variant
         one of VARIANTS
+    repeats
+        steps that are timed
+    threads
+        0: as many as PyTorch chooses
     """
     call = f"run_variant({work!r}, {variant!r}, {repeats}, {threads})"
     code = f"import json; from lagm.experiments.cost import run_variant; print(json.dumps({call}))"

@@ -56,14 +56,18 @@ class Doctor:
 
     Parameters
     ----------
+    data
+        folder of the datasets
+    checkpoints
+        folder of the checkpoints
     deep
         decode every picture
     """
 
     def __init__(
         self,
-        data: str | Path = "data",
-        checkpoints: str | Path = "checkpoints",
+        data: str | Path = "data",  # folder of the datasets
+        checkpoints: str | Path = "checkpoints",  # folder of the checkpoints
         deep: bool = False,  # decode every picture
     ):
         self.data, self.checkpoints, self.deep = Path(data), Path(checkpoints), deep
@@ -71,15 +75,15 @@ class Doctor:
         self._found: dict[tuple, Finding] = {}
 
     def raw(self, name: str) -> Source:
-        """What `lagm fetch` knows of a file or folder; `InputError` if nothing is called so."""
+        """What `lagm fetch` knows of the file or folder `name`; `InputError` if nothing is called so."""
         return get_source(name)
 
     def note(self, need: str, where: Path, detail: str, mend: str) -> Finding:
-        """A finding that stops nothing."""
+        """A finding about `need` at `where` that stops nothing: `detail` says what could be better, `mend` how."""
         return Finding(need, "note", str(where), detail, mend)
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with a picture or array."""
+        """What is wrong with the picture or array at `path`."""
         if path not in self._files:
             array = path.suffix == ".npy"
             self._files[path] = array_problem(path) if array else picture_problem(path, self.deep)
@@ -87,10 +91,10 @@ class Doctor:
 
     def items(
         self,
-        need: str,
+        need: str,  # e.g. "CelebAMask-HQ train"
         folder: Path,  # if this is not there, the need is missing, and not broken
-        mend: str,
-        make: Callable[[], Dataset],
+        mend: str,  # the command or page that helps
+        make: Callable[[], Dataset],  # opens the reader
         least: int = 1,  # how many items are needed
         first: int | None = None,  # look at so many items only
     ) -> Finding:
@@ -98,8 +102,14 @@ class Doctor:
 
         Parameters
         ----------
+        need
+            e.g. "CelebAMask-HQ train"
         folder
             if this is not there, the need is missing, and not broken
+        mend
+            the command or page that helps
+        make
+            opens the reader
         least
             how many items are needed
         first
@@ -112,7 +122,7 @@ class Doctor:
         return self._found[key]
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #d0c70001
-def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least: int, first: int | None
+def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Any], least: int, first: int | None
                ) -> tuple[str, str]:
     """Status and detail of the items of a reader."""
     if not folder.exists(): return "missing", f"there is no {folder}"
@@ -126,7 +136,7 @@ def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least:
     return "present", f"{len(dataset)} items, the {count} that are used were looked at"
 
 
-def _item_problem(doctor: Doctor, dataset: Dataset, index: int) -> str | None:
+def _item_problem(doctor: Doctor, dataset: Any, index: int) -> str | None:
     """What is wrong with an item, in its files or, if the doctor is to look deep, with their content."""
     try:
         for path in dataset.sources(index):
@@ -137,13 +147,15 @@ def _item_problem(doctor: Doctor, dataset: Dataset, index: int) -> str | None:
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #d0c70004
 def look_at_source(
-    doctor: Doctor,
+    doctor: Doctor,  # with the folders to look at
     name: str,  # as `lagm fetch` calls it
 ) -> Finding:
     """Look at a checkpoint or latent; `InputError` if nothing is called so.
 
     Parameters
     ----------
+    doctor
+        with the folders to look at
     name
         as `lagm fetch` calls it
     """
@@ -179,18 +191,34 @@ def _splits(doctor: Doctor, item: Experiment) -> list[Finding]:
 
 
 def examine(
-    item: Experiment,
-    doctor: Doctor,
+    item: Experiment,  # of the paper
+    doctor: Doctor,  # with the folders to look at
 ) -> list[Finding]:
-    """All that an experiment needs: what the entry of its dataset says, and its files."""
+    """All that an experiment needs: what the entry of its dataset says, and its files.
+
+    Parameters
+    ----------
+    item
+        of the paper
+    doctor
+        with the folders to look at
+    """
     entry, _ = dataset_entry(item.dataset)
     findings = (entry.examine or _splits)(doctor, item)
     return findings + [_backbone(doctor) if name == "resnet101" else look_at_source(doctor, name)
                        for name in item.needs]
 
 
-def can_run(findings: Iterable[Finding]) -> bool:
-    """Whether nothing that is needed is missing or broken."""
+def can_run(
+    findings: Iterable[Finding],  # of `examine`
+) -> bool:
+    """Whether nothing that is needed is missing or broken.
+
+    Parameters
+    ----------
+    findings
+        of `examine`
+    """
     return all(finding.status in ("present", "note") for finding in findings)
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #c3b7d1f0
@@ -225,7 +253,7 @@ def _examine_others(runs: Mapping[str, Run]) -> list[Finding]:
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #9556b260
 def examine_named(
     name: str,  # what `lagm run` takes, or the beginning of names
-    doctor: Doctor,
+    doctor: Doctor,  # with the folders to look at
 ) -> dict[str, list[Finding]]:  # by experiment, or by stage if not the whole experiment is meant
     """What the runs that a name stands for need; `InputError` if it stands for none.
 
@@ -233,6 +261,8 @@ def examine_named(
     ----------
     name
         what `lagm run` takes, or the beginning of names
+    doctor
+        with the folders to look at
 
     Returns
     -------
@@ -257,9 +287,9 @@ def report(
     # what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
     # 28
     name: str | None = None,
-    data: str | Path = "data",
-    checkpoints: str | Path = "checkpoints",
-    deep: bool = False,
+    data: str | Path = "data",  # folder of the datasets
+    checkpoints: str | Path = "checkpoints",  # folder of the checkpoints
+    deep: bool = False,  # decode every picture
 ) -> dict[str, Any]:  # plain values, for JSON
     """The findings of one or more experiments; `InputError` if nothing is called by that name.
 
@@ -268,6 +298,12 @@ def report(
     name
         what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; None: the paper's
         28
+    data
+        folder of the datasets
+    checkpoints
+        folder of the checkpoints
+    deep
+        decode every picture
 
     Returns
     -------
@@ -291,51 +327,47 @@ def _said_once(findings: Iterable[Finding]) -> list[str]:
     """Findings as text; those of the same reason share their lines."""
     groups: dict[Any, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault(
-            finding if finding.status == "present" else (finding.status, finding.detail, finding.mend), []
-        ).append(finding)
-    return [
-        str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
-        for group in groups.values()
-    ]
+        reason = finding if finding.status == "present" else (finding.status, finding.detail, finding.mend)
+        groups.setdefault(reason, []).append(finding)
+    return [str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
+            for group in groups.values()]
 
 
-def as_text(content: dict[str, Any]) -> str:
-    """A report for people: each reason is said once."""
-    lines, told = [], set()
+def as_text(
+    content: dict[str, Any],  # of `report`
+) -> str:
+    """A report for people: each reason is said once.
+
+    Parameters
+    ----------
+    content
+        of `report`
+    """
+    lines, told, single = [], set(), len(content["experiments"]) == 1
     for name, entry in content["experiments"].items():
         findings = [Finding(**finding) for finding in entry["findings"]]
         wrong = [finding for finding in findings if finding.status in ("missing", "broken")]
-        lines.append(
-            f"{name}: "
-            + (
-                "could run"
-                if entry["can_run"]
-                else "cannot run: " + ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)
-            )
-        )
-        single = len(content["experiments"]) == 1
+        lacking = ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)
+        lines.append(f"{name}: could run" if entry["can_run"] else f"{name}: cannot run: {lacking}")
         new = [finding for finding in findings if finding not in told and (single or finding.status != "present")]
         told |= set(new)
         lines += _said_once(new)
     ready = sum(entry["can_run"] for entry in content["experiments"].values())
-    return "\n".join(
-        lines
-        + (
-            [f"{ready} of {len(content['experiments'])} experiments could run"]
-            if len(content["experiments"]) > 1
-            else []
-        )
-    )
+    if not single: lines.append(f"{ready} of {len(content['experiments'])} experiments could run")
+    return "\n".join(lines)
 
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #5d0190s1
+def doctor_command(
+    arguments: Any,  # of the command line: name, data, checkpoints, deep, json
+) -> int:
+    """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1.
 
-def doctor_command(arguments: Any) -> int:
-    """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1."""
-    content = report(
-        arguments.name,
-        project_path(arguments.data, "data"),
-        project_path(arguments.checkpoints, "checkpoints"),
-        arguments.deep,
-    )
+    Parameters
+    ----------
+    arguments
+        of the command line: name, data, checkpoints, deep, json
+    """
+    content = report(arguments.name, project_path(arguments.data, "data"),
+                     project_path(arguments.checkpoints, "checkpoints"), arguments.deep)
     print(json.dumps(content, indent=1) if arguments.json else as_text(content))
     return 0 if content["can_run"] else 1

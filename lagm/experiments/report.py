@@ -13,7 +13,6 @@ __all__ = ['MOST', 'MOST_NAMES', 'LONGEST', 'TESTED', 'DOMAINS', 'FIRST_DOMAIN',
 # %% ../../nbs/reference/experiments/94_report.ipynb #68d5bb6f
 import base64
 import html
-import json
 import math
 import re
 import statistics
@@ -30,10 +29,10 @@ from ..core.errors import InputError, printable
 from ..core.files import atomic_path, read_json
 from ..data.registry import EXPERIMENTS
 from ..evaluation.curves import curves
-from ..evaluation.figures import panels, plain_label
+from ..evaluation.figures import panels
 from ..evaluation.metrics import Metrics
 from ..evaluation.tables import iou_bars
-from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
+from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers
 from .notebooks import read_record, unfinished_copy
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #79f6eb8f
@@ -61,7 +60,7 @@ def _history(value: Any) -> bool:
 # %% ../../nbs/reference/experiments/94_report.ipynb #79f6ebs0
 def check_record(
     record: Any,  # what metrics.json holds
-    path: str | Path,
+    path: str | Path,  # of a metrics.json
 ) -> dict[str, Any]:  # the same
     """A record of a run, every part that the report computes with being what it should be; `InputError` otherwise.
 
@@ -69,6 +68,8 @@ def check_record(
     ----------
     record
         what metrics.json holds
+    path
+        of a metrics.json
 
     Returns
     -------
@@ -127,17 +128,31 @@ class Result:
         empty for single notebooks
     variant
         "", "seed1", "small", ...
+    folder
+        where it lies
     record
         the content of metrics.json
     """
     experiment: str  # without the ending of a variant
     stage: str  # empty for single notebooks
     variant: str  # "", "seed1", "small", ...
-    folder: Path
+    folder: Path  # where it lies
     record: Mapping[str, Any] = field(repr=False)  # the content of metrics.json
 
-    def value(self, metric: str, row: str | None = None) -> float | None:
-        """A number, in per cent, from a row of the metrics (none: the first that has it); None if it is not there."""
+    def value(
+        self,
+        metric: str,  # e.g. "fg_miou"
+        row: str | None = None,  # method or network; None: the first that has it
+    ) -> float | None:
+        """A number, in per cent, from a row of the metrics (none: the first that has it); None if it is not there.
+
+        Parameters
+        ----------
+        metric
+            e.g. "fg_miou"
+        row
+            method or network; None: the first that has it
+        """
         rows = self.record.get("metrics", {})
         rows = rows.items() if row is None else [(row, rows.get(row, {}))]
         found = next(
@@ -152,9 +167,14 @@ class Result:
 
 
 def find_results(
-    outputs: str | Path,
+    outputs: str | Path,  # the folder outputs/
 ) -> tuple[list[Result], list[str]]:  # results sorted by folder; complaints about files that cannot be read
     """All results below a folder. Links are not followed; a file that is no record is named, not taken.
+
+    Parameters
+    ----------
+    outputs
+        the folder outputs/
 
     Returns
     -------
@@ -180,21 +200,29 @@ class Row:
 
     Attributes
     ----------
+    experiment
+        as in the catalogue
+    metric
+        of the paper
     paper
+        per cent
+    paper_std
         per cent
     values
         ours, one per seed
+    iterations
+        of the annotator
     hours
         of all stages, mean over seeds
     note
         what is missing and why; empty if nothing is
     """
-    experiment: str
-    metric: str
+    experiment: str  # as in the catalogue
+    metric: str  # of the paper
     paper: float | None  # per cent
-    paper_std: float | None
+    paper_std: float | None  # per cent
     values: tuple[float, ...]  # ours, one per seed
-    iterations: int | None
+    iterations: int | None  # of the annotator
     hours: float | None  # of all stages, mean over seeds
     note: str  # what is missing and why; empty if nothing is
 
@@ -211,7 +239,7 @@ class Row:
 # %% ../../nbs/reference/experiments/94_report.ipynb #4de4e3s0
 def why_missing(
     runs: Sequence[Run],  # the stages of the experiment
-    root: str | Path,
+    root: str | Path,  # the project's folder
 ) -> str:
     """Why an experiment has no number: which stage failed, or what it lacks, or that nobody ran it.
 
@@ -219,6 +247,8 @@ def why_missing(
     ----------
     runs
         the stages of the experiment
+    root
+        the project's folder
     """
     for run in runs:
         path = Path(root) / run.output
@@ -244,11 +274,21 @@ def _short(line: str) -> str:
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #a4ff36a6
 def paper_rows(
-    results: Iterable[Result],
-    catalogue: Mapping[str, Run],
-    root: str | Path = ".",
+    results: Iterable[Result],  # of `find_results`
+    catalogue: Mapping[str, Run],  # of `read_catalogue`
+    root: str | Path = ".",  # the project's folder
 ) -> list[Row]:
-    """One row for each of the paper's experiments."""
+    """One row for each of the paper's experiments.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    catalogue
+        of `read_catalogue`
+    root
+        the project's folder
+    """
     results, rows = [result for result in results if "small" not in result.variant], []
     numbers, names = paper_numbers(), paper_experiments()
     for name in names:
@@ -282,13 +322,34 @@ def paper_rows(
     return rows
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #9981cf1a
-def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A number as text; a dash if there is none."""
+def number(
+    value: float | None,  # None: a dash
+    digits: int = 2,  # behind the point
+    sign: bool = False,  # write a plus, too
+) -> str:
+    """A number as text; a dash if there is none.
+
+    Parameters
+    ----------
+    value
+        None: a dash
+    digits
+        behind the point
+    sign
+        write a plus, too
+    """
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def paper_table(rows: Iterable[Row]) -> list[list[str]]:  # the head first
+def paper_table(
+    rows: Iterable[Row],  # of `paper_rows`
+) -> list[list[str]]:  # the head first
     """The paper's experiments: paper, ours, difference, cost, and what is missing.
+
+    Parameters
+    ----------
+    rows
+        of `paper_rows`
 
     Returns
     -------
@@ -316,25 +377,57 @@ def paper_table(rows: Iterable[Row]) -> list[list[str]]:  # the head first
     return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #1befdf73
-def in_markdown(text: Any) -> str:
-    """A text from a file as Markdown that shows just this text, in one line: no formatting, links, pictures or HTML."""
+def in_markdown(
+    text: Any,  # anything
+) -> str:
+    """A text from a file as Markdown that shows just this text, in one line: no formatting, links, pictures or HTML.
+
+    Parameters
+    ----------
+    text
+        anything
+    """
     shown = html.escape(printable(" ".join(str(text).split()), 2000), quote=False)
     return re.sub(r"[\\`*\[\]|#$]", r"\\\g<0>", shown)
 
 
-def in_html(text: Any) -> str:
-    """A text from a file as HTML that shows just this text, in one line."""
+def in_html(
+    text: Any,  # anything
+) -> str:
+    """A text from a file as HTML that shows just this text, in one line.
+
+    Parameters
+    ----------
+    text
+        anything
+    """
     return html.escape(printable(" ".join(str(text).split()), 2000))
 
 
-def as_markdown(table: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+def as_markdown(
+    table: Sequence[Sequence[str]],  # rows of texts, the first one is the head
+) -> str:
+    """A table in Markdown.
+
+    Parameters
+    ----------
+    table
+        rows of texts, the first one is the head
+    """
     lines = [f"| {' | '.join(in_markdown(text) for text in row)} |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-def as_html(table: Sequence[Sequence[str]]) -> str:
-    """A table in HTML."""
+def as_html(
+    table: Sequence[Sequence[str]],  # rows of texts, the first one is the head
+) -> str:
+    """A table in HTML.
+
+    Parameters
+    ----------
+    table
+        rows of texts, the first one is the head
+    """
     def line(row: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{in_html(text)}</{tag}>" for text in row) + "</tr>"
     return "<table>\n" + "\n".join([line(table[0], "th"), *(line(row, "td") for row in table[1:])]) + "\n</table>"
@@ -351,8 +444,16 @@ class Table(list):
 TESTED = ("", "methods", "evaluate", "cross_domain")  # stages whose numbers are of test pictures
 
 
-def on_validation(result: Result) -> bool:
-    """Whether its numbers are of validation pictures, for choices that are still to be made."""
+def on_validation(
+    result: Result,  # one run
+) -> bool:
+    """Whether its numbers are of validation pictures, for choices that are still to be made.
+
+    Parameters
+    ----------
+    result
+        one run
+    """
     parameters = result.record.get("parameters")
     return isinstance(parameters, dict) and parameters.get("tested_on") == "val"
 
@@ -363,10 +464,17 @@ def _group(result: Result) -> str:
 
 
 def group_results(
-    results: Iterable[Result],
-    metric: str = "fg_miou",
+    results: Iterable[Result],  # of `find_results`
+    metric: str = "fg_miou",  # e.g. "fg_miou"
 ) -> dict[tuple[str, str], list[float]]:  # (experiment, method) -> per cent, one per seed
     """The numbers of experiments that the paper does not have, by method.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    metric
+        e.g. "fg_miou"
 
     Returns
     -------
@@ -385,10 +493,15 @@ def group_results(
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #5fcf28s0
 def group_minutes(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
 ) -> dict[tuple[str, str], float]:  # (experiment, method) -> mean minutes
     """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages
     before the test otherwise.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
 
     Returns
     -------
@@ -485,12 +598,22 @@ def _benchmark(groups: Mapping[tuple[str, str], Any], domain: str = FIRST_DOMAIN
 
 
 def benchmark_table(
-    groups: Mapping[tuple[str, str], Sequence[float]],
-    minutes: Mapping[tuple[str, str], float] = {},
-    domain: str = FIRST_DOMAIN,
+    groups: Mapping[tuple[str, str], Sequence[float]],  # scores by experiment and method
+    minutes: Mapping[tuple[str, str], float] = {},  # by experiment and method
+    domain: str = FIRST_DOMAIN,  # of the benchmark, such as big-ears
 ) -> list[list[str]]:
     """The demo benchmark in one domain: a row for each method, a column for each number of labels; mean ± standard
-    deviation, and the number of seeds in brackets."""
+    deviation, and the number of seeds in brackets.
+
+    Parameters
+    ----------
+    groups
+        scores by experiment and method
+    minutes
+        by experiment and method
+    domain
+        of the benchmark, such as big-ears
+    """
     found, cost = _benchmark(groups, domain), _benchmark(minutes, domain)
     ks = sorted({k for points in found.values() for k in points})
     table = [["method", *(f"k = {k}" for k in ks), "minutes"]]
@@ -504,10 +627,16 @@ WHOLE_RECIPE = ("demo_k2", "gradient matching")  # what ablations are set beside
 
 
 def ablation_table(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
 ) -> list[list[str]]:
     """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from
-    the whole recipe, finished if this is, over the seeds that both have."""
+    the whole recipe, finished if this is, over the seeds that both have.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    """
     results = list(results)
     whole = {(r.variant or "seed0", ending): value for r in results for ending in ("", FINISHED)
              if r.experiment == WHOLE_RECIPE[0] and "small" not in r.variant
@@ -534,10 +663,16 @@ STURDY_ROWS = ("supervised", "gradient matching", f"gradient matching{FINISHED}"
 
 
 def sturdy_table(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
 ) -> list[list[str]]:
     """A row per experiment demo_sturdy_NAME_kK: validation FG-mIoU in per cent of the labelled pictures alone, of
-    matching and of it finished, each in this setting, and how far ahead the last is of the first in its worst seed."""
+    matching and of it finished, each in this setting, and how far ahead the last is of the first in its worst seed.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    """
     found: dict[tuple[int, str], list[Result]] = {}
     for r in results:
         parts = re.fullmatch(r"demo_sturdy_(\w+)_k(\d+)", r.experiment)
@@ -552,8 +687,16 @@ def sturdy_table(
     return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #f6144c41
-def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
-    """FG-mIoU against the number of labelled pictures: the paper's points, and ours where there are any."""
+def number_of_labels_figure(
+    rows: Iterable[Row],  # of `paper_rows`
+) -> Figure:
+    """FG-mIoU against the number of labelled pictures: the paper's points, and ours where there are any.
+
+    Parameters
+    ----------
+    rows
+        of `paper_rows`
+    """
     items = {name: item for name, item in EXPERIMENTS.items() if item.figure}
     families: dict[str, dict[int, Row]] = {item.figure: {} for item in items.values()}
     for row in rows:
@@ -567,12 +710,13 @@ def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
             ax.errorbar(list(ours), means, spreads, fmt="s-", color="#c0392b", label="ours", capsize=3)
         ax.set(xscale="log", title=title, xlabel="labelled pictures", ylabel="FG-mIoU, per cent")
         ax.set_xticks(list(own), [str(k) for k in own])
-        ax.minorticks_off(), ax.legend(frameon=False, loc="lower right")
+        ax.minorticks_off()
+        ax.legend(frameon=False, loc="lower right")
     return figure
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #1c7e3d82
 def learning_curves_figure(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
     k: int = 2,  # labelled pictures
 ) -> Figure | None:
     """Validation FG-mIoU over the steps of every method of the demo benchmark, before its finish, from its first seed;
@@ -580,6 +724,8 @@ def learning_curves_figure(
 
     Parameters
     ----------
+    results
+        of `find_results`
     k
         labelled pictures
     """
@@ -620,10 +766,15 @@ MOST_BARS = 8  # methods in one figure: as many as there are colours
 
 
 def class_figures(
-    results: Iterable[Result],
+    results: Iterable[Result],  # of `find_results`
 ) -> dict[str, Figure]:  # experiment -> bars
     """IoU by class of every experiment whose record has one, a bar per method, if these are not too many to be told
     apart; the newest variant counts.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
 
     Returns
     -------
@@ -656,10 +807,17 @@ def class_figures(
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #58996ds0
 def result_pictures(
-    results: Iterable[Result],
-    names: Sequence[str] = ("generated.png", "test.png", "target.png"),
+    results: Iterable[Result],  # of `find_results`
+    names: Sequence[str] = ("generated.png", "test.png", "target.png"),  # of the files, where runs have them
 ) -> list[tuple[str, Path]]:  # title and file
     """The pictures that runs left: the annotator's labels, and predictions beside the truth.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    names
+        of the files, where runs have them
 
     Returns
     -------
@@ -684,14 +842,18 @@ class Section:
 
     Attributes
     ----------
+    title
+        heading
     text
         paragraphs, plain
+    table
+        rows of texts, the head first
     pictures
         title and PNG file
     """
-    title: str
+    title: str  # heading
     text: str = ""  # paragraphs, plain
-    table: Sequence[Sequence[str]] = ()
+    table: Sequence[Sequence[str]] = ()  # rows of texts, the head first
     pictures: Sequence[tuple[str, Path]] = ()  # title and PNG file
 
 
@@ -703,20 +865,37 @@ PAGE = ('<!doctype html>\n<html lang="en"><head><meta '
 
 
 def save_figure(
-    figure: Figure,
-    path: str | Path,
+    figure: Figure,  # to save
+    path: str | Path,  # a PNG file
 ) -> Path:
-    """Save a figure, atomically."""
+    """Save a figure, atomically.
+
+    Parameters
+    ----------
+    figure
+        to save
+    path
+        a PNG file
+    """
     with atomic_path(path) as temporary: figure.savefig(temporary, dpi=100)
     return Path(path)
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #220fabs0
 def write_pages(
-    sections: Sequence[Section],
-    folder: str | Path,
-    title: str = "Report",
+    sections: Sequence[Section],  # in order
+    folder: str | Path,  # made if it is not there
+    title: str = "Report",  # of the report
 ) -> tuple[Path, Path]:  # report.md and report.html
     """Write the sections as Markdown and as one HTML file.
+
+    Parameters
+    ----------
+    sections
+        in order
+    folder
+        made if it is not there
+    title
+        of the report
 
     Returns
     -------

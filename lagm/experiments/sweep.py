@@ -307,7 +307,7 @@ class _Jobs:
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #98ffee99
 class Sweep(_Jobs):
-    """Runs what is to do, `jobs` at a time; `steps` tells how far it is.
+    """Runs what is to do, `jobs` at a time; `steps` tells how far it is. `InputError` for no jobs.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@
 __all__ = ['NOISE_MODES', 'Generated', 'Sampling', 'FrozenGenerator', 'check_generated']
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #820e2ae4
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -55,7 +55,7 @@ class Sampling:
     cutoff: int | None = 8  # number of style vectors that are truncated; None means all
     noise: str = "random"  # noise per pixel: "random", "const" (the stored one) or "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "sampling")
         if not 0 <= self.psi <= 2:
             raise InputError(f"truncation psi is {self.psi}: choose a number from 0 to 1 (up to 2 extrapolates)")
@@ -82,7 +82,7 @@ class _FrozenNetwork:
 
     @property
     def device(self) -> torch.device:
-        "Where the weights are."
+        """Where the weights are."""
         return next(self.network.parameters()).device
 
     def to(
@@ -156,7 +156,8 @@ class FrozenGenerator(_FrozenNetwork):
         self.sampling, self.dtype, self.header = sampling, dtype, header or {}
         self.resolution = network.img_resolution
         shapes = _feature_shapes(self)
-        self.feature_channels, self.feature_sizes = [c for c, _, _ in shapes], [h for _, h, _ in shapes]
+        self.feature_channels: Sequence[int] = [c for c, _, _ in shapes]
+        self.feature_sizes: Sequence[int] = [h for _, h, _ in shapes]
 
     @torch.no_grad()
     def __call__(
@@ -188,9 +189,10 @@ def _check_latents(z: Tensor, z_dim: int) -> None:
     raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {z_dim})")
 
 
-def _feature_shapes(generator: FrozenGenerator) -> list[tuple[int, int, int]]:
+def _feature_shapes(generator: FrozenGenerator) -> Sequence[Sequence[int]]:
     """Channels, height and width of the feature maps: what the network says, or else shows for one latent."""
-    said = getattr(generator.network, "feature_shapes", None)  # a forward pass takes a while at 1024 pixels
+    # a forward pass takes a while at 1024 pixels
+    said: Sequence[Sequence[int]] | None = getattr(generator.network, "feature_shapes", None)
     if said is not None: return said
     return [tuple(f.shape[1:]) for f in generator(torch.zeros(1, generator.z_dim, device=generator.device)).features]
 

@@ -133,7 +133,7 @@ def fill_network(
     data: memoryview,  # the file's bytes
     progress: bool = False,  # whether a line shows how far it is
 ) -> nn.Module:
-    """Put weights into a network. Raises `InputError` unless names and shapes are the network's, and all numbers finite.
+    """Put weights into a network. `InputError` unless names and shapes are the network's, and all numbers finite.
 
     Parameters
     ----------
@@ -289,7 +289,7 @@ def count_numbered(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #9195b4d7
 def _in_two_dimensions(weight: Weight) -> Weight:
-    "A filter that is stored as one row: the product of the row with itself."
+    """A filter that is stored as one row: the product of the row with itself."""
     return weight._replace(shape=weight.shape * 2, read=lambda: torch.outer(*[weight.read()] * 2))
 
 
@@ -426,7 +426,7 @@ def find_generator(
 
 
 def _complain_of(value: Any) -> None:
-    "Raise `Unreadable` for content that is no state dict, or one of the authors' files."
+    """Raise `Unreadable` for content that is no state dict, or one of the authors' files."""
     if isinstance(value, Extra):
         raise Unreadable(f"holds a whole object of some program ({quoted(value.class_name)}), not a network's weights",
                          "open it there, and save its state_dict()")
@@ -445,7 +445,7 @@ def _complain_of(value: Any) -> None:
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00008
 def _short(value: Any) -> str:
-    "A dict in a few words."
+    """A dict in a few words."""
     if not isinstance(value, dict): return quoted(value)
     return ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in list(value.items())[:8])
 

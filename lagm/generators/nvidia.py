@@ -92,7 +92,7 @@ def tf_arguments(
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #4754eaef
 def _kernel(array: LazyArray, flip: bool = False) -> Weight:
-    "A kernel (height, width, in, out) as (out, in, height, width)."
+    """A kernel (height, width, in, out) as (out, in, height, width)."""
     if len(array.shape) != 4: raise Unreadable("has a kernel without four dimensions")
     height, width, inputs, outputs = array.shape
     turn = (
@@ -104,7 +104,7 @@ def _kernel(array: LazyArray, flip: bool = False) -> Weight:
 
 
 def _transposed(array: LazyArray) -> Weight:
-    "A matrix (in, out) as (out, in)."
+    """A matrix (in, out) as (out, in)."""
     return from_tensor(array, lambda t: t.t().contiguous(), array.shape[::-1])
 
 
@@ -159,7 +159,7 @@ def tf_weight(
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #8d674956
 def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
-    "All variables of a TensorFlow network and its two components, by full name."
+    """All variables of a TensorFlow network and its two components, by full name."""
     state = record.state if isinstance(record, Record) else {}
     variables, components = state.get("variables"), state.get("components", {})
     if not isinstance(variables, list | tuple) or not isinstance(components, dict):
@@ -206,7 +206,7 @@ def nvidia_tensorflow(
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #8d6749s0
 def _gs(value: Any) -> Record | None:
-    "The network Gs in a TensorFlow pickle: alone, or the last of three."
+    """The network Gs in a TensorFlow pickle: alone, or the last of three."""
     three = isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(item, Record) for item in value)
     record = value[2] if three else value
     return record if isinstance(record, Record) and "tflib" in record.class_name else None
@@ -260,7 +260,7 @@ def nested_arguments(
 
 
 def _of_the_later_program(record: Record) -> bool:
-    "Whether the blocks have an attribute that came with StyleGAN3's program."
+    """Whether the blocks have an attribute that came with StyleGAN3's program."""
     for name in ("synthesis", "b4"):
         children = record.state.get("_modules")
         record = children.get(name) if isinstance(children, dict) else None
@@ -300,7 +300,7 @@ def nvidia_pytorch(
 
 
 def _ema(value: Any) -> Record | None:
-    "The object that holds G_ema, if there is one: the content itself, or its entry."
+    """The object that holds G_ema, if there is one: the content itself, or its entry."""
     record = value.get("G_ema") if isinstance(value, dict) else value
     return record if isinstance(record, Record) else None
 

@@ -185,7 +185,7 @@ FUSED_FROM = 128  # output pixels from which doubling and convolution are one tr
 
 
 class BlurKernel(nn.Module):
-    "The low-pass filter behind every doubling: (B, C, H, W) to the same shape, zeros outside."
+    """The low-pass filter behind every doubling: (B, C, H, W) to the same shape, zeros outside."""
 
     def __init__(self):
         super().__init__()
@@ -683,11 +683,11 @@ class StyleGAN1(StyleHalves):
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
-        "Channels, height and width of each feature map, coarse to fine."
+        """Channels, height and width of each feature map, coarse to fine."""
         return [(c, min(r, self.largest), min(r, self.largest)) for r, c in self.channels.items() for _ in range(2)]
 
     def init_kwargs(self) -> dict[str, Any]:
-        "The constructor's arguments, JSON-able."
+        """The constructor's arguments, JSON-able."""
         return dict(self._kwargs)
 
     @classmethod

@@ -70,7 +70,7 @@ LARGEST_NUMBER = 1e30  # of a tap, a clamp or a learning rate: float32 ends at 3
 
 
 def _is_number(value: Any) -> bool:
-    "Whether it is a number that float32 can hold."
+    """Whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #9fc53508
@@ -237,7 +237,7 @@ class ReleasedArguments:
     _synthesis_kwargs: dict[str, Any]
 
     def init_kwargs(self) -> dict[str, Any]:
-        "The constructor's arguments, JSON-able, under the names of the released checkpoints."
+        """The constructor's arguments, JSON-able, under the names of the released checkpoints."""
         sizes = {name: getattr(self, name) for name in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")}
         return dict(**sizes, mapping_kwargs=dict(self._mapping_kwargs), synthesis_kwargs=dict(self._synthesis_kwargs))
 

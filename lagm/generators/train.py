@@ -11,6 +11,7 @@ __all__ = ['EqualisedConv', 'DiscriminatorBlock', 'minibatch_std', 'Discriminato
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from ..core.errors import InputError
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..core.values import check_fields
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
@@ -299,7 +300,7 @@ class GANRecipe:
             if getattr(self, name) < 1: raise InputError(f"{name} is {getattr(self, name)}: choose 1 or more")
 
     def generator(self) -> StyleGAN2:
-        "A new generator of this recipe's size."
+        """A new generator of this recipe's size."""
         return StyleGAN2(self.resolution, z_dim=self.z_dim, w_dim=self.w_dim, mapping_layers=self.mapping_layers,
                          channel_base=self.channel_base, channel_max=self.channel_max)
 
@@ -397,7 +398,7 @@ class GANState:
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
         self.average.load_state_dict(self.generator.state_dict())
-        adam = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
+        adam: dict[str, Any] = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
         self.optimizers = {"generator": torch.optim.Adam(self.generator.parameters(), **adam),
                            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **adam)}
         self.history: list[dict[str, float]] = []
@@ -406,20 +407,20 @@ class GANState:
 
     @property
     def finished(self) -> bool:
-        "Whether the recipe's number of images has been seen."
+        """Whether the recipe's number of images has been seen."""
         return self.seen >= self.recipe.images
 
     def learning_rate(self) -> float:
-        "The rate at this point of the run: constant, then linearly down to a tenth."
+        """The rate at this point of the run: constant, then linearly down to a tenth."""
         left = (self.recipe.images - self.seen) / max(self.recipe.cooldown * self.recipe.images, 1)
         return self.recipe.learning_rate * (0.1 + 0.9 * min(1.0, max(0.0, left)))
 
 # %% ../../nbs/reference/generators/24_train.ipynb #7cd25e40
 class GANTrainer(GANState):
-    "A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."
+    """A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."""
 
     def step(self) -> dict[str, float]:
-        "One update of both networks; returns the losses."
+        """One update of both networks; returns the losses."""
         for optimizer in self.optimizers.values(): optimizer.param_groups[0]["lr"] = self.learning_rate()
         real = real_batch(self.images, self.recipe.batch, self.rng)
         fake = fake_batch(self.generator, self.recipe.batch, self.recipe.style_mixing, self.rng, self.dtype)

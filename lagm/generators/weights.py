@@ -8,7 +8,7 @@ __all__ = ['FORMAT_VERSION', 'NETWORKS', 'WEIGHT_TYPES', 'generator_header', 'sa
            'as_weight', 'check_names', 'network_from_tensors', 'check_version', 'of_class']
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #447eec3f
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .stylegan2_classes import one_class
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #42b1c918
 FORMAT_VERSION = 1
-NETWORKS = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # the classes a file may name
+NETWORKS: dict[str, Any] = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # the classes a file may name
 
 
 def generator_header(
@@ -154,7 +154,7 @@ def check_names(
 
 
 def _complain(path: str | Path, what: str, names: list[str]) -> None:
-    "Raise `InputError` if there are names to complain of."
+    """Raise `InputError` if there are names to complain of."""
     if not names: return
     some = f"{', '.join(printable(name, 120) for name in names[:4])}{' …' if len(names) > 4 else ''}"
     raise InputError(f"{path} {what} {some}: the file is damaged or belongs to another network; "
@@ -242,7 +242,8 @@ def of_class(
         a network that draws this class only, and its header
     """
     if label is None: return network, header
-    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
+    if not isinstance(network, StyleGAN2) or not network.c_dim:
+        raise InputError(f"{path} is no conditional generator: leave label out")
     try: network = one_class(network, label)
     except InputError as error: raise InputError(f"{path}: {error}") from error
     return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})

@@ -33,21 +33,31 @@ from ..data.label_maps import make_labels, write_classes
 from ..data.labels import IGNORE, LabelSet
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #fd739b24
-def check_parts(labels: LabelSet) -> LabelSet:
-    """The label set; `InputError` if it has no part besides the background."""
+def check_parts(
+    labels: LabelSet,  # of a project
+) -> LabelSet:
+    """The label set; `InputError` if it has no part besides the background.
+
+    Parameters
+    ----------
+    labels
+        of a project
+    """
     if labels.n_classes > 1: return labels
     raise InputError(f"there is one class only, {labels.classes[0]}; give the background and at least one part: "
                      "background,skin,...")
 
 
 def agree_on_classes(
-    folder: Path,
+    folder: Path,  # with classes.txt, or without
     classes: LabelSet | Sequence[str] | None,  # as the user gave them; None: those of classes.txt
 ) -> LabelSet:
     """The classes of a folder, written to its classes.txt; `InputError` if the list on disk says otherwise.
 
     Parameters
     ----------
+    folder
+        with classes.txt, or without
     classes
         as the user gave them; None: those of classes.txt
     """
@@ -74,6 +84,8 @@ class Album:
 
     Parameters
     ----------
+    folder
+        with images/, or with the pictures in it
     classes
         the background first; None: those of classes.txt
     names
@@ -82,7 +94,7 @@ class Album:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # with images/, or with the pictures in it
         classes: LabelSet | Sequence[str] | None = None,  # the background first; None: those of classes.txt
         names: Sequence[str] | None = None,  # show these pictures alone
     ):
@@ -102,12 +114,30 @@ class Album:
 
     def __len__(self) -> int: return len(self.names)
 
-    def mask_path(self, index: int) -> Path:
-        """Where the mask of a picture is written."""
+    def mask_path(
+        self,
+        index: int,  # of a picture, from 0
+    ) -> Path:
+        """Where the mask of a picture is written.
+
+        Parameters
+        ----------
+        index
+            of a picture, from 0
+        """
         return self.folder / "masks" / f"{self.names[index]}.png"
 
-    def image(self, index: int) -> Image.Image:
-        """The picture, RGB and upright; `InputError` if it cannot be read."""
+    def image(
+        self,
+        index: int,  # of a picture, from 0
+    ) -> Image.Image:
+        """The picture, RGB and upright; `InputError` if it cannot be read.
+
+        Parameters
+        ----------
+        index
+            of a picture, from 0
+        """
         return read_image(self.images[self.names[index]], upright=True)
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #da35c1fc
@@ -120,10 +150,17 @@ def _stored_mask(album: Album, index: int) -> Path | None:
 
 
 def read_painted(
-    album: Album,
-    index: int,
+    album: Album,  # pictures and masks
+    index: int,  # of a picture, from 0
 ) -> np.ndarray:  # (H, W) uint8: classes, 255 = not labelled yet
     """What is painted on a picture so far; `InputError` if the mask on disk does not belong to the picture.
+
+    Parameters
+    ----------
+    album
+        pictures and masks
+    index
+        of a picture, from 0
 
     Returns
     -------
@@ -139,8 +176,8 @@ def read_painted(
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #ee2cd9dc
 def save_painted(
-    album: Album,
-    index: int,
+    album: Album,  # pictures and masks
+    index: int,  # of a picture, from 0
     mask: np.ndarray,  # (H, W) class numbers of the upright picture, 255 = not labelled yet
 ) -> float:  # the labelled share of the picture, 0 to 1
     """Write a mask, whole or not at all; `InputError` if it does not fit the picture or holds a number that is no
@@ -148,6 +185,10 @@ def save_painted(
 
     Parameters
     ----------
+    album
+        pictures and masks
+    index
+        of a picture, from 0
     mask
         (H, W) class numbers of the upright picture, 255 = not labelled yet
 
@@ -172,8 +213,16 @@ def save_painted(
     return float((mask != IGNORE).mean())
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #a6b2d30c
-def labelled_shares(album: Album) -> list[float]:
-    """The labelled share of each picture, 0 to 1; 0 where there is no mask."""
+def labelled_shares(
+    album: Album,  # pictures and masks
+) -> list[float]:
+    """The labelled share of each picture, 0 to 1; 0 where there is no mask.
+
+    Parameters
+    ----------
+    album
+        pictures and masks
+    """
     shares = []
     for index in range(len(album)):
         path = _stored_mask(album, index)
@@ -181,8 +230,16 @@ def labelled_shares(album: Album) -> list[float]:
     return shares
 
 
-def unpainted_classes(album: Album) -> list[str]:
-    """The classes that no mask shows yet: nothing can be learnt about them."""
+def unpainted_classes(
+    album: Album,  # pictures and masks
+) -> list[str]:
+    """The classes that no mask shows yet: nothing can be learnt about them.
+
+    Parameters
+    ----------
+    album
+        pictures and masks
+    """
     shown = set()
     for index in range(len(album)):
         path = _stored_mask(album, index)
@@ -190,22 +247,37 @@ def unpainted_classes(album: Album) -> list[str]:
     return [name for number, name in enumerate(album.labels.classes) if number not in shown]
 
 # %% ../../nbs/reference/labelling/81_album.ipynb #beae1cfe
-def picture_png(album: Album, index: int) -> bytes:
-    """The upright picture as the content of a PNG file."""
+def picture_png(
+    album: Album,  # pictures and masks
+    index: int,  # of a picture, from 0
+) -> bytes:
+    """The upright picture as the content of a PNG file.
+
+    Parameters
+    ----------
+    album
+        pictures and masks
+    index
+        of a picture, from 0
+    """
     buffer = io.BytesIO()
     album.image(index).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def mask_from_bytes(
-    album: Album,
-    index: int,
+    album: Album,  # pictures and masks
+    index: int,  # of a picture, from 0
     content: bytes,  # one byte a pixel, row by row
 ) -> np.ndarray:  # (H, W) uint8
     """The bytes of a canvas as a mask; `InputError` if there are too few or too many.
 
     Parameters
     ----------
+    album
+        pictures and masks
+    index
+        of a picture, from 0
     content
         one byte a pixel, row by row
 
@@ -228,6 +300,8 @@ class Desk:
 
     Parameters
     ----------
+    album
+        what is worked on
     proposals
         by kind; each gives (H, W) numbers
     index
@@ -236,7 +310,7 @@ class Desk:
 
     def __init__(
         self,
-        album: Album,
+        album: Album,  # what is worked on
         proposals: Mapping[str, Callable[[Album, int], np.ndarray]] | None = None,  # by kind; each gives (H, W) numbers
         index: int = 0,  # the picture to open first
     ):
@@ -254,16 +328,16 @@ class Desk:
         raise InputError(f"there is no picture number {index!r}; there are {len(self.album)}")
 
     def picture(self, index: int) -> tuple[bytes, np.ndarray]:
-        """The content of a PNG file, and what is painted on it."""
+        """The content of a PNG file of picture `index`, and what is painted on it."""
         return picture_png(self.album, self._known(index)), read_painted(self.album, index)
 
     def save(self, index: int, content: bytes) -> float:
-        """Write the bytes of a canvas as the mask of a picture; the labelled share."""
+        """Write the bytes of a canvas, `content`, as the mask of picture `index`; the labelled share."""
         mask = mask_from_bytes(self.album, self._known(index), content)
         with self._writing: return save_painted(self.album, index, mask)
 
     def propose(self, kind: str, index: int) -> np.ndarray:
-        """(H, W) uint8: a number for each pixel, of a region or of a class."""
+        """What `kind` says of picture `index`: (H, W) uint8, the number of a region or a class for each pixel."""
         if kind not in self.proposals:
             raise InputError(f"nothing proposes {kind!r} here; known: {', '.join(self.proposals) or 'nothing'}")
         found = np.asarray(self.proposals[kind](self.album, self._known(index)))

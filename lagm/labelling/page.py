@@ -11,7 +11,6 @@ import http.server
 import json
 import re
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +23,9 @@ from .album import Desk
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>lagm label</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body { margin: 12px auto; padding: 0 12px; max-width: 1200px; background: Canvas; color-scheme: light dark; }</style></head>
+<style>
+body { margin: 12px auto; padding: 0 12px; max-width: 1200px; background: Canvas; color-scheme: light dark; }
+</style></head>
 <body><div id="painter"></div>
 <script type="module">
 import {Painter, STYLE, pageLink} from "/painter.js";
@@ -49,19 +50,23 @@ def _mask(desk: Desk, index: int) -> Answer:
 
 
 def respond(
-    desk: Desk,
+    desk: Desk,  # what answers
     method: str,  # GET or PUT
     path: str,  # of the request, without what follows a question mark
-    body: bytes = b"",
+    body: bytes = b"",  # of the request
 ) -> Answer:
     """Answer a request that had the token; raises `InputError` where the desk does.
 
     Parameters
     ----------
+    desk
+        what answers
     method
         GET or PUT
     path
         of the request, without what follows a question mark
+    body
+        of the request
     """
     if (method, path) == ("GET", "/api/state"): return _json(desk.state())
     found = re.fullmatch(r"/api/(picture|mask)/(\d{1,9})", path)
@@ -131,6 +136,8 @@ class LabelServer(http.server.ThreadingHTTPServer):
     ----------
     respond
         method, path, body -> answer
+    page
+        HTML
     port
         0: any that is free
     """
@@ -142,7 +149,7 @@ class LabelServer(http.server.ThreadingHTTPServer):
     def __init__(
         self,
         respond: Callable[[str, str, bytes], Answer],  # method, path, body -> answer
-        page: str = PAGE,
+        page: str = PAGE,  # HTML
         port: int = 0,  # 0: any that is free
     ):
         self.respond, self.token = respond, secrets.token_urlsafe(24)

@@ -14,12 +14,13 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import asset
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
 
-try: import anywidget
+try:
+    import anywidget
 except ImportError: anywidget = None
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #bc25c615
@@ -46,7 +47,7 @@ def open_album(
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #cd03f571
 def answer(
-    desk: Desk,
+    desk: Desk,  # what answers
     content: Mapping[str, Any],  # {"ask": number, "kind": ..., and what the kind needs}
     buffers: Sequence[Any] = (),  # of the message
 ) -> tuple[dict[str, Any], list[bytes]]:  # content and buffers of the answer
@@ -54,6 +55,8 @@ def answer(
 
     Parameters
     ----------
+    desk
+        what answers
     content
         {"ask": number, "kind": ..., and what the kind needs}
     buffers
@@ -77,7 +80,7 @@ def answer(
     except (InputError, OSError) as error: return reply | {"error": str(error)}, []
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #afe2b224
-class Painter(anywidget.AnyWidget if anywidget else object):
+class Painter(anywidget.AnyWidget if anywidget else object):  # type: ignore[misc]
     """Paint part labels on the pictures of a folder, in the output of a cell; masks/ has every stroke at once.
 
     Needs the extra `paint`. Raises `InputError` as `Album` does, and if the extra is not installed.

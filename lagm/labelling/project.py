@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_text, write_json
+from ..core.files import atomic_path, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
 from ..core.values import check_fields
 from ..data.folder import Folder
@@ -93,22 +92,37 @@ MEANING = {"size": "pictures are brought to this height and width for training",
            "seed": "of everything random", "device": "auto, cpu, cuda, cuda:N or mps"}
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #09402a65
-def settings_text(settings: Settings) -> str:
-    """The content of project.yaml, with a comment for each value."""
+def settings_text(
+    settings: Settings,  # of project.yaml
+) -> str:
+    """The content of project.yaml, with a comment for each value.
+
+    Parameters
+    ----------
+    settings
+        of project.yaml
+    """
     rows = dataclasses.asdict(settings).items()
     return "".join(f"{name}: {yaml.safe_dump(value, default_style=None).splitlines()[0]}  # {MEANING[name]}\n"
                    for name, value in rows)
 
 
-def read_settings(folder: str | Path) -> Settings:
-    """The settings of a project; `InputError` if the folder is none, or if a name or a value is wrong."""
+def read_settings(
+    folder: str | Path,  # of a project
+) -> Settings:
+    """The settings of a project; `InputError` if the folder is none, or if a name or a value is wrong.
+
+    Parameters
+    ----------
+    folder
+        of a project
+    """
     path = Path(folder) / "project.yaml"
     if not path.is_file():
         raise InputError(f"{folder} is no project: it has no project.yaml. Make one: lagm new "
                          f"{shlex.quote(str(folder))} "
                          "--images PICTURES --classes background,PART,...")
-    try: found = yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error: raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path) or {}
     if not isinstance(found, dict): raise InputError(f"{path} holds a {type(found).__name__}; write names and values")
     known = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in found if name not in known]
@@ -120,7 +134,7 @@ def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path,  # the folder of the pictures
     classes: Sequence[str],  # the background first
-    settings: Settings = Settings(),
+    settings: Settings = Settings(),  # for project.yaml
 ) -> dict[str, str]:  # pictures that could not be read, and why
     """Make a project's folder; `InputError` if it exists, or if there is nothing to label in it.
 
@@ -132,6 +146,8 @@ def new_project(
         the folder of the pictures
     classes
         the background first
+    settings
+        for project.yaml
 
     Returns
     -------
@@ -171,8 +187,16 @@ def new_project(
     return bad
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #c9a26555
-def missing(folder: str | Path) -> list[str]:
-    """What a project lacks before it can be run, as sentences; empty if nothing."""
+def missing(
+    folder: str | Path,  # of a project
+) -> list[str]:
+    """What a project lacks before it can be run, as sentences; empty if nothing.
+
+    Parameters
+    ----------
+    folder
+        of a project
+    """
     album, found = Album(folder), []
     shares = labelled_shares(album)
     if not any(shares): return ["no picture is labelled yet"]
@@ -186,8 +210,16 @@ def missing(folder: str | Path) -> list[str]:
     return found
 
 
-def next_step(folder: str | Path) -> str:
-    """The command that comes next, with what is missing."""
+def next_step(
+    folder: str | Path,  # of a project
+) -> str:
+    """The command that comes next, with what is missing.
+
+    Parameters
+    ----------
+    folder
+        of a project
+    """
     name, lacks = shlex.quote(str(folder)), missing(folder)
     if lacks: return f"{'; '.join(lacks)}. Next: lagm label {name}"
     if not (Path(folder) / "results" / "segmenter.safetensors").is_file(): return f"next: lagm run {name}"
@@ -195,35 +227,64 @@ def next_step(folder: str | Path) -> str:
             f"{name}")
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #56937bd3
-def labelled_pictures(folder: str | Path, size: int) -> tuple[Tensor, Tensor, Folder]:
-    """Pictures (n, 3, size, size) in [-1, 1] and masks (n, size, size) of what is labelled, and their data set."""
+def labelled_pictures(
+    folder: str | Path,  # of a project
+    size: int,  # height and width to resize to
+) -> tuple[Tensor, Tensor, Folder]:
+    """Pictures (n, 3, size, size) in [-1, 1] and masks (n, size, size) of what is labelled, and their data set.
+
+    Parameters
+    ----------
+    folder
+        of a project
+    size
+        height and width to resize to
+    """
     data = Folder(folder, size=(size, size))
     items = [data[i] for i in range(len(data))]
     return torch.stack([image for image, _ in items]), torch.stack([mask for _, mask in items]), data
 
 
-def project_generator(folder: str | Path, settings: Settings, device: torch.device) -> Any:
-    """The generator that a project names, beside it or from where one is; None if it names none."""
+def project_generator(
+    folder: str | Path,  # of the project
+    settings: Settings,  # of project.yaml
+    device: torch.device,  # where it goes
+) -> Any:
+    """The generator that a project names, beside it or from where one is; None if it names none.
+
+    Parameters
+    ----------
+    folder
+        of the project
+    settings
+        of project.yaml
+    device
+        where it goes
+    """
     if not settings.generator: return None
     beside = Path(folder) / settings.generator
     return load_generator(beside if beside.is_file() else settings.generator, Sampling(settings.psi), device=device)
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
 def train_project(
-    folder: str | Path,
+    folder: str | Path,  # of the project
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
     masks: Tensor,  # (n, size, size)
-    settings: Settings,
+    settings: Settings,  # of project.yaml
     **options: Any,  # of the run: progress, checkpoint, labels ...
 ) -> Any:  # what the trainer returns
     """Train as a project says: by matching if it has a generator, else on the labels alone.
 
     Parameters
     ----------
+    folder
+        of the project
     images
         (n, 3, size, size) in [-1, 1]
     masks
         (n, size, size)
+    settings
+        of project.yaml
     **options
         of the run: progress, checkpoint, labels ...
 
@@ -246,10 +307,10 @@ def train_project(
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #95af6a45
 def cross_validated(
-    folder: str | Path,
-    images: Tensor,
-    masks: Tensor,
-    settings: Settings,
+    folder: str | Path,  # of the project
+    images: Tensor,  # (n, 3, size, size) in [-1, 1]
+    masks: Tensor,  # (n, size, size)
+    settings: Settings,  # of project.yaml
     folds: int,  # 2 or more, at most the number of labelled pictures
     **options: Any,
 ) -> dict[str, Any]:
@@ -258,6 +319,14 @@ def cross_validated(
 
     Parameters
     ----------
+    folder
+        of the project
+    images
+        (n, 3, size, size) in [-1, 1]
+    masks
+        (n, size, size)
+    settings
+        of project.yaml
     folds
         2 or more, at most the number of labelled pictures
     """
@@ -276,13 +345,15 @@ def cross_validated(
 # %% ../../nbs/reference/labelling/85_project.ipynb #159f707f
 @torch.no_grad()
 def disagreement(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # the network
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
 ) -> Tensor:  # (n,) share of pixels, 0 to 1
     """How much of each picture gets other labels when it is mirrored.
 
     Parameters
     ----------
+    segmenter
+        the network
     images
         (n, 3, H, W) in [-1, 1]
 
@@ -296,12 +367,23 @@ def disagreement(
 
 
 def label_next(
-    segmenter: nn.Module,
-    folder: str | Path,
-    size: int,
-    most: int = 6,
+    segmenter: nn.Module,  # the network
+    folder: str | Path,  # of the project
+    size: int,  # height and width to resize to
+    most: int = 6,  # names at most
 ) -> tuple[list[str], Tensor]:  # names, most uncertain first; the pictures (n, 3, size, size)
     """The unlabelled pictures of a project on which the segmenter is least sure.
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    folder
+        of the project
+    size
+        height and width to resize to
+    most
+        names at most
 
     Returns
     -------
@@ -315,16 +397,33 @@ def label_next(
     return [data.names[i] for i in order], torch.stack([data[i][0] for i in order])
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #8e164fea
-def run_file(results: Path, settings: Settings, images: Tensor, masks: Tensor) -> Path:
-    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew."""
+def run_file(
+    results: Path,  # folder of the results
+    settings: Settings,  # of project.yaml
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # (n, H, W) class indices
+) -> Path:
+    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
+
+    Parameters
+    ----------
+    results
+        folder of the results
+    settings
+        of project.yaml
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices
+    """
     content = settings_text(settings).encode() + data_digest(images, masks).encode()
     return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
 
 
 def run_project(
-    folder: str | Path,
+    folder: str | Path,  # of the project
     folds: int = 0,  # cross-validation with so many folds; 0: none
-    progress: bool = True,
+    progress: bool = True,  # show a progress bar
 ) -> dict[str, Any]:  # facts, as in results/metrics.json
     """Train a project's segmenter into results/; `InputError` with what is missing.
 
@@ -332,8 +431,12 @@ def run_project(
 
     Parameters
     ----------
+    folder
+        of the project
     folds
         cross-validation with so many folds; 0: none
+    progress
+        show a progress bar
 
     Returns
     -------
@@ -363,8 +466,16 @@ def run_project(
     return facts
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3d4
-def new_command(arguments: Any) -> None:
-    """`lagm new`: make a project's folder."""
+def new_command(
+    arguments: Any,  # of the command line
+) -> None:
+    """`lagm new`: make a project's folder.
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     settings = Settings(size=arguments.size,
                         generator=str(Path(arguments.generator).resolve()) if arguments.generator else "")
     classes = [name.strip() for name in arguments.classes.split(",")]
@@ -372,17 +483,39 @@ def new_command(arguments: Any) -> None:
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
     print(next_step(arguments.project))
 
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
+def proposals_for(
+    album: Album,  # pictures and masks
+    segmenter: str = "",  # file or folder; empty: none
+    generator: str = "",  # file; empty: none
+) -> dict[str, Callable]:
+    """What the painter can start from in a folder.
 
-def proposals_for(album: Album, segmenter: str = "", generator: str = "") -> dict[str, Callable]:
-    """What the painter can start from in a folder."""
+    Parameters
+    ----------
+    album
+        pictures and masks
+    segmenter
+        file or folder; empty: none
+    generator
+        file; empty: none
+    """
     drawn = generator and (album.folder / LATENTS).is_file()
     found = {"clusters": clusters_of_features(load_generator(generator)) if drawn else colour_regions()}
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)
     return found
 
 
-def label_command(arguments: Any) -> None:
-    """`lagm label`: paint labels in a browser until ctrl-c."""
+def label_command(
+    arguments: Any,  # of the command line
+) -> None:
+    """`lagm label`: paint labels in a browser until ctrl-c.
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
     folder = Path(arguments.folder)
     album = Album(folder, [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None)
     trained = folder / "results" / "segmenter.safetensors"
@@ -400,9 +533,20 @@ def label_command(arguments: Any) -> None:
           f"{folder / 'masks'}")
     if (folder / "project.yaml").is_file(): print(next_step(folder))
 
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s2
+def project_command(
+    folder: str,  # of the project
+    folds: int = 0,  # of a cross-validation; 0: none
+) -> None:
+    """`lagm run PROJECT`: train, and say what was made and what comes next.
 
-def project_command(folder: str, folds: int = 0) -> None:
-    """`lagm run PROJECT`: train, and say what was made and what comes next."""
+    Parameters
+    ----------
+    folder
+        of the project
+    folds
+        of a cross-validation; 0: none
+    """
     facts = run_project(folder, folds)
     print(f"learnt from {len(facts['labelled'])} pictures"
           + (" and a generator" if facts["generator"] else ", without a generator"))

@@ -8,7 +8,6 @@ __all__ = ['MOST_POINTS', 'LATENTS', 'cluster', 'colour_regions', 'draw_for_labe
            'predictions']
 
 # %% ../../nbs/reference/labelling/84_proposals.ipynb #04c048ab
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from .album import Album
 def cluster(
     vectors: Tensor,  # (n, d) float
     k: int,  # number of clusters, 1 or more
-    steps: int = 20,
-    seed: int = 0,
+    steps: int = 20,  # rounds of moving the centres
+    seed: int = 0,  # of the first centres
 ) -> Tensor:  # (n,) int64, 0 to k - 1
     """The cluster of each vector by k-means; fewer than `k` if there are fewer different vectors.
 
@@ -41,6 +40,10 @@ def cluster(
         (n, d) float
     k
         number of clusters, 1 or more
+    steps
+        rounds of moving the centres
+    seed
+        of the first centres
 
     Returns
     -------
@@ -100,19 +103,23 @@ LATENTS = "latents.safetensors"
 
 
 def draw_for_labelling(
-    generator: FrozenGenerator,
+    generator: FrozenGenerator,  # draws them
     folder: str | Path,  # made; images/ and the latents go there
     n: int,  # pictures, 1 or more
-    seed: int = 0,
+    seed: int = 0,  # of latents and noise
 ) -> Path:  # the folder
     """Draw pictures to label, with their latents. `InputError` if the folder holds pictures already.
 
     Parameters
     ----------
+    generator
+        draws them
     folder
         made; images/ and the latents go there
     n
         pictures, 1 or more
+    seed
+        of latents and noise
 
     Returns
     -------
@@ -137,6 +144,8 @@ def clusters_of_features(
     finest: int = 64,  # maps up to this resolution take part
 ) -> Callable[[Album, int], np.ndarray]:  # (H, W) uint8
     """A proposal for pictures of `draw_for_labelling`: clusters of the features that drew them.
+
+    It raises `InputError` for others.
 
     Parameters
     ----------
@@ -171,7 +180,7 @@ def clusters_of_features(
 def predictions(
     segmenter: str | Path,  # a file or folder that `open_segmenter` reads
     labels: LabelSet,  # of the album
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> Callable[[Album, int], np.ndarray]:  # (H, W) uint8
     """A proposal: the labels that a trained segmenter gives. `InputError` if its classes are others than the album's.
 
@@ -181,6 +190,8 @@ def predictions(
         a file or folder that `open_segmenter` reads
     labels
         of the album
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------

@@ -170,7 +170,7 @@ def as_lines(
 
 
 def _in_words(name: str, value: Any) -> str:
-    "A fact on one line."
+    """A fact on one line."""
     if isinstance(value, tuple): return " x ".join(map(str, value))
     if isinstance(value, dict | list): return printable(json.dumps(value, ensure_ascii=False), LONGEST_LINE)
     return (
@@ -214,7 +214,7 @@ def convert(
     if target.suffix != ".safetensors": raise InputError(f"the target {target} must end in .safetensors")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise InputError(f"source and target are the same file, {target}: give another name")
-    networks, header = read_any(source, avg_latent, progress, label)
+    found, header = read_any(source, avg_latent, progress, label)
     header = {
         **header,
         "provenance": {
@@ -223,7 +223,7 @@ def convert(
         },
     }
     alone = header["kind"] == "generator"
-    if half: networks = {role: rounded(network) for role, network in networks.items()}
+    networks: dict[str, Any] = {role: rounded(network) if half else network for role, network in found.items()}
     with atomic_path(target) as temporary:
         try:
             if alone: save_tensors(temporary, stored(networks["generator"], half), header)
@@ -238,7 +238,7 @@ def convert(
 
 # %% ../../nbs/reference/models/27_convert.ipynb #1aede3s0
 def _facts(header: dict[str, Any]) -> dict[str, Any]:
-    "What a header says besides the networks, for `save_networks`."
+    """What a header says besides the networks, for `save_networks`."""
     facts = {name: header[name] for name in ("size", "policy", "metrics", "step", "provenance") if name in header}
     return facts | {"labels": LabelSet(**header["labels"]) if header.get("labels") else None}
 

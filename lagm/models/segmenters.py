@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.registry import Registry
-from .deeplab import DEEPLABV3, DeepLabV3
+from .deeplab import DEEPLABV3
 from .entries import CLASSES, NetworkEntry, as_network_entry, unet_arguments, unet_from_shapes
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #116f8b7e
@@ -224,8 +224,7 @@ SEGMENTERS.register("unet", NetworkEntry(
         "u1": r"outc.*|down1.*|up4.*", "u2": r"outc.*|down2.*|up3.*"},
     deepest=lambda network: network.get_submodule(f"down{network.levels}")))
 SEGMENTERS.register("deeplabv3", DEEPLABV3)
-# another word for it
-SEGMENTERS.register("deeplab", DEEPLABV3)
+SEGMENTERS.register("deeplab", DEEPLABV3)  # another word for it
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #f2a2aab8
 def build_segmenter(

@@ -39,7 +39,7 @@ def transposed(matrix: Matrix) -> Matrix:
     return tuple(zip(*matrix))
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #35429358
-def _combine(matrix: Matrix, terms: Sequence[Tensor]) -> list[Tensor]:
+def _combine(matrix: Matrix, terms: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One sum of the terms per row of the matrix; nothing is spent on zeros and ones."""
     sums = []
     for row in matrix:
@@ -50,7 +50,7 @@ def _combine(matrix: Matrix, terms: Sequence[Tensor]) -> list[Tensor]:
 
 def both_ways(
     matrix: Matrix,  # (n, m)
-    grid: Sequence[Sequence[Tensor]],  # m by m
+    grid: Sequence[Tensor | Sequence[Tensor]],  # m by m
 ) -> list[tuple[Tensor, ...]]:  # n by n
     """matrix @ grid @ matrix^T, where the entries of the grid are maps.
 
@@ -208,7 +208,9 @@ def _do(sums: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
     """One of the five sums, compiled or not."""
     numbers = numbers.detach()
     if not is_fused(): return sums(numbers)
-    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_BOOKKEEPING), sizes.patch(use_duck_shape=False):
+    # mypy does not see that torch puts `patch` there
+    no_duck_shape = sizes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_BOOKKEEPING), no_duck_shape:
         return _compiled(sums)(numbers)
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #399f5e6a
@@ -218,7 +220,7 @@ MANY_TILES = 512
 def multiply(
     tiles: Tensor,  # (B, down, across, 36, I)
     kernel: Tensor,  # (36, O, I); of a swapped convolution (36, I, O)
-    swapped: bool = False,
+    swapped: bool = False,  # the kernel is that of the gradient with respect to the input
 ) -> Tensor:  # (B, down, across, 36, O)
     """The 36 products over the channels.
 
@@ -228,6 +230,8 @@ def multiply(
         (B, down, across, 36, I)
     kernel
         (36, O, I); of a swapped convolution (36, I, O)
+    swapped
+        the kernel is that of the gradient with respect to the input
 
     Returns
     -------
@@ -334,7 +338,7 @@ LEAST_CHANNELS, LEAST_TILES, LEAST_WORK, LEAST_SIDE = 64, 32, 2**22, 8
 def tiles_pay(
     x: Sequence[int],  # shape (B, I, H, W)
     weight: Sequence[int],  # shape (O, I, 3, 3)
-    dilation: int = 1,
+    dilation: int = 1,  # space between the kernel's taps; also the padding
 ) -> bool:
     """Whether a convolution of these shapes (stride 1, padding = dilation) gains.
 
@@ -344,6 +348,8 @@ def tiles_pay(
         shape (B, I, H, W)
     weight
         shape (O, I, 3, 3)
+    dilation
+        space between the kernel's taps; also the padding
     """
     down, across = _grid(x[2], x[3], dilation)
     tiles = x[0] * dilation**2 * down * across

@@ -32,6 +32,10 @@ class LabelledBatches:
         (n, H, W) class indices, 255 = ignored
     batch
         pictures per batch; may exceed n
+    seed
+        of everything random
+    augment
+        random transforms; None: none
     device
         the pictures are kept there
     """
@@ -41,8 +45,8 @@ class LabelledBatches:
         images: Tensor,  # (n, 3, H, W) in [-1, 1]
         masks: Tensor,  # (n, H, W) class indices, 255 = ignored
         batch: int,  # pictures per batch; may exceed n
-        seed: int,
-        augment: Augment | None = None,
+        seed: int,  # of everything random
+        augment: Augment | None = None,  # random transforms; None: none
         device: str | torch.device = "cpu",  # the pictures are kept there
     ):
         self.images, self.masks = images.to(device), masks.to(device)
@@ -115,8 +119,16 @@ class SyntheticBatches:
 
     Parameters
     ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    batch
+        pictures of a batch
     size
         height and width that the segmenter is trained at
+    seed
+        of everything random
+    augment
+        random transforms; None: none
     wide
         cut the central 4:3 band
     arrange
@@ -127,11 +139,11 @@ class SyntheticBatches:
 
     def __init__(
         self,
-        generator: Generator,
-        batch: int,
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+        batch: int,  # pictures of a batch
         size: tuple[int, int],  # height and width that the segmenter is trained at
-        seed: int,
-        augment: Augment | None = None,
+        seed: int,  # of everything random
+        augment: Augment | None = None,  # random transforms; None: none
         wide: bool = False,  # cut the central 4:3 band
         # puts a tensor into the memory layout of the "segmenter" or the "annotator"
         arrange: Callable[[Tensor, str], Tensor] = lambda tensor, role: tensor,
@@ -188,9 +200,9 @@ class Parts(Sequence[Part]):
 
 def in_parts(
     batches: Callable[[int, str], Part],  # such as `LabelledBatches`, of the size of a part
-    step: int,
-    stage: str,
-    parts: int,
+    step: int,  # of the stage, from 0
+    stage: str,  # the name of the stage
+    parts: int,  # portions of a batch
 ) -> Sequence[Part]:  # the parts of the step's batch
     """The batches `step * parts` and those after it; a single one is made at once.
 
@@ -198,6 +210,12 @@ def in_parts(
     ----------
     batches
         such as `LabelledBatches`, of the size of a part
+    step
+        of the stage, from 0
+    stage
+        the name of the stage
+    parts
+        portions of a batch
 
     Returns
     -------
@@ -210,7 +228,7 @@ def in_parts(
 # %% ../../nbs/reference/training/52_batches.ipynb #29697ee7
 def balanced_weights(
     masks: Tensor,  # the labelled masks, class indices, 255 = ignored
-    n_classes: int,
+    n_classes: int,  # classes, the background included
     balance: float,  # the exponent; 0 gives None
 ) -> Tensor | None:  # (C,), with mean 1 over the labelled pixels
     """How much a pixel of each class counts; a class that no mask shows counts like the rarest one shown.
@@ -219,6 +237,8 @@ def balanced_weights(
     ----------
     masks
         the labelled masks, class indices, 255 = ignored
+    n_classes
+        classes, the background included
     balance
         the exponent; 0 gives None
 

@@ -19,10 +19,10 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import safetensors
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..data.labels import LabelSet
-from ..generators.weights import NETWORKS, check_version
+from ..generators.weights import check_version
 from ..models.saved import can_be_saved, describe_network
 from .processes import this_process
 from .state import Stage, TrainState, locate
@@ -51,7 +51,8 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and
     tensors = {"random.torch": torch.get_rng_state()}
     for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         tensors[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, words, gauss = random.getstate()
     tensors["random.python"] = torch.tensor(words)
@@ -60,7 +61,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and
 
 def restore_random_states(
     tensors: Mapping[str, Tensor],  # as `random_states` gave them; others in it are left alone
-    plain: Mapping[str, Any],
+    plain: Mapping[str, Any],  # as they lie in the header
 ) -> None:
     """Put back what `random_states` gave; GPUs that are not there are skipped.
 
@@ -68,6 +69,8 @@ def restore_random_states(
     ----------
     tensors
         as `random_states` gave them; others in it are left alone
+    plain
+        as they lie in the header
     """
     torch.set_rng_state(tensors["random.torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -84,7 +87,8 @@ def digest(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+        content: Any = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        total.update(content)
     return total.hexdigest()[:16]
 
 
@@ -94,7 +98,7 @@ def data_digest(images: Tensor, masks: Tensor) -> str:
 
 
 def generator_digest(
-    generator: Callable,  # anything that keeps the generator's contract
+    generator: Any,  # anything that keeps the generator's contract
 ) -> str | None:  # None: it shows no weights to take a digest of
     """A digest of a generator's weights, sampling and number format.
 
@@ -162,7 +166,8 @@ class Identity:
 
     def header(self) -> dict[str, Any]:
         """As plain values."""
-        return _listed(dataclasses.asdict(self))
+        plain: dict[str, Any] = _listed(dataclasses.asdict(self))
+        return plain
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #57df692a
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +274,8 @@ def _first_readable(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str,
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #76901cc9
 def _hold(file: Any) -> bool:
     """Take the system's lock on an open file, if there are such locks here; False: another process has it."""
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError: return True
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
@@ -319,7 +325,7 @@ def folder_lock(
 
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free.
 
     Parameters
@@ -337,7 +343,7 @@ def forced() -> bool:
 
 def set_aside(
     paths: Iterable[str | Path],  # files and folders, all in one folder; those that are not there are passed over
-    why: str = "of another run",
+    why: str = "of another run",  # for the message
 ) -> Path | None:  # the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
     """Move what is in the way into a folder of its own, and say so in a line.
 
@@ -345,6 +351,8 @@ def set_aside(
     ----------
     paths
         files and folders, all in one folder; those that are not there are passed over
+    why
+        for the message
 
     Returns
     -------
@@ -390,7 +398,7 @@ def unpack_state(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #40eea094
 def describe_run(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     labels: LabelSet | None = None,  # what the classes mean
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
@@ -398,6 +406,8 @@ def describe_run(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     labels
         what the classes mean
     size
@@ -417,18 +427,24 @@ History = dict[str, list[dict[str, Any]]]
 
 
 def restore_state(
-    state: TrainState,
-    stages: Sequence[Stage],
+    state: TrainState,  # networks, optimisers and averages
+    stages: Sequence[Stage],  # in their order
     tensors: Mapping[str, Tensor],  # of a checkpoint
-    header: Mapping[str, Any],
+    header: Mapping[str, Any],  # of the checkpoint
     path: str | Path,  # named in errors
 ) -> tuple[int, History]:  # step and history
     """Put a checkpoint back; `InputError` if it does not fit this run.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
     tensors
         of a checkpoint
+    header
+        of the checkpoint
     path
         named in errors
 
@@ -437,7 +453,7 @@ def restore_state(
     tuple[int, History]
         step and history
     """
-    step, history = header.get("step"), header.get("history")
+    step, history = cast(int, header.get("step")), cast(History, header.get("history"))
     try:
         stage, _ = locate(stages, step - 1)
         state.begin(stage.rates, stage.averaged, stage.fused)
@@ -457,6 +473,12 @@ class CheckpointWriter:
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    identity
+        what tells its checkpoints from those of other runs
     path
         of the newest checkpoint; None: nothing is written
     keep
@@ -467,9 +489,9 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        state: TrainState,
-        stages: Sequence[Stage],
-        identity: Identity,
+        state: TrainState,  # networks, optimisers and averages
+        stages: Sequence[Stage],  # in their order
+        identity: Identity,  # what tells its checkpoints from those of other runs
         path: str | Path | None,  # of the newest checkpoint; None: nothing is written
         keep: int = 2,  # how many of the newest to keep
         about: Mapping[str, Any] | None = None,  # for the header, from `describe_run`
@@ -505,11 +527,21 @@ class CheckpointWriter:
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #4def69ed
 def check_same_run(
-    writer: CheckpointWriter,
-    header: Mapping[str, Any],
-    path: str | Path,
+    writer: CheckpointWriter,  # of the run's checkpoints
+    header: Mapping[str, Any],  # of a checkpoint
+    path: str | Path,  # for the message
 ) -> None:
-    """Raise `InputError` unless a checkpoint is of the writer's run and its networks."""
+    """Raise `InputError` unless a checkpoint is of the writer's run and its networks.
+
+    Parameters
+    ----------
+    writer
+        of the run's checkpoints
+    header
+        of a checkpoint
+    path
+        for the message
+    """
     writer.identity.check(header, path)
     if header.get("networks", writer.about["networks"]) == writer.about["networks"]: return  # older ones do not say
     raise InputError(f"{path} is a checkpoint of another run, with networks of other sizes. "
@@ -533,13 +565,15 @@ def own_checkpoint(writer: CheckpointWriter) -> tuple[dict[str, Tensor], dict[st
 
 
 def resume(
-    writer: CheckpointWriter,
+    writer: CheckpointWriter,  # of the run's checkpoints
     resume_from: str | Path | None = None,  # a checkpoint to begin with if the run has none of its own
 ) -> tuple[int, History] | None:  # step and history
     """Put the writer's state into its newest checkpoint; None if there is none. `InputError` if it is another run's.
 
     Parameters
     ----------
+    writer
+        of the run's checkpoints
     resume_from
         a checkpoint to begin with if the run has none of its own
 

@@ -14,15 +14,14 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..core.errors import InputError
@@ -30,6 +29,7 @@ from ..core.seeds import choose_device, random_generator
 from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
+from ..models.contracts import Generator
 from ..models.modes import eval_mode, resting_modules, train_mode
 from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
@@ -37,6 +37,7 @@ from .recipe import FAST, Recipe
 from .rivals import told
 from .shards import SyntheticDataset, generate, select
 from .synthetic import Plan
+from collections.abc import Callable
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #72f4c3c5
 def _neighbours(at: Tensor, have: int, want: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +65,7 @@ class FeatureStore:
     def __init__(
         self,
         features: Sequence[Tensor],  # (n, C_i, H_i, W_i) each
-        size: tuple[int, int] | None = None,  # of the labels; None: of the largest map
+        size: Sequence[int] | None = None,  # of the labels; None: of the largest map
         dtype: torch.dtype = torch.float32,  # to keep them in; float16 halves the memory
     ):
         self.maps = [f.detach().to(dtype).movedim(1, -1).contiguous() for f in features]
@@ -114,7 +115,7 @@ CAR20 = {"channels": [c for c in (512, 512, 512, 512, 256, 128, 64, 32) for _ in
 def memory_needed(
     channels: Sequence[int],  # of each map
     sizes: Sequence[int],  # side of each map
-    pictures: int,
+    pictures: int,  # labelled ones
     bytes_each: int = 4,  # 4: float32, 2: float16
 ) -> dict[str, float]:  # GiB: "naive", "ours"
     """Memory for the features of the labelled pictures: all upsampled and stacked, and as `FeatureStore` keeps them.
@@ -125,6 +126,8 @@ def memory_needed(
         of each map
     sizes
         side of each map
+    pictures
+        labelled ones
     bytes_each
         4: float32, 2: float16
 
@@ -159,11 +162,13 @@ class EnsembleNorm(nn.Module):
         self.members, self.norm = members, nn.BatchNorm1d(members * features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.movedim(0, 1).flatten(1)).unflatten(1, (self.members, -1)).movedim(1, 0)
+        normed: Tensor = self.norm(x.movedim(0, 1).flatten(1))
+        by_member: Tensor = normed.unflatten(1, (self.members, -1))
+        return by_member.movedim(1, 0)
 
     def scale_and_shift(self, member: int) -> tuple[Tensor, Tensor]:
         """What the norm of a member does in eval mode: x * scale + shift."""
-        all_four = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+        all_four: Any = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
         mean, variance, weight, bias = (v.unflatten(0, (self.members, -1))[member] for v in all_four)
         scale = weight / (variance + self.norm.eps).sqrt()
         return scale, bias - mean * scale
@@ -172,7 +177,7 @@ class EnsembleNorm(nn.Module):
 def apply_then_upsample(
     features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
     weight: Tensor,  # (out, D), D the sum of C_i
-    size: tuple[int, int],
+    size: tuple[int, int],  # height and width
 ) -> Tensor:  # (B, out, H, W)
     """A linear layer on the upsampled stack of the maps, without that stack.
 
@@ -182,18 +187,20 @@ def apply_then_upsample(
         (B, C_i, H_i, W_i)
     weight
         (out, D), D the sum of C_i
+    size
+        height and width
 
     Returns
     -------
     Tensor
         (B, out, H, W)
     """
-    total = 0
+    total: Any = 0
     for f, own in zip(features, weight.split([f.shape[1] for f in features], dim=1), strict=True):
         part = F.conv2d(f, own[:, :, None, None].to(f.dtype))
         if part.shape[-2:] != size: part = F.interpolate(part, size, mode="bilinear", align_corners=False)
         total = total + part
-    return total
+    return cast(Tensor, total)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #6b73f3ab
 class Perceptrons(nn.Module):
@@ -203,6 +210,10 @@ class Perceptrons(nn.Module):
     ----------
     feature_channels
         of each map; D is their sum
+    n_classes
+        classes, the background included
+    members
+        perceptrons of the ensemble
     hidden
         widths; None: 128 and 32, or 256 and 128 for 30 classes or more
     """
@@ -210,8 +221,8 @@ class Perceptrons(nn.Module):
     def __init__(
         self,
         feature_channels: Sequence[int],  # of each map; D is their sum
-        n_classes: int,
-        members: int = 10,
+        n_classes: int,  # classes, the background included
+        members: int = 10,  # perceptrons of the ensemble
         hidden: tuple[int, int] | None = None,  # widths; None: 128 and 32, or 256 and 128 for 30 classes or more
     ):
         super().__init__()
@@ -226,7 +237,8 @@ class Perceptrons(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.norm1(F.relu(self.linear1(pixels)))
-        return self.linear3(self.norm2(F.relu(self.linear2(x))))
+        scores: Tensor = self.linear3(self.norm2(F.relu(self.linear2(x))))
+        return scores
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #298ab05c
 class PixelEnsemble(Perceptrons):
@@ -235,7 +247,7 @@ class PixelEnsemble(Perceptrons):
     def label_maps(
         self,
         features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
-        member: int,
+        member: int,  # its number, from 0
         size: tuple[int, int] | None = None,  # None: of the largest map
     ) -> Tensor:  # logits (B, C, H, W)
         """One member's logits at every pixel, in eval mode: first layer, then upsampling.
@@ -244,6 +256,8 @@ class PixelEnsemble(Perceptrons):
         ----------
         features
             (B, C_i, H_i, W_i)
+        member
+            its number, from 0
         size
             None: of the largest map
 
@@ -283,7 +297,7 @@ class Member(nn.Module):
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #0891c45f
 def naive_member(ensemble: PixelEnsemble, member: int) -> nn.Sequential:
     """The same member as plain layers, on rows of D features: for checking."""
-    layers = []
+    layers: list[nn.Module] = []
     pairs = (ensemble.linear1, ensemble.norm1), (ensemble.linear2, ensemble.norm2), (ensemble.linear3, None)
     for linear, norm in pairs:
         plain = nn.Linear(linear.weight.shape[2], linear.weight.shape[1])
@@ -301,7 +315,7 @@ def naive_member(ensemble: PixelEnsemble, member: int) -> nn.Sequential:
 def check_masks(
     masks: Tensor,  # class indices, 255 = ignored
     shape: tuple[int, ...],  # that they must have
-    n_classes: int,
+    n_classes: int,  # classes, the background included
 ) -> None:
     """Raise `InputError` unless masks fit features, name classes that there are, and at least one pixel.
 
@@ -311,6 +325,8 @@ def check_masks(
         class indices, 255 = ignored
     shape
         that they must have
+    n_classes
+        classes, the background included
     """
     if masks.shape != shape: raise InputError(f"the masks have shape {tuple(masks.shape)}; the features need {shape}")
     known = masks[masks != IGNORE]
@@ -320,8 +336,8 @@ def check_masks(
 
 def new_ensemble(
     feature_channels: Sequence[int],  # of each map
-    n_classes: int,
-    members: int,
+    n_classes: int,  # classes, the background included
+    members: int,  # perceptrons of the ensemble
     seed: int,  # of the initial weights, as for `torch.manual_seed`
 ) -> PixelEnsemble:
     """An ensemble whose weights depend on the seed alone.
@@ -330,6 +346,10 @@ def new_ensemble(
     ----------
     feature_channels
         of each map
+    n_classes
+        classes, the background included
+    members
+        perceptrons of the ensemble
     seed
         of the initial weights, as for `torch.manual_seed`
     """
@@ -357,12 +377,12 @@ def train_pixels(
     ensemble: PixelEnsemble,  # trained in place
     store: FeatureStore,  # of the labelled, generated pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; H and W as the store's
-    steps: int = 3000,
+    steps: int = 3000,  # of the optimiser
     batch: int = 64,  # pixels per member and step, as the authors
     lr: float = 1e-3,  # of Adam
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    progress: bool = True,  # whether a line shows how far it is
 ) -> PixelTraining:
     """Cross-entropy on random labelled pixels, other ones for each member.
 
@@ -376,16 +396,24 @@ def train_pixels(
         of the labelled, generated pictures
     masks
         (n, H, W) class indices, 255 = ignored; H and W as the store's
+    steps
+        of the optimiser
     batch
         pixels per member and step, as the authors
     lr
         of Adam
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    progress
+        whether a line shows how far it is
     """
     check_masks(masks, (len(store), *store.size), ensemble.n_classes)
     flat = masks.flatten().cpu()
     known = (flat != IGNORE).nonzero()[:, 0]
     device = choose_device(device)
-    ensemble = train_mode(ensemble.to(device), resting_modules(ensemble))
+    ensemble = cast(PixelEnsemble, train_mode(ensemble.to(device), resting_modules(ensemble)))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
     for step in tqdm(range(steps), disable=not progress, desc="pixels", dynamic_ncols=True):
         rng = random_generator(seed, "pixels", step)
@@ -401,9 +429,9 @@ def train_pixels(
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a87fc184
 @torch.no_grad()
 def draw_to_label(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     k: int,  # how many pictures
-    seed: int = 0,
+    seed: int = 0,  # of everything random
     dtype: torch.dtype = torch.float32,  # of the kept features
 ) -> tuple[Tensor, FeatureStore]:  # pictures (k, 3, H, W), as a person is shown them; their features
     """k generated pictures; picture i depends on the seed and i alone.
@@ -414,6 +442,8 @@ def draw_to_label(
         G(z, rng) -> (image, features)
     k
         how many pictures
+    seed
+        of everything random
     dtype
         of the kept features
 
@@ -423,7 +453,7 @@ def draw_to_label(
         pictures (k, 3, H, W), as a person is shown them; their features
     """
     if k < 1: raise InputError(f"k is {k}; label at least one picture")
-    images, store = [], None
+    images, store = [], cast(FeatureStore, None)
     for i in range(k):
         rng = random_generator(seed, "pictures to label", i)
         image, features = generator(generator.sample_z(1, rng), rng)
@@ -436,10 +466,10 @@ def draw_to_label(
 
 @torch.no_grad()
 def label_generated(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     person: nn.Module,  # a segmenter that plays the person who labels
     k: int,  # how many pictures
-    seed: int = 0,
+    seed: int = 0,  # of everything random
     dtype: torch.dtype = torch.float32,  # of the kept features
 ) -> tuple[Tensor, Tensor, FeatureStore]:  # pictures (k, 3, H, W), masks (k, H, W), features
     """`draw_to_label`, and labels.
@@ -452,6 +482,8 @@ def label_generated(
         a segmenter that plays the person who labels
     k
         how many pictures
+    seed
+        of everything random
     dtype
         of the kept features
 
@@ -471,7 +503,7 @@ class PairSource:
     z is the number of a pair, the only feature map is its label, one-hot (B, C, H, W).
     """
 
-    def __init__(self, pairs: Dataset, n_classes: int, device: str | torch.device = "cpu"):
+    def __init__(self, pairs: Any, n_classes: int, device: str | torch.device = "cpu"):
         if not len(pairs): raise InputError("there are no pairs to draw from")
         self.pairs, self.n_classes, self.device = pairs, n_classes, choose_device(device)
 
@@ -508,10 +540,12 @@ class Annotated:
 
     def sample_z(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Latents, as the source has them."""
-        return self.source.sample_z(n, rng)
+        z: Tensor = self.source.sample_z(n, rng)
+        return z
 
     def __call__(self, z: Tensor, rng: torch.Generator | None = None) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.source(z, rng)
+        drawn: tuple[Tensor, Sequence[Tensor]] = self.source(z, rng)
+        return drawn
 
 
 @contextlib.contextmanager
@@ -525,7 +559,8 @@ def _folder_or_temporary(folder: str | Path | None) -> Iterator[Path]:
 def _named(labels: LabelSet | None, n_classes: int) -> LabelSet:
     """The label set, or one of numbers. `InputError` if it has other classes than the segmenter."""
     numbers = range(n_classes)
-    if labels is None: return LabelSet(f"{n_classes} classes", map(str, numbers), [(c, c, c) for c in numbers])
+    if labels is None:
+        return LabelSet(f"{n_classes} classes", tuple(map(str, numbers)), tuple((c, c, c) for c in numbers))
     if labels.n_classes == n_classes: return labels
     raise InputError(f"the label set {labels.name!r} has {labels.n_classes} classes, the segmenter {n_classes}; "
                      "give the one it is built for")
@@ -572,20 +607,20 @@ class DatasetGAN:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self): check_ensemble(self, "DatasetGAN")
+    def __post_init__(self) -> None: check_ensemble(self, "DatasetGAN")
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #71502622
 def train_on_pairs(
     segmenter: nn.Module,  # trained in place
     generator: Callable,  # G(z, rng) -> (image, features), whose pictures are labelled
-    ensemble: PixelEnsemble,
+    ensemble: PixelEnsemble,  # trained in place
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     setting: Any,  # with `pairs` and `keep`, such as `DatasetGAN`
-    recipe: Recipe,
+    recipe: Recipe,  # what the run computes
     *,
-    seed: int,
-    device: str | torch.device,
+    seed: int,  # of everything random
+    device: str | torch.device,  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None,  # keeps the pairs
     **options: Any,  # of `RunOptions`
 ) -> Trained:
@@ -599,40 +634,49 @@ def train_on_pairs(
         trained in place
     generator
         G(z, rng) -> (image, features), whose pictures are labelled
+    ensemble
+        trained in place
     images
         x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks
         y_l: (n, H, W) class indices, 255 = ignored
     setting
         with `pairs` and `keep`, such as `DatasetGAN`
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the pairs
     **options
         of `RunOptions`
     """
     run, device = told(options), choose_device(device)
-    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, tuple(images.shape[2:])
+    n_classes, size = segmenter.n_classes, (images.shape[2], images.shape[3])
+    labels = _named(run.labels, n_classes)
     plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:
         made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)],
                         run.progress)
         kept = SyntheticDataset(made.folder, select(made.records, setting.keep).indices)
-        source = Annotated(PairSource(kept, n_classes, device), ensemble, setting)
+        source: Any = Annotated(PairSource(kept, n_classes, device), ensemble, setting)
         return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
                           match=False, **options)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #c8c12441
 def train_datasetgan(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
     masks: Tensor,  # (k, H, W) class indices, 255 = ignored
     *,
-    setting: DatasetGAN = DatasetGAN(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: DatasetGAN = DatasetGAN(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the pairs, so that a stopped run goes on
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -651,6 +695,14 @@ def train_datasetgan(
         (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
     masks
         (k, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the pairs, so that a stopped run goes on
     **options

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..core.errors import InputError, printable
 from ..core.files import read_text
@@ -37,6 +37,7 @@ from .loop import Appointment, Diverged, Loop, Moment, RunOptions
 from .processes import PRECISIONS, do_parts, launch, sum_over_processes, this_process
 from .recipe import Recipe
 from .state import Stage, TrainState
+from torch.utils.data import Dataset
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #6bec42f8
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class DownstreamRecipe:
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     keep: int = 20  # the networks of so many last epochs stay on disk
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "recipe")
         for name, least in dict(epochs=1, batch=1, keep=1).items():
             value = getattr(self, name)
@@ -120,10 +121,10 @@ def pair_loss(
 def epoch_batches(
     n: int,  # pairs
     batch: int,  # per step, over all processes
-    seed: int,
+    seed: int,  # of everything random
     epoch: int,  # from 0
     rank: int = 0,  # of this process
-    processes: int = 1,
+    processes: int = 1,  # that share the work
 ) -> list[list[int]]:  # indices of this process's pairs, step by step
     """Each pair at most once per epoch, in a new order each time.
 
@@ -133,10 +134,14 @@ def epoch_batches(
         pairs
     batch
         per step, over all processes
+    seed
+        of everything random
     epoch
         from 0
     rank
         of this process
+    processes
+        that share the work
 
     Returns
     -------
@@ -149,18 +154,26 @@ def epoch_batches(
 
 
 def change_batch(
-    augment: Augment | None,
+    augment: Augment | None,  # random transforms; None: none
     batch: Sequence[Tensor],  # this process's pictures, targets[, weights]
-    rng: torch.Generator,
-    rank: int = 0,
-    processes: int = 1,
+    rng: torch.Generator,  # what the transforms are drawn from
+    rank: int = 0,  # of this process, from 0
+    processes: int = 1,  # that share the work
 ) -> list[Tensor]:
     """The random changes of one step, for this process's share of it.
 
     Parameters
     ----------
+    augment
+        random transforms; None: none
     batch
         this process's pictures, targets[, weights]
+    rng
+        what the transforms are drawn from
+    rank
+        of this process, from 0
+    processes
+        that share the work
     """
     if augment is None: return list(batch)
     images = batch[0]
@@ -177,6 +190,12 @@ class PairBatches:
     ----------
     data
         items (picture, label or probabilities[, weights])
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     workers
         processes that read pairs
     """
@@ -184,9 +203,9 @@ class PairBatches:
     def __init__(
         self,
         data: Dataset,  # items (picture, label or probabilities[, weights])
-        recipe: DownstreamRecipe,
-        seed: int,
-        device: torch.device,
+        recipe: DownstreamRecipe,  # what the run computes
+        seed: int,  # of everything random
+        device: torch.device,  # "cpu", "cuda", "mps", or a torch device
         workers: int = 0,  # processes that read pairs
     ):
         self.data, self.recipe, self.seed, self.device, self.workers = data, recipe, seed, device, workers
@@ -204,13 +223,14 @@ class PairBatches:
             if hasattr(self.data, "set_epoch"): self.data.set_epoch(epoch)
             rest = self.indices(epoch)[within:]
             self.loader = iter(DataLoader(self.data, batch_sampler=rest, num_workers=self.workers))
-        batch, self.next = [part.to(self.device) for part in next(self.loader)], step + 1
+        pairs: list[Tensor] = next(self.loader)
+        batch, self.next = [part.to(self.device) for part in pairs], step + 1
         rng = random_generator(self.seed, "downstream augment", epoch, within)
         return change_batch(self.recipe.augment, batch, rng, *self.share)
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #ff612150
 def pair_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     batch: Sequence[Tensor],  # this process's pictures, targets[, weights]
     where: str,  # for the error message, e.g. "epoch 1, step 3"
 ) -> dict[str, Tensor]:
@@ -218,6 +238,8 @@ def pair_step(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     batch
         this process's pictures, targets[, weights]
     where
@@ -250,13 +272,15 @@ def _reason(images: Tensor) -> str:
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #f49f8031
 def compute_recipe(
-    recipe: DownstreamRecipe,
+    recipe: DownstreamRecipe,  # what the run computes
     processes: int = 1,  # each does one part of a batch
 ) -> Recipe:
     """How the network computes and how it is updated.
 
     Parameters
     ----------
+    recipe
+        what the run computes
     processes
         each does one part of a batch
     """
@@ -266,13 +290,15 @@ def compute_recipe(
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #5d8b6f0c
 def network_file(
-    folder: str | Path,
+    folder: str | Path,  # of the run
     epoch: int,  # from 1
 ) -> Path:
     """Where the network of an epoch is kept.
 
     Parameters
     ----------
+    folder
+        of the run
     epoch
         from 1
     """
@@ -286,6 +312,10 @@ class Epochs(Appointment):
     ----------
     steps
         of an epoch
+    recipe
+        what the run computes
+    validation
+        images (n, 3, H, W) and masks; None: none
     folder
         for the networks
     facts
@@ -295,8 +325,8 @@ class Epochs(Appointment):
     def __init__(
         self,
         steps: int,  # of an epoch
-        recipe: DownstreamRecipe,
-        validation: tuple[Tensor, Tensor] | None,
+        recipe: DownstreamRecipe,  # what the run computes
+        validation: tuple[Tensor, Tensor] | None,  # images (n, 3, H, W) and masks; None: none
         folder: Path | None,  # for the networks
         facts: dict[str, Any],  # for their headers
     ):
@@ -337,7 +367,7 @@ class DownstreamIdentity(Identity):
         return {"epoch": step // self.steps}
 
 
-def data_identity(data: Dataset) -> str:  # sixteen hexadecimal digits
+def data_identity(data: Any) -> str:  # sixteen hexadecimal digits
     """Something that differs when the training pairs differ.
 
     From the description of a synthetic dataset, else from its length and first and last item.
@@ -356,7 +386,7 @@ def data_identity(data: Dataset) -> str:  # sixteen hexadecimal digits
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #0f02edf5
-def check_pairs(data: Dataset, segmenter: nn.Module, processes: int, batch: int) -> None:
+def check_pairs(data: Any, segmenter: nn.Module, processes: int, batch: int) -> None:
     """Raise `InputError` unless the pairs fit the network and the processes."""
     if not len(data): raise InputError("there are no pairs to train on")
     (image, target), n = data[0][:2], segmenter.n_classes
@@ -373,19 +403,43 @@ def check_pairs(data: Dataset, segmenter: nn.Module, processes: int, batch: int)
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #ed7f683d
 def downstream_loop(
-    segmenter: nn.Module,
-    data: Dataset,
-    recipe: DownstreamRecipe = DownstreamRecipe(),
+    segmenter: nn.Module,  # pictures -> logits
+    data: Dataset,  # the pairs
+    recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
-    folder: str | Path | None = None,
-    validation: tuple[Tensor, Tensor] | None = None,
-    labels: LabelSet | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    workers: int = 0,
-    progress: bool = True,
+    folder: str | Path | None = None,  # where the files go
+    validation: tuple[Tensor, Tensor] | None = None,  # images (n, 3, H, W) and masks; None: none
+    labels: LabelSet | None = None,  # what the classes mean
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    workers: int = 0,  # processes that read pairs
+    progress: bool = True,  # whether a line shows how far it is
 ) -> Loop:
-    """The run of `train_downstream`, ready to go. Takes what it takes, and raises what it raises."""
+    """The run of `train_downstream`, ready to go. Takes what it takes, and raises what it raises.
+
+    Parameters
+    ----------
+    segmenter
+        pictures -> logits
+    data
+        the pairs
+    recipe
+        what the run computes
+    folder
+        where the files go
+    validation
+        images (n, 3, H, W) and masks; None: none
+    labels
+        what the classes mean
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    workers
+        processes that read pairs
+    progress
+        whether a line shows how far it is
+    """
     check_pairs(data, segmenter, this_process()[1], recipe.batch)
     if validation is not None: check_pictures(validation[0], "validation")
     segmenter_options(segmenter)  # `InputError` for a network that cannot be saved
@@ -433,7 +487,8 @@ class Downstream:
         of the last epochs, oldest first; none without a folder
     """
     segmenter: nn.Module  # of the last epoch, in eval mode
-    history: list[dict]  # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
+    # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
+    history: list[dict[str, Any]]
     checkpoints: list[Path]  # of the last epochs, oldest first; none without a folder
 
 
@@ -441,16 +496,16 @@ def train_downstream(
     segmenter: nn.Module,  # fresh; trained in place (with several processes it gets the result at the end)
     # items (picture, label or probabilities[, weights]): `SyntheticDataset`, `GeneratedPairs`, or any other
     data: Dataset,
-    recipe: DownstreamRecipe = DownstreamRecipe(),
+    recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
     folder: str | Path | None = None,  # for checkpoints; a run that was stopped goes on from there
     validation: tuple[Tensor, Tensor] | None = None,  # images (n, 3, H, W) and masks, looked at after each epoch
     labels: LabelSet | None = None,  # what the classes mean; written into the checkpoints
     seed: int = 0,  # of order and changes (not of the initial weights)
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     processes: int = 1,  # more than one need Fabric, and a folder
     workers: int = 0,  # processes that read pairs, for each that trains
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> Downstream:
     """Train a segmenter on pairs (paper, section 4: downstream task).
 
@@ -463,6 +518,8 @@ def train_downstream(
         fresh; trained in place (with several processes it gets the result at the end)
     data
         items (picture, label or probabilities[, weights]): `SyntheticDataset`, `GeneratedPairs`, or any other
+    recipe
+        what the run computes
     folder
         for checkpoints; a run that was stopped goes on from there
     validation
@@ -471,10 +528,14 @@ def train_downstream(
         what the classes mean; written into the checkpoints
     seed
         of order and changes (not of the initial weights)
+    device
+        "cpu", "cuda", "mps", or a torch device
     processes
         more than one need Fabric, and a folder
     workers
         processes that read pairs, for each that trains
+    progress
+        whether a line shows how far it is
     """
     options: dict[str, Any] = dict(data=data, recipe=recipe, folder=folder, validation=validation, labels=labels,
                                    seed=seed, workers=workers, progress=progress)

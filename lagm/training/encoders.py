@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import Augment
+from ..models.contracts import Generator
 from ..models.frozen import EncoderSegmenter
 from .checkpoints import generator_digest
 from .loop import Trained
@@ -59,7 +60,7 @@ class Pretraining:
     temperature: float = 0.1  # of their cosines ("contrast")
     noise: float = 0.5  # the largest standard deviation; each picture draws its own, from 0 on ("denoise")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "pretraining")
         if self.task not in TASKS:
             raise InputError(f"pretraining: task is {self.task!r}; choose one of {', '.join(TASKS)}")
@@ -126,7 +127,7 @@ def contrast_loss(
     first: Tensor,  # (B, n, C): features of points
     second: Tensor,  # (B, n, C): of the same points in the other picture
     both: Tensor,  # (B, n) bool: the points that count
-    temperature: float,
+    temperature: float,  # of the cosines
 ) -> Tensor:  # a number
     """Tell the points of a picture apart, by their features in two changed pictures.
 
@@ -138,6 +139,8 @@ def contrast_loss(
         (B, n, C): of the same points in the other picture
     both
         (B, n) bool: the points that count
+    temperature
+        of the cosines
 
     Returns
     -------
@@ -153,18 +156,24 @@ def contrast_loss(
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #c89ba181
 def contrast_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     images: Tensor,  # generated pictures, unchanged
-    how: Pretraining,
-    augment: Augment,
+    how: Pretraining,  # task, steps, batch and the rest of it
+    augment: Augment,  # random transforms; None: none
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:
     """Change the pictures twice, and the loss of telling their points apart.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     images
         generated pictures, unchanged
+    how
+        task, steps, batch and the rest of it
+    augment
+        random transforms; None: none
     rng
         on the CPU
     """
@@ -172,22 +181,29 @@ def contrast_step(
     pictures = torch.cat([change.pictures(images) for change in changes])
     with state.passes(): features = state.train("encoder")(state.arrange(pictures)).float().chunk(2)
     *places, both = matching_points(changes[0].maps, changes[1].maps, how.points, rng)
-    return contrast_loss(*map(read_points, features, places), both, how.temperature)
+    first, second = map(read_points, features, places)
+    return contrast_loss(first, second, both, how.temperature)
 
 
 def denoise_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     images: Tensor,  # generated pictures, unchanged
-    how: Pretraining,
-    augment: Augment | None,
+    how: Pretraining,  # task, steps, batch and the rest of it
+    augment: Augment | None,  # random transforms; None: none
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:
     """Change the pictures, add noise, and the squared error of what the encoder takes for the picture.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     images
         generated pictures, unchanged
+    how
+        task, steps, batch and the rest of it
+    augment
+        random transforms; None: none
     rng
         on the CPU
     """
@@ -197,7 +213,7 @@ def denoise_step(
     return F.mse_loss(clean, images)
 
 
-STEPS = {"contrast": contrast_step, "denoise": denoise_step}
+STEPS: dict[str, Callable[..., Tensor]] = {"contrast": contrast_step, "denoise": denoise_step}
 OUTPUTS = {"contrast": 32, "denoise": 3}  # channels of the encoder's last layer
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #21dc679f
@@ -219,7 +235,7 @@ class FrozenEncoder:
     width: int = 16  # of the encoder, see `lagm.models.segmenters.UNet`
     levels: int = 3  # how many times it halves the picture
 
-    def __post_init__(self): check_fields(self, "frozen encoder")
+    def __post_init__(self) -> None: check_fields(self, "frozen encoder")
 
     def build(
         self,
@@ -242,14 +258,30 @@ class FrozenEncoder:
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #44390ec6
 def encoder_stages(
-    state: TrainState,
-    generator: Callable,
-    images: Tensor,
-    masks: Tensor,
-    how: Pretraining,
-    seed: int,
+    state: TrainState,  # networks, optimisers and averages
+    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    how: Pretraining,  # task, steps, batch and the rest of it
+    seed: int,  # of everything random
 ) -> list[Stage]:
-    """The stages of a run: without labels, with them."""
+    """The stages of a run: without labels, with them.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    how
+        task, steps, batch and the rest of it
+    seed
+        of everything random
+    """
     recipe, batches = state.recipe, Batches(state, generator, images, masks, seed, how.batch)
 
     def pretrain(step: int) -> dict[str, Tensor]:
@@ -270,14 +302,14 @@ ENCODER_FIELDS = (*SUPERVISED_FIELDS, "wide_crop", "clip")
 
 def train_frozen_encoder(
     segmenter: nn.Module,  # of it only the number of classes counts, `n_classes`: the network is another one
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: FrozenEncoder = FrozenEncoder(),
+    setting: FrozenEncoder = FrozenEncoder(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # its steps and `ENCODER_FIELDS`; what it says of annotators does not apply
     seed: int = 0,  # of everything random, the initial weights included
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: Any = None,  # not used: nothing but a checkpoint is kept
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:  # its segmenter is an `EncoderSegmenter`
@@ -293,10 +325,14 @@ def train_frozen_encoder(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
     recipe
         its steps and `ENCODER_FIELDS`; what it says of annotators does not apply
     seed
         of everything random, the initial weights included
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         not used: nothing but a checkpoint is kept
     **options

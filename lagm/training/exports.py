@@ -8,16 +8,12 @@ __all__ = ['export_folder', 'export_coco', 'export_webdataset']
 # %% ../../nbs/reference/training/63_exports.ipynb #bce2e8d9
 import csv
 import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..data.exporters import coco_annotations, coco_categories
-from ..data.labels import LabelSet
 from .shards import SyntheticDataset, add_to_tar
 
 # %% ../../nbs/reference/training/63_exports.ipynb #2afdf047
@@ -30,7 +26,7 @@ def _empty_folder(folder: str | Path) -> Path:
 
 
 def export_folder(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
 ) -> Path:  # the table
     """images/NNNNNN.png, masks/NNNNNN.png (with the palette) and a table, pairs.csv.
@@ -39,6 +35,8 @@ def export_folder(
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
 
@@ -62,13 +60,15 @@ def export_folder(
 
 # %% ../../nbs/reference/training/63_exports.ipynb #070a1cb6
 def export_coco(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
 ) -> Path:  # the annotation file
     """images/NNNNNN.png and annotations.json in COCO's format.
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
 
@@ -79,7 +79,8 @@ def export_coco(
     """
     folder = _empty_folder(folder)
     (folder / "images").mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, record in enumerate(dataset.records):
         name, mask = f"{record['index']:06d}.png", dataset[i][1] if not dataset.soft else dataset[i][1].argmax(0)
         (folder / "images" / name).write_bytes(dataset.read(i, "png"))
@@ -93,24 +94,31 @@ def export_coco(
 
 # %% ../../nbs/reference/training/63_exports.ipynb #065062c2
 def export_webdataset(
-    dataset: SyntheticDataset,
+    dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
-    shard_size: int = 1000,
-    prefix: str = "pairs",
+    shard_size: int = 1000,  # pairs of a tar file
+    prefix: str = "pairs",  # of the files' names
 ) -> list[Path]:  # the shards
     """New shards of the dataset's pictures only: PREFIX-NNNNNN.tar, in the layout of the dataset's own.
 
     Parameters
     ----------
+    dataset
+        the pairs to write
     folder
         new or empty
+    shard_size
+        pairs of a tar file
+    prefix
+        of the files' names
 
     Returns
     -------
     list[Path]
         the shards
     """
-    folder, paths = _empty_folder(folder), []
+    folder = _empty_folder(folder)
+    paths: list[Path] = []
     for start in range(0, len(dataset), shard_size):
         paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
         with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:

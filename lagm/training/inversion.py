@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class StyleSpace:
         """What the generator draws for the points `v`, in float32."""
         ws, network = self.mean + self.spread * v, self.network
         with FastConvolutions():
-            if isinstance(network, StyleGAN2): return network.synthesis(ws, noise_mode=self.noise)
+            if isinstance(network, StyleGAN2): return cast(Generated, network.synthesis(ws, noise_mode=self.noise))
             image, features = network.g_synthesis(ws, noise_mode=self.noise, rng=None)
         return Generated(limited(image, network.largest), [limited(f, network.largest) for f in features])
 
@@ -110,7 +110,7 @@ class Inversion:
     scales: int = 4  # sizes at which pictures are compared: full, half, quarter ...
     batch: int = 10  # pictures at a time
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "inversion")
         for name, least in dict(steps=0, samples=0, scales=1, batch=1).items():
             value = getattr(self, name)
@@ -134,7 +134,7 @@ def picture_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 # %% ../../nbs/reference/training/69_inversion.ipynb #8e01d722
 def as_labelled(
     image: Tensor,  # (B, 3, R, R), as generated
-    size: tuple[int, int],  # of the labelled pictures
+    size: Sequence[int],  # of the labelled pictures
     wide: bool,  # only the central 4:3 band is used
 ) -> Tensor:  # (B, 3, H, W)
     """What is generated in the form of the labelled pictures, differentiable.
@@ -161,7 +161,7 @@ def as_labelled(
 def as_generated(
     masks: Tensor,  # (n, H, W)
     resolution: int,  # side of the generated pictures
-    wide: bool,
+    wide: bool,  # pictures were cut to the central 4:3 band
 ) -> Tensor:  # (n, H, W), or (n, R, R) with no label (255) above and below the band
     """The masks in the form of the generator's maps.
 
@@ -171,6 +171,8 @@ def as_generated(
         (n, H, W)
     resolution
         side of the generated pictures
+    wide
+        pictures were cut to the central 4:3 band
 
     Returns
     -------
@@ -180,26 +182,32 @@ def as_generated(
     if not wide: return masks
     full = masks.new_full((len(masks), resolution, resolution), IGNORE)
     band = wide_crop(full)  # a view
-    band.copy_(resize_nearest(masks, band.shape[-2:]))
+    band.copy_(resize_nearest(masks, (band.shape[-2], band.shape[-1])))
     return full
 
 
 @torch.no_grad()
 def best_start(
-    space: StyleSpace,
+    space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
     points: Tensor,  # (S, layers, w_dim), to choose from
-    plan: Inversion,
-    wide: bool = False,
+    plan: Inversion,  # how the descent goes
+    wide: bool = False,  # cut the central 4:3 band
 ) -> Tensor:  # (B, layers, w_dim)
     """For each picture the point whose picture is nearest.
 
     Parameters
     ----------
+    space
+        the generator's styles
     images
         (B, 3, H, W)
     points
         (S, layers, w_dim), to choose from
+    plan
+        how the descent goes
+    wide
+        cut the central 4:3 band
 
     Returns
     -------
@@ -215,21 +223,27 @@ def best_start(
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #3a914e3d
 def descend(
-    space: StyleSpace,
+    space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
     start: Tensor,  # (B, layers, w_dim)
-    plan: Inversion,
-    wide: bool = False,
+    plan: Inversion,  # how the descent goes
+    wide: bool = False,  # cut the central 4:3 band
     tick: Callable = lambda: None,  # called after each step
 ) -> tuple[Tensor, Tensor]:  # points, and the distances of the pictures before each step, (B, steps)
     """Adam from `start`.
 
     Parameters
     ----------
+    space
+        the generator's styles
     images
         (B, 3, H, W)
     start
         (B, layers, w_dim)
+    plan
+        how the descent goes
+    wide
+        cut the central 4:3 band
     tick
         called after each step
 
@@ -255,7 +269,7 @@ def descend(
 # %% ../../nbs/reference/training/69_inversion.ipynb #a62e6627
 def read_kept(
     path: Path | None,  # of a file that `keep` wrote; None: nothing is kept
-    kind: str,
+    kind: str,  # what is expected there
     identity: dict[str, Any],  # plain values: what the tensors depend on
 ) -> dict[str, Tensor] | None:  # None: there is no such file
     """Tensors of this very run. `InputError` if they are another's, unless `lagm run --force` sets them aside.
@@ -264,6 +278,8 @@ def read_kept(
     ----------
     path
         of a file that `keep` wrote; None: nothing is kept
+    kind
+        what is expected there
     identity
         plain values: what the tensors depend on
 
@@ -351,12 +367,12 @@ def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted
 def invert(
     generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
-    plan: Inversion = Inversion(),
+    plan: Inversion = Inversion(),  # how the descent goes
     *,
     seed: int = 0,  # of the random latents to start from
     wide: bool = False,  # the pictures are like the central 4:3 band of generated ones
     folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped inversion goes on
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> Inverted:
     """Latents in W+ for which the generator draws these pictures, picture by picture.
 
@@ -369,12 +385,16 @@ def invert(
         with a StyleGAN1 or StyleGAN2 inside; it stays as it is
     images
         (n, 3, H, W) in [-1, 1]
+    plan
+        how the descent goes
     seed
         of the random latents to start from
     wide
         the pictures are like the central 4:3 band of generated ones
     folder
         keeps inversion.safetensors; a stopped inversion goes on
+    progress
+        whether a line shows how far it is
     """
     check_pictures(images, "labelled")
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
@@ -415,19 +435,19 @@ class HandsOff:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self): check_ensemble(self, "HandsOff")
+    def __post_init__(self) -> None: check_ensemble(self, "HandsOff")
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a54f2246
 def learn_pixels(
     inverted: Inverted,  # the labelled pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
-    n_classes: int,
-    plan: HandsOff = HandsOff(),
+    n_classes: int,  # classes, the background included
+    plan: HandsOff = HandsOff(),  # of the ensemble's training
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps ensemble.safetensors
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> PixelEnsemble:  # in eval mode
     """DatasetGAN's ensemble, trained on real masks and the features of the inverted pictures.
 
@@ -439,8 +459,18 @@ def learn_pixels(
         the labelled pictures
     masks
         (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
+    n_classes
+        classes, the background included
+    plan
+        of the ensemble's training
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps ensemble.safetensors
+    progress
+        whether a line shows how far it is
 
     Returns
     -------
@@ -467,10 +497,10 @@ def train_handsoff(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: HandsOff = HandsOff(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: HandsOff = HandsOff(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -488,6 +518,14 @@ def train_handsoff(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the inversion, the ensemble and the pairs, so that a stopped run goes on
     **options
@@ -495,7 +533,7 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    shared = dict(seed=seed, folder=folder, progress=told(options).progress)
+    shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
     ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
@@ -518,6 +556,8 @@ class Prototypes(nn.Module):
     ----------
     feature_channels
         of all maps
+    n_classes
+        classes, the background included
     layers
         the maps that are used, from 0; None: all
     temperature
@@ -527,7 +567,7 @@ class Prototypes(nn.Module):
     def __init__(
         self,
         feature_channels: Sequence[int],  # of all maps
-        n_classes: int,
+        n_classes: int,  # classes, the background included
         layers: Sequence[int] | None = None,  # the maps that are used, from 0; None: all
         temperature: float = 0.05,  # the lower, the harder the labels
     ):
@@ -553,21 +593,23 @@ class Prototypes(nn.Module):
         if (channels := [f.shape[1] for f in features]) != self.feature_channels:
             raise InputError(f"these prototypes are of maps of {self.feature_channels} channels but got {channels}; "
                              "use them with their own generator")
-        size, total = max(tuple(f.shape[-2:]) for f in features), 0
+        size: Any = max(tuple(f.shape[-2:]) for f in features)
+        total: Any = 0
         for i in self.layers:
             part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), unit_maps(features[i]))
             total = total + F.interpolate(part, size, mode="bilinear", align_corners=False)
         logits = total / (len(self.layers) ** 0.5 * self.temperature)
-        return logits + self.share.log().clamp(min=-1e4)[:, None, None]
+        logits = logits + self.share.log().clamp(min=-1e4)[:, None, None]
+        return cast(Tensor, logits)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #03ab29ae
 @torch.no_grad()
 def prototypes_of(
     features: Sequence[Tensor],  # (n, C_i, H_i, W_i), of inverted pictures
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
-    n_classes: int,
+    n_classes: int,  # classes, the background included
     layers: Sequence[int] | None = None,  # as in `Prototypes`
-    temperature: float = 0.05,
+    temperature: float = 0.05,  # of the cosines
 ) -> Prototypes:
     """The prototypes of labelled features; `InputError` if masks and features do not fit together.
 
@@ -577,19 +619,24 @@ def prototypes_of(
         (n, C_i, H_i, W_i), of inverted pictures
     masks
         (n, H, W) class indices, 255 = ignored; in the form of the generator's maps
+    n_classes
+        classes, the background included
     layers
         as in `Prototypes`
+    temperature
+        of the cosines
     """
     if masks.ndim != 3 or len(masks) != len(features[0]):
         raise InputError(f"the masks have shape {tuple(masks.shape)}; give (n, H, W) with n = {len(features[0])}")
     check_masks(masks, tuple(masks.shape), n_classes)
     made = Prototypes([f.shape[1] for f in features], n_classes, layers, temperature).to(features[0].device)
     one_hot = F.one_hot(masks.to(made.share.device).clamp(max=n_classes), n_classes + 1)[..., :-1].float()
-    sums = {}
+    sums: dict[int, Any] = {}
     for i in made.layers:
         pairs = zip(one_hot, features[i])
         sums[i] = sum(torch.einsum("hwk,chw->kc", hot, unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
-    length = sum(s.square().sum(1, keepdim=True) for s in sums.values()).sqrt().clamp(min=1e-12)
+    squares: Any = sum(s.square().sum(1, keepdim=True) for s in sums.values())
+    length = squares.sqrt().clamp(min=1e-12)
     for i, s in sums.items(): getattr(made, f"map{i}").copy_(s / length)
     made.share.copy_(one_hot.mean((0, 1, 2)) / one_hot.sum(-1).mean())
     return made
@@ -613,7 +660,7 @@ class Prototyping:
     temperature: float = 0.05  # see `Prototypes`
     weigh_labels: bool = False  # whether their labels get the recipe's class weights, too
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "prototyping")
         if self.temperature > 0: return
         raise InputError(f"prototyping: temperature is {self.temperature}; give a number above 0")
@@ -629,10 +676,10 @@ def train_prototypes(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
-    setting: Prototyping = Prototyping(),
-    recipe: Recipe = FAST,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: Prototyping = Prototyping(),  # the numbers that only this method has
+    recipe: Recipe = FAST,  # what the run computes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: str | Path | None = None,  # keeps the inversion
     **options: Any,  # as in `train_handsoff`
 ) -> Trained:
@@ -650,6 +697,14 @@ def train_prototypes(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         keeps the inversion
     **options
@@ -657,11 +712,12 @@ def train_prototypes(
     """
     check_options(options, recipe, train_prototypes)
     check_labelled(images, masks, segmenter.n_classes)
-    device, shared = choose_device(device), dict(seed=seed, folder=folder, progress=told(options).progress)
+    device = choose_device(device)
+    shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
     annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)
-    source = Annotated(generator, annotator, setting)
+    source: Any = Annotated(generator, annotator, setting)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,
                       weigh_labels=setting.weigh_labels, **options)

@@ -36,14 +36,25 @@ from .watching import Estimate
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #1785512c
 def check_labelled(
-    images: Tensor,
-    masks: Tensor,
-    n_classes: int,
-    what: str = "labelled",
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    n_classes: int,  # classes, the background included
+    what: str = "labelled",  # whose they are, for messages
 ) -> None:
     """Raise `InputError` unless these are pictures (n, 3, H, W) with masks (n, H, W) of class indices, or 255.
 
     Warns if the pictures look like [0, 1].
+
+    Parameters
+    ----------
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    n_classes
+        classes, the background included
+    what
+        whose they are, for messages
     """
     check_pictures(images, what)
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
@@ -72,18 +83,40 @@ def check_sides(segmenter: nn.Module, annotator: nn.Module) -> None:
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #6cb05758
 def supervised_loop(
-    segmenter: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe = FAST,
-    steps: int = 1200,
+    segmenter: nn.Module,  # pictures -> logits
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # what the run computes
+    steps: int = 1200,  # of the segmenter
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    options: RunOptions | None = None,
-    **changes: Any,
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    options: RunOptions | None = None,  # what it leaves behind and tells
+    **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
-    """The run of `train_supervised`, ready to go. Takes what it takes, and raises what it raises."""
+    """The run of `train_supervised`, ready to go. Takes what it takes, and raises what it raises.
+
+    Parameters
+    ----------
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    steps
+        of the segmenter
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    options
+        what it leaves behind and tells
+    **changes
+        fields of `RunOptions`
+    """
     check_options(changes, recipe, train_supervised)
     check_counting(recipe, SUPERVISED_FIELDS, train_supervised)
     check_labelled(images, masks, segmenter.n_classes)
@@ -105,10 +138,10 @@ def train_supervised(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored
     recipe: Recipe = FAST,  # its batch_labelled, optimizer, ...: see `SUPERVISED_FIELDS`
-    steps: int = 1200,
+    steps: int = 1200,  # of the segmenter
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     options: RunOptions | None = None,  # as in `train_lagm`
     dry_run: bool = False,  # deprecated: call `estimate_supervised`
     **changes: Any,  # fields of `RunOptions`, as in `train_lagm`
@@ -127,6 +160,12 @@ def train_supervised(
         (n, H, W) class indices, 255 = ignored
     recipe
         its batch_labelled, optimizer, ...: see `SUPERVISED_FIELDS`
+    steps
+        of the segmenter
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     options
         as in `train_lagm`
     dry_run
@@ -140,17 +179,27 @@ def train_supervised(
 
 
 def estimate_supervised(
-    segmenter: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe = FAST,
-    steps: int = 1200,
+    segmenter: nn.Module,  # pictures -> logits
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # what the run computes
+    steps: int = 1200,  # of the run
     **more: Any,  # whatever else `train_supervised` takes
 ) -> Estimate:
     """What `train_supervised` would take, from two steps; it leaves no trace. Raises what that raises.
 
     Parameters
     ----------
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    steps
+        of the run
     **more
         whatever else `train_supervised` takes
     """
@@ -165,15 +214,29 @@ def run_or_estimate(loop: Loop, dry_run: bool, instead: str) -> Trained:
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #28176d98
 class Sources:
-    """Where a run's batches come from."""
+    """Where a run's batches come from.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random
+    """
 
     def __init__(
         self,
-        state: TrainState,
-        generator: Generator,
-        images: Tensor,
-        masks: Tensor,
-        seed: int,
+        state: TrainState,  # networks, optimisers and averages
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+        images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+        masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+        seed: int,  # of everything random
     ):
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
@@ -185,10 +248,18 @@ class Sources:
 
 
 def warm_stages(
-    state: TrainState,
-    sources: Sources,
+    state: TrainState,  # networks, optimisers and averages
+    sources: Sources,  # where its batches come from
 ) -> list[Stage]:
-    """The warm start of the segmenter, and the annotator's."""
+    """The warm start of the segmenter, and the annotator's.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    sources
+        where its batches come from
+    """
     recipe, parts = state.recipe, sources.parts
 
     @functools.cache
@@ -207,14 +278,18 @@ def warm_stages(
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #cf0e659d
 def match_stage(
-    state: TrainState,
-    sources: Sources,
+    state: TrainState,  # networks, optimisers and averages
+    sources: Sources,  # where its batches come from
     match: bool = True,  # False: the annotator stays as it is
 ) -> Stage:
     """The annotator and the segmenter take turns. Raises `InputError` if nothing can be matched.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    sources
+        where its batches come from
     match
         False: the annotator stays as it is
     """
@@ -239,7 +314,7 @@ def match_stage(
 # %% ../../nbs/reference/training/60_lagm.ipynb #8f0ec8a8
 def finish_stage(
     state: TrainState,  # the anchor is its annotator, or without one a copy of its segmenter
-    sources: Sources,
+    sources: Sources,  # where its batches come from
 ) -> Stage:
     """The last stage: labelled pictures, and generated ones with the matched networks' labels; see
     `lagm.training.finishing`.
@@ -248,6 +323,8 @@ def finish_stage(
     ----------
     state
         the anchor is its annotator, or without one a copy of its segmenter
+    sources
+        where its batches come from
     """
     recipe, parts, labelled = state.recipe, sources.parts, len(sources.labelled.images)
     share = labels_say(labelled, recipe.finish_anchor)
@@ -269,17 +346,27 @@ def finish_stage(
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #db524959
 def check_lagm(
-    annotator: nn.Module,
-    segmenter: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe,
+    annotator: nn.Module,  # features -> logits
+    segmenter: nn.Module,  # pictures -> logits
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe,  # what the run computes
     changes: Mapping[str, Any],  # options given by name
 ) -> None:
     """Raise `InputError` unless what `train_lagm` is given fits together.
 
     Parameters
     ----------
+    annotator
+        features -> logits
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
     changes
         options given by name
     """
@@ -296,21 +383,49 @@ def check_processes(recipe: Recipe, processes: int, options: RunOptions) -> None
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #61fa4129
 def lagm_loop(
-    generator: Generator,
-    annotator: nn.Module,
-    segmenter: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe = FAST,
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotator: nn.Module,  # features -> logits
+    segmenter: nn.Module,  # pictures -> logits
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # what the run computes
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    match: bool = True,
-    weigh_labels: bool = True,
-    options: RunOptions | None = None,
-    **changes: Any,
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    match: bool = True,  # False: the annotator stays as its warm start left it
+    weigh_labels: bool = True,  # False: no class weights on the annotator's labels
+    options: RunOptions | None = None,  # what it leaves behind and tells
+    **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
-    """The run of `train_lagm`, ready to go. Takes what it takes, and raises what it raises."""
+    """The run of `train_lagm`, ready to go. Takes what it takes, and raises what it raises.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotator
+        features -> logits
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    match
+        False: the annotator stays as its warm start left it
+    weigh_labels
+        False: no class weights on the annotator's labels
+    options
+        what it leaves behind and tells
+    **changes
+        fields of `RunOptions`
+    """
     check_lagm(annotator, segmenter, images, masks, recipe, changes)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights, weigh_labels)
@@ -331,10 +446,10 @@ def train_lagm(
     segmenter: nn.Module,  # pictures -> logits; trained in place. What is frozen in either stays so
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    recipe: Recipe = FAST,
+    recipe: Recipe = FAST,  # what the run computes
     *,
     seed: int = 0,  # of everything random in the run (but not of the networks' initial weights)
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     match: bool = True,  # False: the annotator stays as its warm start left it, all else is the same
     # False: no class weights on the annotator's labels; for one that is not matched but imitates S, which has them
     weigh_labels: bool = True,
@@ -365,8 +480,12 @@ def train_lagm(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
     seed
         of everything random in the run (but not of the networks' initial weights)
+    device
+        "cpu", "cuda", "mps", or a torch device
     match
         False: the annotator stays as its warm start left it, all else is the same
     weigh_labels
@@ -391,18 +510,30 @@ def train_lagm(
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #bc8e5a7c
 def estimate_lagm(
-    generator: Generator,
-    annotator: nn.Module,
-    segmenter: nn.Module,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe = FAST,
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotator: nn.Module,  # features -> logits
+    segmenter: nn.Module,  # pictures -> logits
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # what the run computes
     **more: Any,  # whatever else `train_lagm` takes
 ) -> Estimate:
     """What `train_lagm` would take, from two steps of each stage; it leaves no trace. Raises what that raises.
 
     Parameters
     ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotator
+        features -> logits
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
     **more
         whatever else `train_lagm` takes
     """
@@ -410,19 +541,43 @@ def estimate_lagm(
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #efced47d
 def finish_loop(
-    segmenter: nn.Module,
-    generator: Generator,
-    images: Tensor,
-    masks: Tensor,
-    recipe: Recipe = FAST,
+    segmenter: nn.Module,  # pictures -> logits
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # what the run computes
     *,
-    annotator: nn.Module | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    options: RunOptions | None = None,
-    **changes: Any,
+    annotator: nn.Module | None = None,  # the anchor; None: the segmenter as it comes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    options: RunOptions | None = None,  # what it leaves behind and tells
+    **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
-    """The run of `train_finish`, ready to go. Takes what it takes, and raises what it raises."""
+    """The run of `train_finish`, ready to go. Takes what it takes, and raises what it raises.
+
+    Parameters
+    ----------
+    segmenter
+        pictures -> logits
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    annotator
+        the anchor; None: the segmenter as it comes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    options
+        what it leaves behind and tells
+    **changes
+        fields of `RunOptions`
+    """
     check_options(changes, recipe, train_finish)
     check_labelled(images, masks, segmenter.n_classes)
     if annotator is not None: check_sides(segmenter, annotator)
@@ -445,8 +600,8 @@ def train_finish(
     recipe: Recipe = FAST,  # of the whole run: what it says of stages before the finish does not apply
     *,
     annotator: nn.Module | None = None,  # the anchor, not trained; None: the segmenter as it comes
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     options: RunOptions | None = None,  # as in `train_lagm`
     dry_run: bool = False,  # deprecated: call `finish_loop(...).estimate()`
     **changes: Any,  # fields of `RunOptions`, as in `train_lagm`
@@ -469,6 +624,10 @@ def train_finish(
         of the whole run: what it says of stages before the finish does not apply
     annotator
         the anchor, not trained; None: the segmenter as it comes
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     options
         as in `train_lagm`
     dry_run

@@ -83,7 +83,7 @@ class RunOptions:
     explode_at: float = 1e3
     labels: LabelSet | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("validate_every", "record_every", "checkpoint_every"):
             object.__setattr__(self, name, plain_value(getattr(self, name), int, f"option {name}"))
         if self.validation is not None: check_pictures(self.validation[0], "validation")
@@ -94,7 +94,7 @@ RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
 
 def check_options(
     options: Mapping[str, Any],  # given by name
-    recipe: Any,
+    recipe: Any,  # what the run computes
     function: Callable,  # that was called with them
 ) -> None:
     """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none.
@@ -103,6 +103,8 @@ def check_options(
     ----------
     options
         given by name
+    recipe
+        what the run computes
     function
         that was called with them
     """
@@ -199,18 +201,24 @@ class Diverged(RuntimeError):
 
 
 def require_finite(
-    losses: Mapping[str, float],
-    stage: Stage,
+    losses: Mapping[str, float],  # name -> number
+    stage: Stage,  # for the message
     within: int,  # step of the stage, from 0
-    checkpoint: str | Path | None,
+    checkpoint: str | Path | None,  # the file of the newest state; None: none
     explode_at: float = 1e3,  # a cross-entropy above this has exploded
 ) -> None:
     """Raise `Diverged`, naming the step and the way back, if a loss is not a finite number or has exploded.
 
     Parameters
     ----------
+    losses
+        name -> number
+    stage
+        for the message
     within
         step of the stage, from 0
+    checkpoint
+        the file of the newest state; None: none
     explode_at
         a cross-entropy above this has exploded
     """
@@ -239,7 +247,7 @@ def finish_step_on_interrupt() -> Iterator[threading.Event]:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in signals]
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:
         if asked.is_set(): raise KeyboardInterrupt
         asked.set()
 
@@ -276,7 +284,7 @@ class Appointment:
 
 
 def validated(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # pictures -> logits
     images: Tensor,  # (n, 3, H, W)
     masks: Tensor,  # (n, H, W)
 ) -> dict[str, float]:  # fg_miou and miou, 0 to 1
@@ -284,6 +292,8 @@ def validated(
 
     Parameters
     ----------
+    segmenter
+        pictures -> logits
     images
         (n, 3, H, W)
     masks
@@ -302,7 +312,7 @@ class Validation(Appointment):
     """Scores the segmenter, and keeps its state if it is the best so far."""
 
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if not loop.due(loop.options.validate_every): return
+        if loop.options.validation is None or not loop.due(loop.options.validate_every): return
         before = max((r["fg_miou"] for r in loop.records.history["validation"]), default=-1.0)
         scores = validated(loop.state.result, *loop.options.validation)
         loop.records.note("validation", {**moment.record, **scores})
@@ -337,13 +347,14 @@ class Cosines(Appointment):
     found: Mapping[str, float] = {}
 
     def before(self, loop: "Loop") -> None:
-        self.found, every = {}, loop.records.watch.cosines_every
+        self.found, every = {}, loop.records.watch.cosines_every if loop.records.watch else None
         loop.state.inspect = self.keep if every and (loop.step + 1) % every == 0 else None
 
     def keep(self, *gradients: Any) -> None: self.found = layer_cosines(*gradients)
 
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if self.found: loop.records.watcher.add("cosines", {**moment.record, **self.found})
+        if self.found and loop.records.watcher:
+            loop.records.watcher.add("cosines", {**moment.record, **self.found})
 
 # %% ../../nbs/reference/training/59_loop.ipynb #fe3150fb
 SIGNS_EVERY = 100  # steps of matching, or a twentieth of them if that is more
@@ -358,13 +369,15 @@ class Signs(Appointment):
         not augmented
     masks
         of the labelled pictures
+    batches
+        how many are looked at
     """
 
     def __init__(
         self,
         pictures: SyntheticBatches,  # not augmented
         masks: Tensor,  # of the labelled pictures
-        batches: int = 8,
+        batches: int = 8,  # how many are looked at
     ):
         self.pictures, self.masks, self.batches = pictures, masks, batches
 
@@ -396,26 +409,33 @@ class Snapshots(Appointment):
 
     @torch.no_grad()
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if not loop.records.watcher or not loop.due(loop.records.watch.snapshot_every): return
+        watch, watcher = loop.records.watch, loop.records.watcher
+        if not watch or not watcher or not loop.due(watch.snapshot_every): return
         state, annotator, batch = loop.state, loop.state.networks["annotator"], self.pictures()
         with eval_mode(annotator, state.result), state.passes():
             labels = batch.labels(annotator)
             predictions = state.result(batch.images).float().softmax(1)
-        loop.records.watcher.add_snapshot(loop.step, batch.images, labels, predictions)
+        watcher.add_snapshot(loop.step, batch.images, labels, predictions)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #7bfe7bad
 def take_step(
-    state: TrainState,
-    stage: Stage,
+    state: TrainState,  # networks, optimisers and averages
+    stage: Stage,  # whose step it is
     within: int,  # the step's number in the stage, from 0
-    seed: int,
+    seed: int,  # of everything random
 ) -> dict[str, float]:  # losses
     """One step of a stage.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stage
+        whose step it is
     within
         the step's number in the stage, from 0
+    seed
+        of everything random
 
     Returns
     -------
@@ -432,6 +452,14 @@ class Loop:
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    identity
+        what tells its checkpoints from those of other runs
+    options
+        what it leaves behind and tells
     size
         height and width of the labelled pictures; written into checkpoints
     appointments
@@ -441,10 +469,10 @@ class Loop:
     """
     def __init__(
         self,
-        state: TrainState,
-        stages: Sequence[Stage],
-        identity: Identity,
-        options: RunOptions | None = None,
+        state: TrainState,  # networks, optimisers and averages
+        stages: Sequence[Stage],  # in their order
+        identity: Identity,  # what tells its checkpoints from those of other runs
+        options: RunOptions | None = None,  # what it leaves behind and tells
         *,
         size: tuple[int, int] | None = None,  # height and width of the labelled pictures; written into checkpoints
         appointments: Sequence[Appointment] = (),  # beside those that the options ask for

@@ -18,7 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..core.seeds import choose_device
 
 # %% ../../nbs/reference/training/58_processes.ipynb #90e10596
@@ -30,7 +30,7 @@ def this_process() -> tuple[int, int]:
 
 def check_shares(
     parts: int,  # of each batch
-    processes: int,
+    processes: int,  # that are to share them
 ) -> None:
     """Raise `InputError` unless so many processes can share so many parts evenly.
 
@@ -38,6 +38,8 @@ def check_shares(
     ----------
     parts
         of each batch
+    processes
+        that are to share them
     """
     if processes >= 1 and parts % processes == 0: return
     raise InputError(f"{processes} processes cannot share {parts} parts evenly: "
@@ -61,7 +63,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
 # %% ../../nbs/reference/training/58_processes.ipynb #4e5fd182
 def each_part(
     network: nn.Module,  # whose statistics (buffers) the function updates
-    parts: int,
+    parts: int,  # portions of the batch
     function: Callable[[int], Any],  # from the number of a part
     update: bool = True,  # False: the statistics are left as they were
 ) -> list[Any]:  # the function's results, for this process's parts
@@ -71,6 +73,8 @@ def each_part(
     ----------
     network
         whose statistics (buffers) the function updates
+    parts
+        portions of the batch
     function
         from the number of a part
     update
@@ -110,8 +114,9 @@ def mean_over_parts(
     weights
         how much each own part counts
     """
-    totals = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
-    *totals, weight = sum_over_processes([*totals, sum(weights)])
+    totals: list[Any] = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
+    whole: Any = sum(weights)
+    *totals, weight = sum_over_processes([*totals, whole])
     return [total / weight for total in totals]
 
 
@@ -128,15 +133,21 @@ Voted = tuple[Sequence[Tensor], Tensor, Tensor]  # gradients, loss, and how much
 
 
 def do_parts(
-    network: nn.Module,
-    parts: int,
-    function: Callable[[int], Any],
+    network: nn.Module,  # the one that computes
+    parts: int,  # portions of the batch
+    function: Callable[[int], Any],  # of the number of a part
     update: bool = True,  # False: `function` sees pictures again whose statistics are counted already
 ) -> list[Any]:
     """`each_part`; a batch in one part is done as it comes.
 
     Parameters
     ----------
+    network
+        the one that computes
+    parts
+        portions of the batch
+    function
+        of the number of a part
     update
         False: `function` sees pictures again whose statistics are counted already
     """
@@ -144,18 +155,24 @@ def do_parts(
 
 
 def gradient_of_parts(
-    network: nn.Module,
-    parts: int,
+    network: nn.Module,  # the one that computes
+    parts: int,  # portions of the batch
     vote: Callable[[int], Voted],  # from the number of a part
-    update: bool = True,
+    update: bool = True,  # False: batch norm's statistics stay as they are
     weigh_one: bool = False,  # treat a single part as one of several, dropout and rounding included
 ) -> tuple[list[Tensor], Tensor]:
     """The mean of the parts' gradients and of their losses.
 
     Parameters
     ----------
+    network
+        the one that computes
+    parts
+        portions of the batch
     vote
         from the number of a part
+    update
+        False: batch norm's statistics stay as they are
     weigh_one
         treat a single part as one of several, dropout and rounding included
     """
@@ -168,11 +185,11 @@ def gradient_of_parts(
     return mean, loss
 
 # %% ../../nbs/reference/training/58_processes.ipynb #2f61a962
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name
 
 
 def make_fabric(
-    processes: int,
+    processes: int,  # to start
     device: torch.device,  # its kind counts: cpu, cuda or mps
     precision: str = "float32",  # "float32" or "bfloat16"
 ) -> Any:
@@ -180,33 +197,42 @@ def make_fabric(
 
     Parameters
     ----------
+    processes
+        to start
     device
         its kind counts: cpu, cuda or mps
     precision
         "float32" or "bfloat16"
     """
-    try: from lightning_fabric import Fabric
+    try:
+        from lightning_fabric import Fabric
     except ImportError as error:
         raise InputError(f"several processes need Fabric: {install_advice('fabric')}") from error
     return Fabric(accelerator=device.type, devices=processes, strategy="ddp_spawn", precision=PRECISIONS[precision])
 
 
 def launch(
-    processes: int,
+    processes: int,  # to start
     function: Callable[..., Any],  # of a module, so that another process finds it; called with `device`, too
     arguments: Sequence[Any],  # by position; copied in each process
-    device: str | torch.device,
-    precision: str,
+    device: str | torch.device,  # its kind counts: cpu, cuda or mps
+    precision: str,  # "float32" or "bfloat16"
     **options: Any,  # by name
 ) -> None:
     """Call a function in each of several processes. Raises `InputError` without Fabric.
 
     Parameters
     ----------
+    processes
+        to start
     function
         of a module, so that another process finds it; called with `device`, too
     arguments
         by position; copied in each process
+    device
+        its kind counts: cpu, cuda or mps
+    precision
+        "float32" or "bfloat16"
     **options
         by name
     """
@@ -214,7 +240,9 @@ def launch(
     fabric.launch(functools.partial(_one_of_several, function, arguments, options))
 
 
-def _one_of_several(function: Callable, arguments: Sequence[Any], options: dict[str, Any], fabric: Any) -> None:
+def _one_of_several(
+    function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any], fabric: Any
+) -> None:
     """Runs in each process."""
     own = copy.deepcopy(arguments)
     moved = [a.to(fabric.device) if hasattr(a, "sample_z") and hasattr(a, "to") else a for a in own]

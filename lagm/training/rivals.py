@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.seeds import choose_device
+from ..models.contracts import Generator
 from .batches import LabelledBatches, SyntheticBatches, balanced_weights, in_parts
 from .checkpoints import Identity, data_digest
 from .lagm import check_labelled
@@ -22,13 +23,13 @@ from .state import Stage, TrainState
 
 # %% ../../nbs/reference/training/65_rivals.ipynb #49456c11
 def set_up(
-    function: Callable,  # that was called, for messages
+    function: Callable[..., Any],  # that was called, for messages
     counting: Sequence[str],  # the fields of the recipe that it heeds
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # pictures -> logits
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    recipe: Recipe,
-    device: str | torch.device,
+    recipe: Recipe,  # what the run computes
+    device: str | torch.device,  # "cpu", "cuda", "mps", or a torch device
     options: dict[str, Any],  # of `RunOptions`
 ) -> TrainState:
     """The network of a run without an annotator. Raises `InputError` as `train_lagm` does.
@@ -39,10 +40,16 @@ def set_up(
         that was called, for messages
     counting
         the fields of the recipe that it heeds
+    segmenter
+        pictures -> logits
     images
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    device
+        "cpu", "cuda", "mps", or a torch device
     options
         of `RunOptions`
     """
@@ -71,23 +78,31 @@ class Batches:
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     generator
         G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random
     generated
         pictures of a generated batch, or of a part of it
     """
 
     def __init__(
         self,
-        state: TrainState,
+        state: TrainState,  # networks, optimisers and averages
         generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
-        images: Tensor,
-        masks: Tensor,
-        seed: int,
+        images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+        masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+        seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
         recipe, self.parts = state.recipe, state.recipe.parts
-        size, count = images.shape[2:], recipe.batch_labelled // self.parts
+        size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
         self._labelled = LabelledBatches(images, masks, count, seed, recipe.augment, state.device)
         self._generated = SyntheticBatches(generator, generated, size, seed, None, recipe.wide_crop, state.arrange,
                                            recipe.clip)
@@ -102,12 +117,12 @@ class Batches:
 
 # %% ../../nbs/reference/training/65_rivals.ipynb #52cc0501
 def run_stages(
-    state: TrainState,
-    stages: Sequence[Stage],
+    state: TrainState,  # networks, optimisers and averages
+    stages: Sequence[Stage],  # in their order
     note: str,  # what a checkpoint of this run must have in common with it, besides the recipe and the data
-    images: Tensor,
-    masks: Tensor,
-    seed: int,
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    seed: int,  # of everything random
     generator: str | None = None,  # a digest of the generator
     **options: Any,  # of `RunOptions`
 ) -> Trained:
@@ -115,12 +130,22 @@ def run_stages(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
     note
         what a checkpoint of this run must have in common with it, besides the recipe and the data
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random
     generator
         a digest of the generator
     **options
         of `RunOptions`
     """
     identity = Identity(state.recipe, seed, note, data_digest(images, masks), generator)
-    return Loop(state, stages, identity, size=tuple(images.shape[2:]), **options).run()
+    return Loop(state, stages, identity, size=(images.shape[2], images.shape[3]), **options).run()

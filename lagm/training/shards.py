@@ -22,11 +22,10 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -36,16 +35,26 @@ from ..core.files import decode_text, parse_json, read_json, write_json
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
+from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 
 # %% ../../nbs/reference/training/63_shards.ipynb #2762490a
 def pair_files(
-    pair: Pair,
-    labels: LabelSet,
-    soft: bool = False,
+    pair: Pair,  # one picture with its label
+    labels: LabelSet,  # what the classes mean
+    soft: bool = False,  # with the probabilities of all classes
 ) -> dict[str, bytes]:  # extension -> content
     """The files of a pair.
+
+    Parameters
+    ----------
+    pair
+        one picture with its label
+    labels
+        what the classes mean
+    soft
+        with the probabilities of all classes
 
     Returns
     -------
@@ -59,7 +68,7 @@ def pair_files(
 
 
 def add_to_tar(
-    tar: tarfile.TarFile,
+    tar: tarfile.TarFile,  # open for writing
     key: str,  # what stands before the first dot of the names
     files: Mapping[str, bytes],  # extension -> content
 ) -> None:
@@ -67,6 +76,8 @@ def add_to_tar(
 
     Parameters
     ----------
+    tar
+        open for writing
     key
         what stands before the first dot of the names
     files
@@ -80,7 +91,7 @@ def add_to_tar(
 # %% ../../nbs/reference/training/63_shards.ipynb #adaaf0b9
 def publish(
     temporary: Path,  # a finished file in the same folder; it is gone afterwards
-    path: Path,
+    path: Path,  # the file's place
 ) -> bool:  # False: `path` was there before, and still is
     """Give a file its name unless the name is taken.
 
@@ -88,6 +99,8 @@ def publish(
     ----------
     temporary
         a finished file in the same folder; it is gone afterwards
+    path
+        the file's place
 
     Returns
     -------
@@ -154,11 +167,11 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(
     generator: Callable,  # G(z, rng) -> (image, features)
-    annotators: Sequence[nn.Module],
-    folder: Path,
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    folder: Path,  # where the files go
     shard: int,  # its number
-    plan: Plan,
-    labels: LabelSet,
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
     tick: Callable = lambda: None,  # called after each picture
 ) -> bool:  # False: it is there, or somebody else is at it
     """Make a shard.
@@ -167,8 +180,16 @@ def write_shard(
     ----------
     generator
         G(z, rng) -> (image, features)
+    annotators
+        each: features -> logits
+    folder
+        where the files go
     shard
         its number
+    plan
+        what is to be made
+    labels
+        what the classes mean
     tick
         called after each picture
 
@@ -205,12 +226,12 @@ def work(
     worker: int,  # the number of this process, from 0
     workers: int,  # how many there are
     generator: Callable,  # G(z, rng) -> (image, features)
-    annotators: Sequence[nn.Module],
-    folder: Path,
-    plan: Plan,
-    labels: LabelSet,
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    folder: Path,  # where the files go
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
     devices: Sequence[str],  # dealt out to the processes in turn
-    progress: bool,
+    progress: bool,  # whether a line shows how far it is
 ) -> None:
     """What one process does.
 
@@ -222,8 +243,18 @@ def work(
         how many there are
     generator
         G(z, rng) -> (image, features)
+    annotators
+        each: features -> logits
+    folder
+        where the files go
+    plan
+        what is to be made
+    labels
+        what the classes mean
     devices
         dealt out to the processes in turn
+    progress
+        whether a line shows how far it is
     """
     device = choose_device(devices[worker % len(devices)])
     if hasattr(generator, "to"): generator.to(device)
@@ -237,9 +268,14 @@ def work(
 
 # %% ../../nbs/reference/training/63_shards.ipynb #207e14ad
 def weights_digest(
-    modules: Sequence[nn.Module],
+    modules: Sequence[nn.Module],  # whose weights count
 ) -> str:  # sixteen hexadecimal digits
     """Depends on every name and number in the modules' state.
+
+    Parameters
+    ----------
+    modules
+        whose weights count
 
     Returns
     -------
@@ -255,19 +291,31 @@ def weights_digest(
 
 
 def describe_dataset(
-    generator: Any,
-    annotators: Sequence[nn.Module],
-    plan: Plan,
-    labels: LabelSet,
+    generator: Any,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotators: Sequence[nn.Module],  # each: features -> logits
+    plan: Plan,  # what is to be made
+    labels: LabelSet,  # what the classes mean
 ) -> dict[str, Any]:
-    """What makes two datasets the same dataset."""
+    """What makes two datasets the same dataset.
+
+    Parameters
+    ----------
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    annotators
+        each: features -> logits
+    plan
+        what is to be made
+    labels
+        what the classes mean
+    """
     sampling = getattr(generator, "sampling", None)
     return {
         "format": "lagm-synthetic-1", "plan": dataclasses.asdict(plan),
         "label_set": labels.name, "classes": list(labels.classes),
         "palette": [list(colour) for colour in labels.palette],
         "generator": weights_digest([getattr(generator, "network", generator)]),
-        "sampling": dataclasses.asdict(sampling) if dataclasses.is_dataclass(sampling) else None,
+        "sampling": dataclasses.asdict(cast(Any, sampling)) if dataclasses.is_dataclass(sampling) else None,
         "annotators": [weights_digest([annotator]) for annotator in annotators]}
 
 # %% ../../nbs/reference/training/63_shards.ipynb #514b390d
@@ -357,7 +405,7 @@ def _place(member: tarfile.TarInfo, indices: range, room: int) -> tuple[int, str
     return index, extension
 
 
-def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> tuple[dict, dict[int, dict]]:
+def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> tuple[dict[Any, Any], dict[int, Any]]:
     """Where each file of a shard is, and the records."""
     places, records = {}, {}
     try:
@@ -366,7 +414,8 @@ def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> 
                 index, extension = place = _place(member, indices, path.stat().st_size)
                 if place in places: raise InputError(f"{member.name!r} does not belong there a second time")
                 places[place] = (path, member.offset_data, member.size)
-                if extension == "json": records[index] = _record(tar.extractfile(member).read(), index, n_classes)
+                if extension != "json": continue
+                records[index] = _record(cast(IO[bytes], tar.extractfile(member)).read(), index, n_classes)
         lacking = next((f"{i:06d}.{kind}" for i in indices for kind in needed if (i, kind) not in places), None)
         if lacking: raise InputError(f"it lacks {lacking}")
     except (tarfile.TarError, ValueError, OSError, EOFError, LookupError, ArithmeticError, MemoryError) as error:
@@ -381,6 +430,8 @@ class StoredPairs:
 
     Parameters
     ----------
+    folder
+        where the files go
     indices
         only these pictures, e.g. of `select`; None: all
     needed
@@ -389,7 +440,7 @@ class StoredPairs:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # where the files go
         indices: Sequence[int] | None = None,  # only these pictures, e.g. of `select`; None: all
         needed: Sequence[str] = ("png", "label.png", "json"),  # kinds of files that each pair has to have
     ):
@@ -401,7 +452,7 @@ class StoredPairs:
                              "call `generate` again to complete it")
         if "soft.png" in needed and not self.plan.soft:
             raise InputError(f"{self.folder} holds no probabilities; make the dataset with Plan(soft=True)")
-        self.places, records = {}, {}
+        self.places, records = dict[tuple[int, str], tuple[Path, int, int]](), dict[int, Any]()
         for shard in self.plan.shards:
             path, own = shard_path(self.folder, shard), self.plan.indices(shard)
             places, found = _scan(path, own, needed, self.labels.n_classes)
@@ -427,7 +478,7 @@ class StoredPairs:
             return file.read(size)
 
 # %% ../../nbs/reference/training/63_shards.ipynb #20b576bc
-class SyntheticDataset(StoredPairs, Dataset):
+class SyntheticDataset(StoredPairs, Dataset[Any]):
     """The pairs in a folder, as tensors. Raises `InputError` as `StoredPairs`, and for files that cannot be.
 
     An item is (image (3, H, W) in [-1, 1], label (H, W) int64, or probabilities (C, H, W) if `soft`
@@ -435,6 +486,8 @@ class SyntheticDataset(StoredPairs, Dataset):
 
     Parameters
     ----------
+    folder
+        where the files go
     indices
         only these pictures, e.g. of `select`; None: all
     soft
@@ -445,7 +498,7 @@ class SyntheticDataset(StoredPairs, Dataset):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # where the files go
         indices: Sequence[int] | None = None,  # only these pictures, e.g. of `select`; None: all
         soft: bool = False,  # probabilities instead of labels; the plan must have had `soft`
         confidence: bool = False,  # items have a third part
@@ -477,14 +530,14 @@ class SyntheticDataset(StoredPairs, Dataset):
 
 # %% ../../nbs/reference/training/63_shards.ipynb #a8d71157
 def generate(
-    generator: Callable,  # G(z, rng) -> (image, features); see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features); see lagm.generators.contract
     annotators: nn.Module | Sequence[nn.Module],  # one, or an ensemble
-    folder: str | Path,
-    plan: Plan = Plan(),
-    labels: LabelSet = CELEBA8,
+    folder: str | Path,  # where the files go
+    plan: Plan = Plan(),  # what is to be made
+    labels: LabelSet = CELEBA8,  # what the classes mean
     processes: int = 1,  # each computes with one thread
     devices: Sequence[str] = ("cpu",),  # dealt out to the processes in turn
-    progress: bool = True,
+    progress: bool = True,  # whether a line shows how far it is
 ) -> "SyntheticDataset":
     """Make the dataset, or complete it, and open it.
 
@@ -497,10 +550,18 @@ def generate(
         G(z, rng) -> (image, features); see lagm.generators.contract
     annotators
         one, or an ensemble
+    folder
+        where the files go
+    plan
+        what is to be made
+    labels
+        what the classes mean
     processes
         each computes with one thread
     devices
         dealt out to the processes in turn
+    progress
+        whether a line shows how far it is
     """
     annotators = [annotators] if isinstance(annotators, nn.Module) else list(annotators)
     if not annotators: raise InputError("there is no annotator to label the pictures; give one, or a list of several")
@@ -573,7 +634,7 @@ def select(
         raise InputError(f"there is a quota for class {wrong[0]}, but the pictures have classes 0..{n_classes - 1}")
     ordered = sorted(records, key=lambda r: (r["uncertainty"], r["index"]))
     number = math.ceil(round(keep * len(ordered), 9))
-    kept, dropped, added, short = ordered[:number], ordered[number:], [], {}
+    kept, dropped, added, short = ordered[:number], ordered[number:], list[Any](), {}
     for c, quota in (quotas or {}).items():
         shows = lambda r: r["pixels"][c] >= min_pixels
         lacking = quota - sum(map(shows, kept))

@@ -17,7 +17,7 @@ from ..data.labels import IGNORE
 # %% ../../nbs/reference/training/55_signs.ipynb #b750bc52
 def class_shares(
     labels: Tensor,  # class indices, any shape; 255 = ignored
-    n_classes: int,
+    n_classes: int,  # classes, the background included
 ) -> Tensor:  # (C,), float64, on the CPU, sum 1 (all zero if nothing is known)
     """The share of the known pixels that each class fills.
 
@@ -25,6 +25,8 @@ def class_shares(
     ----------
     labels
         class indices, any shape; 255 = ignored
+    n_classes
+        classes, the background included
 
     Returns
     -------
@@ -39,7 +41,7 @@ def signs(
     named: Tensor,  # the annotator's labels of generated pictures, (B, H, W) class indices
     predicted: Tensor,  # the segmenter's of the same pictures
     masks: Tensor,  # the labelled masks, (n, h, w) class indices, 255 = ignored
-    n_classes: int,
+    n_classes: int,  # classes, the background included
 ) -> dict[str, Any]:  # "agreement": 0 to 1; "shares": per class, 1 = as in the labelled masks; None: no mask shows it
     """How annotator and segmenter stand to each other and to the labelled masks.
 
@@ -51,6 +53,8 @@ def signs(
         the segmenter's of the same pictures
     masks
         the labelled masks, (n, h, w) class indices, 255 = ignored
+    n_classes
+        classes, the background included
 
     Returns
     -------

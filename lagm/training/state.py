@@ -52,8 +52,14 @@ class Networks:
 
     Parameters
     ----------
+    segmenter
+        pictures -> logits
     annotator
         None: supervised training
+    recipe
+        what the run computes
+    device
+        "cpu", "cuda", "mps", or a torch device
     class_weights
         (C,), from `balanced_weights`
     weigh_labels
@@ -62,10 +68,10 @@ class Networks:
 
     def __init__(
         self,
-        segmenter: nn.Module,
+        segmenter: nn.Module,  # pictures -> logits
         annotator: nn.Module | None,  # None: supervised training
-        recipe: Recipe,
-        device: torch.device,
+        recipe: Recipe,  # what the run computes
+        device: torch.device,  # "cpu", "cuda", "mps", or a torch device
         class_weights: Tensor | None = None,  # (C,), from `balanced_weights`
         weigh_labels: bool = True,  # False: the annotator's labels are used without class weights
     ):
@@ -75,8 +81,9 @@ class Networks:
         self.label_weights = self.class_weights if weigh_labels else None
         self.layouts = memory_layouts(recipe, device)
         given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
-        self.networks = {role: network.to(device, memory_format=self.layouts[role] or torch.contiguous_format)
-                         for role, network in given.items()}
+        self.networks = {
+            role: network.to(device).to(memory_format=self.layouts[role] or torch.contiguous_format)
+            for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
         for network in self.networks.values():
             frozen = not any(p.requires_grad for p in network.parameters())  # a former run's average
@@ -98,7 +105,8 @@ class Networks:
 
     def arrange(self, tensor: Tensor, role: str = "segmenter") -> Tensor:
         """Pictures or maps in the memory layout of the network that will see them."""
-        return tensor if self.layouts[role] is None else tensor.contiguous(memory_format=self.layouts[role])
+        layout = self.layouts[role]
+        return tensor if layout is None else tensor.contiguous(memory_format=layout)
 
 # %% ../../nbs/reference/training/53_state.ipynb #8344277b
 @dataclass(frozen=True)
@@ -128,13 +136,15 @@ class Stage:
 
 
 def locate(
-    stages: Sequence[Stage],
+    stages: Sequence[Stage],  # of a run, in their order
     step: int,  # of the whole run, from 0
 ) -> tuple[Stage, int]:  # the stage it belongs to, and its number within that
     """Find a step's stage.
 
     Parameters
     ----------
+    stages
+        of a run, in their order
     step
         of the whole run, from 0
 
@@ -151,14 +161,18 @@ def locate(
 # %% ../../nbs/reference/training/53_state.ipynb #e5459f59
 @torch.no_grad()
 def move_average(
-    average: nn.Module,
-    network: nn.Module,
+    average: nn.Module,  # the running average, changed in place
+    network: nn.Module,  # the one that computes
     decay: float,  # 0: the average is the network; near 1: it hardly moves
 ) -> None:
     """Move an average a little towards its network, running statistics included.
 
     Parameters
     ----------
+    average
+        the running average, changed in place
+    network
+        the one that computes
     decay
         0: the average is the network; near 1: it hardly moves
     """

@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor]  # pictures (B, 3, H, W) in [-1, 1]; masks (B, H, W
 
 
 def labelled_gradients(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     names: Sequence[str],  # of parameters of S
     labelled: Sequence[Pair],  # x_l, y_l: the parts of a batch
     weigh_one: bool = False,  # see `gradient_of_parts`
@@ -40,6 +40,8 @@ def labelled_gradients(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     names
         of parameters of S
     labelled
@@ -58,13 +60,15 @@ def labelled_gradients(
 
 
 def supervised_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     labelled: Sequence[Pair],  # the parts of a batch
 ) -> dict[str, Tensor]:  # loss_label
     """The segmenter learns from labelled pictures.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     labelled
         the parts of a batch
 
@@ -103,18 +107,26 @@ class Matched:
 
 
 def match_by_double_backward(
-    state: TrainState,
-    names: Sequence[str],
+    state: TrainState,  # networks, optimisers and averages
+    names: Sequence[str],  # the matched parameters of S
     synthetic: SyntheticBatch,  # the whole batch
-    gradients_l: Sequence[Tensor],
-    shared: SyntheticPass | None,
+    gradients_l: Sequence[Tensor],  # the labelled gradient of these
+    shared: SyntheticPass | None,  # a pass that both phases use; None: a new one
 ) -> Matched:
     """The distance and its gradient as the authors' program finds them.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
     synthetic
         the whole batch
+    gradients_l
+        the labelled gradient of these
+    shared
+        a pass that both phases use; None: a new one
     """
     with state.passes():
         labels = synthetic.labels(state.networks["annotator"], state.label_weights)
@@ -125,10 +137,10 @@ def match_by_double_backward(
 
 # %% ../../nbs/reference/training/54_steps.ipynb #7112243d
 def match_by_tangents(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     names: Sequence[str],  # the matched parameters of S
     batches: Mapping[int, SyntheticBatch],  # own part -> its pictures
-    parts: int,
+    parts: int,  # portions of the batch
     gradients_l: Sequence[Tensor],  # of the matched parameters
     shared: SyntheticPass | None,  # over the pictures of the only part, if phase S is to share it
 ) -> Matched:
@@ -136,10 +148,14 @@ def match_by_tangents(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     names
         the matched parameters of S
     batches
         own part -> its pictures
+    parts
+        portions of the batch
     gradients_l
         of the matched parameters
     shared
@@ -175,19 +191,29 @@ def match_by_tangents(
 
 # %% ../../nbs/reference/training/54_steps.ipynb #6081e137
 def phase_annotator(
-    state: TrainState,
-    names: Sequence[str],
+    state: TrainState,  # networks, optimisers and averages
+    names: Sequence[str],  # the matched parameters of S
     batches: Mapping[int, SyntheticBatch],  # own part -> its pictures
-    parts: int,
-    gradients_l: Sequence[Tensor],
-    shared: SyntheticPass | None = None,
+    parts: int,  # portions of the batch
+    gradients_l: Sequence[Tensor],  # the labelled gradient of these
+    shared: SyntheticPass | None = None,  # a pass that both phases use; None: a new one
 ) -> Matched:
     """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
     batches
         own part -> its pictures
+    parts
+        portions of the batch
+    gradients_l
+        the labelled gradient of these
+    shared
+        a pass that both phases use; None: a new one
     """
     annotator = state.train("annotator")
     if state.recipe.gradients == "double":
@@ -206,9 +232,9 @@ def phase_annotator(
 
 # %% ../../nbs/reference/training/54_steps.ipynb #f909cc74
 def phase_segmenter(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     synthetic: Mapping[int, SyntheticBatch] | Sequence[SyntheticBatch],  # part -> its pictures
-    parts: int = 1,
+    parts: int = 1,  # portions of the batch
     gradients_l: Sequence[Tensor] | None = None,  # of all parameters; None: no labelled loss
     shared: SyntheticPass | None = None,  # phase A's, over the same pictures; None: new ones
     gradients_s: Sequence[Tensor] | None = None,  # of all, phase A's; None: those of the annotator's labels now
@@ -218,8 +244,12 @@ def phase_segmenter(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     synthetic
         part -> its pictures
+    parts
+        portions of the batch
     gradients_l
         of all parameters; None: no labelled loss
     shared
@@ -255,7 +285,7 @@ def phase_segmenter(
 
 # %% ../../nbs/reference/training/54_steps.ipynb #b0a9a5c1
 def matching_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     names: Sequence[str],  # the matched parameters of S
     labelled: Sequence[Pair],  # x_l, y_l: the parts of a batch
     # phase A's, or the shared one; not needed if there is no phase A and `fresh` is given
@@ -268,6 +298,8 @@ def matching_step(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     names
         the matched parameters of S
     labelled
@@ -291,11 +323,12 @@ def matching_step(
     wanted = everything if taught else list(names)
     gradients_l, gradients_s, shared, batches = None, None, None, {}
     if match or taught: gradients_l, losses["loss_label"] = labelled_gradients(state, wanted, labelled)
-    if match or (learn and fresh is None): batches = {part: synthetic[part] for part in own_parts(parts)}
+    if synthetic is not None and (match or (learn and fresh is None)):
+        batches = {part: synthetic[part] for part in own_parts(parts)}
     if parts == 1 and learn and fresh is None:
         tangents = names if match and recipe.gradients == "forward" else False
         with state.passes(): shared = SyntheticPass(segmenter, batches[0].images, tangents=tangents)
-    if match:
+    if match and gradients_l is not None:
         by_name = dict(zip(wanted, gradients_l, strict=True))
         matched = phase_annotator(state, names, batches, parts, [by_name[name] for name in names], shared)
         losses["loss_gm"], losses["loss_syn"] = matched.loss_gm, matched.loss_syn
@@ -332,7 +365,7 @@ def reweighed(
 
 
 def imitation_step(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     synthetic: Sequence[SyntheticBatch],  # the parts of a batch, not augmented
     factors: Tensor | None = None,  # (C,), from `alignment`
 ) -> dict[str, Tensor]:  # loss_imitation
@@ -340,6 +373,8 @@ def imitation_step(
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     synthetic
         the parts of a batch, not augmented
     factors
@@ -369,19 +404,23 @@ def imitation_step(
 # %% ../../nbs/reference/training/54_steps.ipynb #f2d47a6c
 @torch.no_grad()
 def alignment(
-    state: TrainState,
+    state: TrainState,  # networks, optimisers and averages
     pictures: SyntheticBatches,  # not augmented
     masks: Tensor,  # of the labelled pictures
-    batches: int = 16,
+    batches: int = 16,  # how many generated batches are looked at
 ) -> Tensor:  # (C,), from 1 / align to align
     """What S's probabilities are to be multiplied by for each class to fill its labelled share.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
     pictures
         not augmented
     masks
         of the labelled pictures
+    batches
+        how many generated batches are looked at
 
     Returns
     -------

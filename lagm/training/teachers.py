@@ -10,7 +10,7 @@ __all__ = ['TEACHERS', 'SELF_TRAINING', 'MEAN_TEACHER', 'TAUGHT_FIELDS', 'Teachi
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,16 @@ from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import Augment
 from ..matching.gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
+from ..models.contracts import Generator
 from ..models.modes import eval_mode
-from ..models.segmenters import network_entry
 from .batches import in_parts
 from .loop import Trained, check_options
-from .processes import gradient_of_parts
+from .processes import Voted, gradient_of_parts
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
 from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
 from .steps import labelled_gradients, supervised_step
+from collections.abc import Callable
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
@@ -60,7 +61,7 @@ class Teaching:
     weight: float = 1.0  # of the loss on generated pictures; the labelled loss has 1
     ramp: float = 0.0  # the share of the steps over which the weight grows from (almost) zero
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "teaching")
         self._need("teacher", self.teacher in TEACHERS, f"choose one of {', '.join(TEACHERS)}")
         self._need("threshold", 0 <= self.threshold < 1, "give a probability from 0 up to, not including, 1")
@@ -90,18 +91,24 @@ class Teaching:
 
     def views(
         self,
-        state: TrainState,
-        teacher: nn.Module,
+        state: TrainState,  # networks, optimisers and averages
+        teacher: nn.Module,  # asked where a view needs its opinion
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
-        augment: Augment | None,
+        augment: Augment | None,  # random transforms; None: none
         rng: torch.Generator,  # for the changes
     ) -> "list[View]":
         """What the student sees: here, each picture changed once, and its label with it.
 
         Parameters
         ----------
+        state
+            networks, optimisers and averages
+        teacher
+            asked where a view needs its opinion
         images
             (B, 3, H, W): generated pictures, unchanged
+        augment
+            random transforms; None: none
         rng
             for the changes
         """
@@ -117,16 +124,20 @@ MEAN_TEACHER = Teaching(teacher="average", hard=False, ramp=0.3)
 # %% ../../nbs/reference/training/66_teachers.ipynb #0c6da303
 @torch.no_grad()
 def teacher_labels(
-    teacher: nn.Module,
+    teacher: nn.Module,  # its predictions are the labels
     images: Tensor,  # (B, 3, H, W), unchanged
-    teaching: Teaching,
+    teaching: Teaching,  # who teaches, and how
 ) -> Tensor:  # (B, C, H, W): probabilities; all zero where the pixel does not count
     """What the teacher says, in eval mode.
 
     Parameters
     ----------
+    teacher
+        its predictions are the labels
     images
         (B, 3, H, W), unchanged
+    teaching
+        who teaches, and how
 
     Returns
     -------
@@ -136,7 +147,8 @@ def teacher_labels(
     with eval_mode(teacher): q = teacher(images).float().softmax(1)
     sure = q.amax(1, keepdim=True) >= teaching.threshold
     if teaching.hard: q = F.one_hot(q.argmax(1), q.shape[1]).movedim(-1, 1).float()
-    return q * sure
+    labels: Tensor = q * sure
+    return labels
 
 
 @dataclass(frozen=True)
@@ -156,23 +168,27 @@ class View:
     labels: Tensor  # (B, C, H, W), all zero where a pixel does not count
     share: float = 1.0  # of the loss on generated pictures
 
-    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager:
+    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Where the student looks at it: here, as always."""
         return contextlib.nullcontext()
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #cfcc45cf
 def view_gradient(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # the student
     names: Sequence[str],  # of its parameters
-    view: View,
+    view: View,  # the pictures and their labels
     weight: float,  # of the loss on generated pictures
 ) -> tuple[list[Tensor], Tensor]:  # one tensor per name, weighted; the view's share of the loss, detached
     """What a view teaches.
 
     Parameters
     ----------
+    segmenter
+        the student
     names
         of its parameters
+    view
+        the pictures and their labels
     weight
         of the loss on generated pictures
 
@@ -188,24 +204,32 @@ def view_gradient(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #8d7c2d4d
 def taught_step(
-    state: TrainState,
-    teacher: nn.Module,
+    state: TrainState,  # networks, optimisers and averages
+    teacher: nn.Module,  # its predictions are the labels
     labelled: Sequence[tuple[Tensor, Tensor]],  # x_l, y_l: the parts of a batch
     generated: Sequence[tuple[Tensor, torch.Generator]],  # of each part its pictures, unchanged, and for their changes
-    teaching: Teaching,
+    teaching: Teaching,  # who teaches, and how
     weight: float,  # of the generated pictures at this step
-    augment: Augment | None,
+    augment: Augment | None,  # random transforms; None: none
 ) -> dict[str, Tensor]:  # loss_label, loss_s
     """The segmenter learns from labelled pictures and from its teacher, part by part.
 
     Parameters
     ----------
+    state
+        networks, optimisers and averages
+    teacher
+        its predictions are the labels
     labelled
         x_l, y_l: the parts of a batch
     generated
         of each part its pictures, unchanged, and for their changes
+    teaching
+        who teaches, and how
     weight
         of the generated pictures at this step
+    augment
+        random transforms; None: none
 
     Returns
     -------
@@ -215,7 +239,7 @@ def taught_step(
     segmenter, names = state.train("segmenter"), state.trained["segmenter"]
     gradients, loss_label = labelled_gradients(state, names, labelled)
 
-    def vote(part):
+    def vote(part: int) -> Voted:
         images, rng = generated[part]
         with state.passes():
             views = teaching.views(state, teacher, images, augment, rng)
@@ -231,14 +255,30 @@ def taught_step(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #bd80a8d5
 def taught_stages(
-    state: TrainState,
-    generator: Callable,
-    images: Tensor,
-    masks: Tensor,
-    teaching: Teaching,
-    seed: int,
+    state: TrainState,  # networks, optimisers and averages
+    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    teaching: Teaching,  # who teaches, and how
+    seed: int,  # of everything random
 ) -> list[Stage]:
-    """The stages of a run: warm start of the segmenter, teaching."""
+    """The stages of a run: warm start of the segmenter, teaching.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    teaching
+        who teaches, and how
+    seed
+        of everything random
+    """
     recipe, parts = state.recipe, state.recipe.parts
     batches = Batches(state, generator, images, masks, seed, recipe.batch_synthetic // parts)
 
@@ -248,7 +288,8 @@ def taught_stages(
     def warm(step: int) -> dict[str, Tensor]: return supervised_step(state, batches.labelled(step, "warm"))
 
     def teach(step: int) -> dict[str, Tensor]:
-        kinds = {"fixed": state.networks.get("teacher"), "average": state.average, "student": state.segmenter}
+        kinds: dict[str, Any] = {
+            "fixed": state.networks.get("teacher"), "average": state.average, "student": state.segmenter}
         teacher = kinds[teaching.teacher]
         if step == 0 and teaching.teacher == "fixed": teacher.load_state_dict(state.segmenter.state_dict())
         weight = teaching.weight_at(step, recipe.steps)
@@ -264,14 +305,14 @@ TAUGHT_FIELDS = (*SUPERVISED_FIELDS, "batch_synthetic", "lr_warm", "wide_crop", 
 
 def train_taught(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    setting: Teaching,
+    setting: Teaching,  # the numbers that only this method has
     recipe: Recipe = FAST,  # its steps, warm_segmenter and `TAUGHT_FIELDS`; what it says of annotators does not apply
     *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     folder: Any = None,  # not used: nothing but a checkpoint is kept
     **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
 ) -> Trained:
@@ -287,8 +328,14 @@ def train_taught(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    setting
+        the numbers that only this method has
     recipe
         its steps, warm_segmenter and `TAUGHT_FIELDS`; what it says of annotators does not apply
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
     folder
         not used: nothing but a checkpoint is kept
     **options
@@ -311,7 +358,7 @@ def train_taught(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #4f8b766f
 def train_self_training(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *, setting: Teaching = SELF_TRAINING,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Teaching = SELF_TRAINING,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
 ) -> Trained:
     """`train_taught`, whose parameters it has, with pseudo-labels of a fixed teacher. Raises as it does."""
@@ -320,7 +367,7 @@ def train_self_training(
 
 
 def train_mean_teacher(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *, setting: Teaching = MEAN_TEACHER,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Teaching = MEAN_TEACHER,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
 ) -> Trained:
     """`train_taught`, whose parameters it has, with the running average as the teacher. Raises as it does.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, decode_text, parse_json
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.labels import CELEBA8, LabelSet, colourise
 
 # %% ../../nbs/reference/training/56_watching.ipynb #efba60c6
@@ -63,9 +63,14 @@ class MetricsLog:
 
 # %% ../../nbs/reference/training/56_watching.ipynb #5708fa40
 def palette_for(
-    n_classes: int,
+    n_classes: int,  # colours that are wanted
 ) -> LabelSet:  # the kit's own for eight classes, else colours around the wheel
     """A label set to colour with, when none is given.
+
+    Parameters
+    ----------
+    n_classes
+        colours that are wanted
 
     Returns
     -------
@@ -73,14 +78,14 @@ def palette_for(
         the kit's own for eight classes, else colours around the wheel
     """
     if n_classes == CELEBA8.n_classes: return CELEBA8
-    wheel = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
-             for i in range(n_classes - 1)]
+    wheel: list[Any] = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
+                        for i in range(n_classes - 1)]
     return LabelSet(f"{n_classes} classes", tuple(f"class {i}" for i in range(n_classes)), ((0, 0, 0), *wheel))
 
 
 def sure_labels(
     probabilities: Tensor,  # (B, C, H, W)
-    labels: LabelSet,
+    labels: LabelSet,  # what the classes mean
     threshold: float = 0.9,  # of the highest probability
 ) -> np.ndarray:  # (B, H, W, 3) uint8, white where unsure
     """The label map in colours, where the highest probability reaches the threshold.
@@ -89,6 +94,8 @@ def sure_labels(
     ----------
     probabilities
         (B, C, H, W)
+    labels
+        what the classes mean
     threshold
         of the highest probability
 
@@ -107,8 +114,8 @@ def snapshot_grid(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
     annotator: Tensor,  # its probabilities, (B, C, H, W)
     segmenter: Tensor,  # its probabilities, (B, C, H, W)
-    labels: LabelSet,
-    threshold: float = 0.9,
+    labels: LabelSet,  # what the classes mean
+    threshold: float = 0.9,  # from which probability on a label counts as sure
 ) -> np.ndarray:  # (B * H, 4 * W, 3) uint8: picture, annotator, annotator where sure, segmenter
     """The pictures with what the two networks say of them.
 
@@ -120,6 +127,10 @@ def snapshot_grid(
         its probabilities, (B, C, H, W)
     segmenter
         its probabilities, (B, C, H, W)
+    labels
+        what the classes mean
+    threshold
+        from which probability on a label counts as sure
 
     Returns
     -------
@@ -143,16 +154,19 @@ class TensorBoard:
 
     Parameters
     ----------
+    folder
+        where the files go
     step
         of the run as it begins; later records of an earlier run are hidden
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # where the files go
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
-        try: from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False"
@@ -248,10 +262,18 @@ class Cost:
 
 
 def measure(
-    function: Callable[[], Any],
-    device: torch.device = torch.device("cpu"),
+    function: Callable[[], Any],  # called once
+    device: torch.device = torch.device("cpu"),  # whose memory is looked at
 ) -> Cost:
-    """Call it once, with an eye on the clock and the memory."""
+    """Call it once, with an eye on the clock and the memory.
+
+    Parameters
+    ----------
+    function
+        called once
+    device
+        whose memory is looked at
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

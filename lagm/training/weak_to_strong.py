@@ -9,7 +9,7 @@ __all__ = ['WEAK_TO_STRONG', 'cutmix_boxes', 'mix_neighbours', 'deepest_maps', '
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #1a8208ba
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..data.augment import Augment, recolour, warp_images
 from ..matching.gradients import uncompiled
+from ..models.contracts import Generator
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
 from .state import TrainState
@@ -28,7 +29,7 @@ from .teachers import Teaching, View, teacher_labels, train_taught
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #51596fb5
 def cutmix_boxes(
     n: int,  # pictures
-    size: tuple[int, int],  # height and width
+    size: Sequence[int],  # height and width
     probability: float,  # of a box
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:  # (n, 1, H, W) bool: inside the box
@@ -57,7 +58,8 @@ def cutmix_boxes(
     for pixels, side, place in zip(size, sides, (u[:, 3], u[:, 4]), strict=True):
         first, at = place * (1 - side), (torch.arange(pixels) + 0.5) / pixels
         lines.append((at >= first[:, None]) & (at < (first + side)[:, None]))
-    return (lines[0][:, :, None] & lines[1][:, None] & (u[:, 0] < probability)[:, None, None])[:, None]
+    inside: Tensor = lines[0][:, :, None] & lines[1][:, None] & (u[:, 0] < probability)[:, None, None]
+    return inside[:, None]
 
 
 def mix_neighbours(
@@ -82,9 +84,14 @@ def mix_neighbours(
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #559098c1
 def deepest_maps(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # any network of the kit
 ) -> nn.Module | None:  # the submodule whose result they are; None: not known of this network
     """Where the encoder of a segmenter ends.
+
+    Parameters
+    ----------
+    segmenter
+        any network of the kit
 
     Returns
     -------
@@ -98,13 +105,15 @@ def deepest_maps(
 
 @contextlib.contextmanager
 def dropped_channels(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # any network of the kit
     share: float,  # of channels; 0: nothing happens
 ) -> Iterator[None]:
     """While in this context, random channels of the deepest maps are zero and the others scaled up, per picture.
 
     Parameters
     ----------
+    segmenter
+        any network of the kit
     share
         of channels; 0: nothing happens
     """
@@ -129,7 +138,7 @@ class PerturbedView(View):
     """
     dropout: float = 0.0  # their share; see `dropped_channels`
 
-    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager:
+    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While the student looks, channels of its deepest maps are dropped."""
         return dropped_channels(segmenter, self.dropout)
 
@@ -153,7 +162,7 @@ class WeakToStrong(Teaching):
     dropout: float = 0.5  # the share of channels that the view with perturbed features lacks; 0: there is no such view
     dropped: float = 0.5  # that view's share of the loss; the two strong views share the rest
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("cutmix", "dropout", "dropped"):
             value = getattr(self, name)
@@ -162,8 +171,8 @@ class WeakToStrong(Teaching):
 
     def views(
         self,
-        state: TrainState,
-        teacher: nn.Module,
+        state: TrainState,  # networks, optimisers and averages
+        teacher: nn.Module,  # asked where a view needs its opinion
         images: Tensor,  # (B, 3, H, W): generated pictures, unchanged
         augment: Augment | None,  # None: the weak view is the picture, a strong one is mixed only
         rng: torch.Generator,  # for the changes
@@ -172,6 +181,10 @@ class WeakToStrong(Teaching):
 
         Parameters
         ----------
+        state
+            networks, optimisers and averages
+        teacher
+            asked where a view needs its opinion
         images
             (B, 3, H, W): generated pictures, unchanged
         augment
@@ -179,7 +192,7 @@ class WeakToStrong(Teaching):
         rng
             for the changes
         """
-        change = augment and augment.draw(images, rng)
+        change: Any = augment and augment.draw(images, rng)
         weak = images if augment is None else state.arrange(warp_images(images, change.maps, change.outside))
         labels = teacher_labels(teacher, weak, self)
         if augment and augment.outside == "ignore": labels = labels * change.labels(torch.ones_like(images[:, :1]))
@@ -199,7 +212,7 @@ WEAK_TO_STRONG = WeakToStrong()
 
 
 def train_weak_to_strong(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *,
     setting: WeakToStrong = WEAK_TO_STRONG, recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu",
     folder: Any = None, **options: Any,
 ) -> Trained:
