@@ -341,53 +341,32 @@ def filter_weights(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #ab78b458
 OTHERS = [  # a key, what has it, and what to do
-    (
-        r"to_rgb1\.conv\.modulation\.weight",
-        "a generator of rosinality's program without its running average (g_ema)",
-        "use a file that its training saved whole, or save the dict of weights by itself",
-    ),
-    (
-        r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
-        "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
-        "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own",
-    ),
-    (
-        r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
-        "a network of lucidrains' lightweight-gan: not read yet",
-        "use a checkpoint of NVIDIA's or rosinality's StyleGAN2",
-    ),
-    (
-        r"inc\.conv1\.weight|main_net\.backbone\..*",
-        "a segmenter, not a generator",
-        "read it with lagm.models.results.load_results",
-    ),
+    (r"to_rgb1\.conv\.modulation\.weight",
+     "a generator of rosinality's program without its running average (g_ema)",
+     "use a file that its training saved whole, or save the dict of weights by itself"),
+    (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
+     "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
+     "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),
+    (r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
+     "a network of lucidrains' lightweight-gan: not read yet",
+     "use a checkpoint of NVIDIA's or rosinality's StyleGAN2"),
+    (r"inc\.conv1\.weight|main_net\.backbone\..*",
+     "a segmenter, not a generator", "read it with lagm.models.results.load_results"),
     (r"lateral0\.weight", "an annotator, not a generator", "read it with lagm.models.results.load_results"),
-    (
-        r"(module\.)?(layer1\.0|conv1|backbone|features)\..*",
-        "a classifier or another network, not a generator",
-        "give a StyleGAN or StyleGAN2",
-    ),
-    (
-        r"synthesis\.b4\.const",
-        "a StyleGAN2's state dict without the arguments it was built with",
-        "give the pickle that it was taken from",
-    ),
-    (
-        r"synthesis\.input\..*",
-        "a StyleGAN3, which this kit does not compute",
-        "use a StyleGAN2 checkpoint of the same pictures",
-    ),
+    (r"(module\.)?(layer1\.0|conv1|backbone|features)\..*",
+     "a classifier or another network, not a generator", "give a StyleGAN or StyleGAN2"),
+    (r"synthesis\.b4\.const",
+     "a StyleGAN2's state dict without the arguments it was built with", "give the pickle that it was taken from"),
+    (r"synthesis\.input\..*",
+     "a StyleGAN3, which this kit does not compute", "use a StyleGAN2 checkpoint of the same pictures"),
     (
         r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
         r"cond_stage_model|betas|alphas_cumprod)(\..*)?",
         "a diffusion model, not a GAN",
         "give a StyleGAN or StyleGAN2",
     ),
-    (
-        r"netG|netD|generator|G|G_state|g|state_dict|model",
-        "a checkpoint of some other program",
-        "give a StyleGAN or StyleGAN2 in one of the known formats",
-    ),
+    (r"netG|netD|generator|G|G_state|g|state_dict|model",
+     "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats"),
 ]
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #ab78b4s0

@@ -262,7 +262,7 @@ def rounded(
     )
     return network
 
-
+# %% ../../nbs/reference/models/27_convert.ipynb #c6f6b2aa
 def read_back(
     path: Path,  # the file
     header: dict,  # what the file says about itself

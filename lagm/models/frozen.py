@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,49 @@ from .entries import CLASSES, HEAD, NetworkEntry
 from .segmenters import SEGMENTERS, UNet, unet_widths
 
 # %% ../../nbs/reference/models/41_frozen.ipynb #73163d92
-class HeadedEncoder(nn.Module):
+class _RestingEncoder(nn.Module):
+    """An encoder that may be frozen: then it stays in eval mode, and asks for no gradients."""
+
+    def __init__(self, encoder: nn.Module, frozen: bool):
+        super().__init__()
+        self.encoder, self.frozen = encoder, frozen
+
+    def train(
+        self,
+        mode: bool = True,  # True: train mode, but for what is frozen
+    ) -> Self:
+        """As usual, but a frozen encoder rests.
+
+        Parameters
+        ----------
+        mode
+            True: train mode, but for what is frozen
+        """
+        super().train(mode)
+        if self.frozen: self.encoder.eval()
+        return self
+
+    def requires_grad_(
+        self,
+        requires_grad: bool = True,  # whether gradients are wanted, but for what is frozen
+    ) -> Self:
+        """As usual, but a frozen encoder's parameters never do; nor do those of an encoder that are not read.
+
+        Parameters
+        ----------
+        requires_grad
+            whether gradients are wanted, but for what is frozen
+        """
+        super().requires_grad_(requires_grad)
+        for parameter in self.encoder.parameters() if self.frozen else self.unread(): parameter.requires_grad_(False)
+        return self
+
+    def unread(self) -> list[nn.Parameter]:
+        """Parameters of the encoder that no map depends on."""
+        return []
+
+# %% ../../nbs/reference/models/41_frozen.ipynb #c5ac0af1
+class HeadedEncoder(_RestingEncoder):
     """An encoder and a head over its maps: pictures (B, 3, H, W) to logits (B, n_classes, H, W). See the subclasses.
 
     Parameters
@@ -53,9 +95,8 @@ class HeadedEncoder(nn.Module):
         layers: int,  # 3x3 convolutions in the head, the last one included
         frozen: bool,  # whether the encoder stays as it is
     ):
-        super().__init__()
-        self.n_classes, self.frozen = n_classes, frozen
-        self.encoder = encoder
+        super().__init__(encoder, frozen)
+        self.n_classes = n_classes
         self.head = FPNAnnotator(widths, n_classes, channels, layers, fuse_bn_relu=True)
         self.requires_grad_(True).train()
 
@@ -86,40 +127,6 @@ class HeadedEncoder(nn.Module):
         logits, size = self.head(maps), x.shape[-2:]
         if logits.shape[-2:] == size: return logits
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-    def train(
-        self,
-        mode: bool = True,  # True: train mode, but for what is frozen
-    ) -> "HeadedEncoder":
-        """As usual, but a frozen encoder rests.
-
-        Parameters
-        ----------
-        mode
-            True: train mode, but for what is frozen
-        """
-        super().train(mode)
-        if self.frozen: self.encoder.eval()
-        return self
-
-    def requires_grad_(
-        self,
-        requires_grad: bool = True,  # whether gradients are wanted, but for what is frozen
-    ) -> "HeadedEncoder":
-        """As usual, but a frozen encoder's parameters never do; nor do those of an encoder that are not read.
-
-        Parameters
-        ----------
-        requires_grad
-            whether gradients are wanted, but for what is frozen
-        """
-        super().requires_grad_(requires_grad)
-        for parameter in self.encoder.parameters() if self.frozen else self.unread(): parameter.requires_grad_(False)
-        return self
-
-    def unread(self) -> list[nn.Parameter]:
-        """Parameters of the encoder that no map depends on."""
-        return []
 
 # %% ../../nbs/reference/models/41_frozen.ipynb #7be4a1f6
 class EncoderSegmenter(HeadedEncoder):
