@@ -241,8 +241,9 @@ def run_command(
     if arguments.all == bool(names):
         raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
-        from lagm.labelling.project import project_command
+        from lagm.labelling.project import next_step, project_command
 
+        if arguments.dry_run: return print(next_step(names[0]))
         return project_command(names[0], arguments.folds)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):
         return run_one(arguments, find_experiment(names[0]))
@@ -296,9 +297,9 @@ def inspect_command(
     arguments
         source, json, avg_latent
     """
-    from lagm.models.convert import convert
+    from lagm.models.convert import inspect_command as tell
 
-    convert.inspect_command(arguments)
+    tell(arguments)
 
 
 def convert_command(
@@ -311,9 +312,9 @@ def convert_command(
     arguments
         source, target, half, label, force, avg_latent
     """
-    from lagm.models.convert import convert
+    from lagm.models.convert import convert_command as turn
 
-    convert.convert_command(arguments)
+    turn(arguments)
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #93ee07a5
 def add_checkpoint_commands(

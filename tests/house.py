@@ -202,8 +202,11 @@ def long_lines(paths: Iterable[Path]) -> Found:
 
 
 def exercises(path: Path) -> list[tuple[str, int, bool]]:
-    """(cell id, number, answered in this notebook) of each exercise of a notebook."""
-    found, inside, fenced = [], False, False
+    """(cell id, number, answered in this notebook) of each exercise of a notebook.
+
+    A folded answer is of the exercises whose numbers it lists; without numbers, of the one above it.
+    """
+    found, inside, fenced, numbers = [], False, False, None  # numbers: of the folded answer that is being read
     for cell in read(path):
         if cell.kind != "markdown": continue
         for line in cell.source.splitlines():
@@ -211,8 +214,13 @@ def exercises(path: Path) -> list[tuple[str, int, bool]]:
             if fenced: continue
             if re.match(r"#{1,6} ", line): inside = bool(re.match(r"#{1,6} (Exercises?|Over to you)\b", line))
             numbered = re.match(r"(\d+)[.)] ", line)
-            if inside and numbered: found.append((cell.id, int(numbered[1]), False))
-            if inside and found and "<details" in line: found[-1] = (*found[-1][:2], True)
+            if inside and "<details" in line: numbers = []
+            if numbered and numbers is not None: numbers.append(int(numbered[1]))
+            elif inside and numbered: found.append((cell.id, int(numbered[1]), False))
+            if "</details" in line and numbers is not None:
+                numbers = numbers or [number for _, number, _ in found[-1:]]
+                found = [(where, number, here or number in numbers) for where, number, here in found]
+                numbers = None
     return found
 
 

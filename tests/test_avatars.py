@@ -125,7 +125,7 @@ def test_faces_are_symmetric_where_the_style_is():
     for style, sides in (("big-ears", 2), ("toon-head", 2), ("micah", 1)):
         for seed in range(6):
             _, mask = render_avatar(style, seed)
-            centre = np.argwhere((mask == CELEBA8.index("nose")))[:, 1].mean()
+            centre = np.argwhere(mask == CELEBA8.index("nose"))[:, 1].mean()
             ears = np.argwhere(mask == CELEBA8.index("ear"))[:, 1]
             assert int(ears.min() < centre) + int(ears.max() > centre) == sides
 

@@ -20,14 +20,15 @@ from test_stylegan1 import golden_network
 from lagm.core.errors import InputError
 from lagm.core.tensors import save_tensors
 from lagm.evaluation.metrics import evaluate
-from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.contract import Sampling
 from lagm.generators.load import load_generator, read_generator
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.results import load_results, read_generator_kwargs
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -428,6 +429,8 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
+import lagm.generators.formats
+from lagm.generators.load import load_generator
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmRSS")
 G = load_generator(sys.argv[1])

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import nbformat
@@ -38,7 +39,7 @@ from lagm.generators.stylegan2 import StyleGAN2
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
 SPAN = re.compile(r"`([^`]+)`")
 PROGRAMS = (".", "lagm", "papermill", "make", "mkdir", "pip", "python", "snakemake", "nbdev_export", "nbdev_clean",
             "nbdev_install_hooks", "nbdev_test", "git", "cd", "jupyter")
@@ -194,12 +195,13 @@ def run_lagm(words, clean, things):
         assert (clean / "outputs" / "seed1" / "metrics.json").is_file()
         return
     # test_quickstart, test_methods, test_templates, test_fetch
-    more = {"run": ["--dry-run"], "fetch": ["--dry-run"],
+    more = {"run": ["--dry-run"], "fetch": ["--dry-run"], "label": ["--no-browser"],
             "prepare": ["--minpx", "5", "--workers", "1", "--out", "crops"]}.get(command, [])
     if command == "run":
         for name in ("data", "checkpoints"):
             if not (clean / name).is_symlink(): (clean / name).symlink_to(things / name)
-    with contextlib.redirect_stdout(io.StringIO()) as said: code = cli.main([*words[1:], *more])
+    ctrl_c = unittest.mock.patch("lagm.labelling.page.LabelServer.serve_forever", side_effect=KeyboardInterrupt)
+    with contextlib.redirect_stdout(io.StringIO()) as said, ctrl_c: code = cli.main([*words[1:], *more])
     if command == "doctor": assert code == 1  # nothing is there for it in a fresh clone
     elif command == "run" and code == 2:
         for line in said.getvalue().splitlines(): assert " blocked " not in line or re.search(FEW, line), line

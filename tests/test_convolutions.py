@@ -18,7 +18,8 @@ from lagm.generators.stylegan2 import StyleGAN2
 from lagm.matching.forward import directional_derivative, match_forward_mode
 from lagm.matching.gradients import labelled_gradient, match_double_backward
 from lagm.matching.tangents import record
-from lagm.models.segmenters import DeepLabV3, UNet, matched_parameter_names
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet, matched_parameter_names
 from lagm.ops import convolutions as convolutions
 from lagm.ops.convolutions import (
     FastConvolutions,

@@ -18,7 +18,7 @@ from lagm.core import files as core_files
 from lagm.core import tensors as core_tensors
 from lagm.core.errors import InputError
 from lagm.core.files import asset, atomic_path, read_json, write_json
-from lagm.core.provenance import provenance
+from lagm.core.origins import provenance
 from lagm.core.seeds import choose_device, random_generator, seed_everything
 from lagm.core.tensors import load_tensors, save_tensors
 

@@ -4,7 +4,7 @@ import pytest
 
 from lagm.core.errors import InputError, printable, same_name
 from lagm.core.files import decode_text, inside, parse_json, read_json, read_lines, read_text
-from lagm.core.provenance import install_advice
+from lagm.core.origins import install_advice
 
 TEXT = "Zoë\r\nÅsa\n"
 

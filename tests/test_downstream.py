@@ -14,7 +14,7 @@ from lagm.core.seeds import random_generator
 from lagm.core.tensors import load_tensors, save_tensors
 from lagm.data.augment import Augment
 from lagm.models.saved import load_segmenter, save_segmenter
-from lagm.models.segmenters import DeepLabV3
+from lagm.models.deeplab import DeepLabV3
 from lagm.training.downstream import DownstreamRecipe, change_batch, epoch_batches, pair_loss, train_downstream
 from lagm.training.loop import Diverged
 from lagm.training.synthetic import GeneratedPairs, Plan

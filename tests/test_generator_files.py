@@ -28,7 +28,8 @@ from lagm.generators.stylegan2_ops import resampling_filter, upsample2x
 from lagm.generators.weights import save_generator
 from lagm.models.convert import as_lines, convert, inspect
 from lagm.models.results import load_results
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 from lagm.training.checkpoints import generator_digest
 
 
@@ -383,6 +384,7 @@ def test_one_class_of_a_tensorflow_file(tmp_path):
 FULL = """
 import errno, os, resource, sys
 import lagm.core.files
+from lagm.cli import main
 def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 real, lagm.core.files.os.fsync = os.fsync, full
 codes = [main(["convert", sys.argv[1], sys.argv[2], "--force"])]

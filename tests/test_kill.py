@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from lagm.core.tensors import load_tensors
-from lagm.training.checkpoints import CheckpointError
-from lagm.training.watching import Watch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
@@ -28,6 +26,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_training as t
+from lagm.training.watching import Watch
 
 flush, recipe = os.fsync, t.get_recipe("fast", steps=24, warm_segmenter=4, warm_annotator=4)
 
@@ -150,6 +149,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_training as t
+from lagm.core.tensors import load_tensors
+from lagm.training.checkpoints import CheckpointError
 
 folder = {folder!r}
 warnings.simplefilter("ignore")

@@ -93,18 +93,24 @@ def test_new_paths_do_not_warn(toy):
 
 
 def test_every_moved_name_is_there():
-    for old, names in MOVED.items():
-        for name, place in names.items():
-            module, _, new = place.partition(":")
-            assert hasattr(importlib.import_module(module), new or name), f"{old}.{name}: {place}"
+    for old, homes in MOVED.items():
+        for module in homes: assert importlib.import_module(module).__all__, f"{old}: {module}"
+    for old, name in (("lagm.annotator", "FPNAnnotator"), ("lagm.core", "InputError"), ("lagm.training", "train_lagm"),
+                      ("lagm.training", "FAST"), ("lagm.evaluation", "evaluate"), ("lagm.matching", "match_forward_mode"),
+                      ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"), ("lagm.pictures", "labelled_grid")):
+        with pytest.warns(DeprecationWarning, match=f"{old}.{name} has moved; write: from lagm"):
+            assert getattr(importlib.import_module(old), name) is not None
+    with pytest.warns(DeprecationWarning, match="import TrainState"):
+        assert importlib.import_module("lagm.training").Players.__name__ == "TrainState"
 
 
 def test_no_moved_name_is_a_module_of_its_package():
     """`from lagm.matching import x`, a function or a module: it would depend on what was imported before."""
-    for old, names in MOVED.items():
+    for old, homes in MOVED.items():
         try: packaged = importlib.util.find_spec(old).submodule_search_locations
         except (ImportError, AttributeError): packaged = None
-        clashing = [name for name in names if packaged and importlib.util.find_spec(f"{old}.{name}")]
+        names = [name for module in homes for name in importlib.import_module(module).__all__] if packaged else []
+        clashing = [name for name in names if importlib.util.find_spec(f"{old}.{name}")]
         assert not clashing, f"{old}: rename the modules {clashing}"
 
 

@@ -21,16 +21,16 @@ def test_a_text_that_is_gone_is_said(monkeypatch, capsys):
     monkeypatch.setattr(mutate, "ROWS", [gone])
     monkeypatch.setattr(sys, "argv", ["mutate.py"])
     assert mutate.main() == 1
-    assert "row 0: 'no such text' occurs 0 times in lagm/core_files.py; it must occur once" in capsys.readouterr().out
+    assert "row 0: 'no such text' occurs 0 times in lagm.core.files; it must occur once" in capsys.readouterr().out
 
 
 def test_a_mistake_is_caught_and_one_without_effect_survives(monkeypatch, capsys):
     """With a stand-in for pytest: the copy is changed, the checkout is not."""
-    row = next(row for row in mutate.ROWS if row.module == "training_recipe" and "math.pi" in row.old)
+    row = next(row for row in mutate.ROWS if row.module == "training.recipe" and "math.pi" in row.old)
     before, seen = mutate.source(row).read_bytes(), []
 
     def fake(run, copy):
-        seen.append("math.pi * (step + 1)" in (copy / "lagm" / "training_recipe.py").read_text(encoding="utf-8"))
+        seen.append("math.pi * (step + 1)" in (copy / "lagm" / "training" / "recipe.py").read_text(encoding="utf-8"))
         return not (seen[-1] and catches)
 
     monkeypatch.setattr(mutate, "passes", fake)

@@ -1,5 +1,6 @@
 """Files of others where ours are expected: one sentence, or a line that names what is passed over; never a traceback,
-a formula or a faked line."""
+a formula or a faked line.
+"""
 
 import copy
 import json
@@ -21,6 +22,7 @@ from lagm.evaluation.grids import labelled_grid
 from lagm.evaluation.metrics import Metrics
 from lagm.evaluation.tables import confusion_figure, iou_bars, iou_table
 from lagm.experiments import notebooks as experiments
+from lagm.experiments import running
 from lagm.experiments.catalogue import paper_numbers, read_catalogue
 from lagm.experiments.comparison import (
     comparison_table,
@@ -352,7 +354,7 @@ def test_every_error_is_one_line(toy, monkeypatch, capsys, error, code, message)
             assert ((said := capsys.readouterr().err).startswith("Traceback")
                     and said.splitlines()[-1].startswith("lagm: error: "))
     assert (code != 1 or isinstance(error, OSError | MemoryError)
-            or "`lagm --traceback ...` shows where" in cli.explain_error(error)[0])
+            or "`lagm --traceback ...` shows where" in running.explain_error(error)[0])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that close")

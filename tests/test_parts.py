@@ -14,7 +14,7 @@ from test_training import CLASSES, PAPER, ToyGenerator, labelled, networks, run,
 from torch import nn
 
 from lagm.core.errors import InputError
-from lagm.core.tensors import load_tensors, save_tensors
+from lagm.core.tensors import load_tensors
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.segmenters import matched_parameter_names
 from lagm.training.batches import SyntheticBatches
@@ -179,6 +179,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
+from lagm.core.tensors import save_tensors
 from test_parts import PARTS, run
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -202,7 +202,7 @@ class Point(collections.namedtuple("Point", "x y")): pass
 
 EXTRAS = {
     "posix path": pathlib.PurePosixPath("/data/pictures"), "windows path": pathlib.PureWindowsPath(r"C:\data"),
-    "path": pathlib.Path("data"), "date and time": datetime.datetime(2021, 3, 4, 5, 6, tzinfo=datetime.timezone.utc),
+    "path": pathlib.Path("data"), "date and time": datetime.datetime(2021, 3, 4, 5, 6, tzinfo=datetime.UTC),
     "date": datetime.date(2021, 3, 4), "time": datetime.time(1, 2), "duration": datetime.timedelta(days=3),
     "zone": datetime.timezone(datetime.timedelta(hours=2)), "deque": collections.deque([1, 2], maxlen=5),
     "namespace": types.SimpleNamespace(a=1, b=[2]), "arguments": argparse.Namespace(size=16, path=pathlib.Path("x")),

@@ -373,7 +373,8 @@ def test_the_last_error_of_a_log_is_the_one_that_counts(tmp_path):
 
 def test_the_boundary_radius_by_hand():
     """100 x 100 pixels have a diagonal of 141.4: 0.0075 of it are 1 pixel, 0.03 are 4. Two vertical borders, d apart,
-    are near each other from radius d on."""
+    are near each other from radius d on.
+    """
     def score(distance, tolerance):
         truth, guess = torch.zeros(2, 1, 100, 100, dtype=torch.long)
         truth[..., 50:], guess[..., 50 + distance:] = 1, 1

@@ -35,7 +35,7 @@ from lagm.data.registry import DatasetEntry
 from lagm.generators.contract import Generated
 from lagm.generators.formats import Found, GeneratorFormat, given, on_meta
 from lagm.data.label_maps import make_labels
-from lagm.models.segmenters import CLASSES, NetworkEntry
+from lagm.models.entries import CLASSES, NetworkEntry
 from lagm.generators.stylegan2 import StyleGAN2
 
 LABELS = make_labels("flags", ("left", "right", "stripe"))

@@ -43,6 +43,7 @@ out_dir: str = "."  # results"""
 WORK = """\
 class InputError(ValueError): pass
 from pathlib import Path
+from lagm.training.checkpoints import set_aside
 if k == 40: set_aside([Path(out_dir) / "state.safetensors", Path(out_dir) / "pairs"])
 (Path(out_dir) / "state.safetensors").unlink(missing_ok=True)
 (Path(out_dir) / "state.safetensors").write_text(f"state of {k}")
@@ -242,6 +243,7 @@ def test_a_refused_run_leaves_the_finished_one_as_it_was(toy, tmp_path, capsys):
 
 HOLD = """
 import sys, time
+from lagm.training.checkpoints import folder_lock
 with folder_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lagm.stages import load_segmenters
+from lagm.models.saved import find_segmenters as load_segmenters
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
@@ -26,7 +26,7 @@ from lagm.generators.load import load_generator
 from lagm.generators.stylegan1 import StyleGAN1
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
-from lagm.models import saved, segmenters
+from lagm.models import saved
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.convert import convert, inspect
 from lagm.models.results import load_results
@@ -38,7 +38,8 @@ from lagm.models.saved import (
     save_networks,
     save_segmenter,
 )
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 from lagm.training.downstream import DownstreamRecipe, train_downstream
 from lagm.training.lagm import train_lagm, train_supervised
 from lagm.training.recipe import FAST
@@ -333,7 +334,7 @@ def test_a_folder_may_do_without_pictures_to_validate_on(tmp_path):
 @pytest.fixture
 def no_backbone(monkeypatch):
     def forbidden(*_): raise AssertionError("a file had the backbone's weights loaded")
-    monkeypatch.setattr(segmenters, "load_backbone", forbidden)
+    monkeypatch.setattr("lagm.models.deeplab._imagenet_weights", forbidden)
 
 
 UNET = {"name": "unet", "n_classes": 3, "in_channels": 3, "width": 4, "levels": 2}

@@ -14,15 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet101
 
 from lagm.core.errors import InputError
+from lagm.models.deeplab import DeepLabV3
 from lagm.models.segmenters import (
-    SEGMENTERS,
-    DeepLabV3,
-    UNet,
-    build_segmenter,
-    matched_parameter_names,
-    resolve_group,
-    unet_widths,
-)
+    SEGMENTERS, UNet, build_segmenter, matched_parameter_names, resolve_group, unet_widths)
 
 GOLDEN = Path(__file__).parent / "golden" / "segmenters.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")

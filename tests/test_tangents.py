@@ -11,7 +11,8 @@ from torch import nn
 from lagm.matching.forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching.gradients import labelled_gradient, log_probabilities, match_double_backward
 from lagm.matching.tangents import NoTangent, record
-from lagm.models.segmenters import DeepLabV3, UNet, matched_parameter_names
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet, matched_parameter_names
 
 
 def relative(a, b): return ((a - b).norm() / b.norm()).item()

@@ -22,7 +22,6 @@ from sync import ROOT
 from templates import run_cells
 from torch import nn
 
-import lagm.training.lagm as training
 from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.data.augment import Augment

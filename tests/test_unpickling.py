@@ -144,6 +144,7 @@ import sys
 from pathlib import Path
 from lagm.core.errors import InputError
 from lagm.generators.load import load_generator
+import lagm.generators.formats
 def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
 before = kilobytes("VmHWM")
 for path in sorted(Path(sys.argv[1]).iterdir()):

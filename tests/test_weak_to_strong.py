@@ -10,7 +10,8 @@ from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 from lagm.core.errors import InputError
 from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment
-from lagm.models.segmenters import DeepLabV3, UNet
+from lagm.models.deeplab import DeepLabV3
+from lagm.models.segmenters import UNet
 from lagm.training.recipe import FAST
 from lagm.training.state import TrainState
 from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught

@@ -52,7 +52,7 @@ def test_notebooks_need_only_what_the_package_needs():
 
 
 def test_no_message_sends_anybody_to_an_index_for_the_kit():
-    for path in [*(ROOT / "lagm").glob("*.py"), *NOTEBOOKS]:
+    for path in [*(ROOT / "lagm").rglob("*.py"), *NOTEBOOKS]:
         assert not re.search(r"pip install ['\"]?lagm\[",
                              path.read_text(encoding="utf-8")), f"{path.name}: use install_advice"
 
@@ -144,7 +144,7 @@ import contextlib, io, json, re, sys
 from pathlib import Path
 from lagm.cli import main
 from lagm.core.files import asset
-from lagm.core.provenance import install_advice
+from lagm.core.origins import install_advice
 from lagm.data.labels import CELEBA8
 from lagm.experiments.notebooks import experiment_folder
 from lagm.models.saved import save_segmenter

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'MAX_TEXT', 'atomic_path', 'decode_text', 'read_text', 'read_lines', 'inside', 'as_plain',
-           'checksum', 'write_json', 'parse_json', 'read_json', 'asset']
+           'checksum', 'write_json', 'parse_json', 'read_json', 'read_yaml', 'asset']
 
 # %% ../../nbs/reference/core/02_files.ipynb #3f9b0e85
 import codecs
@@ -286,6 +286,25 @@ def read_json(
         its content
     """
     return parse_json(read_text(path), path)
+
+# %% ../../nbs/reference/core/02_files.ipynb #7a3be101
+def read_yaml(
+    path: str | Path,
+) -> Any:  # dictionaries, lists, text, numbers, None
+    """The content of a YAML file, plain values only; `InputError` if it is missing or not YAML.
+
+    Returns
+    -------
+    Any
+        dictionaries, lists, text, numbers, None
+    """
+    import yaml
+
+    text = read_text(path)
+    try: return yaml.safe_load(text)
+    except Exception as error:  # a date 2020-99-99, a thousand brackets: the reader raises nearly anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not YAML: {printable(why, 300)}") from error
 
 # %% ../../nbs/reference/core/02_files.ipynb #a9ae75bc
 def asset(

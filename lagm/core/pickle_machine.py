@@ -46,7 +46,7 @@ from lagm.core.pickle_records import (
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #c3e106ae
 class Stack:
-    "What a machine works on. Raises `Unreadable` where a pickle takes what is not there."
+    """What a machine works on. Raises `Unreadable` where a pickle takes what is not there."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -54,13 +54,13 @@ class Stack:
         self.memo: dict[int, Any] = {}
 
     def pop(self) -> Any:
-        "The top of the stack; a mark is not passed."
+        """The top of the stack; a mark is not passed."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Unreadable("is a broken pickle: it takes from an empty stack")
         return self.stack.pop()
 
     def pop_mark(self) -> list:
-        "Everything above the last mark."
+        """Everything above the last mark."""
         if not self.marks: raise Unreadable("is a broken pickle: it lacks a mark")
         start = self.marks.pop()
         items = self.stack[start:]
@@ -68,14 +68,14 @@ class Stack:
         return items
 
     def top(self, kind: type) -> Any:
-        "The top of the stack, left there; it must be of this kind, or an `Extra`."
+        """The top of the stack, left there; it must be of this kind, or an `Extra`."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0) or type(self.stack[-1]) not in (kind, Extra):
             raise Unreadable(f"is a broken pickle: it fills something that is not a {kind.__name__}", DO_NOT_OPEN)
         return self.stack[-1]
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #4c7ccd68
 class Machine(Stack):
-    "Reads one pickle into plain data. Raises `Unreadable` for one that is broken or wants more."
+    """Reads one pickle into plain data. Raises `Unreadable` for one that is broken or wants more."""
 
     def __init__(self, source: Source, budget: Budget, persistent: Callable | None = None, nested: bool = False):
         super().__init__()
@@ -83,10 +83,10 @@ class Machine(Stack):
         self.names: dict[str, int] = {}  # what the pickle mentions, and how often
 
     def run(self) -> Any:
-        "What the pickle holds. `source` stands behind it afterwards."
+        """What the pickle holds. `source` stands behind it afterwards."""
         while True:
             code = self.source.exactly(1)
-            opcode = pickletools.code2op.get(code.decode("latin-1"))
+            opcode = pickletools.code2op.get(bytes(code).decode("latin-1"))  # type: ignore[attr-defined]
             if opcode is None: raise Unreadable(f"is no pickle, or a broken one: there is no instruction {code!r}")
             if opcode.name not in ACTIONS:
                 raise Unreadable(f"uses the pickle instruction {opcode.name}, which no checkpoint needs", DO_NOT_OPEN)
@@ -104,7 +104,7 @@ class Machine(Stack):
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #58d8cf5a
 def _read_text(size_format: str) -> Callable:
-    "A reader of a text with its size in front."
+    """A reader of a text with its size in front."""
     def read(source: Source) -> str | LazyText:
         piece = source.exactly(struct.unpack(size_format, source.exactly(struct.calcsize(size_format)))[0])
         return LazyText(piece) if isinstance(piece, memoryview) else str(piece, "utf-8", "surrogatepass")
@@ -112,7 +112,7 @@ def _read_text(size_format: str) -> Callable:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #b181e0ff
 def _read_bytes(size_format: str) -> Callable:
-    "A reader of bytes with their size in front."
+    """A reader of bytes with their size in front."""
     def read(source: Source) -> bytes | memoryview:
         return source.exactly(struct.unpack(size_format, source.exactly(struct.calcsize(size_format)))[0])
     return read
@@ -127,7 +127,7 @@ READERS: dict[str, Callable] = {
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #5b3b9806
 def _call(machine: Machine, _: None) -> None:
-    "REDUCE"
+    """REDUCE"""
     arguments, name = machine.pop(), machine.pop()
     known = type(name) is Name and (name in CALLS or is_extra(name))
     if not known or type(arguments) is not tuple: raise Unreadable(f"calls {quoted(name)}", DO_NOT_OPEN)
@@ -136,7 +136,7 @@ def _call(machine: Machine, _: None) -> None:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #a433001f
 def _new(machine: Machine, _: None) -> None:
-    "NEWOBJ"
+    """NEWOBJ"""
     arguments, name = machine.pop(), machine.pop()
     machine.budget.spend(OBJECT)
     known = type(name) is Name and (name in DICTS or RECORDS.fullmatch(name))
@@ -147,7 +147,7 @@ def _new(machine: Machine, _: None) -> None:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #14b2f155
 def _build(machine: Machine, _: None) -> None:
-    "BUILD"
+    """BUILD"""
     state, target = machine.pop(), machine.stack[-1] if machine.stack else None
     if type(target) is Extra: return
     if type(target) is Record and not target.state and type(state) is dict: target.state = state
@@ -161,7 +161,7 @@ def _build(machine: Machine, _: None) -> None:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #412c3f9b
 def _name(machine: Machine, module: Any, name: Any) -> None:
-    "GLOBAL and STACK_GLOBAL"
+    """GLOBAL and STACK_GLOBAL"""
     if type(module) is not str or type(name) is not str:
         raise Unreadable("imports something without a name", DO_NOT_OPEN)
     if len(module) + len(name) > LONGEST_NAME:
@@ -173,14 +173,14 @@ def _name(machine: Machine, module: Any, name: Any) -> None:
 
 
 def _persistent(machine: Machine, _: None) -> None:
-    "BINPERSID: torch's way of pointing at the numbers of a tensor."
+    """BINPERSID: torch's way of pointing at the numbers of a tensor."""
     if machine.persistent is None: raise Unreadable("points at something outside of it", DO_NOT_OPEN)
     machine.budget.spend(OBJECT)
     machine.stack.append(machine.persistent(machine.pop()))
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #9f9b5fc6
 def _push(machine: Machine, value: Any) -> None:
-    "Any instruction that pushes its argument."
+    """Any instruction that pushes its argument."""
     if type(value) is int and value.bit_length() > 256:
         raise Unreadable("has a number of more than 256 bits", DO_NOT_OPEN)
     if type(value) in (str, bytes): machine.budget.spend(sys.getsizeof(value))
@@ -188,7 +188,7 @@ def _push(machine: Machine, value: Any) -> None:
 
 
 def _put(machine: Machine, index: int | None) -> None:
-    "BINPUT, LONG_BINPUT, MEMOIZE: a dict, so a large index costs nothing."
+    """BINPUT, LONG_BINPUT, MEMOIZE: a dict, so a large index costs nothing."""
     if not machine.stack: raise Unreadable("is a broken pickle: it remembers nothing")
     machine.memo[len(machine.memo) if index is None else index] = machine.stack[-1]
 
@@ -197,7 +197,7 @@ NEWEST_PROTOCOL = 5
 
 
 def _set_items(machine: Machine, items: list) -> None:
-    "SETITEM and SETITEMS"
+    """SETITEM and SETITEMS"""
     target = machine.top(dict)
     if len(items) % 2: raise Unreadable("is a broken pickle: a key without a value")
     machine.budget.spend(ENTRY // 2 * len(items))
@@ -205,7 +205,7 @@ def _set_items(machine: Machine, items: list) -> None:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #c497606c
 def _make_tuple(n: int) -> Callable:
-    "TUPLE1, TUPLE2, TUPLE3"
+    """TUPLE1, TUPLE2, TUPLE3"""
     def make(machine: Machine, _: None) -> None:
         items = [machine.pop() for _ in range(n)]
         machine.stack.append(tuple(reversed(items)))
@@ -213,49 +213,49 @@ def _make_tuple(n: int) -> Callable:
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #a1f3a665
 def _protocol(machine: Machine, version: int) -> None:
-    "PROTO"
+    """PROTO"""
     if version > NEWEST_PROTOCOL:
         raise Unreadable(f"is a pickle of protocol {version}; {NEWEST_PROTOCOL} is the newest there is")
 
 
 def _frame(machine: Machine, size: int) -> None:
-    "FRAME"
+    """FRAME"""
     if size > len(machine.source.data) - machine.source.position:
         raise Unreadable("ends too early: a part of the pickle is missing")
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #e3372f23
 def _append(machine: Machine, _: None) -> None:
-    "APPEND"
+    """APPEND"""
     value = machine.pop()
     machine.top(list).append(value)
 
 
 def _extend(machine: Machine, _: None) -> None:
-    "APPENDS"
+    """APPENDS"""
     items = machine.pop_mark()
     machine.top(list).extend(items)
 
 
 def _set_item(machine: Machine, _: None) -> None:
-    "SETITEM"
+    """SETITEM"""
     value, key = machine.pop(), machine.pop()
     _set_items(machine, [key, value])
 
 
 def _add_items(machine: Machine, _: None) -> None:
-    "ADDITEMS"
+    """ADDITEMS"""
     items = machine.pop_mark()
     machine.top(set).update(make_set(machine, items))
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #5f175f55
 def _stack_name(machine: Machine, _: None) -> None:
-    "STACK_GLOBAL"
+    """STACK_GLOBAL"""
     name, module = machine.pop(), machine.pop()
     _name(machine, module, name)
 
 
 def _empty_set(machine: Machine, _: None) -> None:
-    "EMPTY_SET"
+    """EMPTY_SET"""
     machine.budget.spend(200)
     machine.stack.append(set())
 
@@ -301,13 +301,13 @@ def read_pickle(
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #b81e5abd
 class StorageTable:
-    "The storages that a torch file mentions, by key. Raises `Unreadable` for claims that do not fit."
+    """The storages that a torch file mentions, by key. Raises `Unreadable` for claims that do not fit."""
 
     def __init__(self) -> None:
         self.found: dict[str, Storage] = {}
 
     def __call__(self, claim: Any) -> Storage:
-        "The storage of a persistent id."
+        """The storage of a persistent id."""
         if type(claim) is not tuple or len(claim) not in (5, 6) or claim[0] != "storage":
             raise Unreadable("points at something that is not the numbers of a tensor", DO_NOT_OPEN)
         _, kind, key, _, numel, *view = claim
@@ -325,7 +325,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 
 
 def read_legacy_torch(data: memoryview, budget: Budget | None = None, nested: bool = False) -> Any:
-    "What `torch.save` before 1.6 wrote. Raises `Unreadable`."
+    """What `torch.save` before 1.6 wrote. Raises `Unreadable`."""
     source, budget, table = Source(data), budget or Budget(len(data)), StorageTable()
     magic, version, system = (Machine(source, budget).run() for _ in range(3))
     if magic != MAGIC or version != 1001: raise Unreadable("is not a file of torch.save, or of an unknown version")
@@ -344,7 +344,7 @@ def read_legacy_torch(data: memoryview, budget: Budget | None = None, nested: bo
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #da8b278d
 def _make_storage(machine: Machine, data: Any) -> Storage:
-    "torch.storage._load_from_bytes: a whole torch file inside; it must hold a storage and nothing else."
+    """torch.storage._load_from_bytes: a whole torch file inside; it must hold a storage and nothing else."""
     if machine.nested: raise Unreadable("has a torch file inside a torch file inside a pickle", DO_NOT_OPEN)
     if not isinstance(data, bytes | memoryview): raise Unreadable("has a tensor whose bytes are not bytes")
     storage = read_legacy_torch(memoryview(data), machine.budget, nested=True)

@@ -33,13 +33,13 @@ from lagm.core.pickle_records import (
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #fb5a656a
 class Spender(Protocol):
-    "Who makes the data, and has a budget for it."
+    """Who makes the data, and has a budget for it."""
 
     budget: Budget
 
 
 def checked_key(key: Any) -> Any:
-    "`key`, if hashing it is quick: a text, a number, a short piece of bytes, or None. Raises `Unreadable`."
+    """`key`, if hashing it is quick: a text, a number, a short piece of bytes, or None. Raises `Unreadable`."""
     if key is None or isinstance(key, str | float): return key
     if isinstance(key, int) and key.bit_length() <= 64: return key
     if isinstance(key, bytes) and len(key) < 1000: return key
@@ -47,13 +47,13 @@ def checked_key(key: Any) -> Any:
 
 
 def paid_key(machine: Spender, key: Any) -> Any:
-    "A checked key. Numbers can be chosen so that a dict takes long to find them, so they may not be many."
+    """A checked key. Numbers can be chosen so that a dict takes long to find them, so they may not be many."""
     if isinstance(key, int | float): machine.budget.spend(NUMBER)
     return checked_key(key)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #41946f14
 def _make_dict(machine: Spender, items: Any = ()) -> dict:
-    "collections.OrderedDict and its like: made empty, from pairs, or from a dict."
+    """collections.OrderedDict and its like: made empty, from pairs, or from a dict."""
     if not isinstance(items, list | tuple | dict): raise Unreadable("has a dict that is not made of pairs")
     machine.budget.spend(ENTRY * len(items))
     pairs = items.items() if isinstance(items, dict) else items
@@ -63,19 +63,19 @@ def _make_dict(machine: Spender, items: Any = ()) -> dict:
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #4f064505
 def _make_default_dict(machine: Spender, factory: Any = None, items: Any = ()) -> dict:
-    "collections.defaultdict: what it would make of a missing key is not needed."
+    """collections.defaultdict: what it would make of a missing key is not needed."""
     return _make_dict(machine, items)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #7a2145d3
 def make_set(machine: Spender, items: Any = ()) -> set:
-    "builtins.set and frozenset."
+    """builtins.set and frozenset."""
     if not isinstance(items, list | tuple): raise Unreadable("has a set that is not made of a list")
     machine.budget.spend(ENTRY * len(items))
     return {paid_key(machine, item) for item in items}
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #39086a97
 def make_bytes(machine: Spender, text: Any = "", encoding: Any = "latin1") -> bytes:
-    "_codecs.encode, which is how protocol 2 spells bytes."
+    """_codecs.encode, which is how protocol 2 spells bytes."""
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str | LazyText):
         raise Unreadable("has bytes in an unknown spelling")
     machine.budget.spend(len(text.data) if isinstance(text, LazyText) else len(text))
@@ -83,51 +83,51 @@ def make_bytes(machine: Spender, text: Any = "", encoding: Any = "latin1") -> by
 
 
 def _make_bytearray(machine: Spender, data: Any = b"", encoding: Any = None) -> bytes | memoryview:
-    "builtins.bytearray, of bytes, or as protocol 2 spells it."
+    """builtins.bytearray, of bytes, or as protocol 2 spells it."""
     if isinstance(data, bytes | memoryview) and encoding is None: return data
     return make_bytes(machine, data, encoding)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #1def235d
 def raw_bytes(machine: Spender, data: Any) -> Any:
-    "The bytes of an array, which old pickles spell as a text."
+    """The bytes of an array, which old pickles spell as a text."""
     return make_bytes(machine, data) if isinstance(data, str | LazyText) else data
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #4412d635
 def _make_scalar(machine: Spender, kind: Any, data: Any = None) -> int | float | bool | LazyArray:
-    "numpy's scalar."
+    """numpy's scalar."""
     found = LazyArray().set((), kind, raw_bytes(machine, data))
     return found.array().item() if found.plain else found
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #951a7cad
 def _make_array(machine: Spender, *claims: Any) -> LazyArray:
-    "numpy's _reconstruct: an empty array, filled by the BUILD that follows."
+    """numpy's _reconstruct: an empty array, filled by the BUILD that follows."""
     return LazyArray()
 
 
 def _array_from_buffer(machine: Spender, data: Any, kind: Any, shape: Any, order: Any = "C") -> LazyArray:
-    "numpy's _frombuffer, which protocol 5 uses."
+    """numpy's _frombuffer, which protocol 5 uses."""
     return LazyArray().set(shape, kind, raw_bytes(machine, data), fortran=order == "F")
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #192c8e96
 def _make_tensor(machine: Spender, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
-    "torch._utils._rebuild_tensor and _rebuild_tensor_v2."
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
     return LazyTensor(storage, offset, shape, stride)
 
 
 def _make_new_tensor(machine: Spender, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
-    "torch._utils._rebuild_tensor_v3, for types that are younger than torch's storages, such as float8."
+    """torch._utils._rebuild_tensor_v3, for types that are younger than torch's storages, such as float8."""
     raise Unreadable(f"holds numbers of the type {quoted(rest[2] if len(rest) > 2 else None)}, which are not read here",
                      "turn them into float32 with the program that wrote the file")
 
 
 def _make_parameter(machine: Spender, data: Any, *rest: Any) -> Any:
-    "torch._utils._rebuild_parameter: the tensor in it."
+    """torch._utils._rebuild_parameter: the tensor in it."""
     if not isinstance(data, LazyTensor): raise Unreadable("has a parameter without a tensor")
     return data
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #c186187d
 def _make_persistent(machine: Spender, meta: Any) -> Record:
-    "torch_utils.persistence._reconstruct_persistent_obj: attributes only; `module_src` is not looked at."
+    """torch_utils.persistence._reconstruct_persistent_obj: attributes only; `module_src` is not looked at."""
     if not isinstance(meta, dict) or meta.get("type") != "class" or not isinstance(meta.get("class_name"), str):
         raise Unreadable("has a network that is not stored as NVIDIA's programs do")
     if not isinstance(meta.get("state"), dict): raise Unreadable("has a network without state")
@@ -171,7 +171,7 @@ SYSTEM = set(sys.stdlib_module_names) | set(  # packages that can run programs, 
 
 
 def is_extra(name: str) -> bool:
-    "Whether it names a class whose objects become an `Extra`."
+    """Whether it names a class whose objects become an `Extra`."""
     return bool(VALUES.fullmatch(name) or (CLASSES.fullmatch(name) and name.partition(".")[0] not in SYSTEM))
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #6d12ef73

@@ -31,7 +31,7 @@ DO_NOT_OPEN = ("refused, and nothing of it was run; such a file can run programs
 
 
 class Unreadable(Exception):
-    "Why a file cannot be read, and what to do about it."
+    """Why a file cannot be read, and what to do about it."""
 
     def __init__(self, reason: str, remedy: str = GET_AGAIN):
         super().__init__(reason)
@@ -39,7 +39,7 @@ class Unreadable(Exception):
 
 
 def quoted(value: Any) -> str:
-    "A short, printable form of something a file says."
+    """A short, printable form of something a file says."""
     if isinstance(value, str): return f"'{printable(value, 80)}'"
     return ascii(value)[:80] if isinstance(value, int | float | bool | None) else f"a {type(value).__name__}"
 
@@ -72,7 +72,7 @@ def reading(
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #b6d8cd9d
 def forget_pages(data: memoryview) -> None:
-    "Let the system have the memory of a file's pages that were read; they are read again if needed."
+    """Let the system have the memory of a file's pages that were read; they are read again if needed."""
     if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"): data.obj.madvise(mmap.MADV_DONTNEED)
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #ef4cb379
@@ -81,13 +81,13 @@ ENTRY, NUMBER = 150, 1000  # what an entry of a dict or set, and a number as its
 
 
 class Budget:
-    "Counts what reading a file takes, and stops it when it is too much. Steps are counted as memory, too."
+    """Counts what reading a file takes, and stops it when it is too much. Steps are counted as memory, too."""
 
     def __init__(self, size: int):
         self.left = 3 * size + 2**25
 
     def spend(self, n: int) -> None:
-        "Take `n` bytes."
+        """Take `n` bytes."""
         self.left -= n
         if self.left < 0:
             raise Unreadable("would take many times its size in memory when read: it holds a bomb, or is damaged",
@@ -98,20 +98,20 @@ LARGE = 2**16  # pieces of this size and more stay in the file and are only poin
 
 
 class Source:
-    "The bytes of a file as a stream. Raises `Unreadable` where they end too early."
+    """The bytes of a file as a stream. Raises `Unreadable` where they end too early."""
 
     def __init__(self, data: memoryview | bytes, position: int = 0):
         self.data, self.position = memoryview(data), position
 
     def read(self, n: int) -> bytes | memoryview:
-        "The next `n` bytes, or fewer at the end."
+        """The next `n` bytes, or fewer at the end."""
         if n < 0: raise Unreadable("declares a negative size")
         piece = self.data[self.position : self.position + n]
         self.position += len(piece)
         return bytes(piece) if n < LARGE else piece
 
     def view(self, n: int) -> memoryview:
-        "The next `n` bytes, however few, where they are."
+        """The next `n` bytes, however few, where they are."""
         if n < 0: raise Unreadable("declares a negative size")
         left = len(self.data) - self.position
         if n > left: raise Unreadable(f"ends too early: {n:,} bytes should follow where {left:,} are left")
@@ -119,12 +119,12 @@ class Source:
         return self.data[self.position - n : self.position]
 
     def exactly(self, n: int) -> bytes | memoryview:
-        "The next `n` bytes."
+        """The next `n` bytes."""
         piece = self.view(n)
         return bytes(piece) if n < LARGE else piece
 
     def readline(self) -> bytes:
-        "Up to the next line break, which must not be far."
+        """Up to the next line break, which must not be far."""
         head = bytes(self.data[self.position : self.position + 1000])
         line = head[: head.find(b"\n") + 1]
         self.position += len(line)
@@ -132,11 +132,11 @@ class Source:
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #47e3b575
 class Name(str):
-    "The dotted name of a class or function that a file mentions; never imported."
+    """The dotted name of a class or function that a file mentions; never imported."""
 
 
 class Record:
-    "An object of a class we know the name of: only its attributes."
+    """An object of a class we know the name of: only its attributes."""
 
     def __init__(self, class_name: str):
         self.class_name, self.state = class_name, {}
@@ -146,7 +146,7 @@ class Record:
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #5c005f00
 class Extra:
-    "An object that no network needs, such as a path, a date or an option: nothing of it is kept."
+    """An object that no network needs, such as a path, a date or an option: nothing of it is kept."""
 
     def __init__(self, class_name: str):
         self.class_name = class_name
@@ -155,26 +155,26 @@ class Extra:
         return f"Extra({quoted(self.class_name)})"
 
     def ignore(self, *_: Any) -> None:
-        "Any change."
+        """Any change."""
 
     append = extend = update = __setitem__ = ignore
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #ad4a0203
 class LazyText:
-    "A long text, left in the file as UTF-8."
+    """A long text, left in the file as UTF-8."""
 
     def __init__(self, data: memoryview):
         self.data = data
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #490ff477
 class Storage:
-    "A block of numbers of one type, somewhere in the file."
+    """A block of numbers of one type, somewhere in the file."""
 
     def __init__(self, dtype: torch.dtype, numel: int, data: memoryview | None = None, crc: int | None = None):
         self.dtype, self.numel, self.data, self.crc = dtype, numel, data, crc
 
     def bytes(self) -> memoryview:
-        "The numbers as they are in the file. Raises `Unreadable` if their check sum is wrong."
+        """The numbers as they are in the file. Raises `Unreadable` if their check sum is wrong."""
         if self.data is None: raise Unreadable("lacks the numbers of a tensor")
         if self.crc is not None and zlib.crc32(self.data) != self.crc:
             raise Unreadable("has a block of numbers that does not fit its check sum")
@@ -183,19 +183,19 @@ class Storage:
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #9d42d3c0
 def is_count(value: Any, most: int = 2**48) -> bool:
-    "Whether `value` is a whole number from 0 to `most`."
+    """Whether `value` is a whole number from 0 to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #1c8a2a4b
 def checked_shape(shape: Any, what: str = "a tensor") -> tuple[int, ...]:
-    "`shape`, if it is one."
+    """`shape`, if it is one."""
     if not isinstance(shape, tuple | list) or len(shape) > 16 or not all(is_count(n) for n in shape):
         raise Unreadable(f"declares an impossible shape for {what}")
     return tuple(shape)
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #cdc666a3
 class LazyTensor:
-    "A tensor that is read when asked for: `shape`, `dtype`, `tensor()`."
+    """A tensor that is read when asked for: `shape`, `dtype`, `tensor()`."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
         if not isinstance(storage, Storage): raise Unreadable("has a tensor without numbers")
@@ -213,16 +213,16 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        "How many numbers."
+        """How many numbers."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        "How many bytes are read for it, those between its numbers included."
+        """How many bytes are read for it, those between its numbers included."""
         return max(self.numel, self.span) * self.dtype.itemsize
 
     def tensor(self) -> Tensor:
-        "The numbers, copied out of the file."
+        """The numbers, copied out of the file."""
         size = self.dtype.itemsize
         piece = self.storage.bytes()[self.offset * size : (self.offset + self.span) * size]
         own = torch.empty(self.span * size, dtype=torch.uint8)
@@ -234,7 +234,7 @@ ELEMENTS = r"[<>|=]?(f[248]|[iu][1248]|b1|\?|c8|c16|[SU]\d{1,4}|[mM]8(\[\w{1,9}\
 
 
 class ArrayType:
-    "The type of an array's elements: a code and a byte order. Texts and dates are known, but not read."
+    """The type of an array's elements: a code and a byte order. Texts and dates are known, but not read."""
 
     def __init__(self, code: Any, *_: Any):
         if not isinstance(code, str) or not re.fullmatch(ELEMENTS, code):
@@ -243,23 +243,24 @@ class ArrayType:
 
     @property
     def dtype(self) -> np.dtype:
-        "As numpy's type."
+        """As numpy's type."""
         return np.dtype(self.order + self.code)
 
     @property
     def plain(self) -> bool:
-        "Whether the elements are real numbers."
+        """Whether the elements are real numbers."""
         return self.code[0] in "fiub?"
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #8d9d9a74
 class LazyArray:
-    "A numpy array that is read when asked for: `shape`, `array()`."
+    """A numpy array that is read when asked for: `shape`, `array()`."""
 
     def __init__(self):
-        self.shape, self.data = (), None
+        self.shape: tuple[int, ...] = ()
+        self.data: bytes | memoryview | None = None
 
     def set(self, shape: Any, kind: Any, data: Any, fortran: bool = False) -> Self:
-        "Say what is in it; the bytes must be just as many as the shape needs."
+        """Say what is in it; the bytes must be just as many as the shape needs."""
         if not isinstance(kind, ArrayType) or not isinstance(data, bytes | memoryview):
             raise Unreadable("has an array that does not consist of plain numbers", DO_NOT_OPEN)
         self.shape, self.dtype, self.plain = checked_shape(shape, "an array"), kind.dtype, kind.plain
@@ -269,7 +270,8 @@ class LazyArray:
         return self
 
     def array(self) -> np.ndarray:
-        "The numbers, still in the file and read-only."
+        """The numbers, still in the file and read-only."""
         if self.data is None: raise Unreadable("has an array without numbers")
         if not self.plain: raise Unreadable(f"has an array of {self.dtype} where plain numbers are expected")
-        return np.frombuffer(self.data, self.dtype).reshape(self.shape, order=self.order)
+        order: Any = self.order
+        return np.frombuffer(self.data, self.dtype).reshape(self.shape, order=order)

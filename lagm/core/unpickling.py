@@ -38,7 +38,7 @@ MOST_ENTRIES = 50_000
 
 
 def _table_of_contents(path_or_file: Any, data: memoryview) -> list[zipfile.ZipInfo]:
-    "What a zip file says it holds. Raises `Unreadable` if that is too much, or cannot be read."
+    """What a zip file says it holds. Raises `Unreadable` if that is too much, or cannot be read."""
     if sum(1 for _, _ in zip(re.finditer(rb"PK\x01\x02", data), range(MOST_ENTRIES + 1))) > MOST_ENTRIES:
         raise Unreadable("is a zip file of too many entries", DO_NOT_OPEN)
     try:
@@ -53,7 +53,7 @@ def _table_of_contents(path_or_file: Any, data: memoryview) -> list[zipfile.ZipI
 
 # %% ../../nbs/reference/core/25_unpickling.ipynb #b273ccd2
 def _check_info(info: zipfile.ZipInfo) -> None:
-    "Raise `Unreadable` for an entry that points outside, or is not plainly stored."
+    """Raise `Unreadable` for an entry that points outside, or is not plainly stored."""
     name = info.filename
     if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name:
         raise Unreadable(f"is a zip file with an entry outside of it: {quoted(name)}", DO_NOT_OPEN)
@@ -95,14 +95,14 @@ def zip_entries(
 
 
 def checked_entry(entry: tuple[memoryview, int]) -> memoryview:
-    "The bytes of an entry. Raises `Unreadable` if they do not fit their check sum."
+    """The bytes of an entry. Raises `Unreadable` if they do not fit their check sum."""
     data, crc = entry
     if zlib.crc32(data) != crc: raise Unreadable("has an entry that does not fit its check sum")
     return data
 
 # %% ../../nbs/reference/core/25_unpickling.ipynb #96edbfeb
 def read_torch_zip(path_or_file: Any, data: memoryview, budget: Budget | None = None) -> Any:
-    "What `torch.save` writes since 1.6. Raises `Unreadable`."
+    """What `torch.save` writes since 1.6. Raises `Unreadable`."""
     entries, table = zip_entries(path_or_file, data), StorageTable()
     root = _root(entries)
     program = checked_entry(entries[f"{root}data.pkl"])
@@ -116,7 +116,7 @@ def read_torch_zip(path_or_file: Any, data: memoryview, budget: Budget | None = 
 
 # %% ../../nbs/reference/core/25_unpickling.ipynb #608d889a
 def _root(entries: dict[str, tuple[memoryview, int]]) -> str:
-    "What stands in front of the names of a torch file's entries."
+    """What stands in front of the names of a torch file's entries."""
     roots = [name.removesuffix("data.pkl") for name in entries if name.split("/")[1:] == ["data.pkl"]]
     if any(name.endswith("constants.pkl") for name in entries):
         raise Unreadable("is a TorchScript program, not a checkpoint", "ask for the state dict it was made from")
@@ -133,7 +133,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def read_npy(data: memoryview | bytes) -> np.ndarray:
-    "The array in an `.npy` file, copied. Raises `Unreadable`, for arrays of objects too."
+    """The array in an `.npy` file, copied. Raises `Unreadable`, for arrays of objects too."""
     source = io.BytesIO(bytes(data[:20_000]))
     try: shape, fortran, dtype = HEADERS[np.lib.format.read_magic(source)](source, max_header_size=10_000)
     except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError, EOFError, OverflowError,
@@ -145,7 +145,7 @@ def read_npy(data: memoryview | bytes) -> np.ndarray:
 
 # %% ../../nbs/reference/core/25_unpickling.ipynb #8d5eb5a5
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    "The arrays of an `.npy` (under the name \"\") or `.npz` file. Raises `InputError`."
+    """The arrays of an `.npy` (under the name "") or `.npz` file. Raises `InputError`."""
     with reading(path) as data:
         if bytes(data[:6]) == b"\x93NUMPY": return {"": read_npy(data)}
         if bytes(data[:4]) != b"PK\x03\x04": raise Unreadable("is neither a .npy nor a .npz file")
@@ -157,7 +157,7 @@ MOST_PARTS = 20_000  # modules, parameters and buffers of a network
 
 
 def _groups(module: Any, depth: int) -> tuple[dict, dict, dict]:
-    "Parameters, buffers and children of a module. Raises `Unreadable` if it is not built like one."
+    """Parameters, buffers and children of a module. Raises `Unreadable` if it is not built like one."""
     if type(module) is Record and depth <= 40:
         parameters, buffers, children = (module.state.get(name) for name in ("_parameters", "_buffers", "_modules"))
         if isinstance(parameters, dict) and isinstance(buffers, dict) and isinstance(children, dict):

@@ -63,7 +63,7 @@ def declared_value(value: Any, kind: Any, what: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(choices):
             raise InputError(f"{what} is {printable(repr(value))}; give {len(choices)} values")
         return tuple(declared_value(item, choice, what) for item, choice in zip(value, choices))
-    if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{what} is {printable(repr(value))}; give the fields of {kind.__name__}")
         return kind(**check_field_names(value, kind, what))

@@ -14,13 +14,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from importlib import import_module, resources
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 
 # %% ../../nbs/reference/data/12_avatars.ipynb #ab39cf2c
 SEED_RANGES = {  # role -> (first seed, number of seeds)
@@ -78,7 +78,7 @@ def need_package(
                           "renderer.") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_definition(
     style: str,  # a style of `dicebear-styles`, e.g. "big-ears"
 ) -> dict:  # the style's JSON definition; shared, so do not change it
@@ -107,7 +107,8 @@ def hex_to_rgb(
     colour: str,
 ) -> tuple[int, int, int]:
     """'#rrggbb' to three integers 0..255."""
-    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return red, green, blue
 
 
 def to_hex(rgb: Sequence[float]) -> str:
@@ -135,7 +136,7 @@ CLOTHES = ("#2f3a4a", "#3b6ea5", "#6b4a8a", "#3f7f5f", "#b5533c", "#e0c15a", "#d
 
 def _one_of(rng: np.random.RandomState, colours: Sequence[str], jitter: float) -> str:
     """One of the colours, each channel moved by up to `jitter`."""
-    return to_hex(np.add(hex_to_rgb(colours[rng.randint(len(colours))]), rng.uniform(-jitter, jitter, 3)))
+    return to_hex(np.add(hex_to_rgb(colours[rng.randint(len(colours))]), rng.uniform(-jitter, jitter, 3)).tolist())
 
 
 def _pastel(rng: np.random.RandomState) -> str:

@@ -63,7 +63,7 @@ FORMAT = "lagm-cache-2"  # changed when what readers make of the same files chan
 
 
 def item_key(
-    dataset: Dataset,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
+    dataset: Any,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
     index: int,
 ) -> str:  # 40 hexadecimal digits
     """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read.
@@ -97,7 +97,7 @@ class Cached(Dataset):
     Parameters
     ----------
     dataset
-        items (image, mask)
+        a Dataset with a length: items (image, mask)
     folder
         keep items on disk as well
     transforms
@@ -108,7 +108,7 @@ class Cached(Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,  # items (image, mask)
+        dataset: Any,  # a Dataset with a length: items (image, mask)
         folder: str | Path | None = None,  # keep items on disk as well
         transforms: Callable | None = None,  # (image, mask) -> (image, mask)
         in_memory: bool = True,  # False: on disk only
@@ -157,7 +157,7 @@ class Cached(Dataset):
         return packed
 
 # %% ../../nbs/reference/data/16_cache.ipynb #9308b6c8
-def _check_cachable(dataset: Dataset, folder: str | Path | None) -> None:
+def _check_cachable(dataset: Any, folder: str | Path | None) -> None:
     """Raise `InputError` for a data set with transforms, or one whose files are unknown, if there is a folder."""
     if getattr(dataset, "transforms", None) is not None:
         raise InputError("the data set to be cached has transforms; give them to Cached instead, or their first "

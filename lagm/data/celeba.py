@@ -38,7 +38,7 @@ def merge_parts(
     """
     merged = None
     for number, path in paths:
-        part = np.asarray(read_image(path)).any(-1)
+        part: Any = np.asarray(read_image(path)).any(-1)
         if merged is None: merged = np.zeros(part.shape, np.uint8)
         if part.shape != merged.shape:
             raise InputError(f"{path} is {part.shape[1]} x {part.shape[0]} pixels, "

@@ -43,7 +43,8 @@ def read_label_map(
     found = [re.fullmatch(r"(.+?):([0-9]{1,3}),([0-9]{1,3}),([0-9]{1,3})(:.*)?", line) for line in lines]
     if not found or None in found: raise InputError(f"{path} is not a label map: its lines should read name:r,g,b::")
     if len(found) > IGNORE: raise InputError(f"{path} lists {len(found)} classes; a mask has room for {IGNORE}")
-    table = [(class_name(match[1], f"a class in {path}"), tuple(int(match[i]) for i in (2, 3, 4))) for match in found]
+    table = [(class_name(match[1], f"a class in {path}"), (int(match[2]), int(match[3]), int(match[4])))
+             for match in found]
     black = next((row for row in table if row[1] == (0, 0, 0)), None)
     first = black or next((row for row in table if row[0] == "background"), ("background", (0, 0, 0)))
     table = [first] + [row for row in table if row is not first]

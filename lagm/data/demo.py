@@ -11,13 +11,13 @@ import operator
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from ..core.errors import InputError, printable
@@ -90,7 +90,7 @@ def _arrays(folder: Path, style: str, split: str, metadata: dict) -> tuple[np.nd
 def _labels(metadata: dict, path: Path) -> LabelSet:
     """The label set of a description; `InputError` if it is incomplete."""
     try:
-        palette = [tuple(bytes.fromhex(colour.removeprefix("#"))) for colour in metadata["palette"]]
+        palette: list[Any] = [tuple(bytes.fromhex(colour.removeprefix("#"))) for colour in metadata["palette"]]
         return LabelSet(metadata["label_set"], tuple(metadata["classes"]), tuple(palette))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -164,7 +164,7 @@ class Avatars(Labelled, VisionDataset):
 
 # %% ../../nbs/reference/data/10_demo.ipynb #78781108
 def stack(
-    dataset: Dataset,  # items (image, mask)
+    dataset: Any,  # a Dataset with a length: items (image, mask)
     indices: Iterable[int] | None = None,  # which items, in this order; None for all
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 3, H, W) float32, masks (n, H, W) int64
     """The items of a dataset as two tensors; `InputError` if an index is out of range or there are none.
@@ -172,7 +172,7 @@ def stack(
     Parameters
     ----------
     dataset
-        items (image, mask)
+        a Dataset with a length: items (image, mask)
     indices
         which items, in this order; None for all
 
@@ -192,7 +192,7 @@ def stack(
     return torch.stack(images), torch.stack(masks)
 
 # %% ../../nbs/reference/data/10_demo.ipynb #45c7e852
-def _whole_number(value: object, name: str, low: int, high: int) -> int:
+def _whole_number(value: Any, name: str, low: int, high: int) -> int:
     """The value as an int; `InputError` unless it is a whole number low..high (and not True or False)."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -204,7 +204,7 @@ def _whole_number(value: object, name: str, low: int, high: int) -> int:
 
 
 def choose_labelled(
-    dataset: Dataset,  # the pool, e.g. `Avatars(style, "train")`
+    dataset: Sized,  # the pool, e.g. `Avatars(style, "train")`
     k: int,  # how many pictures get to show their labels, 1..len(dataset)
     seed: int,  # 0 .. 2**32 - 1; another seed, another choice
 ) -> list[int]:  # k different indices

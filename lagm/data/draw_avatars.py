@@ -15,6 +15,7 @@ from hashlib import sha256
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
@@ -494,7 +495,8 @@ def write_assets(
     dict
         the metadata that was written
     """
-    arrays, splits = {}, {}
+    arrays: dict[str, Any] = {}
+    splits: dict[str, Any] = {}
     for split in SPLITS:
         seeds = split_seeds(split, None if counts is None else counts[split])
         images, masks = render_set(style, seeds, size, progress=progress)

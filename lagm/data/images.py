@@ -14,6 +14,7 @@ import struct
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -500,7 +501,7 @@ def to_item(
         image float32 (3, H, W) in [-1, 1], mask int64 (H, W)
     """
     if size is not None:
-        size = tuple(size)
+        size = (size[0], size[1])
         if image.size != size:
             image = image.resize(size, FILTERS[resample])
         if mask.shape[::-1] != size:
@@ -510,24 +511,23 @@ def to_item(
 
 
 def check_size(
-    size: Sequence[int] | None,  # (width, height), or None
+    size: int | Sequence[int] | None,  # (width, height), one number for both, or None
 ) -> tuple[int, int] | None:
     """`size` as two whole numbers; `InputError` if it is not.
 
     Parameters
     ----------
     size
-        (width, height), or None
+        (width, height), one number for both, or None
     """
     if size is None: return None
-    if isinstance(size, int) and not isinstance(size, bool):
-        size = (size, size)
+    sides: Any = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
     try:
-        width, height = (int(side) for side in size)
+        width, height = (int(side) for side in sides)
     except (TypeError, ValueError):
         width = height = 0
-    if min(width, height) < 1 or max(width, height) > 16384 or (width, height) != tuple(size):
-        raise InputError(f"size is {size!r}; give (width, height) in whole pixels")
+    if min(width, height) < 1 or max(width, height) > 16384 or (width, height) != tuple(sides):
+        raise InputError(f"size is {sides!r}; give (width, height) in whole pixels")
     return width, height
 
 # %% ../../nbs/reference/data/13_images.ipynb #14b1dd6f

@@ -107,7 +107,7 @@ def _new_names(pictures: Mapping[Path, str]) -> dict[Path, str]:
 def need_field(
     record: Any,
     key: str,
-    kind: type,  # that the value must have
+    kind: Any,  # the type, or union of types, that the value must have
     what: str,  # the record, for the error message
 ) -> Any:
     """`record[key]`; `InputError` if the record is no object, has no such key, or something else there.
@@ -115,7 +115,7 @@ def need_field(
     Parameters
     ----------
     kind
-        that the value must have
+        the type, or union of types, that the value must have
     what
         the record, for the error message
     """
@@ -273,7 +273,7 @@ def _fitting(mask: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
     """The mask, turned as the picture is; `InputError` if they differ in size."""
     if size != mask.shape[::-1]:
         mask = turned_like(mask, path, size)
-    check_drawn_size(*mask.shape[::-1], size)
+    check_drawn_size(mask.shape[1], mask.shape[0], size)
     if size != mask.shape[::-1]:
         raise InputError("its annotation is turned against its picture; save the picture without an EXIF rotation")
     return mask

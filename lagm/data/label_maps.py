@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def distinct_colours(
     while len(chosen) < n:
         chosen.append(int(gap.argmax()))
         gap = np.minimum(gap, np.linalg.norm(space - space[chosen[-1]], axis=1))
-    return tuple(tuple(int(v) for v in candidates[i]) for i in chosen)
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in candidates[chosen])
 
 # %% ../../nbs/reference/data/06_label_maps.ipynb #ba0e77ec
 def make_labels(
@@ -80,7 +81,7 @@ def make_labels(
     colours
         None: distinct ones
     """
-    palette = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
+    palette: Any = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
     return LabelSet(name, tuple(classes), palette)
 
 

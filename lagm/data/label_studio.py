@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, unquote_plus
@@ -113,10 +113,10 @@ def _studio_shapes(results: Any) -> list[_Shape]:
         if result.get("item_index"):
             raise InputError("its regions are on several pages or pictures; make one task of each")
         sides = ("original_width", "original_height")
-        size = tuple(whole(result.get(side), f"its {side}", 1, 1_000_000) for side in sides)
+        width, height = (whole(result.get(side), f"its {side}", 1, 1_000_000) for side in sides)
         label = class_name(names[0], f"the label of a region (tool {kind})")
         value = need_field(result, "value", dict, f"a region of the tool {kind}")
-        shapes.append(_Shape(kind.removesuffix("labels"), label, value, size))
+        shapes.append(_Shape(kind.removesuffix("labels"), label, value, (width, height)))
     if len({shape.size for shape in shapes}) > 1: raise InputError("its regions are of pictures of different sizes")
     return shapes
 
@@ -148,7 +148,7 @@ def _when(annotation: Mapping) -> float:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 moment = datetime.fromisoformat(value.strip())
-                return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+                return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15: return float(value)
     return -math.inf
 

@@ -164,7 +164,8 @@ def square_around(
     """
     side = max(box[2] - box[0], box[3] - box[1])
     starts = [math.floor(min(max((box[i] + box[i + 2]) / 2, 0), size[i]) - side / 2) for i in (0, 1)]
-    return (*(max(start, 0) for start in starts), *(min(start + side, size[i]) for i, start in enumerate(starts)))
+    left, top = starts
+    return max(left, 0), max(top, 0), min(left + side, size[0]), min(top + side, size[1])
 
 
 def cut_square(

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.errors import InputError, printable
 from ..core.files import inside
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from .label_maps import PASCAL_PARTS, pascal_part_id
 from .regions import unpack_counts
 
@@ -152,7 +152,7 @@ def read_annotation(
     """
     loadmat = _extra("scipy.io").loadmat
     try:
-        objects = []
+        objects: list[dict[str, Any]] = []
         for item in loadmat(unpacked_mat(path), variable_names=["anno"])["anno"][0, 0]["objects"].reshape(-1):
             mask = _binary(item["mask"])
             parts = [(str(part["part_name"].item()), _binary(part["mask"], mask.shape))

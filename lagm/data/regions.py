@@ -324,7 +324,7 @@ def unpack_bitmask(
     if picture.size != (width, height):
         raise InputError(f"its bitmask has {picture.width} x {picture.height} pixels, the picture {width} x {height}")
     pixels = np.asarray(picture.convert("RGBA"))
-    painted = pixels[..., 3] > 0
+    painted: Any = pixels[..., 3] > 0
     return (pixels[..., :3] > 0).any(-1) if painted.all() else painted
 
 # %% ../../nbs/reference/data/15_regions.ipynb #4a6698b7

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,7 +163,7 @@ class DatasetEntry:
     about
         a sentence
     make
-        items (image, mask), with `.labels`
+        a Dataset: items (image, mask), with `.labels`
     objects
         what may stand after the colon, "" for nothing, and the label set that its files hold, "" if the files say so
     reads
@@ -184,7 +184,7 @@ class DatasetEntry:
         that were released for it
     """
     about: str  # a sentence
-    make: Callable[[Request], Dataset]  # items (image, mask), with `.labels`
+    make: Callable[[Request], Any]  # a Dataset: items (image, mask), with `.labels`
     # what may stand after the colon, "" for nothing, and the label set that its files hold, "" if the files say so
     objects: Mapping[str, str] = field(default_factory=dict)
     reads: str | None = ""  # what it reads below `data`, {0}: the object; "": all of it; None: nothing
@@ -207,10 +207,10 @@ def as_dataset_entry(name: str, found: Any) -> DatasetEntry | None:
     """An entry as it is; one for a class of datasets, of which each argument is filled that it has; else None."""
     if isinstance(found, DatasetEntry): return found
     if not (isinstance(found, type) and issubclass(found, Dataset)): return None
-    takes = list(inspect.signature(found).parameters)
+    takes, build = list(inspect.signature(found).parameters), cast(Callable[..., Dataset], found)
 
     def opened(asked: Request) -> Dataset:
-        return found(asked.data, **{key: value for key, value in vars(asked).items() if key in takes[1:]})
+        return build(asked.data, **{key: value for key, value in vars(asked).items() if key in takes[1:]})
 
     return DatasetEntry((found.__doc__ or name).strip().split("\n")[0], opened)
 
@@ -350,7 +350,7 @@ DATASETS.register("datasetgan", DatasetEntry(
         *_five_fold("car20", "Car-20", 16, 512, 8, 20, ("stylegan2-car", "stylegan-car"), wide=True))))
 
 # %% ../../nbs/reference/data/16_registry.ipynb #6ab754fd
-_CARS = dict(labels="CGPart_car_simplified_v0", models=["minivan", "suv", "sedan", "wagon"])
+_CARS: dict[str, Any] = dict(labels="CGPart_car_simplified_v0", models=["minivan", "suv", "sedan", "wagon"])
 
 
 def _rendered(asked: Request) -> Dataset:
@@ -410,7 +410,7 @@ def open_dataset(
     k: int = 0,  # only the first k; 0: all
     models: tuple[str, ...] = (),  # of rendered CGPart; none: all
     seed: int = 0,  # chooses the k of rendered CGPart
-) -> Dataset:  # items (image (3, H, W) in [-1, 1], mask (H, W)); `.labels`
+) -> Any:  # a Dataset: items (image (3, H, W) in [-1, 1], mask (H, W)); `.labels`
     """A dataset by name; `InputError` if there is none such, or if its files are not there.
 
     Parameters
@@ -434,11 +434,12 @@ def open_dataset(
 
     Returns
     -------
-    Dataset
-        items (image (3, H, W) in [-1, 1], mask (H, W)); `.labels`
+    Any
+        a Dataset: items (image (3, H, W) in [-1, 1], mask (H, W)); `.labels`
     """
     entry, object_class = dataset_entry(dataset)
-    asked = Request(data, object_class, split, labels or None, tuple(size), k or None, tuple(models), seed)
+    sides = cast(tuple[int, int], tuple(size))
+    asked = Request(data, object_class, split, labels or None, sides, k or None, tuple(models), seed)
     opened = entry.make(asked)
     if isinstance(getattr(opened, "labels", None), LabelSet) and hasattr(opened, "__len__"): return opened
     raise InputError(f"{dataset} is no labelled dataset: it has no `labels` (a LabelSet), or no length")

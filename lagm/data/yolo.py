@@ -8,17 +8,18 @@ __all__ = ['yolo_classes', 'yolo_polygons', 'import_yolo']
 # %% ../../nbs/reference/data/15_yolo.ipynb #b906a49b
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..core.errors import InputError, printable
-from ..core.files import read_lines, read_text
+from ..core.files import read_lines, read_text, read_yaml
+from .images import list_files
 from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
+from .labels import IGNORE, LabelSet
 from .regions import paint, polygon_runs, whole
 
 # %% ../../nbs/reference/data/15_yolo.ipynb #591b500c
@@ -27,7 +28,8 @@ def _names(value: Any, where: str) -> list[str]:
     if isinstance(value, dict):
         numbers = {whole(key, f"a class of {where}"): name for key, name in value.items()}
         if sorted(numbers) != list(range(len(numbers))):
-            raise InputError(f"{where} numbers its classes {sorted(numbers)}; they must be 0, 1, 2 ...")
+            raise InputError(f"{where} numbers its classes {printable(str(sorted(numbers)), 60)}; they must be 0, 1, 2 "
+                             "...")
         value = [numbers[i] for i in range(len(numbers))]
     if not isinstance(value, list) or not value: raise InputError(f"{where} has no names of classes")
     return [class_name(name, f"class {i} of {where}") for i, name in enumerate(value)]
@@ -39,20 +41,36 @@ def yolo_classes(folder: Path, classes: Sequence[str] | None = None) -> list[str
     `InputError` without any.
     """
     if classes is not None: return _names(list(classes), "the list of classes")
-    for path in (folder / "data.yaml", *sorted(folder.glob("*.yaml"))):
+    for path in (folder / "data.yaml", *sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])):
         if not path.is_file(): continue
-        try: found = yaml.safe_load(read_text(path))
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        found = read_yaml(path)
         if isinstance(found, dict) and "names" in found: return _names(found["names"], str(path))
     for path in (folder / "classes.txt", folder / "labels" / "classes.txt"):
         if path.is_file(): return _names(read_lines(path), str(path))
     raise InputError(f"{folder} does not name its classes: there is no data.yaml with names, and no classes.txt; give "
                      "them")
 
+# %% ../../nbs/reference/data/15_yolo.ipynb #e918dcab
+def _labels_of(names: Sequence[str], what: str) -> tuple[LabelSet, list[int]]:
+    """The label set, the background first, and the value of each number of a YOLO file."""
+    named = [name for name in names if name.lower() != "background"]
+    if len(named) >= IGNORE: raise InputError(f"there are {len(named)} classes; a mask has room for {IGNORE - 1}")
+    labels = make_labels(what, ["background", *named])
+    return labels, [0 if name.lower() == "background" else labels.index(name) for name in names]
+
 # %% ../../nbs/reference/data/15_yolo.ipynb #774692cf
-def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  # class, x1, y1, x2, y2 ... in 0..1
+def yolo_polygons(
+    text: str,  # of a label file
+    n_classes: int,  # that the export names
+) -> list[tuple[int, list[float]]]:  # class, x1, y1, x2, y2 ... in 0..1
     """The lines of a label file; `InputError` with the number of a line that is none.
+
+    Parameters
+    ----------
+    text
+        of a label file
+    n_classes
+        that the export names
 
     Returns
     -------
@@ -64,7 +82,7 @@ def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  
         if not line.strip(): continue
         try: number, *values = (float(word) for word in line.split())
         except ValueError as error: raise InputError(f"line {i} is {printable(line, 60)!r}, not numbers") from error
-        if number != int(number) or not 0 <= number < n_classes:
+        if number not in range(n_classes):
             raise InputError(f"line {i} has the class {number:g}; there are 0 to {n_classes - 1}")
         if len(values) == 4: raise InputError(f"line {i} is a box, not a polygon; export segments, not detections")
         if len(values) < 6 or len(values) % 2:
@@ -75,17 +93,41 @@ def yolo_polygons(text: str, n_classes: int) -> list[tuple[int, list[float]]]:  
     return found
 
 
-def _drawn(polygons: list[tuple[int, list[float]]], size: tuple[int, int]) -> np.ndarray:
+def _drawn(text: str, values: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """The mask of a label file, (H, W); `values` are those of the classes' numbers."""
     columns = np.zeros(size, np.uint8)
-    for number, values in polygons:
-        paint(columns, polygon_runs([[value * size[i % 2] for i, value in enumerate(values)]], *size), number + 1)
-    return columns.T
+    for i, (number, points) in enumerate(yolo_polygons(text, len(values)), 1):
+        try: runs = polygon_runs([[value * size[j % 2] for j, value in enumerate(points)]], *size)
+        except InputError as error: raise InputError(f"polygon {i}: {error}") from error
+        paint(columns, runs, values[number])
+    return np.ascontiguousarray(columns.T)
+
+# %% ../../nbs/reference/data/15_yolo.ipynb #f22a7204
+def _label_files(folder: Path) -> tuple[dict[str, Path], bool]:
+    """Label files by the path of their picture, without suffix; and whether that counts from images/."""
+    below = folder / "labels" if (folder / "labels").is_dir() else folder
+    paths = [path for path in list_files(below, (".txt",))[0] if path.name.lower() != "classes.txt"]
+    names = {path.relative_to(below).with_suffix("").as_posix(): path for path in paths}
+    if below != folder: return names, True
+    parts = {name: PurePosixPath(name).parts for name in names}
+    if any("labels" in part[:-1] for part in parts.values()):
+        names = {name: path for name, path in names.items() if "labels" in parts[name][:-1]}
+    return {_image_name(parts[name]): path for name, path in names.items()}, False
+
+
+def _image_name(parts: Sequence[str]) -> str:
+    """The path of a label file with the last folder `labels` renamed to `images`."""
+    *folders, stem = parts
+    for i in reversed(range(len(folders))):
+        if folders[i] == "labels": return "/".join([*folders[:i], "images", *folders[i + 1:], stem])
+    return "/".join(parts)
 
 # %% ../../nbs/reference/data/15_yolo.ipynb #ff8177df
 def import_yolo(
     export: str | Path,  # the folder with labels/ (or with the text files)
     root: str | Path,  # the folder to make
-    images: str | Path | None = None,  # the folder of the pictures; None: images/ of the export
+    # the folder of the pictures; None: images/ of the export, or where they lie there
+    images: str | Path | None = None,
     classes: Sequence[str] | None = None,  # names without the background, in order; None: of data.yaml
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
@@ -99,7 +141,7 @@ def import_yolo(
     root
         the folder to make
     images
-        the folder of the pictures; None: images/ of the export
+        the folder of the pictures; None: images/ of the export, or where they lie there
     classes
         names without the background, in order; None: of data.yaml
     only_labelled
@@ -107,20 +149,18 @@ def import_yolo(
     least
         labelled pictures; with fewer the folder is not made
     """
-    folder, images = Path(export), Path(images) if images else Path(export) / "images"
-    root = check_place(root, images)
+    folder = Path(export)
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with labels/")
-    below = folder / "labels" if (folder / "labels").is_dir() else folder
-    names = yolo_classes(folder, classes)
-    files = {path.relative_to(below).with_suffix("").as_posix(): path for path in sorted(below.rglob("*.txt"))
-             if path.name != "classes.txt"}
-    if not files: raise InputError(f"there are no label files (.txt) in {below}")
-    work = Import(root, Pictures(images, but=root), make_labels(root.name, ["background", *names]))
+    files, from_images = _label_files(folder)
+    if images is None: images = folder / "images" if from_images and (folder / "images").is_dir() else folder
+    root = check_place(root, images)
+    labels, values = _labels_of(yolo_classes(folder, classes), root.name)
+    if not files: raise InputError(f"there are no label files (.txt) in {folder}")
+    work = Import(root, Pictures(images, but=root), labels)
     find = Finder(work.pictures, list(files), stems=True)
 
     def record(name: str) -> ImportRecord:
-        def draw(path: Path, size: tuple[int, int]) -> np.ndarray:
-            return _drawn(yolo_polygons(read_text(files[name]), len(names)), size)
+        def draw(path: Path, size: tuple[int, int]) -> np.ndarray: return _drawn(read_text(files[name]), values, size)
         return ImportRecord(f"{name}.txt", lambda: find(name), draw, name)
 
     return finish_import(work, [record(name) for name in files], only_labelled, least)

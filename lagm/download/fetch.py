@@ -153,7 +153,8 @@ def _alone(target: Path) -> Iterator[None]:
 
     Where the system has no such locks, nothing is held.
     """
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError:
         yield
         return

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.unpickling import read_arrays
-from ..data.images import describe_file, open_picture
 
 # %% ../../nbs/reference/download/11_sources.ipynb #a2b79337
 NVIDIA, NOT_STATED = (
@@ -241,6 +239,8 @@ def get_source(name: str) -> Source:
 
 # %% ../../nbs/reference/download/11_sources.ipynb #128a1c9c
 def _pickle_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     with open(path, "rb") as file:
         first = file.read(1)
         file.seek(-1, 2)
@@ -250,6 +250,8 @@ def _pickle_problem(path: Path) -> str | None:
 
 
 def _zip_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     if zipfile.is_zipfile(path): return None
     return (
         "it is a zip archive without its end: it was cut off"
@@ -265,11 +267,15 @@ def _torch_problem(path: Path) -> str | None:
 
 
 def _npy_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     with open(path, "rb") as file: first = file.read(6)
     return None if first == b"\x93NUMPY" else f"it is not a numpy array but {describe_file(path)}"
 
 
 def _any_problem(path: Path) -> str | None:
+    from lagm.data.images import describe_file
+
     what = describe_file(path)
     return f"it is {what}" if what.startswith(("a web page", "a git-lfs", "empty", "unreadable")) else None
 
@@ -322,6 +328,8 @@ def picture_problem(
     str | None
         None: it looks whole
     """
+    from lagm.data.images import describe_file, open_picture
+
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -343,6 +351,9 @@ def picture_problem(
 
 def array_problem(path: Path) -> str | None:
     """What is wrong with a .npy file."""
+    from lagm.core.unpickling import read_arrays
+    from lagm.data.images import describe_file
+
     if not path.is_file(): return "is not there"
     try: read_arrays(path)
     except InputError as error:
@@ -371,6 +382,8 @@ def source_problem(
 
 def _latent_problem(path: Path) -> str | None:
     """What is wrong with an average latent, if it is a numpy file."""
+    from lagm.core.unpickling import read_arrays
+
     problem = array_problem(path)
     if problem: return problem
     shapes = [array.shape for array in read_arrays(path).values()]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..core.errors import InputError, printable
 from ..core.files import write_json
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.images import describe_bytes
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #df3f991b

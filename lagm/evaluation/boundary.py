@@ -6,6 +6,8 @@
 __all__ = ['borders', 'within', 'BoundaryScore']
 
 # %% ../../nbs/reference/evaluation/71_boundary.ipynb #aed67940
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,8 @@ def borders(
     padded = F.pad(masks[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     middle = padded[:, 1:-1, 1:-1]
     others = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
-    edge = sum((other != middle) & (other >= 0) & (other < n_classes) for other in others) > 0
+    count: Any = sum((other != middle) & (other >= 0) & (other < n_classes) for other in others)
+    edge = count > 0
     return edge[:, None] & (middle[:, None] == torch.arange(n_classes, device=masks.device).view(-1, 1, 1))
 
 

@@ -94,8 +94,9 @@ def name_the_ends(
     size
         of the letters, in points
     """
-    ax.figure.draw_without_rendering()
-    to_points = 72 / ax.figure.dpi
+    figure = ax.get_figure(root=True)
+    figure.draw_without_rendering()
+    to_points = 72 / figure.dpi
     heights = [ax.transData.transform((ax.get_xlim()[1], y))[1] * to_points for _, y, _ in ends]
     shown = [(*end, height) for end, height in zip(ends, heights, strict=True) if np.isfinite(height)]
     places = spread([height for *_, height in shown], distance)
@@ -155,4 +156,4 @@ def curves(
     ax.set(xlabel=xlabel, ylabel=ylabel + " (%)" * percent, title=plain_label(title))
     ax.margins(x=0.01)
     name_the_ends(ax, ends)
-    return ax.figure
+    return ax.get_figure(root=True)

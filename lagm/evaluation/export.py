@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.files import atomic_path
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..models.saved import load_segmenter
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #9e4793b1
@@ -99,7 +99,8 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"the export needs onnx, onnxscript and onnxruntime: {install_advice('onnx')}") from error
-    segmenter, names = copy.deepcopy(segmenter).cpu().eval(), dict(input_names=["pictures"], output_names=["logits"])
+    segmenter = copy.deepcopy(segmenter).cpu().eval()
+    names: dict[str, Any] = dict(input_names=["pictures"], output_names=["logits"])
     with atomic_path(path) as temporary:
         torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamic_shapes=_free_batch(),
                           dynamo=True, external_data=False, verbose=False)

@@ -6,6 +6,8 @@
 __all__ = ['METHOD_COLOURS', 'INK', 'MUTED', 'GRID', 'STYLE', 'plain_label', 'text_width', 'method_colours', 'panels']
 
 # %% ../../nbs/reference/evaluation/80_figures.ipynb #a15e1cf2
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -16,7 +18,7 @@ from matplotlib.textpath import text_to_path
 METHOD_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b8a800")
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#e3e3e3"
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 100, "savefig.dpi": 100, "figure.facecolor": "white", "savefig.facecolor": "white",
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 10,
@@ -25,7 +27,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": MUTED, "ytick.color": MUTED,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "lines.linewidth": 1.8, "legend.frameon": False, "legend.fontsize": 10,
-    "axes.prop_cycle": mpl.cycler(color=METHOD_COLOURS),
+    "axes.prop_cycle": plt.cycler(color=METHOD_COLOURS),
 }
 
 # %% ../../nbs/reference/evaluation/80_figures.ipynb #abdf3045

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -164,7 +165,7 @@ def _write(ax: Axes, names: Iterable, heads: Iterable, title: str, head: float) 
 
 def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     """A patch per class, how many stand in a row of `room` pixels, and the width this takes."""
-    entries = [Patch(facecolor=np.array(colour) / 255, edgecolor="#999999", linewidth=0.6, label=plain_label(name))
+    entries = [Patch(facecolor=to_rgb(np.array(colour) / 255), edgecolor="#999999", linewidth=0.6, label=plain_label(name))
                for name, colour in zip(labels.classes, labels.palette, strict=True)]
     widths = [text_width(name) + 42 for name in labels.classes]
     if sum(widths) <= room: return entries, len(entries), sum(widths)

@@ -90,12 +90,13 @@ def place(
     if size is None and policy != "native":
         raise InputError(f"the policy {policy!r} needs the size that the network was trained at, which its file does "
                          "not tell; give the size")
-    original = picture.size[::-1]
-    outer = original if policy == "native" else tuple(int(side) for side in size)
+    original = picture.height, picture.width
+    outer = original if policy == "native" else (int(size[0]), int(size[1]))
     inner = outer
     if policy == "fit":
         factor = min(outer[0] / original[0], outer[1] / original[1])
-        inner = tuple(min(o, max(1, round(side * factor))) for o, side in zip(outer, original, strict=True))
+        height, width = (min(o, max(1, round(side * factor))) for o, side in zip(outer, original, strict=True))
+        inner = height, width
     if inner != original: picture = picture.resize(inner[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 127.5 - 1
     top, left = (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
@@ -125,7 +126,8 @@ def predict_pictures(
     list[np.ndarray]
         (H, W) uint8 class indices, each of its picture's size
     """
-    placed, masks = [place(picture, policy, size) for picture in pictures], [None] * len(pictures)
+    placed = [place(picture, policy, size) for picture in pictures]
+    masks: list[Any] = [None] * len(pictures)
     for outer in sorted({p.outer for _, p in placed}):
         chosen = [i for i, (_, p) in enumerate(placed) if p.outer == outer]
         with eval_mode(segmenter): logits = segmenter(torch.stack([placed[i][0] for i in chosen]).to(device)).cpu()
@@ -186,7 +188,7 @@ def open_segmenter(
     if labels.n_classes != segmenter.n_classes:
         raise InputError(f"{path} has {segmenter.n_classes} classes, the label set {labels.name!r} has "
                          f"{labels.n_classes}; give the one it was trained with")
-    return segmenter.to(device).eval(), labels, tuple(size) if size else None
+    return segmenter.to(device).eval(), labels, (size[0], size[1]) if size else None
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #bd3fd1c5
 def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any]]:
@@ -202,8 +204,8 @@ def _opened(path: str | Path) -> tuple[nn.Module, LabelSet | None, dict[str, Any
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #0769a8bd
 def _numbered(n_classes: int) -> LabelSet:
     """Names and colours for classes that nobody named."""
-    if n_classes == CELEBA8.n_classes: palette = CELEBA8.palette
-    else: palette = [(0, 0, 0)] + [(37 * c % 256, 91 * c % 256, (255 - 53 * c) % 256) for c in range(1, n_classes)]
+    others = tuple((37 * c % 256, 91 * c % 256, (255 - 53 * c) % 256) for c in range(1, n_classes))
+    palette = CELEBA8.palette if n_classes == CELEBA8.n_classes else ((0, 0, 0), *others)
     return LabelSet("unnamed", ("background", *(f"class {c}" for c in range(1, n_classes))), palette)
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #79bcea93

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from .boundary import BoundaryScore
 from .intervals import bootstrap, picture_counts, worst_pictures
 from .metrics import metrics_from_counts

@@ -265,7 +265,8 @@ def project_path(
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #79b80046
-if TYPE_CHECKING: from lagm.data.registry import Experiment
+if TYPE_CHECKING:
+    from lagm.data.registry import Experiment
 
 TRAINING = dict(channels=128, layers=3, recipe="paper", iterations=150_000, validate_every=4000)
 
@@ -409,7 +410,7 @@ DEMO_STEPS = {  # of each method; beyond the recipe's only for supervised, the o
 DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=DEMO_STEPS, person_steps=900, pretraining_steps=1000,
                     inversion_steps=250, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "last_layer": dict(matched="outc"),
     "up_layers": dict(matched="up"),
     "euclidean": dict(metric="l2"),
@@ -444,7 +445,8 @@ def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[s
 
 def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:
     """Annotator, pairs and a fresh segmenter, which is finished on the labelled pictures; tests of it before and after
-    that."""
+    that.
+    """
     name, count = f"demo_downstream_k{k}", _faces(k)
     stages = _demo(name, k, DEMO_TRAINING)
     stages["downstream"] = {**DEMO, **DEMO_GENERATOR, "annotators": [f"outputs/{name}/annotate/results.safetensors"],
@@ -463,7 +465,8 @@ def _faces(k: int) -> str:
 
 def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
     """Labels of another style, the generator of ours; every network is finished on the labelled pictures, and tested
-    before and after."""
+    before and after.
+    """
     source = {**DEMO, **DEMO_GENERATOR, "dataset": f"avatars:{style}", "k": 30}
     annotate = {**source, **DEMO_TRAINING, "finish": False, "out_dir": f"outputs/{name}/annotate"}
     figure = {key: value for key, value in source.items() if key != "validation_pictures"} | {
@@ -486,7 +489,7 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
     dict[str, tuple[str, dict[str, dict[str, Any]]]]
         as `paper_experiments`
     """
-    found = {}
+    found: dict[str, Any] = {}
     for style in DEMO_STYLES:
         first = style == DEMO_STYLES[0]
         for k in DEMO_LABELS:
@@ -561,11 +564,13 @@ def choose_runs(
     waiting = [] if only else list(chosen)
     while waiting:
         for need in catalogue[waiting.pop()].needs:
-            if need not in chosen: chosen.add(need), waiting.append(need)
+            if need in chosen: continue
+            chosen.add(need)
+            waiting.append(need)
     return {name: run for name, run in catalogue.items() if name in chosen}
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e4e39e5b
-SMALL = {  # of each stage: a size that only shows that everything fits together
+SMALL: dict[str, dict[str, Any]] = {  # of each stage: a size that only shows that everything fits together
     "methods": dict(iterations=2, warm_up=2, steps={}, finish=False, person_steps=2, pretraining_steps=2,
                     inversion_steps=2, pixel_steps=3, members=2, pairs=3, width=4, test_pictures=5),
     "annotate": dict(iterations=2, warm_up=2, finish=False, validation_pictures=2, validate_every=2),
@@ -671,7 +676,8 @@ def _name_problems(run: Run) -> list[str]:
 
 def _generator_problems(run: Run) -> list[str]:
     """Whether a generator that is given by a name, not as a file, is there; a comparison of methods takes that of its
-    style."""
+    style.
+    """
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
     given = run.parameters.get("generator") or run.parameters.get("style")

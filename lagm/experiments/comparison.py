@@ -28,7 +28,7 @@ from torch import Tensor
 from ..core.seeds import random_generator
 from ..evaluation.curves import name_the_ends
 from ..evaluation.figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
-from .report import DOMAINS, FINISHED, Result, Table, cell_of, number
+from .report import DOMAINS, FINISHED, Result, cell_of, number
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #91b67206
 OURS, ALONE = "gradient matching", "supervised"  # each also with ", finished"; `ALONE`: labelled pictures only
@@ -226,7 +226,8 @@ def best_rival(
     ours: Mapping[str, Score],
 ) -> str | None:
     """The rival with the highest mean over the seeds of ours, among those that have most of them; None if there is
-    none."""
+    none.
+    """
     shared = {name: [scores[seed].value for seed in ours if seed in scores] for name, scores in methods.items()
               if is_rival(name)}
     return max((name for name, values in shared.items() if values),
@@ -431,7 +432,8 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
         ends.append((plain_label(name.replace(OURS, "matching")), line[max(line)], AFTER if after else BEFORE))
     ks = sorted({k for line in [*ours.values(), *drawn.values()] for k in line})
     ax.set(xscale="log", xlabel="labelled pictures", ylabel="test FG-mIoU (%)", title=plain_label(domain))
-    ax.set_xticks(ks, [str(k) for k in ks]), ax.minorticks_off()
+    ax.set_xticks(ks, [str(k) for k in ks])
+    ax.minorticks_off()
     if far:
         below = ", ".join(f"{name} {min(line.values()):.0f} to {max(line.values()):.0f}" for name, line in far.items())
         ax.text(0.98, 0.03, plain_label(f"below: {below}"), transform=ax.transAxes, ha="right", fontsize=8, color=MUTED)
@@ -458,7 +460,8 @@ BEYOND = 1.5  # so far above the last number of labels stands "more than that"
 @mpl.rc_context(STYLE)
 def saved_figure(cells: Cells) -> Figure | None:
     """Labels that a network alone needs to be as good as ours, against the labels that ours has; None if there is
-    nothing to compare."""
+    nothing to compare.
+    """
     saved, ks = labels_saved(cells), sorted({k for _, k in cells})
     if not saved: return None
     figure, (ax,) = panels(1, 5.6, 4.4)

@@ -154,7 +154,7 @@ def grouped_conv2d(
 # %% ../../nbs/reference/experiments/67_cost.ipynb #d5239e29
 @torch.no_grad()
 def usual_generator(
-    network: StyleGAN2,  # of the architecture "skip", without clamps
+    network: nn.Module,  # a StyleGAN2 of the architecture "skip", without clamps
     z: Tensor,  # (B, z_dim)
     sampling: Sampling = Sampling(),
     rng: torch.Generator | None = None,  # source of the noise
@@ -164,13 +164,14 @@ def usual_generator(
     Parameters
     ----------
     network
-        of the architecture "skip", without clamps
+        a StyleGAN2 of the architecture "skip", without clamps
     z
         (B, z_dim)
     rng
         source of the noise
     """
     ws, position, image, features = network.styles(z, sampling.psi, sampling.cutoff), 0, None, []
+    x: Any = None
     for r in network.synthesis.resolutions:
         block = getattr(network.synthesis, f"b{r}")
         x = block.const.repeat(len(z), 1, 1, 1) if block.first else x
@@ -233,7 +234,7 @@ class PlainStep:
         synthetic_loss = soft_loss(segmenter, images, q)
         gradients = torch.autograd.grad(synthetic_loss, matched, create_graph=True)
         pairs = [(s.flatten(1), l.flatten(1)) for s, l in zip(gradients, target) if s.ndim > 1]
-        distance = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs) / len(gradients)
+        distance: Any = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs) / len(gradients)
         self.move(0, annotator, distance)
         self.annotator_gradients = [parameter.grad for parameter in annotator.parameters()]
 
@@ -289,7 +290,7 @@ def make_step(
     if variant not in VARIANTS: raise InputError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     setting = prepare(work, torch.bfloat16 if variant == "bfloat16" else torch.float32)
     if variant == "plain": return PlainStep(setting)
-    batches = dict(batch_labelled=work.batch, batch_synthetic=work.batch)
+    batches: dict[str, Any] = dict(batch_labelled=work.batch, batch_synthetic=work.batch)
     return OurStep(setting, replace(PAPER, **batches, **VARIANTS[variant]))
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #7d941b1c

@@ -112,7 +112,7 @@ class Doctor:
         return self._found[key]
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #d0c70001
-def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least: int, first: int | None
+def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Any], least: int, first: int | None
                ) -> tuple[str, str]:
     """Status and detail of the items of a reader."""
     if not folder.exists(): return "missing", f"there is no {folder}"
@@ -126,7 +126,7 @@ def _looked_at(doctor: Doctor, folder: Path, make: Callable[[], Dataset], least:
     return "present", f"{len(dataset)} items, the {count} that are used were looked at"
 
 
-def _item_problem(doctor: Doctor, dataset: Dataset, index: int) -> str | None:
+def _item_problem(doctor: Doctor, dataset: Any, index: int) -> str | None:
     """What is wrong with an item, in its files or, if the doctor is to look deep, with their content."""
     try:
         for path in dataset.sources(index):
@@ -291,51 +291,39 @@ def _said_once(findings: Iterable[Finding]) -> list[str]:
     """Findings as text; those of the same reason share their lines."""
     groups: dict[Any, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault(
-            finding if finding.status == "present" else (finding.status, finding.detail, finding.mend), []
-        ).append(finding)
-    return [
-        str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
-        for group in groups.values()
-    ]
+        reason = finding if finding.status == "present" else (finding.status, finding.detail, finding.mend)
+        groups.setdefault(reason, []).append(finding)
+    return [str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
+            for group in groups.values()]
 
 
 def as_text(content: dict[str, Any]) -> str:
     """A report for people: each reason is said once."""
-    lines, told = [], set()
+    lines, told, single = [], set(), len(content["experiments"]) == 1
     for name, entry in content["experiments"].items():
         findings = [Finding(**finding) for finding in entry["findings"]]
         wrong = [finding for finding in findings if finding.status in ("missing", "broken")]
-        lines.append(
-            f"{name}: "
-            + (
-                "could run"
-                if entry["can_run"]
-                else "cannot run: " + ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)
-            )
-        )
-        single = len(content["experiments"]) == 1
+        lacking = ", ".join(f"{finding.need} ({finding.status})" for finding in wrong)
+        lines.append(f"{name}: could run" if entry["can_run"] else f"{name}: cannot run: {lacking}")
         new = [finding for finding in findings if finding not in told and (single or finding.status != "present")]
         told |= set(new)
         lines += _said_once(new)
     ready = sum(entry["can_run"] for entry in content["experiments"].values())
-    return "\n".join(
-        lines
-        + (
-            [f"{ready} of {len(content['experiments'])} experiments could run"]
-            if len(content["experiments"]) > 1
-            else []
-        )
-    )
+    if not single: lines.append(f"{ready} of {len(content['experiments'])} experiments could run")
+    return "\n".join(lines)
 
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #5d0190s1
+def doctor_command(
+    arguments: Any,  # of the command line: name, data, checkpoints, deep, json
+) -> int:
+    """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1.
 
-def doctor_command(arguments: Any) -> int:
-    """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1."""
-    content = report(
-        arguments.name,
-        project_path(arguments.data, "data"),
-        project_path(arguments.checkpoints, "checkpoints"),
-        arguments.deep,
-    )
+    Parameters
+    ----------
+    arguments
+        of the command line: name, data, checkpoints, deep, json
+    """
+    content = report(arguments.name, project_path(arguments.data, "data"),
+                     project_path(arguments.checkpoints, "checkpoints"), arguments.deep)
     print(json.dumps(content, indent=1) if arguments.json else as_text(content))
     return 0 if content["can_run"] else 1

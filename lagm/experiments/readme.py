@@ -103,7 +103,7 @@ def to_markdown(
 
 # %% ../../nbs/reference/experiments/95_readme.ipynb #c4a9e002
 _FOLDERS = ("book", "reference")
-_ROOMS = ("core", "ops", "data", "generators", "models", "matching", "training", "evaluation", "download",
+_ROOMS = ("core", "ops", "data", "generators", "models", "matching", "evaluation", "training", "download", "labelling",
           "experiments")
 
 

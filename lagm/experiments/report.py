@@ -13,7 +13,6 @@ __all__ = ['MOST', 'MOST_NAMES', 'LONGEST', 'TESTED', 'DOMAINS', 'FIRST_DOMAIN',
 # %% ../../nbs/reference/experiments/94_report.ipynb #68d5bb6f
 import base64
 import html
-import json
 import math
 import re
 import statistics
@@ -30,10 +29,10 @@ from ..core.errors import InputError, printable
 from ..core.files import atomic_path, read_json
 from ..data.registry import EXPERIMENTS
 from ..evaluation.curves import curves
-from ..evaluation.figures import panels, plain_label
+from ..evaluation.figures import panels
 from ..evaluation.metrics import Metrics
 from ..evaluation.tables import iou_bars
-from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers, read_catalogue
+from .catalogue import DEMO_PAPER, Run, missing_inputs, paper_experiments, paper_numbers
 from .notebooks import read_record, unfinished_copy
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #79f6eb8f
@@ -490,7 +489,8 @@ def benchmark_table(
     domain: str = FIRST_DOMAIN,
 ) -> list[list[str]]:
     """The demo benchmark in one domain: a row for each method, a column for each number of labels; mean ± standard
-    deviation, and the number of seeds in brackets."""
+    deviation, and the number of seeds in brackets.
+    """
     found, cost = _benchmark(groups, domain), _benchmark(minutes, domain)
     ks = sorted({k for points in found.values() for k in points})
     table = [["method", *(f"k = {k}" for k in ks), "minutes"]]
@@ -507,7 +507,8 @@ def ablation_table(
     results: Iterable[Result],
 ) -> list[list[str]]:
     """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from
-    the whole recipe, finished if this is, over the seeds that both have."""
+    the whole recipe, finished if this is, over the seeds that both have.
+    """
     results = list(results)
     whole = {(r.variant or "seed0", ending): value for r in results for ending in ("", FINISHED)
              if r.experiment == WHOLE_RECIPE[0] and "small" not in r.variant
@@ -537,7 +538,8 @@ def sturdy_table(
     results: Iterable[Result],
 ) -> list[list[str]]:
     """A row per experiment demo_sturdy_NAME_kK: validation FG-mIoU in per cent of the labelled pictures alone, of
-    matching and of it finished, each in this setting, and how far ahead the last is of the first in its worst seed."""
+    matching and of it finished, each in this setting, and how far ahead the last is of the first in its worst seed.
+    """
     found: dict[tuple[int, str], list[Result]] = {}
     for r in results:
         parts = re.fullmatch(r"demo_sturdy_(\w+)_k(\d+)", r.experiment)
@@ -567,7 +569,8 @@ def number_of_labels_figure(rows: Iterable[Row]) -> Figure:
             ax.errorbar(list(ours), means, spreads, fmt="s-", color="#c0392b", label="ours", capsize=3)
         ax.set(xscale="log", title=title, xlabel="labelled pictures", ylabel="FG-mIoU, per cent")
         ax.set_xticks(list(own), [str(k) for k in own])
-        ax.minorticks_off(), ax.legend(frameon=False, loc="lower right")
+        ax.minorticks_off()
+        ax.legend(frameon=False, loc="lower right")
     return figure
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #1c7e3d82

@@ -33,7 +33,7 @@ from ..core.errors import printable
 # %% ../../nbs/reference/experiments/90_running.ipynb #94ac3e5a
 from ..core.errors import InputError
 from ..core.files import atomic_path
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from lagm.experiments.notebooks import (
     as_stored,
     check_parameters,

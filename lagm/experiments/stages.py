@@ -13,9 +13,9 @@ __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_vali
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # %% ../../nbs/reference/experiments/88_stages.ipynb #f695f046
 from ..core.errors import InputError
 from ..core.files import read_json, write_json
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors
 from ..data.demo import choose_labelled, stack
 from ..data.labels import LabelSet, warn_of_absent
@@ -35,8 +35,6 @@ from ..generators.load import load_generator
 from ..generators.weights import check_version
 from ..models.annotator import FPNAnnotator
 from ..models.results import Results, load_results
-from ..models.saved import find_segmenters as load_segmenters
-from ..models.saved import save_networks, save_segmenter
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import set_aside
 from ..training.lagm import train_lagm
@@ -153,7 +151,7 @@ def splits_of(
         arguments of `open_dataset`
     """
     if "dataset" not in parameters: return []
-    p = dict(data="data", labels="", size=(64, 64), models=(), k=0) | dict(parameters)
+    p: dict[str, Any] = dict(data="data", labels="", size=(64, 64), models=(), k=0) | dict(parameters)
     common = dict(data=p["data"], labels=p["labels"], size=p["size"])
     k = 0 if dataset_entry(p["dataset"])[0].pool else p["k"]
     train = dict(dataset=p["dataset"], split="train", k=k, models=p["models"], **common)
@@ -329,7 +327,8 @@ def name_problems(
         a line each
     """
     found = []
-    for check, name in ((use_entries, "uses"), (segmenter_arguments, "segmenter")):
+    checks: tuple[tuple[Callable[..., Any], str], ...] = (use_entries, "uses"), (segmenter_arguments, "segmenter")
+    for check, name in checks:
         try: check(parameters.get(name) or ([] if name == "uses" else "unet"))
         except InputError as error: found.append(str(error) if name == "uses" else f"segmenter: {error}")
     return found
@@ -391,7 +390,7 @@ def hasty_networks(
     )
     trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
                          seed=seed, device=device, progress=False)
-    return Results(trained.annotator, trained.segmenter, {"hasty": True})
+    return Results(cast(FPNAnnotator, trained.annotator), trained.segmenter, {"hasty": True})
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #27caf7c7
 def restore_best(

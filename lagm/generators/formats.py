@@ -110,7 +110,7 @@ def from_tensor(
 
 
 def given(tensor: Tensor) -> Weight:
-    "A weight that is known already."
+    """A weight that is known already."""
     return Weight(tuple(tensor.shape), 0, lambda: tensor.clone())
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00001
@@ -197,7 +197,7 @@ FORMATS: Registry[GeneratorFormat] = Registry(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00004
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    "A network without memory; arguments that make none are the file's fault."
+    """A network without memory; arguments that make none are the file's fault."""
     try:
         with torch.device("meta"): return build()
     except InputError as error:
@@ -206,13 +206,13 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def lazy_tensor(lazy: Any) -> LazyTensor:
-    "`lazy`, if it is a tensor; else `Unreadable`."
+    """`lazy`, if it is a tensor; else `Unreadable`."""
     if not isinstance(lazy, LazyTensor): raise Unreadable("has something else where a tensor should be")
     return lazy
 
 
 def lazy_shape(weights: dict, name: str, dimensions: int) -> tuple[int, ...]:
-    "The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions."
+    """The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions."""
     lazy = weights.get(name)
     if not isinstance(lazy, LazyTensor): raise Unreadable(f"lacks {name}")
     if len(lazy.shape) == dimensions: return lazy.shape
@@ -237,12 +237,12 @@ def count_numbered(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #9195b4d7
 def _in_two_dimensions(weight: Weight) -> Weight:
-    "A filter that is stored as one row: the product of the row with itself."
+    """A filter that is stored as one row: the product of the row with itself."""
     return weight._replace(shape=weight.shape * 2, read=lambda: torch.outer(*[weight.read()] * 2))
 
 
 def check_classes(network: nn.Module, weights: dict[str, Weight]) -> None:
-    "Raise `Unreadable` if a network of several classes has no layer for them."
+    """Raise `Unreadable` if a network of several classes has no layer for them."""
     if network.c_dim and "mapping.embed.weight" not in weights:
         raise Unreadable(f"describes no network we can build: it has no layer for the {network.c_dim:,} classes of "
                          f"its c_dim or label_size",
@@ -319,7 +319,7 @@ OTHERS = [  # a key, what has it, and what to do
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #ab78b4s0
 def name_other(names: list[str]) -> None:
-    "Raise `Unreadable` if the names of tensors are those of a network of another kind."
+    """Raise `Unreadable` if the names of tensors are those of a network of another kind."""
     for pattern, what, remedy in OTHERS:
         if any(re.fullmatch(pattern, name) for name in names[:10_000]): raise Unreadable(f"holds {what}", remedy)
 
@@ -339,7 +339,7 @@ def plain_weights(value: Any) -> tuple[dict[str, Any], Any]:  # tensors by name,
 
 
 def find_generator(value: Any) -> Found:
-    "The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`."
+    """The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`."""
     for entry in FORMATS.values():
         if entry.unpack is None and entry.recognise(value): return entry.read(value)
     _complain_of(value)
@@ -351,7 +351,7 @@ def find_generator(value: Any) -> Found:
 
 
 def _complain_of(value: Any) -> None:
-    "Raise `Unreadable` for content that is no state dict, or one of the authors' files."
+    """Raise `Unreadable` for content that is no state dict, or one of the authors' files."""
     if isinstance(value, Extra):
         raise Unreadable(f"holds a whole object of some program ({quoted(value.class_name)}), not a network's weights",
                          "open it there, and save its state_dict()")
@@ -370,13 +370,13 @@ def _complain_of(value: Any) -> None:
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00008
 def _short(value: Any) -> str:
-    "A dict in a few words."
+    """A dict in a few words."""
     if not isinstance(value, dict): return quoted(value)
     return ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in list(value.items())[:8])
 
 
 def read_value(path: str | Path, data: memoryview) -> Any:
-    "What a pickle or torch file holds, as plain data."
+    """What a pickle or torch file holds, as plain data."""
     kind = recognise(data)
     if kind == "zip": return read_torch_zip(path, data)
     return read_legacy_torch(data) if kind == "legacy" else read_pickle(data)

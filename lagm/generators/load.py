@@ -25,9 +25,11 @@ from ..core.registry import from_package
 from ..core.seeds import random_generator
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.unpickling import read_arrays
-from . import datasetgan, nvidia, rosinality  # noqa: F401 (they register their formats)
+from . import nvidia
+from .datasetgan import datasetgan
+from .rosinality import rosinality  # noqa: F401 (they register their formats)
 from .contract import FrozenGenerator, Sampling
-from .formats import FORMATS, Found, fill_network, generator_in, name_other, recognise
+from .formats import Found, fill_network, generator_in, name_other, recognise
 from .stylegan1 import StyleGAN1
 from .weights import generator_header, network_from_tensors, of_class
 
@@ -57,7 +59,8 @@ def mean_style(
     parts = [min(rows, MEAN_OF - first) for first in range(0, MEAN_OF, rows)]
     with torch.no_grad():
         means = [mapping(torch.randn(n, z_dim, generator=rng)).double().mean(dim=0) for n in parts]
-    return sum(mean * (n / MEAN_OF) for mean, n in zip(means, parts)).float()
+    mean: Any = sum(mean * (n / MEAN_OF) for mean, n in zip(means, parts))
+    return mean.float()
 
 # %% ../../nbs/reference/generators/26_load.ipynb #1cfd56df
 def set_mean_style(
@@ -92,7 +95,7 @@ def set_mean_style(
 
 
 def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> Tensor:
-    "The mean style in a .npy file, if it is one for this network."
+    """The mean style in a .npy file, if it is one for this network."""
     arrays = list(read_arrays(avg_latent).values())
     shapes = [(network.w_dim,), (1, network.w_dim)]
     if isinstance(network, StyleGAN1): shapes.append((network.num_ws, network.w_dim))
@@ -105,7 +108,7 @@ def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> 
 
 # %% ../../nbs/reference/generators/26_load.ipynb #26e00001
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    "Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."
+    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."""
     try: tensors, header = load_tensors(path)
     except InputError as error: raise InputError(f"{error}; {GET_AGAIN}") from error
     return tensors, header
@@ -147,7 +150,7 @@ def read_generator(
 
 
 def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    "A generator in a safetensors file."
+    """A generator in a safetensors file."""
     if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")
     with contextlib.suppress(InputError):  # an unreadable one is named below
         names, header = describe_tensors(path)
@@ -158,7 +161,7 @@ def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Modu
 
 def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | None, progress: bool
                 ) -> tuple[nn.Module, dict[str, Any]]:
-    "A generator of another program."
+    """A generator of another program."""
     found = generator_in(path, data)
     if avg_latent is not None and not found.mean and not found.takes_mean:
         raise InputError(f"{path} has its own mean style: leave avg_latent out")

@@ -61,7 +61,7 @@ TF_TRAINING = re.compile(
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #752e39s0
 def tf_arguments(static: dict) -> dict:
-    "StyleGAN2's arguments from those of the TensorFlow program."
+    """StyleGAN2's arguments from those of the TensorFlow program."""
     defaults = {"latent_size": 512, "dlatent_size": 512, "resolution": 1024, "num_channels": 3}
     arguments, unknown = {}, []
     if static.get("resample_kernel", ()) is None: unknown.append("resample_kernel = None")
@@ -84,7 +84,7 @@ def tf_arguments(static: dict) -> dict:
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #4754eaef
 def _kernel(array: LazyArray, flip: bool = False) -> Weight:
-    "A kernel (height, width, in, out) as (out, in, height, width)."
+    """A kernel (height, width, in, out) as (out, in, height, width)."""
     if len(array.shape) != 4: raise Unreadable("has a kernel without four dimensions")
     height, width, inputs, outputs = array.shape
     turn = (
@@ -96,7 +96,7 @@ def _kernel(array: LazyArray, flip: bool = False) -> Weight:
 
 
 def _transposed(array: LazyArray) -> Weight:
-    "A matrix (in, out) as (out, in)."
+    """A matrix (in, out) as (out, in)."""
     return from_tensor(array, lambda t: t.t().contiguous(), array.shape[::-1])
 
 
@@ -110,7 +110,7 @@ TF_LAYERS = {"Conv": "conv1", "Conv1": "conv1", "Conv0_up": "conv0", "ToRGB": "t
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #4754eas0
 def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
-    "Our name and weight of a TensorFlow variable."
+    """Our name and weight of a TensorFlow variable."""
     if name == "dlatent_avg": return "mapping.w_avg", from_tensor(array)
     if match := re.fullmatch(r"mapping/Dense(\d{1,2})/(weight|bias)", name):
         return f"mapping.fc{match[1]}.{match[2]}", _transposed(array) if match[2] == "weight" else from_tensor(array)
@@ -140,7 +140,7 @@ def tf_weight(name: str, array: LazyArray) -> tuple[str, Weight]:
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #8d674956
 def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
-    "All variables of a TensorFlow network and its two components, by full name."
+    """All variables of a TensorFlow network and its two components, by full name."""
     state = record.state if isinstance(record, Record) else {}
     variables, components = state.get("variables"), state.get("components", {})
     if not isinstance(variables, list | tuple) or not isinstance(components, dict):
@@ -160,7 +160,7 @@ def _tf_variables(record: Any, prefix: str = "") -> dict[str, LazyArray]:
 
 
 def nvidia_tensorflow(record: Record) -> Found:
-    "StyleGAN2's Gs."
+    """StyleGAN2's Gs."""
     version, static = record.state.get("version"), record.state.get("static_kwargs")
     if version in (2, 3):
         raise Unreadable(
@@ -179,7 +179,7 @@ def nvidia_tensorflow(record: Record) -> Found:
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #8d6749s0
 def _gs(value: Any) -> Record | None:
-    "The network Gs in a TensorFlow pickle: alone, or the last of three."
+    """The network Gs in a TensorFlow pickle: alone, or the last of three."""
     three = isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(item, Record) for item in value)
     record = value[2] if three else value
     return record if isinstance(record, Record) and "tflib" in record.class_name else None
@@ -195,7 +195,7 @@ POSITIONS = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "mappi
 
 
 def constructor_arguments(record: Record) -> dict:
-    "The arguments a persistent object was made with."
+    """The arguments a persistent object was made with."""
     positional, named = record.state.get("_init_args", ()), record.state.get("_init_kwargs", {})
     if not isinstance(positional, tuple | list) or not isinstance(named, dict):
         raise Unreadable("lacks the arguments its network was built with")
@@ -215,7 +215,7 @@ def nested_arguments(arguments: dict, blocks_say: bool) -> dict:
 
 
 def _of_the_later_program(record: Record) -> bool:
-    "Whether the blocks have an attribute that came with StyleGAN3's program."
+    """Whether the blocks have an attribute that came with StyleGAN3's program."""
     for name in ("synthesis", "b4"):
         children = record.state.get("_modules")
         record = children.get(name) if isinstance(children, dict) else None
@@ -224,7 +224,7 @@ def _of_the_later_program(record: Record) -> bool:
 
 # %% ../../nbs/reference/generators/26_nvidia.ipynb #340de119
 def nvidia_pytorch(record: Record) -> Found:
-    "StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program."
+    """StyleGAN2-ADA's G_ema, or that of a StyleGAN2 of NVIDIA's later program."""
     lazy = module_tensors(record)
     if any(name.startswith(("synthesis.input.", "synthesis.L0_")) for name in lazy):
         raise Unreadable(
@@ -247,7 +247,7 @@ def nvidia_pytorch(record: Record) -> Found:
 
 
 def _ema(value: Any) -> Record | None:
-    "The object that holds G_ema, if there is one: the content itself, or its entry."
+    """The object that holds G_ema, if there is one: the content itself, or its entry."""
     record = value.get("G_ema") if isinstance(value, dict) else value
     return record if isinstance(record, Record) else None
 

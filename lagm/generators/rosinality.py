@@ -62,7 +62,7 @@ def _layer(
 
 
 def _noise(weights: dict, theirs: str, ours: str, noise: str, side: int) -> dict[str, Weight]:
-    "The noise of a layer, which old files do not have, and its strength."
+    """The noise of a layer, which old files do not have, and its strength."""
     if not any(name.startswith("noises.") for name in weights):
         rng = random_generator(0, "constant noise", ours)
         constant = given(torch.randn(side, side, generator=rng))
@@ -75,7 +75,7 @@ def _noise(weights: dict, theirs: str, ours: str, noise: str, side: int) -> dict
 
 # %% ../../nbs/reference/generators/26_rosinality.ipynb #8bb27a4b
 def _kernel_of(weights: dict) -> Tensor:
-    "The one filter of rosinality's file. Raises `Unreadable` if there are several."
+    """The one filter of rosinality's file. Raises `Unreadable` if there are several."""
     pattern = r"convs\.\d{1,2}\.conv\.blur\.kernel|to_rgbs\.\d{1,2}\.upsample\.kernel"
     names = sorted(name for name in weights if re.fullmatch(pattern, name))
     if "convs.0.conv.blur.kernel" not in names: raise Unreadable("lacks convs.0.conv.blur.kernel")
@@ -91,7 +91,7 @@ def _kernel_of(weights: dict) -> Tensor:
 
 # %% ../../nbs/reference/generators/26_rosinality.ipynb #26d00003
 def _synthesis_weights(weights: dict, layers: int, torgbs: int) -> dict[str, Weight]:
-    "All of the synthesis network but its filters."
+    """All of the synthesis network but its filters."""
     constant = weights["input.input"]
     found = {"synthesis.b4.const": from_tensor(constant, lambda t: t[0], constant.shape[1:])}
     found |= _layer(weights, "conv1", "synthesis.b4.conv1", "noises.noise_0", 4)
@@ -104,7 +104,7 @@ def _synthesis_weights(weights: dict, layers: int, torgbs: int) -> dict[str, Wei
 
 
 def _check_extra(weights: dict) -> None:
-    "Raise `Unreadable` if there are tensors that no such network has."
+    """Raise `Unreadable` if there are tensors that no such network has."""
     used = re.compile(r"(style\.\d+|input|conv1|to_rgb1|convs\.\d+|to_rgbs\.\d+|noises)\..+")
     if extra := sorted(name for name in weights if not used.fullmatch(name)):
         raise Unreadable(f"has unexpected {', '.join(map(quoted, extra[:4]))}", "it is of another network, or damaged")

@@ -22,7 +22,7 @@ from .stylegan2_arguments import check_sizes
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #51e7baf2
 class EqualisedLinear(nn.Module):
-    "A linear layer with `weight * gain * lr / sqrt(fan_in)` and `bias * lr`: (B, in) to (B, out)."
+    """A linear layer with `weight * gain * lr / sqrt(fan_in)` and `bias * lr`: (B, in) to (B, out)."""
 
     def __init__(self, in_features: int, out_features: int, gain: float = math.sqrt(2), lr_multiplier: float = 1.0):
         super().__init__()
@@ -35,7 +35,7 @@ class EqualisedLinear(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #8d8a5722
 class EqualisedConv2d(nn.Module):
-    "A convolution that keeps the size, with `weight * gain / sqrt(fan_in)`."
+    """A convolution that keeps the size, with `weight * gain / sqrt(fan_in)`."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = math.sqrt(2)):
         super().__init__()
@@ -48,7 +48,7 @@ class EqualisedConv2d(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #b7657497
 class StyleMapping(nn.Module):
-    "The mapping network, `z (B, z_dim) -> w (B, w_dim)`."
+    """The mapping network, `z (B, z_dim) -> w (B, w_dim)`."""
 
     def __init__(self, z_dim: int = 512, w_dim: int = 512, layers: int = 8):
         super().__init__()
@@ -63,7 +63,7 @@ class StyleMapping(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #e225f6c3
 class Truncation(nn.Module):
-    "Moves the first style vectors towards their mean (StyleGAN, appendix B): (B, num_ws, w_dim) to the same shape."
+    """Moves the first style vectors towards their mean (StyleGAN, appendix B): (B, num_ws, w_dim) to the same shape."""
 
     def __init__(self, w_dim: int, rows: int = 0):
         super().__init__()
@@ -80,7 +80,7 @@ FUSED_FROM = 128  # output pixels from which doubling and convolution are one tr
 
 
 class BlurKernel(nn.Module):
-    "The low-pass filter behind every doubling: (B, C, H, W) to the same shape, zeros outside."
+    """The low-pass filter behind every doubling: (B, C, H, W) to the same shape, zeros outside."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class BlurKernel(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #c3e4f4ad
 class UpConv(EqualisedConv2d):
-    "Doubles the size: (B, I, H, W) to (B, O, 2H, 2W); the bias comes after the blur."
+    """Doubles the size: (B, I, H, W) to (B, O, 2H, 2W); the bias comes after the blur."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3)
@@ -110,7 +110,7 @@ class UpConv(EqualisedConv2d):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #b66056c9
 class NoiseLayer(nn.Module):
-    "Adds one noise map per picture, weighted per channel."
+    """Adds one noise map per picture, weighted per channel."""
 
     def __init__(self, channels: int, resolution: int, number: int):
         super().__init__()
@@ -130,7 +130,7 @@ class NoiseLayer(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #3683fca5
 class Epilogue(nn.Module):
-    "Noise, leaky ReLU, instance norm, style: (B, C, r, r) and (B, w_dim) to (B, C, r, r)."
+    """Noise, leaky ReLU, instance norm, style: (B, C, r, r) and (B, w_dim) to (B, C, r, r)."""
 
     def __init__(self, channels: int, w_dim: int, resolution: int, number: int):
         super().__init__()
@@ -144,7 +144,7 @@ class Epilogue(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #5d238c44
 class FirstBlock(nn.Module):
-    "4 × 4 pixels: a learned constant, epilogue, convolution, epilogue."
+    """4 × 4 pixels: a learned constant, epilogue, convolution, epilogue."""
 
     def __init__(self, channels: int, w_dim: int):
         super().__init__()
@@ -162,7 +162,7 @@ class FirstBlock(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #89da02d9
 class Block(nn.Module):
-    "r × r pixels: doubling convolution, epilogue, convolution, epilogue."
+    """r × r pixels: doubling convolution, epilogue, convolution, epilogue."""
 
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, number: int):
         super().__init__()
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #82d8531b
 class StyleSynthesis(nn.Module):
-    "The synthesis network: ws (B, num_ws, w_dim) to the picture and two maps per block."
+    """The synthesis network: ws (B, num_ws, w_dim) to the picture and two maps per block."""
 
     def __init__(self, channels: dict[int, int], w_dim: int, img_channels: int = 3):
         super().__init__()
@@ -225,13 +225,13 @@ def block_channels(
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #20a3554e
 def limited(x: Tensor, largest: int) -> Tensor:
-    "`x` (B, C, r, r), resized to `largest` pixels if it is larger."
+    """`x` (B, C, r, r), resized to `largest` pixels if it is larger."""
     if x.shape[-1] <= largest: return x
     return F.interpolate(x, size=(largest, largest), mode="bilinear", align_corners=False)
 
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #f9a5ea0e
 class StyleHalves(nn.Module):
-    "Mapping, truncation and synthesis, put together; a subclass makes them."
+    """Mapping, truncation and synthesis, put together; a subclass makes them."""
 
     num_ws: int
     largest: int
@@ -240,14 +240,14 @@ class StyleHalves(nn.Module):
     g_synthesis: nn.Module
 
     def set_noise(self, maps: Sequence[Tensor]) -> None:
-        "Noise maps (1, 1, r, r) for `noise_mode='const'`, two per block, coarse to fine. Raises `InputError`."
+        """Noise maps (1, 1, r, r) for `noise_mode='const'`, two per block, coarse to fine. Raises `InputError`."""
         layers = [module for module in self.modules() if isinstance(module, NoiseLayer)]
         if len(layers) != len(maps):
             raise InputError(f"{len(maps)} noise maps for {len(layers)} layers: give two per block")
         for layer, noise in zip(layers, maps): layer.fixed = noise
 
     def styles(self, z: Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
-        "The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim)."
+        """The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim)."""
         ws = self.g_mapping(z)[:, None].repeat(1, self.num_ws, 1)
         return self.truncation(ws, truncation_psi, truncation_cutoff)
 
@@ -328,16 +328,16 @@ class StyleGAN1(StyleHalves):
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
-        "Channels, height and width of each feature map, coarse to fine."
+        """Channels, height and width of each feature map, coarse to fine."""
         return [(c, min(r, self.largest), min(r, self.largest)) for r, c in self.channels.items() for _ in range(2)]
 
     def init_kwargs(self) -> dict[str, Any]:
-        "The constructor's arguments, JSON-able."
+        """The constructor's arguments, JSON-able."""
         return dict(self._kwargs)
 
     @classmethod
     def from_init_kwargs(cls, kwargs: dict) -> Self:
-        "A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know."
+        """A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know."""
         try: return cls(**kwargs)
         except TypeError:
             raise InputError(f"not the arguments of a StyleGAN: {', '.join(sorted(map(str, kwargs)))}") from None

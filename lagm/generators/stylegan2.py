@@ -9,7 +9,8 @@ __all__ = ['SQRT2', 'ARCHITECTURES', 'leaky_relu', 'FullyConnected', 'unit_power
 
 # %% ../../nbs/book/03_stylegan2.ipynb #0ab3b680
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ SQRT2 = math.sqrt(2)
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    "Leaky ReLU of slope 0.2 times sqrt(2), which keeps the variance."
+    """Leaky ReLU of slope 0.2 times sqrt(2), which keeps the variance."""
     return F.leaky_relu(x, 0.2) * SQRT2
 
 # %% ../../nbs/book/03_stylegan2.ipynb #ecf7f3f9
@@ -253,7 +254,7 @@ class SynthesisLayer(nn.Module):
         resolution: int,  # of the output, in pixels
         up: bool = False,  # double the resolution
         conv_clamp: float | None = None,  # largest absolute value of an output
-        taps: list[float] = (1, 3, 3, 1),  # of the low-pass filter
+        taps: Sequence[float] = (1, 3, 3, 1),  # of the low-pass filter
         use_noise: bool = True,  # False: a network without any noise, and without the parameters of it
     ):
         super().__init__()
@@ -317,7 +318,7 @@ class SynthesisBlock(nn.Module):
         in_channels: int,  # 0 for the first block, which holds the constant
         out_channels: int, w_dim: int, resolution: int, image_channels: int = 3,
         torgb: bool = True,  # whether it contributes to the picture
-        taps: list[float] = (1, 3, 3, 1),
+        taps: Sequence[float] = (1, 3, 3, 1),
         **layer,  # conv_clamp, use_noise
     ):
         super().__init__()
@@ -330,7 +331,7 @@ class SynthesisBlock(nn.Module):
         if torgb: self.torgb = ToRGB(out_channels, image_channels, w_dim, layer.get("conv_clamp"))
 
     def features(self, x: Tensor | None, ws: Tensor, dtype: torch.dtype, **noise) -> Tensor:
-        "The feature map, (B, O, r, r)."
+        """The feature map, (B, O, r, r)."""
         if not self.first: return self.conv1(self.conv0(x, ws[:, 0], **noise), ws[:, 1], overwrite=True, **noise)
         x = self.const.to(dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
         return self.conv1(x, ws[:, 0], **noise)
@@ -347,10 +348,10 @@ ARCHITECTURES = ("skip", "resnet", "orig")
 
 
 class ResidualBlock(SynthesisBlock):
-    "A block of the `resnet` architecture: its feature map is the mean, in power, of a shortcut and two convolutions."
+    """A block of the `resnet` architecture: its feature map is the mean, in power, of a shortcut and two convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int, *sizes, taps: list[float] = (1, 3, 3, 1), **options):
-        super().__init__(in_channels, out_channels, *sizes, taps=taps, **options)
+    def __init__(self, in_channels: int, out_channels: int, *sizes: Any, taps: Sequence[float] = (1, 3, 3, 1), **options):
+        super().__init__(in_channels, out_channels, *sizes, taps=taps, **options)  # type: ignore[misc]
         if not self.first: self.skip = SkipConv(in_channels, out_channels, taps)
 
     def features(self, x: Tensor | None, ws: Tensor, dtype: torch.dtype, **noise) -> Tensor:
@@ -397,7 +398,7 @@ class Synthesis(nn.Module):
 
 # %% ../../nbs/book/03_stylegan2.ipynb #fd9f8c67
 class StyleGenerator(nn.Module):
-    "Two halves: `z (B, z_dim) -> Generated(image, features)`. Raises `InputError` for an unknown `noise_mode`."
+    """Two halves: `z (B, z_dim) -> Generated(image, features)`. Raises `InputError` for an unknown `noise_mode`."""
 
     def __init__(self, mapping: Mapping, synthesis: Synthesis):
         super().__init__()
@@ -406,11 +407,11 @@ class StyleGenerator(nn.Module):
 
     @property
     def feature_shapes(self) -> list[tuple[int, int, int]]:
-        "Channels, height and width of each feature map, coarse to fine."
+        """Channels, height and width of each feature map, coarse to fine."""
         return [(c, r, r) for c, r in zip(self.synthesis.channels, self.synthesis.resolutions)]
 
     def styles(self, z: Tensor, truncation_psi: float = 1.0, truncation_cutoff: int | None = None) -> Tensor:
-        "The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim)."
+        """The style vectors of `z` (B, z_dim), repeated for every layer and truncated: (B, num_ws, w_dim)."""
         ws = self.mapping(z)[:, None].repeat(1, self.num_ws, 1)
         return truncated(ws, self.mapping.w_avg, truncation_psi, truncation_cutoff)
 
@@ -483,7 +484,7 @@ class StyleGAN2(ReleasedArguments, StyleGenerator):
         channel_max: int = 512,
         architecture: str = "skip",  # or "resnet", "orig"
         conv_clamp: float | None = None,  # clamp of every layer's output
-        resample_filter: list[float] = (1, 3, 3, 1), use_noise: bool = True,
+        resample_filter: Sequence[float] = (1, 3, 3, 1), use_noise: bool = True,
         mapping_features: int | None = None,  # width inside the mapping network; None: w_dim
         mapping_lr: float = 0.01,  # its learning rate multiplier, which scales its weights
         c_dim: int = 0,  # number of classes; 0: not conditional

@@ -64,7 +64,7 @@ LARGEST_NUMBER = 1e30  # of a tap, a clamp or a learning rate: float32 ends at 3
 
 
 def _is_number(value: Any) -> bool:
-    "Whether it is a number that float32 can hold."
+    """Whether it is a number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #9fc53508
@@ -128,7 +128,7 @@ def mapping_arguments(
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #654492ae
 def synthesis_arguments(channel_base: int, channel_max: int, architecture: str, conv_clamp: float | None,
                         taps: Sequence, use_noise: bool) -> dict[str, Any]:
-    "A synthesis network's arguments as the released checkpoints name them."
+    """A synthesis network's arguments as the released checkpoints name them."""
     found = dict(channel_base=channel_base, channel_max=channel_max, architecture=architecture, conv_clamp=conv_clamp,
                  resample_filter=list(taps))
     return found if use_noise else found | {"use_noise": False}
@@ -172,7 +172,7 @@ def flatten_kwargs(
 
 # %% ../../nbs/reference/generators/22_stylegan2_arguments.ipynb #7b3461e7
 class ReleasedArguments:
-    "For a network that can tell the arguments it was made with, under the names of the released checkpoints."
+    """For a network that can tell the arguments it was made with, under the names of the released checkpoints."""
 
     z_dim: int
     c_dim: int
@@ -183,7 +183,7 @@ class ReleasedArguments:
     _synthesis_kwargs: dict[str, Any]
 
     def init_kwargs(self) -> dict[str, Any]:
-        "The constructor's arguments, JSON-able, under the names of the released checkpoints."
+        """The constructor's arguments, JSON-able, under the names of the released checkpoints."""
         sizes = {name: getattr(self, name) for name in ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")}
         return dict(**sizes, mapping_kwargs=dict(self._mapping_kwargs), synthesis_kwargs=dict(self._synthesis_kwargs))
 

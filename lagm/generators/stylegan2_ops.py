@@ -9,7 +9,7 @@ __all__ = ['REMEMBERED', 'resampling_filter', 'blur', 'upsample2x', 'remembered'
 
 # %% ../../nbs/reference/generators/22_stylegan2_ops.ipynb #4ccc83f4
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # %% ../../nbs/reference/generators/22_stylegan2_ops.ipynb #60af628e
 def resampling_filter(
-    taps: list[float] = (1, 3, 3, 1),  # separable filter; a 2-D list is taken as it is
+    taps: Sequence[float] = (1, 3, 3, 1),  # separable filter; a 2-D list is taken as it is
 ) -> Tensor:  # (k, k), sums to 1
     """The two-dimensional low-pass filter that StyleGAN2 stores with each layer.
 
@@ -186,9 +186,9 @@ def convolve(
 
 # %% ../../nbs/reference/generators/22_stylegan2_ops.ipynb #5f643882
 class SkipConv(nn.Module):
-    "The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."
+    """The linear 1 × 1 up-convolution beside a block of the 'resnet' architecture."""
 
-    def __init__(self, in_channels: int, out_channels: int, taps: list[float] = (1, 3, 3, 1)):
+    def __init__(self, in_channels: int, out_channels: int, taps: Sequence[float] = (1, 3, 3, 1)):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
         self.register_buffer("resample_filter", resampling_filter(taps))

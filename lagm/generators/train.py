@@ -11,6 +11,7 @@ __all__ = ['EqualisedConv', 'DiscriminatorBlock', 'minibatch_std', 'Discriminato
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from ..core.errors import InputError
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..core.values import check_fields
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
@@ -46,7 +47,7 @@ class EqualisedConv(nn.Module):
 
 # %% ../../nbs/reference/generators/24_train.ipynb #b62d3a16
 class DiscriminatorBlock(nn.Module):
-    "Two convolutions and a linear shortcut; halves the size."
+    """Two convolutions and a linear shortcut; halves the size."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -120,12 +121,12 @@ class Discriminator(nn.Module):
 
 # %% ../../nbs/reference/generators/24_train.ipynb #ba37ce8c
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    "Logistic loss of the discriminator."
+    """Logistic loss of the discriminator."""
     return F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean()
 
 
 def generator_loss(fake_scores: Tensor) -> Tensor:
-    "Non-saturating loss of the generator."
+    """Non-saturating loss of the generator."""
     return F.softplus(-fake_scores).mean()
 
 
@@ -199,7 +200,7 @@ class GANRecipe:
             if getattr(self, name) < 1: raise InputError(f"{name} is {getattr(self, name)}: choose 1 or more")
 
     def generator(self) -> StyleGAN2:
-        "A new generator of this recipe's size."
+        """A new generator of this recipe's size."""
         return StyleGAN2(self.resolution, z_dim=self.z_dim, w_dim=self.w_dim, mapping_layers=self.mapping_layers,
                          channel_base=self.channel_base, channel_max=self.channel_max)
 
@@ -285,7 +286,7 @@ class GANState:
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
         self.average.load_state_dict(self.generator.state_dict())
-        adam = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
+        adam: dict[str, Any] = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
         self.optimizers = {"generator": torch.optim.Adam(self.generator.parameters(), **adam),
                            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **adam)}
         self.history: list[dict[str, float]] = []
@@ -294,20 +295,20 @@ class GANState:
 
     @property
     def finished(self) -> bool:
-        "Whether the recipe's number of images has been seen."
+        """Whether the recipe's number of images has been seen."""
         return self.seen >= self.recipe.images
 
     def learning_rate(self) -> float:
-        "The rate at this point of the run: constant, then linearly down to a tenth."
+        """The rate at this point of the run: constant, then linearly down to a tenth."""
         left = (self.recipe.images - self.seen) / max(self.recipe.cooldown * self.recipe.images, 1)
         return self.recipe.learning_rate * (0.1 + 0.9 * min(1.0, max(0.0, left)))
 
 # %% ../../nbs/reference/generators/24_train.ipynb #7cd25e40
 class GANTrainer(GANState):
-    "A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."
+    """A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."""
 
     def step(self) -> dict[str, float]:
-        "One update of both networks; returns the losses."
+        """One update of both networks; returns the losses."""
         for optimizer in self.optimizers.values(): optimizer.param_groups[0]["lr"] = self.learning_rate()
         real = real_batch(self.images, self.recipe.batch, self.rng)
         fake = fake_batch(self.generator, self.recipe.batch, self.recipe.style_mixing, self.rng, self.dtype)
@@ -338,12 +339,12 @@ class GANTrainer(GANState):
 
 # %% ../../nbs/reference/generators/24_train.ipynb #238009d9
 def networks_of(trainer: GANTrainer) -> dict[str, nn.Module]:
-    "The networks of a run, by the names used in its file."
+    """The networks of a run, by the names used in its file."""
     return dict(generator=trainer.generator, discriminator=trainer.discriminator, average=trainer.average)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #9d214f31
 def training_state(trainer: GANTrainer) -> dict[str, Tensor]:
-    "Every tensor of the run: networks, average, both optimisers, random numbers."
+    """Every tensor of the run: networks, average, both optimisers, random numbers."""
     tensors = {f"{name}.{key}": value for name, network in networks_of(trainer).items() for key,
                value in network.state_dict().items()}
     for name, optimizer in trainer.optimizers.items():
@@ -353,14 +354,14 @@ def training_state(trainer: GANTrainer) -> dict[str, Tensor]:
 
 # %% ../../nbs/reference/generators/24_train.ipynb #7f1e699d
 def save_training(trainer: GANTrainer, path: str | Path) -> None:
-    "Write the whole state, atomically."
+    """Write the whole state, atomically."""
     header = dict(kind="gan-training", recipe=asdict(trainer.recipe), seen=trainer.seen, history=trainer.history,
                   origins=trainer.origins)
     save_tensors(path, training_state(trainer), header)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #29dabcdd
 def load_training(trainer: GANTrainer, path: str | Path) -> None:
-    "Continue from `path`. Raises `InputError` if it belongs to another recipe."
+    """Continue from `path`. Raises `InputError` if it belongs to another recipe."""
     tensors, header = load_tensors(path)
     mine = {**asdict(trainer.recipe), "discriminator_channels": list(trainer.recipe.discriminator_channels)}
     if different := [name for name in mine if header.get("recipe", {}).get(name) != mine[name]]:

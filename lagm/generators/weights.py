@@ -8,7 +8,7 @@ __all__ = ['FORMAT_VERSION', 'NETWORKS', 'WEIGHT_TYPES', 'generator_header', 'sa
            'as_weight', 'check_names', 'network_from_tensors', 'check_version', 'of_class']
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #447eec3f
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .stylegan2_classes import one_class
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #42b1c918
 FORMAT_VERSION = 1
-NETWORKS = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # the classes a file may name
+NETWORKS: dict[str, Any] = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # the classes a file may name
 
 
 def generator_header(
@@ -108,7 +108,7 @@ def as_weight(path: str | Path, name: str, tensor: Tensor, like: Tensor) -> Tens
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #da5a83s0
 def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    "Raise `InputError` unless `shapes` has just the names and shapes of `network`."
+    """Raise `InputError` unless `shapes` has just the names and shapes of `network`."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     _complain(path, "lacks", sorted(expected.keys() - shapes.keys()))
     _complain(path, "has unexpected", sorted(shapes.keys() - expected.keys()))
@@ -118,7 +118,7 @@ def check_names(path: str | Path, network: nn.Module, shapes: dict[str, tuple[in
 
 
 def _complain(path: str | Path, what: str, names: list[str]) -> None:
-    "Raise `InputError` if there are names to complain of."
+    """Raise `InputError` if there are names to complain of."""
     if not names: return
     some = f"{', '.join(printable(name, 120) for name in names[:4])}{' …' if len(names) > 4 else ''}"
     raise InputError(f"{path} {what} {some}: the file is damaged or belongs to another network; "
@@ -161,8 +161,8 @@ def network_from_tensors(
     return network
 
 
-def check_version(path: str | Path, header: dict[str, Any]) -> None:
-    "Raise `InputError` unless the header has the format version that this program reads."
+def check_version(path: str | Path, header: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the header has the format version that this program reads."""
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {quoted(version)}; this lagm reads {FORMAT_VERSION}: update it")
@@ -191,7 +191,8 @@ def of_class(
         a network that draws this class only, and its header
     """
     if label is None: return network, header
-    if not getattr(network, "c_dim", 0): raise InputError(f"{path} is no conditional generator: leave label out")
+    if not isinstance(network, StyleGAN2) or not network.c_dim:
+        raise InputError(f"{path} is no conditional generator: leave label out")
     try: network = one_class(network, label)
     except InputError as error: raise InputError(f"{path}: {error}") from error
     return network, generator_header(network, (header.get("provenance") or {}) | {"label": label})

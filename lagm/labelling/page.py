@@ -11,7 +11,6 @@ import http.server
 import json
 import re
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +23,9 @@ from .album import Desk
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>lagm label</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body { margin: 12px auto; padding: 0 12px; max-width: 1200px; background: Canvas; color-scheme: light dark; }</style></head>
+<style>
+body { margin: 12px auto; padding: 0 12px; max-width: 1200px; background: Canvas; color-scheme: light dark; }
+</style></head>
 <body><div id="painter"></div>
 <script type="module">
 import {Painter, STYLE, pageLink} from "/painter.js";

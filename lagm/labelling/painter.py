@@ -14,12 +14,13 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import asset
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
 
-try: import anywidget
+try:
+    import anywidget
 except ImportError: anywidget = None
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #bc25c615
@@ -77,7 +78,7 @@ def answer(
     except (InputError, OSError) as error: return reply | {"error": str(error)}, []
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #afe2b224
-class Painter(anywidget.AnyWidget if anywidget else object):
+class Painter(anywidget.AnyWidget if anywidget else object):  # type: ignore[misc]
     """Paint part labels on the pictures of a folder, in the output of a cell; masks/ has every stroke at once.
 
     Needs the extra `paint`. Raises `InputError` as `Album` does, and if the extra is not installed.

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_text, write_json
+from ..core.files import atomic_path, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
 from ..core.values import check_fields
 from ..data.folder import Folder
@@ -107,8 +106,7 @@ def read_settings(folder: str | Path) -> Settings:
         raise InputError(f"{folder} is no project: it has no project.yaml. Make one: lagm new "
                          f"{shlex.quote(str(folder))} "
                          "--images PICTURES --classes background,PART,...")
-    try: found = yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error: raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path) or {}
     if not isinstance(found, dict): raise InputError(f"{path} holds a {type(found).__name__}; write names and values")
     known = [field.name for field in dataclasses.fields(Settings)]
     unknown = [name for name in found if name not in known]
@@ -208,7 +206,7 @@ def project_generator(folder: str | Path, settings: Settings, device: torch.devi
     beside = Path(folder) / settings.generator
     return load_generator(beside if beside.is_file() else settings.generator, Sampling(settings.psi), device=device)
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
 def train_project(
     folder: str | Path,
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
@@ -372,7 +370,7 @@ def new_command(arguments: Any) -> None:
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
     print(next_step(arguments.project))
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
 def proposals_for(album: Album, segmenter: str = "", generator: str = "") -> dict[str, Callable]:
     """What the painter can start from in a folder."""
     drawn = generator and (album.folder / LATENTS).is_file()
@@ -400,7 +398,7 @@ def label_command(arguments: Any) -> None:
           f"{folder / 'masks'}")
     if (folder / "project.yaml").is_file(): print(next_step(folder))
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s2
 def project_command(folder: str, folds: int = 0) -> None:
     """`lagm run PROJECT`: train, and say what was made and what comes next."""
     facts = run_project(folder, folds)

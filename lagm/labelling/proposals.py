@@ -8,7 +8,6 @@ __all__ = ['MOST_POINTS', 'LATENTS', 'cluster', 'colour_regions', 'draw_for_labe
            'predictions']
 
 # %% ../../nbs/reference/labelling/84_proposals.ipynb #04c048ab
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 

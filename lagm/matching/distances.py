@@ -23,8 +23,9 @@ COSINE_EPS = 1e-6  # norms below this count as this
 def _row_distances(rows_s: Tensor, rows_l: Tensor, metric: str) -> Tensor:
     """One number per row of two (out, rest) matrices, by plain differentiable operations."""
     if metric == "cosine": return 1 - F.cosine_similarity(rows_s, rows_l, dim=1, eps=COSINE_EPS)
-    if metric == "l2": return torch.linalg.vector_norm(rows_s - rows_l, dim=1)
-    return -(rows_s * rows_l).sum(dim=1)
+    if metric == "dotprod": return -(rows_s * rows_l).sum(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows_s - rows_l, dim=1)
+    return norms
 
 # %% ../../nbs/book/08_the_distance_of_two_gradients.ipynb #7a24f910
 def _check(gradients_s: Sequence[Tensor], gradients_l: Sequence[Tensor], metric: str, reduction: str) -> None:

@@ -9,6 +9,7 @@ __all__ = ['directional_derivative', 'SyntheticPass', 'match_forward_mode']
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from lagm.matching.gradients import (
     soft_cross_entropy,
     uncompiled,
 )
-from .tangents import NoTangent, record
+from .tangents import NoTangent, Tape, record
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #85943942
 @functools.cache
@@ -73,7 +74,7 @@ def directional_derivative(
     with forward_ad.dual_level(), uncompiled(segmenter):
         duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in direction.items()}
         logits = functional_call(segmenter, {**buffers, **duals}, (images,))
-        change = forward_ad.unpack_dual(F.log_softmax(at_least_float32(logits), dim=1)).tangent
+        change: Tensor = forward_ad.unpack_dual(F.log_softmax(at_least_float32(logits), dim=1)).tangent
     torch.set_rng_state(state_before)
     return change
 
@@ -85,8 +86,8 @@ def _say_fallback(network: str, reason: str) -> None:
 
 
 def _forward(
-    segmenter: nn.Module, images: Tensor, names: Sequence[str] | None, moving: bool | Sequence[str] | None
-):
+    segmenter: nn.Module, images: Tensor, names: Sequence[str] | None, moving: Literal[False] | Sequence[str] | None
+) -> tuple[Tensor, Tape | None]:
     """The log-probabilities, and the tape of this pass; `moving`: the parameters it tells of, or False for no tape."""
     with graph_of(segmenter, names), uncompiled(segmenter):
         if moving is False: return log_probabilities(segmenter, images), None
@@ -164,7 +165,9 @@ class SyntheticPass:
         """
         tape, self.tape = self.tape, None  # what it holds is let go
         if tape is not None:
-            try: return tape.tangent(direction, self.log_probs)
+            try:
+                change: Tensor = tape.tangent(direction, self.log_probs)
+                return change
             except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
         return directional_derivative(self.segmenter, direction, self.images, self.random_state)
 
@@ -203,7 +206,7 @@ def match_forward_mode(
         over the same pictures, if there is one; its graph is kept
     """
     shared = synthetic_pass is not None
-    if not shared: synthetic_pass = SyntheticPass(segmenter, images, names)
+    if synthetic_pass is None: synthetic_pass = SyntheticPass(segmenter, images, names)
     gradients_s, loss_synthetic = synthetic_pass.gradient(names, labels, keep_graph=shared)
     loss, derivatives = distance_and_derivative(gradients_s, gradients_l, metric, reduction)
     direction = {name: v for name, v in zip(names, derivatives, strict=True) if v.ndim > 1}  # the others are zero

@@ -166,7 +166,7 @@ class Match:
     gradients_s: list[Tensor]  # g_s(q), one tensor per matched parameter
 
 
-def uncompiled(segmenter: nn.Module) -> contextlib.AbstractContextManager:
+def uncompiled(segmenter: nn.Module) -> contextlib.AbstractContextManager[None]:
     """While in this context, a network that `segmenter.compile()` has compiled runs as it was written.
 
     Compiled graphs have no tangents and no second derivatives.
@@ -209,7 +209,7 @@ def match_double_backward(
         log softmax S(x) with its graph, if it is there already; the graph is kept
     """
     shared = log_probs is not None
-    if not shared:
+    if log_probs is None:
         with graph_of(segmenter, names), uncompiled(segmenter): log_probs = log_probabilities(segmenter, images)
     labels = labels.detach().requires_grad_()
     loss_synthetic = soft_cross_entropy(log_probs, labels)

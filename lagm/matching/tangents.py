@@ -7,17 +7,19 @@ __all__ = ['aten', 'Rule', 'RULES', 'CONSTANT', 'IN_PLACE', 'SAVE_RESULT', 'rule
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #216393ae
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lagm.ops.winograd  # its operations
+import lagm.ops.winograd  # noqa: F401  # torch.ops.lagm has its operations then
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #eb06c4aa
 aten = torch.ops.aten
-Rule = Callable[..., Callable[..., Tensor]]
+_Part = Any  # a tangent of an argument, or None: it stands still
+_Tangent = Callable[..., Any]  # of the arguments' tangents: that of the result
+Rule = Callable[..., _Tangent]
 # operation -> rule(operation, arguments, keyword arguments, result) -> function of tangents
 RULES: dict[Any, Rule] = {}
 
@@ -41,17 +43,17 @@ def rule(
 @rule(aten.upsample_bilinear2d, aten.upsample_nearest2d, aten.upsample_bicubic2d, aten.constant_pad_nd,
       aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.mean, aten.sum, aten.neg, aten.clone, aten._to_copy, aten.expand,
       aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.alias)
-def _linear(operation, arguments, keywords, result):
+def _linear(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     rest = arguments[1:]
     return lambda dx, *_: operation(dx, *rest, **keywords)  # other tensor arguments: none that moves
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape)
-def _reshaped(operation, arguments, keywords, result):  # a tangent may lie in memory in another order than its value
+def _reshaped(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:  # a tangent may lie in memory in another order than its value
     """
-    Parameters
-    ----------
-    operation, arguments, keywords, result
+    Returns
+    -------
+    _Tangent
         a tangent may lie in memory in another order than its value
     """
     shape = result.shape
@@ -59,19 +61,19 @@ def _reshaped(operation, arguments, keywords, result):  # a tangent may lie in m
 
 
 @rule(aten.cat)
-def _concatenated(operation, arguments, keywords, result):
+def _concatenated(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     shapes, rest = [tensor.shape for tensor in arguments[0]], arguments[1:]
-    def apply(*tangents):
+    def apply(*tangents: _Part) -> Any:
         like = next(t for t in tangents if t is not None)
         return operation([like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, shapes)], *rest)
     return apply
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #8399dc40
 @rule(aten.convolution)
-def _convolution(operation, arguments, keywords, result):
+def _convolution(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, weight, _, *settings = arguments
     joined = not settings[3] and settings[5] == 1  # neither transposed nor in groups
-    def apply(dx, dweight, dbias=None):
+    def apply(dx: _Part, dweight: _Part, dbias: _Part = None) -> Any:
         if dweight is None and dx is not None: change = operation(dx, weight, None, *settings)
         elif dx is None and dweight is not None: return operation(x, dweight, dbias, *settings)
         elif dx is None: return dbias.view(1, -1, *[1] * (x.ndim - 2)).expand(result_shape)
@@ -89,9 +91,9 @@ def _total(*terms: Tensor | None) -> Tensor | None:
 
 
 @rule(aten._nnpack_spatial_convolution)  # by `lagm.convolutions`
-def _winograd(operation, arguments, keywords, result):
+def _winograd(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, weight, _, *settings = arguments
-    def apply(dx, dweight, *_):
+    def apply(dx: _Part, dweight: _Part, *_: _Part) -> Any:
         of_x = None if dx is None else operation(dx.contiguous(), weight, None, *settings, **keywords)
         if dweight is None: return of_x
         return _total(of_x, operation(x, dweight.contiguous(), None, *settings, **keywords))
@@ -99,112 +101,113 @@ def _winograd(operation, arguments, keywords, result):
 
 
 @rule(torch.ops.lagm.winograd_conv2d)  # by `lagm.winograd`
-def _tiled(operation, arguments, keywords, result):
+def _tiled(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, weight, *settings = arguments
-    def apply(dx, dweight):
+    def apply(dx: _Part, dweight: _Part) -> Any:
         if dx is None or dweight is None: return operation(*((x, dweight) if dx is None else (dx, weight)), *settings)
         return operation(torch.cat([dx, x], 1), torch.cat([weight, dweight], 1), *settings)
     return apply
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #4bc2642d
 @rule(aten.mm, aten.bmm)
-def _matrix_product(operation, arguments, keywords, result):
+def _matrix_product(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     a, b = arguments
     return lambda da, db: _total(None if da is None else operation(da, b), None if db is None else operation(a, db))
 
 
 @rule(aten.addmm)
-def _affine(operation, arguments, keywords, result):
+def _affine(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     _, a, b = arguments
-    def apply(dbias, da, db):
+    def apply(dbias: _Part, da: _Part, db: _Part) -> Any:
         product = _total(None if da is None else da @ b, None if db is None else a @ db)
         return _total(product, None if dbias is None else dbias.expand(len(a), b.shape[1]))
     return apply
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #bf943739
 @rule(aten.add, aten.add_, aten.sub)
-def _sum(operation, arguments, keywords, result):
+def _sum(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     sign = (-1 if operation.overloadpacket is aten.sub else 1) * keywords.get("alpha", 1)
     shape, dtype = result.shape, result.dtype
-    def apply(da, db=None):
-        term = db if db is None or sign == 1 else db * sign
-        return _total(da, term).to(dtype).expand(shape)
+    def apply(da: _Part, db: _Part = None) -> Any:
+        change: Any = _total(da, db if db is None or sign == 1 else db * sign)
+        return change.to(dtype).expand(shape)
     return apply
 
 
 @rule(aten.mul, aten.div)
-def _product(operation, arguments, keywords, result):
+def _product(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     a, b = arguments
     inverse, shape, dtype = operation.overloadpacket is aten.div, result.shape, result.dtype
-    quotient = result if inverse and isinstance(b, Tensor) and b.requires_grad else None
-    def apply(da, db=None):
+    quotient: Any = result if inverse and isinstance(b, Tensor) and b.requires_grad else None
+    def apply(da: _Part, db: _Part = None) -> Any:
         if inverse: terms = None if da is None else da / b, None if db is None else -quotient * db / b
         else: terms = None if da is None else da * b, None if db is None else a * db
-        return _total(*terms).to(dtype).expand(shape)
+        change: Any = _total(*terms)
+        return change.to(dtype).expand(shape)
     return apply
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #d1f1cd7a
 @rule(aten.relu, aten.relu_)
-def _relu(operation, arguments, keywords, result):
+def _relu(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     return lambda dx: aten.threshold_backward(dx, result, 0)
 
 
 @rule(aten.leaky_relu)
-def _leaky_relu(operation, arguments, keywords, result):
+def _leaky_relu(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, slope = arguments[0], arguments[1] if len(arguments) > 1 else 0.01
     return lambda dx: aten.leaky_relu_backward(dx, x, slope, False)
 
 
 @rule(aten.silu, aten.gelu)
-def _smooth_gate(operation, arguments, keywords, result):
+def _smooth_gate(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, backward = arguments[0], aten.silu_backward if operation.overloadpacket is aten.silu else aten.gelu_backward
     return lambda dx: backward(dx, x, **keywords)
 
 
 @rule(aten.sigmoid, aten.tanh)
-def _squash(operation, arguments, keywords, result):
+def _squash(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     backward = aten.sigmoid_backward if operation.overloadpacket is aten.sigmoid else aten.tanh_backward
     return lambda dx: backward(dx, result)
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #e8db59a5
 @rule(aten.native_dropout)
-def _dropout(operation, arguments, keywords, result):
+def _dropout(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     mask, scale = result[1], 1 / (1 - arguments[1]) if arguments[1] < 1 else 0.0
     return lambda dx: dx * mask * scale
 
 
 @rule(aten.max_pool2d_with_indices)
-def _max_pool(operation, arguments, keywords, result):
+def _max_pool(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     places = result[1]
     return lambda dx: dx.flatten(2).gather(2, places.flatten(2)).view(places.shape)
 
 
 @rule(aten._log_softmax)
-def _log_softmax(operation, arguments, keywords, result):
+def _log_softmax(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     dim = arguments[1]
-    def apply(dx):
+    def apply(dx: _Part) -> Any:
         dx = dx.to(result.dtype)
         return dx - (result.exp() * dx).sum(dim, keepdim=True)
     return apply
 
 
 @rule(aten._softmax)
-def _softmax(operation, arguments, keywords, result):
+def _softmax(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     dim = arguments[1]
     return lambda dx: aten._softmax_backward_data(dx.to(result.dtype), result, dim, result.dtype)
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #568e9a23
 @rule(aten.native_batch_norm, aten.cudnn_batch_norm)
-def _batch_norm(operation, arguments, keywords, result):
+def _batch_norm(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     x, weight, _, running_mean, running_var, training, _, eps = arguments
     if training: mean, inverse = result[1], result[2]
     else: mean, inverse = running_mean.clone(), (running_var + eps).rsqrt()
-    def per_channel(vector): return vector.view(1, -1, *[1] * (x.ndim - 2))
-    def of_pictures(dx):
+    def per_channel(vector: Tensor) -> Tensor: return vector.view(1, -1, *[1] * (x.ndim - 2))
+    def of_pictures(dx: Tensor) -> Any:
         if not training: return dx * per_channel(inverse if weight is None else inverse * weight).to(dx.dtype)
         wanted = [True, False, False]
         return aten.native_batch_norm_backward(dx, x, weight, None, None, mean, inverse, True, eps, wanted)[0]
-    def apply(dx, dweight=None, dbias=None, *_):  # the running statistics stand still
+    def apply(dx: _Part, dweight: _Part = None, dbias: _Part = None, *_: _Part) -> Any:  # the running statistics stand still
         change = None if dx is None else of_pictures(dx)
         if dweight is not None:
             change = _total(change, ((x - per_channel(mean)) * per_channel(inverse * dweight)).to(x.dtype))
@@ -225,7 +228,7 @@ def _tensors(arguments: Iterable[Any]) -> list[Tensor | None]:
     return [a for a in flat if isinstance(a, Tensor) or a is None]
 
 
-def _key(tensor: Tensor) -> tuple:
+def _key(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies and how; views that autograd makes of it have the same."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -312,15 +315,17 @@ class Tape(TorchDispatchMode):
         others: Iterable[Tensor] = (),  # those that require a gradient and stand still
     ):
         super().__init__()
-        self.numbers, self.records, self.viewed, self.problem = _Numbers(parameters, others), [], set(), None
+        self.numbers, self.viewed = _Numbers(parameters, others), set[Any]()
+        self.records: list[tuple[Any, Any, Any]] = []
+        self.problem: str | None = None
         self.parameters = self.numbers.parameters
-        self.expected = None  # the key of a tensor that autograd, not the network, will detach next
+        self.expected: tuple[Any, ...] | None = None  # the key of what autograd, not the network, will detach next
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         torch.clear_autocast_cache()  # weights that autocast has converted before we looked would have no origin
         return super().__enter__()
 
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
         tensors = _tensors([*arguments, *keywords.values()]) if self.problem is None else []
         inputs = [self.numbers.of(tensor) for tensor in tensors]
@@ -329,7 +334,9 @@ class Tape(TorchDispatchMode):
         if self.problem is None: self._note(operation, arguments, keywords, tensors, inputs, result)
         return result
 
-    def _note(self, operation, arguments, keywords, tensors, inputs, result) -> None:
+    def _note(
+        self, operation: Any, arguments: Any, keywords: Any, tensors: list[Any], inputs: list[Any], result: Any
+    ) -> None:
         """Record one operation, if it matters."""
         packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
         expected, self.expected = self.expected, None

@@ -118,7 +118,7 @@ def inspect(
 
 # %% ../../nbs/reference/models/27_convert.ipynb #8743f5s0
 def count_layers(network: nn.Module) -> int:
-    "Layers that have a weight."
+    """Layers that have a weight."""
     return sum("weight" in module._parameters for module in network.modules())
 
 
@@ -126,7 +126,7 @@ LONGEST_LINE = 2000  # characters
 
 
 def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    "Facts as lines of text; long lists are broken."
+    """Facts as lines of text; long lists are broken."""
     lines, width = [], max((len(name) for name, value in facts.items() if not isinstance(value, dict)), default=0)
     for name, value in facts.items():
         if isinstance(value, dict) and indent == "": lines += [f"{printable(name)}:", *as_lines(value, "  ")]
@@ -138,7 +138,7 @@ def as_lines(facts: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _in_words(name: str, value: Any) -> str:
-    "A fact on one line."
+    """A fact on one line."""
     if isinstance(value, tuple): return " x ".join(map(str, value))
     if isinstance(value, dict | list): return printable(json.dumps(value, ensure_ascii=False), LONGEST_LINE)
     return (
@@ -178,6 +178,7 @@ def convert(
     if target.suffix != ".safetensors": raise InputError(f"the target {target} must end in .safetensors")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise InputError(f"source and target are the same file, {target}: give another name")
+    networks: dict[str, Any]
     networks, header = read_any(source, avg_latent, progress, label)
     header = {
         **header,
@@ -202,13 +203,13 @@ def convert(
 
 # %% ../../nbs/reference/models/27_convert.ipynb #1aede3s0
 def _facts(header: dict[str, Any]) -> dict[str, Any]:
-    "What a header says besides the networks, for `save_networks`."
+    """What a header says besides the networks, for `save_networks`."""
     facts = {name: header[name] for name in ("size", "policy", "metrics", "step", "provenance") if name in header}
     return facts | {"labels": LabelSet(**header["labels"]) if header.get("labels") else None}
 
 
 def rounded(network: nn.Module) -> nn.Module:
-    "The network with its numbers rounded to float16, in place."
+    """The network with its numbers rounded to float16, in place."""
     network.load_state_dict(
         {
             name: tensor.half().float() if tensor.is_floating_point() else tensor
@@ -220,14 +221,14 @@ def rounded(network: nn.Module) -> nn.Module:
 
 
 def read_back(path: Path, header: dict, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    "The networks of a file that was just written."
+    """The networks of a file that was just written."""
     if header["kind"] == "generator": return {"generator": network_from_tensors(path, *read_safetensors(path))}
     results = load_results(path)
     return {role: getattr(results, role) for role in networks}
 
 
 def compare(path: Path, network: nn.Module, again: nn.Module, progress: bool = False) -> None:
-    "Raise `InputError` unless both networks have the same numbers, and draw the same picture."
+    """Raise `InputError` unless both networks have the same numbers, and draw the same picture."""
     mine, theirs = network.state_dict(), again.state_dict()
     same = type(network) is type(again) and mine.keys() == theirs.keys()
     for name in tqdm(mine, desc="checking", unit=" tensors", disable=not progress):
@@ -245,13 +246,13 @@ def compare(path: Path, network: nn.Module, again: nn.Module, progress: bool = F
 
 # %% ../../nbs/reference/models/27_convert.ipynb #ebe61ef7
 def inspect_command(arguments: argparse.Namespace) -> None:
-    "`lagm inspect SRC`"
+    """`lagm inspect SRC`"""
     facts = inspect(arguments.source, arguments.avg_latent, progress=not arguments.json)
     print(json.dumps(facts, indent=1, default=str) if arguments.json else "\n".join(as_lines(facts)))
 
 
 def convert_command(arguments: argparse.Namespace) -> None:
-    "`lagm convert SRC DST`"
+    """`lagm convert SRC DST`"""
     if Path(arguments.target).exists() and not arguments.force:
         raise InputError(f"{arguments.target} is there already: give another name, or --force to replace it")
     header = convert(arguments.source, arguments.target, arguments.half, arguments.avg_latent, True, arguments.label)

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from .annotator import FPNAnnotator
-from .segmenters import CLASSES, HEAD, SEGMENTERS, NetworkEntry, UNet, unet_widths
+from .entries import CLASSES, HEAD, NetworkEntry
+from .segmenters import SEGMENTERS, UNet, unet_widths
 
 # %% ../../nbs/reference/models/41_frozen.ipynb #73163d92
 class HeadedEncoder(nn.Module):
@@ -132,7 +133,8 @@ class EncoderSegmenter(HeadedEncoder):
 def import_timm():
     """timm; `InputError` if it is not installed."""
     try:
-        with warnings.catch_warnings(action="ignore"): import timm  # it misses progress bars
+        with warnings.catch_warnings(action="ignore"):  # it misses progress bars
+            import timm
     except ImportError as error:
         raise InputError(f"encoders of timm need timm: {install_advice('encoders')}") from error
     return timm
@@ -208,14 +210,14 @@ class TimmSegmenter(HeadedEncoder):
         return [f.movedim(-1, 1) if self.encoder.output_fmt == "NHWC" else f for f in maps][::-1]
 
 # %% ../../nbs/reference/models/41_frozen.ipynb #41e00002
-def _head_arguments(network: HeadedEncoder) -> dict[str, Any]:
+def _head_arguments(network: nn.Module) -> dict[str, Any]:
     """What the head of an encoder was built with."""
     convolutions = [layer for layer in network.head.to_logit if isinstance(layer, nn.Conv2d)]
     return dict(n_classes=network.n_classes, channels=convolutions[-1].in_channels, layers=len(convolutions),
                 frozen=network.frozen)
 
 
-def _encoder_arguments(network: EncoderSegmenter) -> dict[str, Any]:
+def _encoder_arguments(network: nn.Module) -> dict[str, Any]:
     """What an encoder of ours and its head were built with."""
     trunk = SEGMENTERS.get("unet").describe(network.encoder)
     return _head_arguments(network) | dict(

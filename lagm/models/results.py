@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 
 
 def _shapes(tensors: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
-    "Names to shapes."
+    """Names to shapes."""
     return {name: lazy_tensor(lazy).shape for name, lazy in tensors.items()}
 
 
@@ -76,7 +76,7 @@ def plain_facts(
 
 # %% ../../nbs/reference/models/43_results.ipynb #21588ca3
 def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
-    "Annotator, segmenter and facts in what a file holds. Raises `Unreadable`."
+    """Annotator, segmenter and facts in what a file holds. Raises `Unreadable`."""
     if not isinstance(value, dict):
         raise Unreadable(f"holds a {type(value).__name__}, not trained networks",
                          "give a network-snapshot .pkl or a segmentator .pth")
@@ -94,7 +94,7 @@ def find_results(value: Any) -> tuple[Trained | None, Trained | None, dict]:
 
 
 def _annotator(tensors: dict[str, LazyTensor], record: Record | None) -> Trained:
-    "The annotator in a snapshot, or in a state dict."
+    """The annotator in a snapshot, or in a state dict."""
     state = record.state if record else {}
     options = {**state, **(state.get("_init_kwargs") if isinstance(state.get("_init_kwargs"), dict) else {})}
     about = annotator_from_shapes(_shapes(tensors), options.get("use_factor") is True)
@@ -102,7 +102,7 @@ def _annotator(tensors: dict[str, LazyTensor], record: Record | None) -> Trained
 
 
 def _segmenter(tensors: dict[str, LazyTensor]) -> Trained:
-    "The segmenter, without what only its training needed."
+    """The segmenter, without what only its training needed."""
     kept = {name: lazy for name, lazy in tensors.items() if not name.startswith("main_net.aux_classifier.")}
     about = segmenter_from_shapes(_shapes(kept))
     return Trained(**about, weights={name: from_tensor(lazy) for name, lazy in kept.items()})
@@ -131,13 +131,13 @@ def load_results(
         if recognise(data) == "safetensors": return _own_results(path, n_classes)
         annotator, segmenter, facts = find_results(read_value(path, data))
         parts = {"annotator": annotator, "segmenter": segmenter}
-        networks = [part and _filled_part(path, part, data, n_classes) for part in parts.values()]
+        networks: list[Any] = [part and _filled_part(path, part, data, n_classes) for part in parts.values()]
     said = {role: dict(name=part.name, arguments=part.arguments) for role, part in parts.items() if part}
-    return Results(*networks, dict(source=Path(path).name, **said, **facts))
+    return Results(networks[0], networks[1], dict(source=Path(path).name, **said, **facts))
 
 
 def _filled_part(path: str | Path, part: Trained, data: memoryview, n_classes: int | None) -> nn.Module:
-    "A network with its numbers; `Unreadable` if it has another number of classes."
+    """A network with its numbers; `Unreadable` if it has another number of classes."""
     has = part.arguments.get("n_classes")
     if n_classes not in (None, has):
         raise Unreadable(
@@ -147,7 +147,7 @@ def _filled_part(path: str | Path, part: Trained, data: memoryview, n_classes: i
 
 
 def _own_results(path: str | Path, n_classes: int | None) -> Results:
-    "The same of a file of ours."
+    """The same of a file of ours."""
     found = read_networks(path, n_classes)
     labels = found.labels and dataclasses.asdict(found.labels)
     said = dict(kind=found.kind, labels=labels, size=found.size, policy=found.policy)
@@ -157,7 +157,7 @@ def _own_results(path: str | Path, n_classes: int | None) -> Results:
 
 # %% ../../nbs/reference/models/43_results.ipynb #3c8ed372
 def read_generator_kwargs(path: str | Path) -> dict:
-    "`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`."
+    """`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`."""
     with reading(path) as data:
         value = read_value(path, data)
         if not isinstance(value, dict) or not isinstance(value.get("G_kwargs"), dict):

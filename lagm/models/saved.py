@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.pickle_records import Unreadable, quoted
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import describe_tensors, load_tensors, save_tensors
 from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet
 from ..generators.formats import count_numbered
 from ..generators.weights import FORMAT_VERSION, check_names, check_tensors, check_version
+from . import deeplab, frozen  # noqa: F401 (they register their networks)
 from .annotator import FPNAnnotator
-from .frozen import HeadedEncoder
-from .segmenters import CLASSES, SEGMENTERS, NetworkEntry, Shapes, tensor_shape
+from .entries import CLASSES, NetworkEntry, Shapes, tensor_shape
+from .segmenters import SEGMENTERS
 
 # %% ../../nbs/reference/models/42_saved.ipynb #f6e8f56a
 def _annotator_arguments(network: nn.Module) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def read_labels(
     named = type(classes) is list and all(map(_is_name, [name, *classes]))
     if not named or type(palette) is not list or not all(map(_is_colour, palette)):
         raise InputError(f"{path} does not say in a readable way what its classes are; write it again")
-    try: return LabelSet(name, classes, palette)
+    try: return LabelSet(name, classes, tuple(palette))
     except InputError as error: raise InputError(f"{path}: {error}") from error
 
 
@@ -449,7 +450,7 @@ def read_networks(
         has = part.arguments["n_classes"]
         if labels and labels.n_classes != has:
             raise InputError(f"{path} has a {part.name} for {has} classes, and names {labels.n_classes}: it is damaged")
-    networks = {role: _filled(path, part, shapes, device) for role, part in parts.items()}
+    networks: dict[str, Any] = {role: _filled(path, part, shapes, device) for role, part in parts.items()}
     described = {role: {"name": part.name, "arguments": part.arguments} for role, part in parts.items()}
     return Saved(kind, networks.get("annotator"), networks.get("segmenter"), described, labels,
                  tuple(size) if size else None, header.get("policy"), header)
@@ -534,13 +535,14 @@ def _write(
     """Check and write a file."""
     palette = labels and [list(colour) for colour in labels.palette]
     meaning = labels and {"name": labels.name, "classes": list(labels.classes), "palette": palette}
-    plain = {name: dataclasses.asdict(fact) if dataclasses.is_dataclass(fact) else fact for name, fact in facts.items()}
+    plain = {name: dataclasses.asdict(fact) if dataclasses.is_dataclass(fact) and not isinstance(fact, type) else fact
+             for name, fact in facts.items()}
     header |= {"labels": meaning, "size": None if size is None else [int(side) for side in size], "policy": policy}
     header |= {"provenance": provenance()} | plain
     read_labels(path, meaning)
     check_facts(path, header)
     _, parts = find_parts(path, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    _check_roles(path, parts, labels and labels.n_classes)
+    _check_roles(path, parts, labels.n_classes if labels else None)
     save_tensors(path, tensors, header)
 
 # %% ../../nbs/reference/models/42_saved.ipynb #bc405022
@@ -617,7 +619,7 @@ def save_networks(
         return save_segmenter(path, segmenter, labels, size, policy, half, **facts)
     both = {"annotator": annotator, "segmenter": segmenter}
     networks = {role: network for role, network in both.items() if network is not None}
-    header = {"kind": "results", "format_version": FORMAT_VERSION}
+    header: dict[str, Any] = {"kind": "results", "format_version": FORMAT_VERSION}
     header |= {role: describe_network(network) for role, network in networks.items()}
     for role, given in (arguments or {}).items(): header[role] = header[role] | {"arguments": dict(given)}
     tensors: dict[str, Tensor] = {}

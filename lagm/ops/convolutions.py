@@ -8,7 +8,7 @@ __all__ = ['LEAST_CHANNELS', 'LEAST_PIXELS', 'LARGEST_LIVE_SHARE', 'can_winograd
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #c9cf7f24
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def winograd_conv2d(
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #56623216
 def live_share(
-    size: tuple[int, int],  # height and width of the map
+    size: Sequence[int],  # height and width of the map
     dilation: tuple[int, int],
 ) -> float:  # 1: no padding at all, 1 / 9: only the middle weight sees the map
     """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with

@@ -39,7 +39,7 @@ def transposed(matrix: Matrix) -> Matrix:
     return tuple(zip(*matrix))
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #35429358
-def _combine(matrix: Matrix, terms: Sequence[Tensor]) -> list[Tensor]:
+def _combine(matrix: Matrix, terms: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One sum of the terms per row of the matrix; nothing is spent on zeros and ones."""
     sums = []
     for row in matrix:
@@ -50,7 +50,7 @@ def _combine(matrix: Matrix, terms: Sequence[Tensor]) -> list[Tensor]:
 
 def both_ways(
     matrix: Matrix,  # (n, m)
-    grid: Sequence[Sequence[Tensor]],  # m by m
+    grid: Sequence[Tensor | Sequence[Tensor]],  # m by m
 ) -> list[tuple[Tensor, ...]]:  # n by n
     """matrix @ grid @ matrix^T, where the entries of the grid are maps.
 
@@ -208,7 +208,9 @@ def _do(sums: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
     """One of the five sums, compiled or not."""
     numbers = numbers.detach()
     if not is_fused(): return sums(numbers)
-    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_BOOKKEEPING), sizes.patch(use_duck_shape=False):
+    # mypy does not see that torch puts `patch` there
+    no_duck_shape = sizes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_BOOKKEEPING), no_duck_shape:
         return _compiled(sums)(numbers)
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #399f5e6a

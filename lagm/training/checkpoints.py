@@ -19,10 +19,10 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import safetensors
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path
-from ..core.provenance import provenance
+from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..data.labels import LabelSet
-from ..generators.weights import NETWORKS, check_version
+from ..generators.weights import check_version
 from ..models.saved import can_be_saved, describe_network
 from .processes import this_process
 from .state import Stage, TrainState, locate
@@ -51,7 +51,8 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and
     tensors = {"random.torch": torch.get_rng_state()}
     for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         tensors[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
     version, words, gauss = random.getstate()
     tensors["random.python"] = torch.tensor(words)
@@ -86,7 +87,8 @@ def digest(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
         total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+        content: Any = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        total.update(content)
     return total.hexdigest()[:16]
 
 
@@ -96,7 +98,7 @@ def data_digest(images: Tensor, masks: Tensor) -> str:
 
 
 def generator_digest(
-    generator: Callable,  # anything that keeps the generator's contract
+    generator: Any,  # anything that keeps the generator's contract
 ) -> str | None:  # None: it shows no weights to take a digest of
     """A digest of a generator's weights, sampling and number format.
 
@@ -164,7 +166,8 @@ class Identity:
 
     def header(self) -> dict[str, Any]:
         """As plain values."""
-        return _listed(dataclasses.asdict(self))
+        plain: dict[str, Any] = _listed(dataclasses.asdict(self))
+        return plain
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #57df692a
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +274,8 @@ def _first_readable(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str,
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #76901cc9
 def _hold(file: Any) -> bool:
     """Take the system's lock on an open file, if there are such locks here; False: another process has it."""
-    try: import fcntl
+    try:
+        import fcntl
     except ImportError: return True
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
@@ -321,7 +325,7 @@ def folder_lock(
 
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free.
 
     Parameters
@@ -449,7 +453,7 @@ def restore_state(
     tuple[int, History]
         step and history
     """
-    step, history = header.get("step"), header.get("history")
+    step, history = cast(int, header.get("step")), cast(History, header.get("history"))
     try:
         stage, _ = locate(stages, step - 1)
         state.begin(stage.rates, stage.averaged, stage.fused)

@@ -14,15 +14,14 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..core.errors import InputError
@@ -30,6 +29,7 @@ from ..core.seeds import choose_device, random_generator
 from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
+from ..models.contracts import Generator
 from ..models.modes import eval_mode, resting_modules, train_mode
 from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
@@ -64,7 +64,7 @@ class FeatureStore:
     def __init__(
         self,
         features: Sequence[Tensor],  # (n, C_i, H_i, W_i) each
-        size: tuple[int, int] | None = None,  # of the labels; None: of the largest map
+        size: Sequence[int] | None = None,  # of the labels; None: of the largest map
         dtype: torch.dtype = torch.float32,  # to keep them in; float16 halves the memory
     ):
         self.maps = [f.detach().to(dtype).movedim(1, -1).contiguous() for f in features]
@@ -161,11 +161,13 @@ class EnsembleNorm(nn.Module):
         self.members, self.norm = members, nn.BatchNorm1d(members * features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.movedim(0, 1).flatten(1)).unflatten(1, (self.members, -1)).movedim(1, 0)
+        normed: Tensor = self.norm(x.movedim(0, 1).flatten(1))
+        by_member: Tensor = normed.unflatten(1, (self.members, -1))
+        return by_member.movedim(1, 0)
 
     def scale_and_shift(self, member: int) -> tuple[Tensor, Tensor]:
         """What the norm of a member does in eval mode: x * scale + shift."""
-        all_four = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+        all_four: Any = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
         mean, variance, weight, bias = (v.unflatten(0, (self.members, -1))[member] for v in all_four)
         scale = weight / (variance + self.norm.eps).sqrt()
         return scale, bias - mean * scale
@@ -174,7 +176,7 @@ class EnsembleNorm(nn.Module):
 def apply_then_upsample(
     features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
     weight: Tensor,  # (out, D), D the sum of C_i
-    size: tuple[int, int],  # height and width
+    size: Sequence[int],  # height and width
 ) -> Tensor:  # (B, out, H, W)
     """A linear layer on the upsampled stack of the maps, without that stack.
 
@@ -192,12 +194,12 @@ def apply_then_upsample(
     Tensor
         (B, out, H, W)
     """
-    total = 0
+    total: Any = 0
     for f, own in zip(features, weight.split([f.shape[1] for f in features], dim=1), strict=True):
         part = F.conv2d(f, own[:, :, None, None].to(f.dtype))
         if part.shape[-2:] != size: part = F.interpolate(part, size, mode="bilinear", align_corners=False)
         total = total + part
-    return total
+    return cast(Tensor, total)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #6b73f3ab
 class Perceptrons(nn.Module):
@@ -234,7 +236,8 @@ class Perceptrons(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.norm1(F.relu(self.linear1(pixels)))
-        return self.linear3(self.norm2(F.relu(self.linear2(x))))
+        scores: Tensor = self.linear3(self.norm2(F.relu(self.linear2(x))))
+        return scores
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #298ab05c
 class PixelEnsemble(Perceptrons):
@@ -293,7 +296,7 @@ class Member(nn.Module):
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #0891c45f
 def naive_member(ensemble: PixelEnsemble, member: int) -> nn.Sequential:
     """The same member as plain layers, on rows of D features: for checking."""
-    layers = []
+    layers: list[nn.Module] = []
     pairs = (ensemble.linear1, ensemble.norm1), (ensemble.linear2, ensemble.norm2), (ensemble.linear3, None)
     for linear, norm in pairs:
         plain = nn.Linear(linear.weight.shape[2], linear.weight.shape[1])
@@ -420,12 +423,13 @@ def train_pixels(
         (loss * ensemble.members).backward()  # each member's own mean
         optimizer.step()
         if step % 20 == 0 or step == steps - 1: losses.append(loss.item())
-    return PixelTraining(ensemble.eval(), losses)
+    ensemble.eval()
+    return PixelTraining(ensemble, losses)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a87fc184
 @torch.no_grad()
 def draw_to_label(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     k: int,  # how many pictures
     seed: int = 0,  # of everything random
     dtype: torch.dtype = torch.float32,  # of the kept features
@@ -449,7 +453,7 @@ def draw_to_label(
         pictures (k, 3, H, W), as a person is shown them; their features
     """
     if k < 1: raise InputError(f"k is {k}; label at least one picture")
-    images, store = [], None
+    images, store = [], cast(FeatureStore, None)
     for i in range(k):
         rng = random_generator(seed, "pictures to label", i)
         image, features = generator(generator.sample_z(1, rng), rng)
@@ -462,7 +466,7 @@ def draw_to_label(
 
 @torch.no_grad()
 def label_generated(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     person: nn.Module,  # a segmenter that plays the person who labels
     k: int,  # how many pictures
     seed: int = 0,  # of everything random
@@ -499,7 +503,7 @@ class PairSource:
     z is the number of a pair, the only feature map is its label, one-hot (B, C, H, W).
     """
 
-    def __init__(self, pairs: Dataset, n_classes: int, device: str | torch.device = "cpu"):
+    def __init__(self, pairs: Any, n_classes: int, device: str | torch.device = "cpu"):
         if not len(pairs): raise InputError("there are no pairs to draw from")
         self.pairs, self.n_classes, self.device = pairs, n_classes, choose_device(device)
 
@@ -536,10 +540,12 @@ class Annotated:
 
     def sample_z(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Latents, as the source has them."""
-        return self.source.sample_z(n, rng)
+        z: Tensor = self.source.sample_z(n, rng)
+        return z
 
     def __call__(self, z: Tensor, rng: torch.Generator | None = None) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.source(z, rng)
+        drawn: tuple[Tensor, Sequence[Tensor]] = self.source(z, rng)
+        return drawn
 
 
 @contextlib.contextmanager
@@ -553,7 +559,8 @@ def _folder_or_temporary(folder: str | Path | None) -> Iterator[Path]:
 def _named(labels: LabelSet | None, n_classes: int) -> LabelSet:
     """The label set, or one of numbers. `InputError` if it has other classes than the segmenter."""
     numbers = range(n_classes)
-    if labels is None: return LabelSet(f"{n_classes} classes", map(str, numbers), [(c, c, c) for c in numbers])
+    if labels is None:
+        return LabelSet(f"{n_classes} classes", tuple(map(str, numbers)), tuple((c, c, c) for c in numbers))
     if labels.n_classes == n_classes: return labels
     raise InputError(f"the label set {labels.name!r} has {labels.n_classes} classes, the segmenter {n_classes}; "
                      "give the one it is built for")
@@ -600,12 +607,12 @@ class DatasetGAN:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self): check_ensemble(self, "DatasetGAN")
+    def __post_init__(self) -> None: check_ensemble(self, "DatasetGAN")
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #71502622
 def train_on_pairs(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), whose pictures are labelled
+    generator: Generator,  # G(z, rng) -> (image, features), whose pictures are labelled
     ensemble: PixelEnsemble,  # trained in place
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
@@ -647,21 +654,21 @@ def train_on_pairs(
         of `RunOptions`
     """
     run, device = told(options), choose_device(device)
-    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, tuple(images.shape[2:])
+    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, (images.shape[2], images.shape[3])
     plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:
         made = generate(generator, ensemble.annotators(), place / "pairs", plan, labels, 1, [str(device)],
                         run.progress)
         kept = SyntheticDataset(made.folder, select(made.records, setting.keep).indices)
-        source = Annotated(PairSource(kept, n_classes, device), ensemble, setting)
+        source: Any = Annotated(PairSource(kept, n_classes, device), ensemble, setting)
         return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
                           match=False, **options)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #c8c12441
 def train_datasetgan(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
     masks: Tensor,  # (k, H, W) class indices, 255 = ignored
     *,

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..core.errors import InputError, printable
 from ..core.files import read_text
@@ -72,7 +72,7 @@ class DownstreamRecipe:
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     keep: int = 20  # the networks of so many last epochs stay on disk
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "recipe")
         for name, least in dict(epochs=1, batch=1, keep=1).items():
             value = getattr(self, name)
@@ -188,7 +188,7 @@ class PairBatches:
     Parameters
     ----------
     data
-        items (picture, label or probabilities[, weights])
+        a Dataset with a length: items (picture, label or probabilities[, weights])
     recipe
         what the run computes
     seed
@@ -201,7 +201,7 @@ class PairBatches:
 
     def __init__(
         self,
-        data: Dataset,  # items (picture, label or probabilities[, weights])
+        data: Any,  # a Dataset with a length: items (picture, label or probabilities[, weights])
         recipe: DownstreamRecipe,  # what the run computes
         seed: int,  # of everything random
         device: torch.device,  # "cpu", "cuda", "mps", or a torch device
@@ -222,7 +222,8 @@ class PairBatches:
             if hasattr(self.data, "set_epoch"): self.data.set_epoch(epoch)
             rest = self.indices(epoch)[within:]
             self.loader = iter(DataLoader(self.data, batch_sampler=rest, num_workers=self.workers))
-        batch, self.next = [part.to(self.device) for part in next(self.loader)], step + 1
+        pairs: list[Tensor] = next(self.loader)
+        batch, self.next = [part.to(self.device) for part in pairs], step + 1
         rng = random_generator(self.seed, "downstream augment", epoch, within)
         return change_batch(self.recipe.augment, batch, rng, *self.share)
 
@@ -365,7 +366,7 @@ class DownstreamIdentity(Identity):
         return {"epoch": step // self.steps}
 
 
-def data_identity(data: Dataset) -> str:  # sixteen hexadecimal digits
+def data_identity(data: Any) -> str:  # sixteen hexadecimal digits
     """Something that differs when the training pairs differ.
 
     From the description of a synthetic dataset, else from its length and first and last item.
@@ -384,7 +385,7 @@ def data_identity(data: Dataset) -> str:  # sixteen hexadecimal digits
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #0f02edf5
-def check_pairs(data: Dataset, segmenter: nn.Module, processes: int, batch: int) -> None:
+def check_pairs(data: Any, segmenter: nn.Module, processes: int, batch: int) -> None:
     """Raise `InputError` unless the pairs fit the network and the processes."""
     if not len(data): raise InputError("there are no pairs to train on")
     (image, target), n = data[0][:2], segmenter.n_classes
@@ -402,7 +403,7 @@ def check_pairs(data: Dataset, segmenter: nn.Module, processes: int, batch: int)
 # %% ../../nbs/reference/training/64_downstream.ipynb #ed7f683d
 def downstream_loop(
     segmenter: nn.Module,  # pictures -> logits
-    data: Dataset,  # the pairs
+    data: Any,  # the pairs
     recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
     folder: str | Path | None = None,  # where the files go
@@ -485,14 +486,14 @@ class Downstream:
         of the last epochs, oldest first; none without a folder
     """
     segmenter: nn.Module  # of the last epoch, in eval mode
-    history: list[dict]  # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
+    history: list[dict[str, Any]]  # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
     checkpoints: list[Path]  # of the last epochs, oldest first; none without a folder
 
 
 def train_downstream(
     segmenter: nn.Module,  # fresh; trained in place (with several processes it gets the result at the end)
     # items (picture, label or probabilities[, weights]): `SyntheticDataset`, `GeneratedPairs`, or any other
-    data: Dataset,
+    data: Any,
     recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
     folder: str | Path | None = None,  # for checkpoints; a run that was stopped goes on from there

@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import Augment
+from ..models.contracts import Generator
 from ..models.frozen import EncoderSegmenter
 from .checkpoints import generator_digest
 from .loop import Trained
@@ -59,7 +60,7 @@ class Pretraining:
     temperature: float = 0.1  # of their cosines ("contrast")
     noise: float = 0.5  # the largest standard deviation; each picture draws its own, from 0 on ("denoise")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "pretraining")
         if self.task not in TASKS:
             raise InputError(f"pretraining: task is {self.task!r}; choose one of {', '.join(TASKS)}")
@@ -180,7 +181,8 @@ def contrast_step(
     pictures = torch.cat([change.pictures(images) for change in changes])
     with state.passes(): features = state.train("encoder")(state.arrange(pictures)).float().chunk(2)
     *places, both = matching_points(changes[0].maps, changes[1].maps, how.points, rng)
-    return contrast_loss(*map(read_points, features, places), both, how.temperature)
+    first, second = map(read_points, features, places)
+    return contrast_loss(first, second, both, how.temperature)
 
 
 def denoise_step(
@@ -211,7 +213,7 @@ def denoise_step(
     return F.mse_loss(clean, images)
 
 
-STEPS = {"contrast": contrast_step, "denoise": denoise_step}
+STEPS: dict[str, Callable[..., Tensor]] = {"contrast": contrast_step, "denoise": denoise_step}
 OUTPUTS = {"contrast": 32, "denoise": 3}  # channels of the encoder's last layer
 
 # %% ../../nbs/reference/training/69_encoders.ipynb #21dc679f
@@ -233,7 +235,7 @@ class FrozenEncoder:
     width: int = 16  # of the encoder, see `lagm.models.segmenters.UNet`
     levels: int = 3  # how many times it halves the picture
 
-    def __post_init__(self): check_fields(self, "frozen encoder")
+    def __post_init__(self) -> None: check_fields(self, "frozen encoder")
 
     def build(
         self,
@@ -257,7 +259,7 @@ class FrozenEncoder:
 # %% ../../nbs/reference/training/69_encoders.ipynb #44390ec6
 def encoder_stages(
     state: TrainState,  # networks, optimisers and averages
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     how: Pretraining,  # task, steps, batch and the rest of it
@@ -300,7 +302,7 @@ ENCODER_FIELDS = (*SUPERVISED_FIELDS, "wide_crop", "clip")
 
 def train_frozen_encoder(
     segmenter: nn.Module,  # of it only the number of classes counts, `n_classes`: the network is another one
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,

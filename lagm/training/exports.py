@@ -8,16 +8,12 @@ __all__ = ['export_folder', 'export_coco', 'export_webdataset']
 # %% ../../nbs/reference/training/63_exports.ipynb #bce2e8d9
 import csv
 import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..data.exporters import coco_annotations, coco_categories
-from ..data.labels import LabelSet
 from .shards import SyntheticDataset, add_to_tar
 
 # %% ../../nbs/reference/training/63_exports.ipynb #2afdf047
@@ -83,7 +79,8 @@ def export_coco(
     """
     folder = _empty_folder(folder)
     (folder / "images").mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, record in enumerate(dataset.records):
         name, mask = f"{record['index']:06d}.png", dataset[i][1] if not dataset.soft else dataset[i][1].argmax(0)
         (folder / "images" / name).write_bytes(dataset.read(i, "png"))
@@ -120,7 +117,8 @@ def export_webdataset(
     list[Path]
         the shards
     """
-    folder, paths = _empty_folder(folder), []
+    folder = _empty_folder(folder)
+    paths: list[Path] = []
     for start in range(0, len(dataset), shard_size):
         paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
         with tarfile.open(paths[-1], "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -7,6 +7,7 @@ __all__ = ['anchor_labels', 'finish_step']
 
 # %% ../../nbs/book/14_finishing_and_a_fresh_network.ipynb #0bb828e6
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def finish_step(
     losses = {"loss_label": loss}
 
     def vote(part: int) -> Voted:
-        batch = synthetic[part]
+        batch = cast(Sequence[SyntheticBatch], synthetic)[part]
         with state.passes():
             q = labels(batch)
             one = SyntheticPass(segmenter, batch.images, tangents=False)

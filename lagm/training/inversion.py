@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ class StyleSpace:
         """What the generator draws for the points `v`, in float32."""
         ws, network = self.mean + self.spread * v, self.network
         with FastConvolutions():
-            if isinstance(network, StyleGAN2): return network.synthesis(ws, noise_mode=self.noise)
+            if isinstance(network, StyleGAN2): return cast(Generated, network.synthesis(ws, noise_mode=self.noise))
             image, features = network.g_synthesis(ws, noise_mode=self.noise, rng=None)
         return Generated(limited(image, network.largest), [limited(f, network.largest) for f in features])
 
@@ -110,7 +110,7 @@ class Inversion:
     scales: int = 4  # sizes at which pictures are compared: full, half, quarter ...
     batch: int = 10  # pictures at a time
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "inversion")
         for name, least in dict(steps=0, samples=0, scales=1, batch=1).items():
             value = getattr(self, name)
@@ -134,7 +134,7 @@ def picture_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 # %% ../../nbs/reference/training/69_inversion.ipynb #8e01d722
 def as_labelled(
     image: Tensor,  # (B, 3, R, R), as generated
-    size: tuple[int, int],  # of the labelled pictures
+    size: Sequence[int],  # of the labelled pictures
     wide: bool,  # only the central 4:3 band is used
 ) -> Tensor:  # (B, 3, H, W)
     """What is generated in the form of the labelled pictures, differentiable.
@@ -182,7 +182,7 @@ def as_generated(
     if not wide: return masks
     full = masks.new_full((len(masks), resolution, resolution), IGNORE)
     band = wide_crop(full)  # a view
-    band.copy_(resize_nearest(masks, band.shape[-2:]))
+    band.copy_(resize_nearest(masks, (band.shape[-2], band.shape[-1])))
     return full
 
 
@@ -228,7 +228,7 @@ def descend(
     start: Tensor,  # (B, layers, w_dim)
     plan: Inversion,  # how the descent goes
     wide: bool = False,  # cut the central 4:3 band
-    tick: Callable = lambda: None,  # called after each step
+    tick: Callable[[], Any] = lambda: None,  # called after each step
 ) -> tuple[Tensor, Tensor]:  # points, and the distances of the pictures before each step, (B, steps)
     """Adam from `start`.
 
@@ -435,7 +435,7 @@ class HandsOff:
     pairs: int = 500  # generated pictures that it labels
     keep: float = 0.9  # the share of them, the most certain ones, that the segmenter learns from
 
-    def __post_init__(self): check_ensemble(self, "HandsOff")
+    def __post_init__(self) -> None: check_ensemble(self, "HandsOff")
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a54f2246
 def learn_pixels(
@@ -533,7 +533,7 @@ def train_handsoff(
     """
     check_options(options, recipe, train_handsoff)
     check_labelled(images, masks, segmenter.n_classes)
-    shared = dict(seed=seed, folder=folder, progress=told(options).progress)
+    shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
     ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
@@ -593,12 +593,14 @@ class Prototypes(nn.Module):
         if (channels := [f.shape[1] for f in features]) != self.feature_channels:
             raise InputError(f"these prototypes are of maps of {self.feature_channels} channels but got {channels}; "
                              "use them with their own generator")
-        size, total = max(tuple(f.shape[-2:]) for f in features), 0
+        size: Any = max(tuple(f.shape[-2:]) for f in features)
+        total: Any = 0
         for i in self.layers:
             part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), unit_maps(features[i]))
             total = total + F.interpolate(part, size, mode="bilinear", align_corners=False)
         logits = total / (len(self.layers) ** 0.5 * self.temperature)
-        return logits + self.share.log().clamp(min=-1e4)[:, None, None]
+        logits = logits + self.share.log().clamp(min=-1e4)[:, None, None]
+        return cast(Tensor, logits)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #03ab29ae
 @torch.no_grad()
@@ -629,11 +631,12 @@ def prototypes_of(
     check_masks(masks, tuple(masks.shape), n_classes)
     made = Prototypes([f.shape[1] for f in features], n_classes, layers, temperature).to(features[0].device)
     one_hot = F.one_hot(masks.to(made.share.device).clamp(max=n_classes), n_classes + 1)[..., :-1].float()
-    sums = {}
+    sums: dict[int, Any] = {}
     for i in made.layers:
         pairs = zip(one_hot, features[i])
         sums[i] = sum(torch.einsum("hwk,chw->kc", hot, unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
-    length = sum(s.square().sum(1, keepdim=True) for s in sums.values()).sqrt().clamp(min=1e-12)
+    squares: Any = sum(s.square().sum(1, keepdim=True) for s in sums.values())
+    length = squares.sqrt().clamp(min=1e-12)
     for i, s in sums.items(): getattr(made, f"map{i}").copy_(s / length)
     made.share.copy_(one_hot.mean((0, 1, 2)) / one_hot.sum(-1).mean())
     return made
@@ -657,7 +660,7 @@ class Prototyping:
     temperature: float = 0.05  # see `Prototypes`
     weigh_labels: bool = False  # whether their labels get the recipe's class weights, too
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "prototyping")
         if self.temperature > 0: return
         raise InputError(f"prototyping: temperature is {self.temperature}; give a number above 0")
@@ -709,11 +712,12 @@ def train_prototypes(
     """
     check_options(options, recipe, train_prototypes)
     check_labelled(images, masks, segmenter.n_classes)
-    device, shared = choose_device(device), dict(seed=seed, folder=folder, progress=told(options).progress)
+    device = choose_device(device)
+    shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
     drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
     annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)
-    source = Annotated(generator, annotator, setting)
+    source: Any = Annotated(generator, annotator, setting)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,
                       weigh_labels=setting.weigh_labels, **options)

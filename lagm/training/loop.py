@@ -83,7 +83,7 @@ class RunOptions:
     explode_at: float = 1e3
     labels: LabelSet | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("validate_every", "record_every", "checkpoint_every"):
             object.__setattr__(self, name, plain_value(getattr(self, name), int, f"option {name}"))
         if self.validation is not None: check_pictures(self.validation[0], "validation")
@@ -95,7 +95,7 @@ RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
 def check_options(
     options: Mapping[str, Any],  # given by name
     recipe: Any,  # what the run computes
-    function: Callable,  # that was called with them
+    function: Callable[..., Any],  # that was called with them
 ) -> None:
     """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none.
 
@@ -247,7 +247,7 @@ def finish_step_on_interrupt() -> Iterator[threading.Event]:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in signals]
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:
         if asked.is_set(): raise KeyboardInterrupt
         asked.set()
 
@@ -312,7 +312,7 @@ class Validation(Appointment):
     """Scores the segmenter, and keeps its state if it is the best so far."""
 
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if not loop.due(loop.options.validate_every): return
+        if loop.options.validation is None or not loop.due(loop.options.validate_every): return
         before = max((r["fg_miou"] for r in loop.records.history["validation"]), default=-1.0)
         scores = validated(loop.state.result, *loop.options.validation)
         loop.records.note("validation", {**moment.record, **scores})
@@ -347,13 +347,14 @@ class Cosines(Appointment):
     found: Mapping[str, float] = {}
 
     def before(self, loop: "Loop") -> None:
-        self.found, every = {}, loop.records.watch.cosines_every
+        self.found, every = {}, loop.records.watch.cosines_every if loop.records.watch else None
         loop.state.inspect = self.keep if every and (loop.step + 1) % every == 0 else None
 
     def keep(self, *gradients: Any) -> None: self.found = layer_cosines(*gradients)
 
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if self.found: loop.records.watcher.add("cosines", {**moment.record, **self.found})
+        if self.found and loop.records.watcher:
+            loop.records.watcher.add("cosines", {**moment.record, **self.found})
 
 # %% ../../nbs/reference/training/59_loop.ipynb #fe3150fb
 SIGNS_EVERY = 100  # steps of matching, or a twentieth of them if that is more
@@ -408,12 +409,13 @@ class Snapshots(Appointment):
 
     @torch.no_grad()
     def after(self, loop: "Loop", moment: Moment) -> None:
-        if not loop.records.watcher or not loop.due(loop.records.watch.snapshot_every): return
+        watch, watcher = loop.records.watch, loop.records.watcher
+        if not watch or not watcher or not loop.due(watch.snapshot_every): return
         state, annotator, batch = loop.state, loop.state.networks["annotator"], self.pictures()
         with eval_mode(annotator, state.result), state.passes():
             labels = batch.labels(annotator)
             predictions = state.result(batch.images).float().softmax(1)
-        loop.records.watcher.add_snapshot(loop.step, batch.images, labels, predictions)
+        watcher.add_snapshot(loop.step, batch.images, labels, predictions)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #7bfe7bad
 def take_step(

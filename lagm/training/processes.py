@@ -18,7 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..core.seeds import choose_device
 
 # %% ../../nbs/reference/training/58_processes.ipynb #90e10596
@@ -114,8 +114,9 @@ def mean_over_parts(
     weights
         how much each own part counts
     """
-    totals = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
-    *totals, weight = sum_over_processes([*totals, sum(weights)])
+    totals: list[Any] = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
+    whole: Any = sum(weights)
+    *totals, weight = sum_over_processes([*totals, whole])
     return [total / weight for total in totals]
 
 
@@ -184,7 +185,7 @@ def gradient_of_parts(
     return mean, loss
 
 # %% ../../nbs/reference/training/58_processes.ipynb #2f61a962
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name
+PRECISIONS: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # ours, and Fabric's name
 
 
 def make_fabric(
@@ -203,7 +204,8 @@ def make_fabric(
     precision
         "float32" or "bfloat16"
     """
-    try: from lightning_fabric import Fabric
+    try:
+        from lightning_fabric import Fabric
     except ImportError as error:
         raise InputError(f"several processes need Fabric: {install_advice('fabric')}") from error
     return Fabric(accelerator=device.type, devices=processes, strategy="ddp_spawn", precision=PRECISIONS[precision])
@@ -238,7 +240,9 @@ def launch(
     fabric.launch(functools.partial(_one_of_several, function, arguments, options))
 
 
-def _one_of_several(function: Callable, arguments: Sequence[Any], options: dict[str, Any], fabric: Any) -> None:
+def _one_of_several(
+    function: Callable[..., Any], arguments: Sequence[Any], options: dict[str, Any], fabric: Any
+) -> None:
     """Runs in each process."""
     own = copy.deepcopy(arguments)
     moved = [a.to(fabric.device) if hasattr(a, "sample_z") and hasattr(a, "to") else a for a in own]

@@ -203,7 +203,7 @@ class Recipe(RecipeWithAdditions):
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "recipe")
         check_recipe(self)
 
@@ -305,7 +305,7 @@ SUPERVISED_FIELDS = ("batch_labelled", "optimizer", "momentum", "lr_segmenter", 
 def check_counting(
     recipe: Recipe,
     counting: Sequence[str],  # the fields that the run heeds
-    function: Callable,  # that was called with it
+    function: Callable[..., Any],  # that was called with it
 ) -> None:
     """Raise `InputError` for intervals where no phases take turns, and warn of unusual values that have no effect.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.seeds import choose_device
+from ..models.contracts import Generator
 from .batches import LabelledBatches, SyntheticBatches, balanced_weights, in_parts
 from .checkpoints import Identity, data_digest
 from .lagm import check_labelled
@@ -22,7 +23,7 @@ from .state import Stage, TrainState
 
 # %% ../../nbs/reference/training/65_rivals.ipynb #49456c11
 def set_up(
-    function: Callable,  # that was called, for messages
+    function: Callable[..., Any],  # that was called, for messages
     counting: Sequence[str],  # the fields of the recipe that it heeds
     segmenter: nn.Module,  # pictures -> logits
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
@@ -94,14 +95,14 @@ class Batches:
     def __init__(
         self,
         state: TrainState,  # networks, optimisers and averages
-        generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
         images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
         masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
         seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
         recipe, self.parts = state.recipe, state.recipe.parts
-        size, count = images.shape[2:], recipe.batch_labelled // self.parts
+        size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
         self._labelled = LabelledBatches(images, masks, count, seed, recipe.augment, state.device)
         self._generated = SyntheticBatches(generator, generated, size, seed, None, recipe.wide_crop, state.arrange,
                                            recipe.clip)
@@ -147,4 +148,4 @@ def run_stages(
         of `RunOptions`
     """
     identity = Identity(state.recipe, seed, note, data_digest(images, masks), generator)
-    return Loop(state, stages, identity, size=tuple(images.shape[2:]), **options).run()
+    return Loop(state, stages, identity, size=(images.shape[2], images.shape[3]), **options).run()

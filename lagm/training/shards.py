@@ -22,11 +22,10 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from ..core.files import decode_text, parse_json, read_json, write_json
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
+from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
 
@@ -166,13 +166,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     annotators: Sequence[nn.Module],  # each: features -> logits
     folder: Path,  # where the files go
     shard: int,  # its number
     plan: Plan,  # what is to be made
     labels: LabelSet,  # what the classes mean
-    tick: Callable = lambda: None,  # called after each picture
+    tick: Callable[[], Any] = lambda: None,  # called after each picture
 ) -> bool:  # False: it is there, or somebody else is at it
     """Make a shard.
 
@@ -225,7 +225,7 @@ def one_thread() -> Iterator[None]:
 def work(
     worker: int,  # the number of this process, from 0
     workers: int,  # how many there are
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     annotators: Sequence[nn.Module],  # each: features -> logits
     folder: Path,  # where the files go
     plan: Plan,  # what is to be made
@@ -315,7 +315,7 @@ def describe_dataset(
         "label_set": labels.name, "classes": list(labels.classes),
         "palette": [list(colour) for colour in labels.palette],
         "generator": weights_digest([getattr(generator, "network", generator)]),
-        "sampling": dataclasses.asdict(sampling) if dataclasses.is_dataclass(sampling) else None,
+        "sampling": dataclasses.asdict(cast(Any, sampling)) if dataclasses.is_dataclass(sampling) else None,
         "annotators": [weights_digest([annotator]) for annotator in annotators]}
 
 # %% ../../nbs/reference/training/63_shards.ipynb #514b390d
@@ -405,7 +405,7 @@ def _place(member: tarfile.TarInfo, indices: range, room: int) -> tuple[int, str
     return index, extension
 
 
-def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> tuple[dict, dict[int, dict]]:
+def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> tuple[dict[Any, Any], dict[int, Any]]:
     """Where each file of a shard is, and the records."""
     places, records = {}, {}
     try:
@@ -414,7 +414,8 @@ def _scan(path: Path, indices: range, needed: Sequence[str], n_classes: int) -> 
                 index, extension = place = _place(member, indices, path.stat().st_size)
                 if place in places: raise InputError(f"{member.name!r} does not belong there a second time")
                 places[place] = (path, member.offset_data, member.size)
-                if extension == "json": records[index] = _record(tar.extractfile(member).read(), index, n_classes)
+                content = tar.extractfile(member)
+                if extension == "json" and content: records[index] = _record(content.read(), index, n_classes)
         lacking = next((f"{i:06d}.{kind}" for i in indices for kind in needed if (i, kind) not in places), None)
         if lacking: raise InputError(f"it lacks {lacking}")
     except (tarfile.TarError, ValueError, OSError, EOFError, LookupError, ArithmeticError, MemoryError) as error:
@@ -451,7 +452,8 @@ class StoredPairs:
                              "call `generate` again to complete it")
         if "soft.png" in needed and not self.plan.soft:
             raise InputError(f"{self.folder} holds no probabilities; make the dataset with Plan(soft=True)")
-        self.places, records = {}, {}
+        self.places: dict[tuple[int, str], tuple[Path, int, int]] = {}
+        records: dict[int, Any] = {}
         for shard in self.plan.shards:
             path, own = shard_path(self.folder, shard), self.plan.indices(shard)
             places, found = _scan(path, own, needed, self.labels.n_classes)
@@ -477,7 +479,7 @@ class StoredPairs:
             return file.read(size)
 
 # %% ../../nbs/reference/training/63_shards.ipynb #20b576bc
-class SyntheticDataset(StoredPairs, Dataset):
+class SyntheticDataset(StoredPairs, Dataset[Any]):
     """The pairs in a folder, as tensors. Raises `InputError` as `StoredPairs`, and for files that cannot be.
 
     An item is (image (3, H, W) in [-1, 1], label (H, W) int64, or probabilities (C, H, W) if `soft`
@@ -529,7 +531,7 @@ class SyntheticDataset(StoredPairs, Dataset):
 
 # %% ../../nbs/reference/training/63_shards.ipynb #a8d71157
 def generate(
-    generator: Callable,  # G(z, rng) -> (image, features); see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features); see lagm.generators.contract
     annotators: nn.Module | Sequence[nn.Module],  # one, or an ensemble
     folder: str | Path,  # where the files go
     plan: Plan = Plan(),  # what is to be made
@@ -633,7 +635,8 @@ def select(
         raise InputError(f"there is a quota for class {wrong[0]}, but the pictures have classes 0..{n_classes - 1}")
     ordered = sorted(records, key=lambda r: (r["uncertainty"], r["index"]))
     number = math.ceil(round(keep * len(ordered), 9))
-    kept, dropped, added, short = ordered[:number], ordered[number:], [], {}
+    kept, dropped, short = ordered[:number], ordered[number:], {}
+    added: list[Mapping[str, Any]] = []
     for c, quota in (quotas or {}).items():
         shows = lambda r: r["pixels"][c] >= min_pixels
         lacking = quota - sum(map(shows, kept))

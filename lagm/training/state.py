@@ -81,8 +81,9 @@ class Networks:
         self.label_weights = self.class_weights if weigh_labels else None
         self.layouts = memory_layouts(recipe, device)
         given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
-        self.networks = {role: network.to(device, memory_format=self.layouts[role] or torch.contiguous_format)
-                         for role, network in given.items()}
+        self.networks = {
+            role: network.to(device).to(memory_format=self.layouts[role] or torch.contiguous_format)
+            for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
         for network in self.networks.values():
             frozen = not any(p.requires_grad for p in network.parameters())  # a former run's average
@@ -104,7 +105,8 @@ class Networks:
 
     def arrange(self, tensor: Tensor, role: str = "segmenter") -> Tensor:
         """Pictures or maps in the memory layout of the network that will see them."""
-        return tensor if self.layouts[role] is None else tensor.contiguous(memory_format=self.layouts[role])
+        layout = self.layouts[role]
+        return tensor if layout is None else tensor.contiguous(memory_format=layout)
 
 # %% ../../nbs/reference/training/53_state.ipynb #8344277b
 @dataclass(frozen=True)

@@ -323,11 +323,12 @@ def matching_step(
     wanted = everything if taught else list(names)
     gradients_l, gradients_s, shared, batches = None, None, None, {}
     if match or taught: gradients_l, losses["loss_label"] = labelled_gradients(state, wanted, labelled)
-    if match or (learn and fresh is None): batches = {part: synthetic[part] for part in own_parts(parts)}
+    if synthetic is not None and (match or (learn and fresh is None)):
+        batches = {part: synthetic[part] for part in own_parts(parts)}
     if parts == 1 and learn and fresh is None:
         tangents = names if match and recipe.gradients == "forward" else False
         with state.passes(): shared = SyntheticPass(segmenter, batches[0].images, tangents=tangents)
-    if match:
+    if match and gradients_l is not None:
         by_name = dict(zip(wanted, gradients_l, strict=True))
         matched = phase_annotator(state, names, batches, parts, [by_name[name] for name in names], shared)
         losses["loss_gm"], losses["loss_syn"] = matched.loss_gm, matched.loss_syn

@@ -21,6 +21,7 @@ from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import resize_nearest, wide_crop
 from ..generators.contract import check_generated
+from ..models.contracts import Generator
 from ..models.modes import eval_mode
 
 # %% ../../nbs/reference/training/62_synthetic.ipynb #9d162428
@@ -55,7 +56,7 @@ class Plan:
     soft: bool = False  # keep the probabilities of all classes, too (8 bits each)
     shard_size: int = 250  # pictures per shard
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "plan")
         for name in ("n", "shard_size"):
             value = getattr(self, name)
@@ -89,7 +90,8 @@ def entropy(
     Tensor
         (..., H, W), in nats
     """
-    return torch.special.entr(probabilities).sum(-3)
+    entropies: Tensor = torch.special.entr(probabilities)
+    return entropies.sum(-3)
 
 
 def uncertainty(
@@ -169,8 +171,8 @@ class Pair:
 
 @torch.no_grad()
 def make_pair(
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
-    annotators: Sequence[Callable],  # each: features -> logits (1, C, H, W); asked in eval mode
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    annotators: Sequence[Callable[..., Tensor]],  # each: features -> logits (1, C, H, W); asked in eval mode
     index: int,  # its number, from 0
     plan: Plan = Plan(),  # what is to be made
 ) -> Pair:
@@ -192,7 +194,7 @@ def make_pair(
     check_generated(image, features)
     with eval_mode(*(annotator for annotator in annotators if isinstance(annotator, nn.Module))):
         probabilities = torch.cat([annotator(features).float().softmax(1) for annotator in annotators])
-    size = plan.size or tuple((wide_crop(image) if plan.wide_crop else image).shape[-2:])
+    size: Any = plan.size or tuple((wide_crop(image) if plan.wide_crop else image).shape[-2:])
     fit = lambda maps: resize_nearest(wide_crop(maps) if plan.wide_crop else maps, size).cpu()
     image, probabilities = fit(image)[0], fit(probabilities)
     label, mean = decide(probabilities, plan.vote), probabilities.mean(0)
@@ -242,7 +244,7 @@ def as_bytes(
     return (values * 255).round().clamp(0, 255).byte()
 
 # %% ../../nbs/reference/training/62_synthetic.ipynb #f79f15d3
-class GeneratedPairs(Dataset):
+class GeneratedPairs(Dataset[Any]):
     """The pairs of a plan, made when asked for.
 
     An item is (image (3, H, W) in [-1, 1], label (H, W) int64, or (C, H, W) if `soft`[, confidence (H, W)]).
@@ -263,7 +265,7 @@ class GeneratedPairs(Dataset):
 
     def __init__(
         self,
-        generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
         annotators: Sequence[nn.Module],  # each: features -> logits
         plan: Plan = Plan(),  # what is to be made
         soft: bool = False,  # probabilities instead of labels

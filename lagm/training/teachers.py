@@ -10,7 +10,7 @@ __all__ = ['TEACHERS', 'SELF_TRAINING', 'MEAN_TEACHER', 'TAUGHT_FIELDS', 'Teachi
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ from ..core.seeds import random_generator
 from ..core.values import check_fields
 from ..data.augment import Augment
 from ..matching.gradients import graph_of, log_probabilities, named_parameters, soft_cross_entropy
+from ..models.contracts import Generator
 from ..models.modes import eval_mode
-from ..models.segmenters import network_entry
 from .batches import in_parts
 from .loop import Trained, check_options
 from .processes import gradient_of_parts
 from .recipe import FAST, SUPERVISED_FIELDS, Recipe
 from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
+from .processes import Voted
 from .steps import labelled_gradients, supervised_step
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #d7d00f6e
@@ -60,7 +61,7 @@ class Teaching:
     weight: float = 1.0  # of the loss on generated pictures; the labelled loss has 1
     ramp: float = 0.0  # the share of the steps over which the weight grows from (almost) zero
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "teaching")
         self._need("teacher", self.teacher in TEACHERS, f"choose one of {', '.join(TEACHERS)}")
         self._need("threshold", 0 <= self.threshold < 1, "give a probability from 0 up to, not including, 1")
@@ -146,7 +147,8 @@ def teacher_labels(
     with eval_mode(teacher): q = teacher(images).float().softmax(1)
     sure = q.amax(1, keepdim=True) >= teaching.threshold
     if teaching.hard: q = F.one_hot(q.argmax(1), q.shape[1]).movedim(-1, 1).float()
-    return q * sure
+    labels: Tensor = q * sure
+    return labels
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class View:
     labels: Tensor  # (B, C, H, W), all zero where a pixel does not count
     share: float = 1.0  # of the loss on generated pictures
 
-    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager:
+    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Where the student looks at it: here, as always."""
         return contextlib.nullcontext()
 
@@ -237,7 +239,7 @@ def taught_step(
     segmenter, names = state.train("segmenter"), state.trained["segmenter"]
     gradients, loss_label = labelled_gradients(state, names, labelled)
 
-    def vote(part):
+    def vote(part: int) -> Voted:
         images, rng = generated[part]
         with state.passes():
             views = teaching.views(state, teacher, images, augment, rng)
@@ -254,7 +256,7 @@ def taught_step(
 # %% ../../nbs/reference/training/66_teachers.ipynb #bd80a8d5
 def taught_stages(
     state: TrainState,  # networks, optimisers and averages
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     teaching: Teaching,  # who teaches, and how
@@ -286,7 +288,8 @@ def taught_stages(
     def warm(step: int) -> dict[str, Tensor]: return supervised_step(state, batches.labelled(step, "warm"))
 
     def teach(step: int) -> dict[str, Tensor]:
-        kinds = {"fixed": state.networks.get("teacher"), "average": state.average, "student": state.segmenter}
+        kinds: dict[str, Any] = {
+            "fixed": state.networks.get("teacher"), "average": state.average, "student": state.segmenter}
         teacher = kinds[teaching.teacher]
         if step == 0 and teaching.teacher == "fixed": teacher.load_state_dict(state.segmenter.state_dict())
         weight = teaching.weight_at(step, recipe.steps)
@@ -302,7 +305,7 @@ TAUGHT_FIELDS = (*SUPERVISED_FIELDS, "batch_synthetic", "lr_warm", "wide_crop", 
 
 def train_taught(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     setting: Teaching,  # the numbers that only this method has
@@ -355,7 +358,7 @@ def train_taught(
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #4f8b766f
 def train_self_training(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *, setting: Teaching = SELF_TRAINING,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Teaching = SELF_TRAINING,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
 ) -> Trained:
     """`train_taught`, whose parameters it has, with pseudo-labels of a fixed teacher. Raises as it does."""
@@ -364,7 +367,7 @@ def train_self_training(
 
 
 def train_mean_teacher(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *, setting: Teaching = MEAN_TEACHER,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Teaching = MEAN_TEACHER,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
 ) -> Trained:
     """`train_taught`, whose parameters it has, with the running average as the teacher. Raises as it does.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, decode_text, parse_json
-from ..core.provenance import install_advice
+from ..core.origins import install_advice
 from ..data.labels import CELEBA8, LabelSet, colourise
 
 # %% ../../nbs/reference/training/56_watching.ipynb #efba60c6
@@ -78,8 +78,8 @@ def palette_for(
         the kit's own for eight classes, else colours around the wheel
     """
     if n_classes == CELEBA8.n_classes: return CELEBA8
-    wheel = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
-             for i in range(n_classes - 1)]
+    wheel: list[Any] = [tuple(int(255 * v) for v in matplotlib.colormaps["hsv"](i / max(n_classes - 1, 1))[:3])
+                        for i in range(n_classes - 1)]
     return LabelSet(f"{n_classes} classes", tuple(f"class {i}" for i in range(n_classes)), ((0, 0, 0), *wheel))
 
 
@@ -165,7 +165,8 @@ class TensorBoard:
         folder: str | Path,  # where the files go
         step: int = 0,  # of the run as it begins; later records of an earlier run are hidden
     ):
-        try: from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 f"TensorBoard is not installed: {install_advice('watch')}, or leave tensorboard=False"

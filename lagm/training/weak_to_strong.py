@@ -9,7 +9,7 @@ __all__ = ['WEAK_TO_STRONG', 'cutmix_boxes', 'mix_neighbours', 'deepest_maps', '
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #1a8208ba
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..data.augment import Augment, recolour, warp_images
 from ..matching.gradients import uncompiled
+from ..models.contracts import Generator
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
 from .state import TrainState
@@ -28,7 +29,7 @@ from .teachers import Teaching, View, teacher_labels, train_taught
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #51596fb5
 def cutmix_boxes(
     n: int,  # pictures
-    size: tuple[int, int],  # height and width
+    size: Sequence[int],  # height and width
     probability: float,  # of a box
     rng: torch.Generator,  # on the CPU
 ) -> Tensor:  # (n, 1, H, W) bool: inside the box
@@ -57,7 +58,8 @@ def cutmix_boxes(
     for pixels, side, place in zip(size, sides, (u[:, 3], u[:, 4]), strict=True):
         first, at = place * (1 - side), (torch.arange(pixels) + 0.5) / pixels
         lines.append((at >= first[:, None]) & (at < (first + side)[:, None]))
-    return (lines[0][:, :, None] & lines[1][:, None] & (u[:, 0] < probability)[:, None, None])[:, None]
+    inside: Tensor = lines[0][:, :, None] & lines[1][:, None] & (u[:, 0] < probability)[:, None, None]
+    return inside[:, None]
 
 
 def mix_neighbours(
@@ -136,7 +138,7 @@ class PerturbedView(View):
     """
     dropout: float = 0.0  # their share; see `dropped_channels`
 
-    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager:
+    def around(self, segmenter: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While the student looks, channels of its deepest maps are dropped."""
         return dropped_channels(segmenter, self.dropout)
 
@@ -160,7 +162,7 @@ class WeakToStrong(Teaching):
     dropout: float = 0.5  # the share of channels that the view with perturbed features lacks; 0: there is no such view
     dropped: float = 0.5  # that view's share of the loss; the two strong views share the rest
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("cutmix", "dropout", "dropped"):
             value = getattr(self, name)
@@ -190,7 +192,7 @@ class WeakToStrong(Teaching):
         rng
             for the changes
         """
-        change = augment and augment.draw(images, rng)
+        change: Any = augment and augment.draw(images, rng)
         weak = images if augment is None else state.arrange(warp_images(images, change.maps, change.outside))
         labels = teacher_labels(teacher, weak, self)
         if augment and augment.outside == "ignore": labels = labels * change.labels(torch.ones_like(images[:, :1]))
@@ -210,7 +212,7 @@ WEAK_TO_STRONG = WeakToStrong()
 
 
 def train_weak_to_strong(
-    segmenter: nn.Module, generator: Callable, images: Tensor, masks: Tensor, *,
+    segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *,
     setting: WeakToStrong = WEAK_TO_STRONG, recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu",
     folder: Any = None, **options: Any,
 ) -> Trained:
