@@ -654,7 +654,8 @@ def train_on_pairs(
         of `RunOptions`
     """
     run, device = told(options), choose_device(device)
-    labels, n_classes, size = _named(run.labels, segmenter.n_classes), segmenter.n_classes, (images.shape[2], images.shape[3])
+    labels, n_classes = _named(run.labels, segmenter.n_classes), segmenter.n_classes
+    size = (images.shape[2], images.shape[3])
     plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:

@@ -486,7 +486,8 @@ class Downstream:
         of the last epochs, oldest first; none without a folder
     """
     segmenter: nn.Module  # of the last epoch, in eval mode
-    history: list[dict[str, Any]]  # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
+    # per epoch: epoch, loss, and fg_miou and miou under "validation", if there is such a set
+    history: list[dict[str, Any]]
     checkpoints: list[Path]  # of the last epochs, oldest first; none without a folder
 
 
