@@ -49,8 +49,9 @@ def _linear(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tang
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape)
+# a tangent may lie in memory in another order than its value
 def _reshaped(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
-    shape = result.shape  # a tangent may lie in memory in another order than its value
+    shape = result.shape
     return lambda dx: dx.reshape(shape)
 
 

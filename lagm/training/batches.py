@@ -141,7 +141,7 @@ class SyntheticBatches:
         self,
         generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
         batch: int,  # pictures of a batch
-        size: tuple[int, int],  # height and width that the segmenter is trained at
+        size: Sequence[int],  # height and width that the segmenter is trained at
         seed: int,  # of everything random
         augment: Augment | None = None,  # random transforms; None: none
         wide: bool = False,  # cut the central 4:3 band

@@ -177,7 +177,7 @@ class EnsembleNorm(nn.Module):
 def apply_then_upsample(
     features: Sequence[Tensor],  # (B, C_i, H_i, W_i)
     weight: Tensor,  # (out, D), D the sum of C_i
-    size: tuple[int, int],  # height and width
+    size: Sequence[int],  # height and width
 ) -> Tensor:  # (B, out, H, W)
     """A linear layer on the upsampled stack of the maps, without that stack.
 
@@ -612,7 +612,7 @@ class DatasetGAN:
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #71502622
 def train_on_pairs(
     segmenter: nn.Module,  # trained in place
-    generator: Callable,  # G(z, rng) -> (image, features), whose pictures are labelled
+    generator: Generator,  # G(z, rng) -> (image, features), whose pictures are labelled
     ensemble: PixelEnsemble,  # trained in place
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
@@ -654,8 +654,8 @@ def train_on_pairs(
         of `RunOptions`
     """
     run, device = told(options), choose_device(device)
-    n_classes, size = segmenter.n_classes, (images.shape[2], images.shape[3])
-    labels = _named(run.labels, n_classes)
+    labels, n_classes = _named(run.labels, segmenter.n_classes), segmenter.n_classes
+    size = (images.shape[2], images.shape[3])
     plan = Plan(setting.pairs, seed, size, recipe.wide_crop, "majority", shard_size=100)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     with _folder_or_temporary(folder) as place:

@@ -189,7 +189,7 @@ class PairBatches:
     Parameters
     ----------
     data
-        items (picture, label or probabilities[, weights])
+        a Dataset with a length: items (picture, label or probabilities[, weights])
     recipe
         what the run computes
     seed
@@ -202,7 +202,7 @@ class PairBatches:
 
     def __init__(
         self,
-        data: Dataset,  # items (picture, label or probabilities[, weights])
+        data: Any,  # a Dataset with a length: items (picture, label or probabilities[, weights])
         recipe: DownstreamRecipe,  # what the run computes
         seed: int,  # of everything random
         device: torch.device,  # "cpu", "cuda", "mps", or a torch device
@@ -404,7 +404,7 @@ def check_pairs(data: Any, segmenter: nn.Module, processes: int, batch: int) -> 
 # %% ../../nbs/reference/training/64_downstream.ipynb #ed7f683d
 def downstream_loop(
     segmenter: nn.Module,  # pictures -> logits
-    data: Dataset,  # the pairs
+    data: Any,  # the pairs
     recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
     folder: str | Path | None = None,  # where the files go
@@ -495,7 +495,7 @@ class Downstream:
 def train_downstream(
     segmenter: nn.Module,  # fresh; trained in place (with several processes it gets the result at the end)
     # items (picture, label or probabilities[, weights]): `SyntheticDataset`, `GeneratedPairs`, or any other
-    data: Dataset,
+    data: Any,
     recipe: DownstreamRecipe = DownstreamRecipe(),  # what the run computes
     *,
     folder: str | Path | None = None,  # for checkpoints; a run that was stopped goes on from there

@@ -259,7 +259,7 @@ class FrozenEncoder:
 # %% ../../nbs/reference/training/69_encoders.ipynb #44390ec6
 def encoder_stages(
     state: TrainState,  # networks, optimisers and averages
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     how: Pretraining,  # task, steps, batch and the rest of it

@@ -228,7 +228,7 @@ def descend(
     start: Tensor,  # (B, layers, w_dim)
     plan: Inversion,  # how the descent goes
     wide: bool = False,  # cut the central 4:3 band
-    tick: Callable = lambda: None,  # called after each step
+    tick: Callable[[], Any] = lambda: None,  # called after each step
 ) -> tuple[Tensor, Tensor]:  # points, and the distances of the pictures before each step, (B, steps)
     """Adam from `start`.
 

@@ -95,7 +95,7 @@ RUN_OPTIONS = tuple(field.name for field in dataclasses.fields(RunOptions))
 def check_options(
     options: Mapping[str, Any],  # given by name
     recipe: Any,  # what the run computes
-    function: Callable,  # that was called with them
+    function: Callable[..., Any],  # that was called with them
 ) -> None:
     """Raise `InputError`, with the nearest name, for an option that nobody has; or if the recipe is none.
 

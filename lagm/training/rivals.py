@@ -95,7 +95,7 @@ class Batches:
     def __init__(
         self,
         state: TrainState,  # networks, optimisers and averages
-        generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
         images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
         masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
         seed: int,  # of everything random

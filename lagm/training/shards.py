@@ -166,13 +166,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     annotators: Sequence[nn.Module],  # each: features -> logits
     folder: Path,  # where the files go
     shard: int,  # its number
     plan: Plan,  # what is to be made
     labels: LabelSet,  # what the classes mean
-    tick: Callable = lambda: None,  # called after each picture
+    tick: Callable[[], Any] = lambda: None,  # called after each picture
 ) -> bool:  # False: it is there, or somebody else is at it
     """Make a shard.
 
@@ -225,7 +225,7 @@ def one_thread() -> Iterator[None]:
 def work(
     worker: int,  # the number of this process, from 0
     workers: int,  # how many there are
-    generator: Callable,  # G(z, rng) -> (image, features)
+    generator: Generator,  # G(z, rng) -> (image, features)
     annotators: Sequence[nn.Module],  # each: features -> logits
     folder: Path,  # where the files go
     plan: Plan,  # what is to be made

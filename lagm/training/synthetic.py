@@ -171,8 +171,8 @@ class Pair:
 
 @torch.no_grad()
 def make_pair(
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
-    annotators: Sequence[Callable],  # each: features -> logits (1, C, H, W); asked in eval mode
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    annotators: Sequence[Callable[..., Tensor]],  # each: features -> logits (1, C, H, W); asked in eval mode
     index: int,  # its number, from 0
     plan: Plan = Plan(),  # what is to be made
 ) -> Pair:
@@ -265,7 +265,7 @@ class GeneratedPairs(Dataset[Any]):
 
     def __init__(
         self,
-        generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+        generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
         annotators: Sequence[nn.Module],  # each: features -> logits
         plan: Plan = Plan(),  # what is to be made
         soft: bool = False,  # probabilities instead of labels

@@ -256,7 +256,7 @@ def taught_step(
 # %% ../../nbs/reference/training/66_teachers.ipynb #bd80a8d5
 def taught_stages(
     state: TrainState,  # networks, optimisers and averages
-    generator: Callable,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     teaching: Teaching,  # who teaches, and how
