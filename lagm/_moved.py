@@ -44,6 +44,10 @@ HOMES = {  # old module: the modules that its names are in now
         "evaluation.record",
     "experiments": "experiments.notebooks experiments.running",
     "fetch": "download.fetch download.transfer download.archives",
+}
+
+# %% ../nbs/reference/core/01_moved.ipynb #659a0f6b
+HOMES |= {
     "finishing": "training.finishing",
     "folders": "data.folder data.datasetgan data.label_maps",
     "folds": "evaluation.folds",

@@ -78,48 +78,19 @@ _CGPART_PAGE = "https://www.cs.jhu.edu/~qliu24/CGPart/"
 _STYLEGAN2 = tuple(
     Source(name, f"checkpoints/stylegan2/{file}", "pickle", (address,), page, licence)
     for name, file, address, page, licence in (
-        (
-            "stylegan2-celeba-256",
-            "celeba0-28k-paper256-ada.pkl",
-            "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-celeba-512",
-            "celeba28k-paper512-ada.pkl",
-            "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-aeroplane",
-            "lsunairplane-stylegan2-noaug-13200.pkl",
-            "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
-            _LAGM_PAGE,
-            NOT_STATED,
-        ),
-        (
-            "stylegan2-horse",
-            "stylegan2-horse-config-f.pkl",
-            f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
-            "https://github.com/NVlabs/stylegan2",
-            NVIDIA,
-        ),
-        (
-            "stylegan2-car",
-            "stylegan2-car-config-f.pkl",
-            f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
-            "https://github.com/NVlabs/stylegan2",
-            NVIDIA,
-        ),
-        (
-            "stylegan2-cat",
-            "lsuncat200k-paper256-ada.pkl",
-            f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
-            "https://github.com/NVlabs/stylegan2-ada",
-            NVIDIA,
-        ),
+        ("stylegan2-celeba-256", "celeba0-28k-paper256-ada.pkl", "drive:1fdJxvJTUrazDShk17oY0I3kVf_bPLp2e",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-celeba-512", "celeba28k-paper512-ada.pkl", "drive:1g6IhvUFXf3qtdnLdoC9f4Bs19KNeoIqI",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-aeroplane", "lsunairplane-stylegan2-noaug-13200.pkl", "drive:1wO3vRuuhAju2YYuYWDFuXvNDmWBGpluw",
+         _LAGM_PAGE, NOT_STATED),
+        ("stylegan2-horse", "stylegan2-horse-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-horse-config-f.pkl",
+         "https://github.com/NVlabs/stylegan2", NVIDIA),
+        ("stylegan2-car", "stylegan2-car-config-f.pkl", f"{_CDN}/stylegan2/networks/stylegan2-car-config-f.pkl",
+         "https://github.com/NVlabs/stylegan2", NVIDIA),
+        ("stylegan2-cat", "lsuncat200k-paper256-ada.pkl",
+         f"{_CDN}/stylegan2-ada/pretrained/paper-fig7c-training-set-sweeps/lsuncat200k-paper256-ada.pkl",
+         "https://github.com/NVlabs/stylegan2-ada", NVIDIA),
     )
 )
 

@@ -43,7 +43,7 @@ def _compare(segmenter: nn.Module, run: Any, size: tuple[int, int], path: str | 
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #f68968a9
 def export_program(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # the network
     path: str | Path,  # ends in .pt2
     size: tuple[int, int],  # height and width
 ) -> float:  # largest difference of the logits, relative to the largest logit
@@ -53,6 +53,8 @@ def export_program(
 
     Parameters
     ----------
+    segmenter
+        the network
     path
         ends in .pt2
     size
@@ -73,7 +75,7 @@ def export_program(
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #77604f6d
 def export_onnx(
-    segmenter: nn.Module,
+    segmenter: nn.Module,  # the network
     path: str | Path,  # ends in .onnx
     size: tuple[int, int],  # height and width
 ) -> float:  # largest difference of the logits, relative to the largest logit
@@ -83,6 +85,8 @@ def export_onnx(
 
     Parameters
     ----------
+    segmenter
+        the network
     path
         ends in .onnx
     size
@@ -144,11 +148,11 @@ def _metrics(report: dict[str, Any], tested_on: str) -> list[str]:
 def write_model_card(
     path: str | Path,  # a Markdown file
     checkpoint: str | Path,  # of `save_segmenter`
-    title: str,
+    title: str,  # first line of the card
     intended: str,  # what it is for, and what not
-    licence: str,
+    licence: str,  # of the weights
     report: dict[str, Any] | None = None,  # of `evaluate_checkpoint`
-    tested_on: str = "the test pictures",
+    tested_on: str = "the test pictures",  # what the report was made of, in words
 ) -> None:
     """Describe a segmenter file: classes, palette, size, provenance, metrics. `InputError` if it is no file of ours.
 
@@ -158,10 +162,16 @@ def write_model_card(
         a Markdown file
     checkpoint
         of `save_segmenter`
+    title
+        first line of the card
     intended
         what it is for, and what not
+    licence
+        of the weights
     report
         of `evaluate_checkpoint`
+    tested_on
+        what the report was made of, in words
     """
     segmenter, header = load_segmenter(checkpoint)
     lines = [f"# {title}", "", intended, "", *_facts(Path(checkpoint).name, header, segmenter, licence)]

@@ -42,17 +42,21 @@ from ..training.recipe import Recipe, get_recipe
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #1e48307b
 def read_labelled(
-    dataset: str,
+    dataset: str,  # as in a parameter file
     k: int,  # how many; 0: all
-    seed: int = 0,
+    seed: int = 0,  # chooses the pictures, where the dataset leaves a choice
     **where: Any,  # of `open_dataset`: data, labels, size, models
 ) -> tuple[Tensor, Tensor, LabelSet, list]:  # images (k, 3, H, W), masks (k, H, W), label set, what was chosen
     """The labelled pictures of an experiment; `InputError` if there are none.
 
     Parameters
     ----------
+    dataset
+        as in a parameter file
     k
         how many; 0: all
+    seed
+        chooses the pictures, where the dataset leaves a choice
     **where
         of `open_dataset`: data, labels, size, models
 
@@ -72,8 +76,8 @@ def read_labelled(
 
 
 def read_split(
-    dataset: str,
-    split: str,
+    dataset: str,  # as in a parameter file
+    split: str,  # train, val or test
     pictures: int = 0,  # only the first so many; 0: all
     **where: Any,  # of `open_dataset`: data, labels, size
 ) -> tuple[Tensor, Tensor, LabelSet]:  # images (n, 3, H, W), masks (n, H, W), label set
@@ -81,6 +85,10 @@ def read_split(
 
     Parameters
     ----------
+    dataset
+        as in a parameter file
+    split
+        train, val or test
     pictures
         only the first so many; 0: all
     **where
@@ -96,18 +104,27 @@ def read_split(
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #88a00001
 def has_validation(
-    dataset: str,
-    split: str,
-    data: str | Path = "data",
+    dataset: str,  # as in a parameter file
+    split: str,  # empty: none is wanted
+    data: str | Path = "data",  # folder of the datasets
 ) -> bool:
     """Whether a run has pictures to look at: not if its split is empty, or the dataset's entry says that it is
     absent.
+
+    Parameters
+    ----------
+    dataset
+        as in a parameter file
+    split
+        empty: none is wanted
+    data
+        folder of the datasets
     """
     return bool(split) and dataset_entry(dataset)[0].has_split(Path(data), split)
 
 
 def read_validation(
-    dataset: str,
+    dataset: str,  # as in a parameter file
     split: str,  # empty: none
     pictures: int = 0,  # only the first so many; 0: all
     **where: Any,  # of `open_dataset`: data, labels, size
@@ -116,6 +133,8 @@ def read_validation(
 
     Parameters
     ----------
+    dataset
+        as in a parameter file
     split
         empty: none
     pictures
@@ -135,13 +154,15 @@ def read_validation(
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #620288a8
 def splits_of(
-    stage: str,
+    stage: str,  # annotate, evaluate ...
     parameters: Mapping[str, Any],  # of a run
 ) -> list[dict[str, Any]]:  # arguments of `open_dataset`
     """The datasets that a run will open; `InputError` if there is none of its name.
 
     Parameters
     ----------
+    stage
+        annotate, evaluate ...
     parameters
         of a run
 
@@ -165,14 +186,18 @@ def splits_of(
 
 
 def split_problems(
-    stage: str,
-    parameters: Mapping[str, Any],
+    stage: str,  # annotate, evaluate ...
+    parameters: Mapping[str, Any],  # of the run
     root: str | Path = ".",  # what relative paths start from
 ) -> list[str]:  # a line each
     """What the readers of a run's datasets complain of.
 
     Parameters
     ----------
+    stage
+        annotate, evaluate ...
+    parameters
+        of the run
     root
         what relative paths start from
 
@@ -198,9 +223,9 @@ def split_problems(
 def open_generator(
     generator: str = "",  # a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
     avg_latent: str = "",  # file of the mean style, for StyleGAN1 files
-    psi: float = 0.7,
+    psi: float = 0.7,  # truncation, 0 to 2; 1: none
     cutoff: int = 8,  # style vectors that are truncated; 0: all
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
     label: int | None = None,  # which class a generator of several draws, counted from 0
 ) -> FrozenGenerator:
     """The generator of a run.
@@ -211,8 +236,12 @@ def open_generator(
         a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
     avg_latent
         file of the mean style, for StyleGAN1 files
+    psi
+        truncation, 0 to 2; 1: none
     cutoff
         style vectors that are truncated; 0: all
+    device
+        cpu, cuda, cuda:N or mps
     label
         which class a generator of several draws, counted from 0
     """
@@ -220,8 +249,16 @@ def open_generator(
     return load_generator(generator or None, sampling, device=device, avg_latent=avg_latent or None, label=label)
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #88a00005
-def resize_policy(dataset: str) -> str:
-    """How a dataset brings its pictures to the size of a run, for the files of networks that were trained on it."""
+def resize_policy(
+    dataset: str,  # as in a parameter file
+) -> str:
+    """How a dataset brings its pictures to the size of a run, for the files of networks that were trained on it.
+
+    Parameters
+    ----------
+    dataset
+        as in a parameter file
+    """
     return dataset_entry(dataset)[0].policy
 
 
@@ -248,16 +285,24 @@ def segmenter_arguments(
 
 
 def new_segmenter(
-    segmenter: str,
-    n_classes: int,
-    width: int = 64,
-    levels: int = 4,
+    segmenter: str,  # unet, deeplabv3 or package.module:Class
+    n_classes: int,  # number of classes
+    width: int = 64,  # channels of the U-Net's first layer
+    levels: int = 4,  # of the U-Net
     backbone: str = "none",  # of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
 ) -> nn.Module:
     """A fresh segmenter; its random weights depend on torch's seed.
 
     Parameters
     ----------
+    segmenter
+        unet, deeplabv3 or package.module:Class
+    n_classes
+        number of classes
+    width
+        channels of the U-Net's first layer
+    levels
+        of the U-Net
     backbone
         of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
     """
@@ -266,7 +311,7 @@ def new_segmenter(
 # %% ../../nbs/reference/experiments/88_stages.ipynb #0507a831
 def make_recipe(
     recipe: str,  # "paper" or "fast"
-    iterations: int,
+    iterations: int,  # alternating steps, 1 or more
     warm_up: int = 0,  # steps of each warm start, if the recipe has them
     # other fields of `lagm.training.recipe.Recipe`; numbers may be text, as YAML reads 1e-4
     changes: Mapping[str, Any] | None = None,
@@ -277,6 +322,8 @@ def make_recipe(
     ----------
     recipe
         "paper" or "fast"
+    iterations
+        alternating steps, 1 or more
     warm_up
         steps of each warm start, if the recipe has them
     changes
@@ -288,8 +335,16 @@ def make_recipe(
     return get_recipe(recipe, **(steps | dict(changes or {})))
 
 
-def without_finish(recipe: Recipe) -> Recipe:
-    """The same recipe up to its finish."""
+def without_finish(
+    recipe: Recipe,  # any
+) -> Recipe:
+    """The same recipe up to its finish.
+
+    Parameters
+    ----------
+    recipe
+        any
+    """
     return dataclasses.replace(recipe, finish=0.0)
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #88b00002
@@ -336,7 +391,7 @@ def name_problems(
 # %% ../../nbs/reference/experiments/88_stages.ipynb #54acb032
 def load_networks(
     path: str | Path,  # a file of `lagm.models.saved`, or the authors' network-snapshot-*.pkl or segmentator-*.pth
-    n_classes: int | None = None,
+    n_classes: int | None = None,  # None: the file's own
     wanted: str = "annotator",  # or "segmenter": what must be in it
 ) -> Results:  # in eval mode
     """The networks in a file; `InputError` if the wanted one is not there.
@@ -345,6 +400,8 @@ def load_networks(
     ----------
     path
         a file of `lagm.models.saved`, or the authors' network-snapshot-*.pkl or segmentator-*.pth
+    n_classes
+        None: the file's own
     wanted
         or "segmenter": what must be in it
 
@@ -358,25 +415,46 @@ def load_networks(
     return results
 
 
-def load_any_segmenter(path: str | Path, n_classes: int) -> nn.Module:
-    """The segmenter in a file of any kind, in eval mode; `InputError` if it has another number of classes."""
+def load_any_segmenter(
+    path: str | Path,  # ours or the authors'
+    n_classes: int,  # number of classes
+) -> nn.Module:
+    """The segmenter in a file of any kind, in eval mode; `InputError` if it has another number of classes.
+
+    Parameters
+    ----------
+    path
+        ours or the authors'
+    n_classes
+        number of classes
+    """
     return load_networks(path, n_classes, "segmenter").segmenter
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #4c83330a
 def hasty_networks(
-    generator: FrozenGenerator,
+    generator: FrozenGenerator,  # frozen
     images: Tensor,  # labelled pictures
-    masks: Tensor,
-    n_classes: int,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    masks: Tensor,  # their labels
+    n_classes: int,  # number of classes
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> Results:  # in eval mode; good for nothing
     """A small annotator and U-Net after two steps of everything.
 
     Parameters
     ----------
+    generator
+        frozen
     images
         labelled pictures
+    masks
+        their labels
+    n_classes
+        number of classes
+    seed
+        of everything random
+    device
+        cpu, cuda, cuda:N or mps
 
     Returns
     -------
@@ -395,8 +473,8 @@ def hasty_networks(
 # %% ../../nbs/reference/experiments/88_stages.ipynb #27caf7c7
 def restore_best(
     checkpoint: str | Path,  # the checkpoint that the training was given
-    annotator: nn.Module,
-    segmenter: nn.Module,
+    annotator: nn.Module,  # gets the weights
+    segmenter: nn.Module,  # gets the weights
 ) -> int | None:  # its step; None: there is no best one, and nothing was changed
     """Put the weights of the best state on the validation set into the networks.
 
@@ -404,6 +482,10 @@ def restore_best(
     ----------
     checkpoint
         the checkpoint that the training was given
+    annotator
+        gets the weights
+    segmenter
+        gets the weights
 
     Returns
     -------
@@ -442,9 +524,9 @@ def simple_values(
 
 
 def write_metrics(
-    folder: str | Path,
-    stage: str,
-    parameters: Mapping[str, Any],
+    folder: str | Path,  # of the results
+    stage: str,  # annotate, evaluate ...
+    parameters: Mapping[str, Any],  # of `simple_values`
     summary: Sequence[str],  # lines for people
     metrics: Mapping[str, Any],  # method -> Metrics, or a dict
     seconds: float,  # of the whole run
@@ -454,6 +536,12 @@ def write_metrics(
 
     Parameters
     ----------
+    folder
+        of the results
+    stage
+        annotate, evaluate ...
+    parameters
+        of `simple_values`
     summary
         lines for people
     metrics

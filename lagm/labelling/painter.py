@@ -47,7 +47,7 @@ def open_album(
 
 # %% ../../nbs/reference/labelling/82_painter.ipynb #cd03f571
 def answer(
-    desk: Desk,
+    desk: Desk,  # what answers
     content: Mapping[str, Any],  # {"ask": number, "kind": ..., and what the kind needs}
     buffers: Sequence[Any] = (),  # of the message
 ) -> tuple[dict[str, Any], list[bytes]]:  # content and buffers of the answer
@@ -55,6 +55,8 @@ def answer(
 
     Parameters
     ----------
+    desk
+        what answers
     content
         {"ask": number, "kind": ..., and what the kind needs}
     buffers
