@@ -108,13 +108,15 @@ MAX_TEXT = 256 * 2**20  # bytes; annotations of a large data set are tens of meg
 
 
 def decode_text(
-    content: bytes,
+    content: bytes,  # of a file
     name: str | Path = "the text",  # for the error message
 ) -> str:
     """Bytes as text: UTF-8, with or without a byte order mark, or UTF-16 with one. `InputError` for anything else.
 
     Parameters
     ----------
+    content
+        of a file
     name
         for the error message
     """
@@ -126,13 +128,15 @@ def decode_text(
 
 
 def read_text(
-    path: str | Path,
+    path: str | Path,  # of the file
     most: int = MAX_TEXT,  # bytes; a larger file is refused before it is read
 ) -> str:  # line ends as in the file
     """Read a text file, whoever saved it; `InputError` if it is missing, no text, or larger than `most`.
 
     Parameters
     ----------
+    path
+        of the file
     most
         bytes; a larger file is refused before it is read
 
@@ -151,13 +155,15 @@ def read_text(
 
 
 def read_lines(
-    path: str | Path,
+    path: str | Path,  # of the file
     most: int = MAX_TEXT,  # bytes, as in `read_text`
 ) -> list[str]:  # without blank lines, and without spaces at the ends
     """The lines of a list, whatever system's line ends it has; `InputError` as `read_text`.
 
     Parameters
     ----------
+    path
+        of the file
     most
         bytes, as in `read_text`
 
@@ -171,13 +177,15 @@ def read_lines(
 
 # %% ../../nbs/reference/core/02_files.ipynb #82cf2fe0
 def inside(
-    folder: str | Path,
+    folder: str | Path,  # that the path must stay in
     name: str,  # from a file: a relative path with / (or \, from Windows)
 ) -> Path:  # `folder` / `name`
     """A path below a folder; `InputError` if the name is absolute, empty, or leads out of the folder.
 
     Parameters
     ----------
+    folder
+        that the path must stay in
     name
         from a file: a relative path with / (or \\, from Windows)
 
@@ -206,9 +214,14 @@ def as_plain(value: Any) -> Any:
 
 # %% ../../nbs/reference/core/02_files.ipynb #4ee314cb
 def checksum(
-    path: str | Path,
+    path: str | Path,  # of the file
 ) -> str:  # 64 hexadecimal digits
     """SHA-256 of a file.
+
+    Parameters
+    ----------
+    path
+        of the file
 
     Returns
     -------
@@ -254,13 +267,15 @@ def write_json(
 
 # %% ../../nbs/reference/core/02_files.ipynb #68a0fca2
 def parse_json(
-    text: str,
+    text: str,  # the whole content of a file
     name: str | Path = "the text",  # for the error message
 ) -> Any:
     """The content of a JSON text; `InputError` if it is none, or is nested too deeply.
 
     Parameters
     ----------
+    text
+        the whole content of a file
     name
         for the error message
     """
@@ -289,9 +304,14 @@ def read_json(
 
 # %% ../../nbs/reference/core/02_files.ipynb #7a3be101
 def read_yaml(
-    path: str | Path,
+    path: str | Path,  # of the file
 ) -> Any:  # dictionaries, lists, text, numbers, None
     """The content of a YAML file, plain values only; `InputError` if it is missing or not YAML.
+
+    Parameters
+    ----------
+    path
+        of the file
 
     Returns
     -------

@@ -283,7 +283,7 @@ ACTIONS: dict[str, Callable | None] = {
 
 def read_pickle(
     data: memoryview | bytes,  # a pickle, of protocol 2 to 5
-    budget: Budget | None = None,
+    budget: Budget | None = None,  # what reading may cost
 ) -> Any:  # plain data, Records, LazyTensors and LazyArrays
     """What a pickle holds. Raises `Unreadable`.
 
@@ -291,6 +291,8 @@ def read_pickle(
     ----------
     data
         a pickle, of protocol 2 to 5
+    budget
+        what reading may cost
 
     Returns
     -------

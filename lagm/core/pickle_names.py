@@ -33,9 +33,15 @@ from lagm.core.pickle_records import (
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #fb5a656a
 class Spender(Protocol):
-    """Who makes the data, and has a budget for it."""
+    """Who makes the data, and has a budget for it.
 
-    budget: Budget
+    Attributes
+    ----------
+    budget
+        what reading may cost
+    """
+
+    budget: Budget  # what reading may cost
 
 
 def checked_key(key: Any) -> Any:

@@ -46,11 +46,16 @@ def quoted(value: Any) -> str:
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #eed2070b
 @contextlib.contextmanager
 def reading(
-    path: str | Path,
+    path: str | Path,  # of the file
 ) -> Iterator[memoryview]:  # the file's bytes, mapped, so that only what is looked at is read
     """Open a file for the readers below.
 
     Whatever goes wrong inside becomes one `InputError` naming the file, the reason and the remedy.
+
+    Parameters
+    ----------
+    path
+        of the file
 
     Yields
     ------

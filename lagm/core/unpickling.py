@@ -167,7 +167,7 @@ def _groups(module: Any, depth: int) -> tuple[dict, dict, dict]:
 # %% ../../nbs/reference/core/25_unpickling.ipynb #76660cb5
 def module_tensors(
     record: Record,  # a network
-    prefix: str = "",
+    prefix: str = "",  # in front of all names
 ) -> dict[str, LazyTensor]:  # as its state dict would name them
     """Parameters and buffers of a module and its children. Raises `Unreadable` if it is not built like a module.
 
@@ -175,6 +175,8 @@ def module_tensors(
     ----------
     record
         a network
+    prefix
+        in front of all names
 
     Returns
     -------

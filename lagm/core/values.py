@@ -24,7 +24,7 @@ _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str:
 
 
 def plain_value(
-    value: Any,
+    value: Any,  # of a file or a person
     kind: type,  # bool, int, float or str
     what: str,  # for the error message, e.g. "recipe: steps"
 ) -> Any:
@@ -34,6 +34,8 @@ def plain_value(
 
     Parameters
     ----------
+    value
+        of a file or a person
     kind
         bool, int, float or str
     what

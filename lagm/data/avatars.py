@@ -104,9 +104,15 @@ def load_definition(
 
 # %% ../../nbs/reference/data/12_avatars.ipynb #54880875
 def hex_to_rgb(
-    colour: str,
+    colour: str,  # e.g. "#ff8800"
 ) -> tuple[int, int, int]:
-    """'#rrggbb' to three integers 0..255."""
+    """'#rrggbb' to three integers 0..255.
+
+    Parameters
+    ----------
+    colour
+        e.g. "#ff8800"
+    """
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return red, green, blue
 

@@ -28,8 +28,12 @@ class PartDataset(Labelled, VisionDataset):
 
     Parameters
     ----------
+    root
+        the folder that holds the files
     names
         one per item, in order
+    labels
+        names and colours of the classes
     size
         (width, height); None: as stored
     transforms
@@ -40,9 +44,9 @@ class PartDataset(Labelled, VisionDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path,  # the folder that holds the files
         names: Sequence[str],  # one per item, in order
-        labels: LabelSet,
+        labels: LabelSet,  # names and colours of the classes
         size: Sequence[int] | None = None,  # (width, height); None: as stored
         transforms: Callable | None = None,  # (image, mask) -> (image, mask)
         k: int | None = None,  # only the first k items
@@ -73,7 +77,7 @@ class PartDataset(Labelled, VisionDataset):
 
 # %% ../../nbs/reference/data/14_base.ipynb #76c93c30
 def need_path(
-    path: Path,
+    path: Path,  # of a file or folder
     what: str,  # what it is, for the message: "the masks of CelebAMask-HQ"
     layout: str,  # where the files of the data set should be
     remedy: str,  # a command, or a page
@@ -82,6 +86,8 @@ def need_path(
 
     Parameters
     ----------
+    path
+        of a file or folder
     what
         what it is, for the message: "the masks of CelebAMask-HQ"
     layout

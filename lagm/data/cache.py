@@ -45,9 +45,14 @@ def pack(
 
 
 def unpack(
-    packed: dict[str, Tensor],
+    packed: dict[str, Tensor],  # what `pack` made
 ) -> tuple[Tensor, Tensor]:  # new tensors: changing them does not change the cache
     """The inverse of `pack`.
+
+    Parameters
+    ----------
+    packed
+        what `pack` made
 
     Returns
     -------

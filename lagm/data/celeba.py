@@ -52,13 +52,15 @@ CELEBA_SPLITS = {
 
 
 def celeba_numbers(
-    root: str | Path,
+    root: str | Path,  # holds CelebAMask-HQ/
     split: str,  # a key of CELEBA_SPLITS
 ) -> list[str]:  # picture numbers, in order
     """The pictures of a split: `celeba_split/<split>.txt` if there is one, else the official range.
 
     Parameters
     ----------
+    root
+        holds CelebAMask-HQ/
     split
         a key of CELEBA_SPLITS
 
@@ -78,7 +80,7 @@ def celeba_numbers(
 def part_files(
     folder: Path,  # CelebAMask-HQ-mask-anno
     name: str,  # of a picture: its number
-    remedy: str,
+    remedy: str,  # what to do if there is none, for the message
 ) -> list[tuple[int, Path]]:
     """Class number (of the nineteen) and file of each part that a picture has; `InputError` if it has none.
 
@@ -88,6 +90,8 @@ def part_files(
         CelebAMask-HQ-mask-anno
     name
         of a picture: its number
+    remedy
+        what to do if there is none, for the message
     """
     number = int(name)
     below = folder / str(number // 2000)
@@ -119,6 +123,8 @@ class CelebAMaskHQ(PartDataset):
         or "celebA_19"
     size
         (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
     k
         only the first k
     """
@@ -133,7 +139,7 @@ class CelebAMaskHQ(PartDataset):
         split: str = "train",  # train, val, test or unlabelled
         labels: str = "celebA_8",  # or "celebA_19"
         size: Sequence[int] | None = (256, 256),  # (width, height)
-        transforms: Callable | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
         k: int | None = None,  # only the first k
     ):
         self.split = choose_split(split, tuple(CELEBA_SPLITS), "CelebAMask-HQ")

@@ -33,7 +33,7 @@ CGPART_MODELS = {
 def choose_subset(
     n: int,  # how many there are
     length: int | None,  # how many to take; None: all
-    seed: int,
+    seed: int,  # another seed, another choice
 ) -> list[int]:  # in ascending order
     """A random subset that depends on the seed alone; `InputError` if there are not enough.
 
@@ -43,6 +43,8 @@ def choose_subset(
         how many there are
     length
         how many to take; None: all
+    seed
+        another seed, another choice
 
     Returns
     -------
@@ -62,10 +64,10 @@ def choose_object(object_class: str) -> str:
 
 def rendered_files(
     folder: Path,  # CGPart_render/car, with image/ and seg/
-    object_class: str,
+    object_class: str,  # car, for instance
     models: Sequence[str] | None,  # names of CGPART_MODELS, or of folders; None: all that are there
-    layout: str,
-    remedy: str,
+    layout: str,  # what is expected, for the message
+    remedy: str,  # what to do, for the message
 ) -> list[str]:  # names below image/ and seg/
     """The rendered pictures of some models; `InputError` if there is no such folder, or no picture in it.
 
@@ -73,8 +75,14 @@ def rendered_files(
     ----------
     folder
         CGPart_render/car, with image/ and seg/
+    object_class
+        car, for instance
     models
         names of CGPART_MODELS, or of folders; None: all that are there
+    layout
+        what is expected, for the message
+    remedy
+        what to do, for the message
 
     Returns
     -------
@@ -108,6 +116,8 @@ class CGPartRendered(PartDataset):
         None: all classes; or "CGPart_car_simplified_v0" (15), "..._v1" (10), "CGPart_aeroplane_simplified_v0" (7)
     size
         (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
     length
         a random subset of so many pictures
     seed
@@ -125,7 +135,7 @@ class CGPartRendered(PartDataset):
         # None: all classes; or "CGPart_car_simplified_v0" (15), "..._v1" (10), "CGPart_aeroplane_simplified_v0" (7)
         labels: str | None = None,
         size: Sequence[int] | None = (256, 192),  # (width, height)
-        transforms: Callable | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
         length: int | None = None,  # a random subset of so many pictures
         seed: int = 0,  # of that choice
     ):
@@ -150,7 +160,7 @@ class CGPartRendered(PartDataset):
 # %% ../../nbs/reference/data/14_cgpart.ipynb #e1b661f1
 def short_side_size(
     size: tuple[int, int],  # (width, height)
-    short_side: int,
+    short_side: int,  # its new length, in pixels
 ) -> tuple[int, int]:  # (width, height): the shorter is short_side, the longer truncated
     """The size of a picture whose shorter side becomes `short_side`.
 
@@ -158,6 +168,8 @@ def short_side_size(
     ----------
     size
         (width, height)
+    short_side
+        its new length, in pixels
 
     Returns
     -------
@@ -184,6 +196,10 @@ class CGPartReal(PartDataset):
         as for `CGPartRendered`
     short_side
         pixels of the shorter side; None: as stored
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
     """
 
     layout = ("CGPart_real/Images/{object}_imagenet_cropped/ID.JPEG, "
@@ -198,8 +214,8 @@ class CGPartReal(PartDataset):
         split: str = "val",  # what Image_sets has, e.g. train, val, test
         labels: str | None = None,  # as for `CGPartRendered`
         short_side: int | None = 192,  # pixels of the shorter side; None: as stored
-        transforms: Callable | None = None,
-        k: int | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
+        k: int | None = None,  # only the first k; None: all
     ):
         self.object_class, self.split = choose_object(object_class), split
         check_size(short_side)

@@ -143,6 +143,10 @@ class DatasetGAN(PartDataset):
         None: all classes; "dg_car_12" (cars), "celebA_8" (faces)
     size
         (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
     clean
         remove specks, as training and its test do; the five-fold evaluation does not
     """
@@ -154,8 +158,8 @@ class DatasetGAN(PartDataset):
         split: str = "train",  # train or test
         labels: str | None = None,  # None: all classes; "dg_car_12" (cars), "celebA_8" (faces)
         size: Sequence[int] | None = (256, 256),  # (width, height)
-        transforms: Callable | None = None,
-        k: int | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
+        k: int | None = None,  # only the first k; None: all
         clean: bool = True,  # remove specks, as training and its test do; the five-fold evaluation does not
     ):
         self.object_class, self.split, self.clean = object_class, split, clean

@@ -169,8 +169,8 @@ def avatar_svg(
 
 
 def draw_svg(
-    recipe: AvatarRecipe,
-    seed: int,
+    recipe: AvatarRecipe,  # the style and its changes
+    seed: int,  # decides the face
     choice: Mapping[str, str],  # component -> variant, in place of what the seed chooses
     flat: bool = False,  # as in `avatar_svg`
     layers: int | None = None,  # as in `avatar_svg`
@@ -179,6 +179,10 @@ def draw_svg(
 
     Parameters
     ----------
+    recipe
+        the style and its changes
+    seed
+        decides the face
     choice
         component -> variant, in place of what the seed chooses
     flat

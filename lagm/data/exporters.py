@@ -49,9 +49,9 @@ def rle_decode(code: Mapping[str, Sequence[int]]) -> np.ndarray:  # (H, W) bool
 # %% ../../nbs/reference/data/15_exporters.ipynb #c0e5a708
 def coco_annotations(
     mask: np.ndarray,  # (H, W) class indices
-    image_id: int,
+    image_id: int,  # of the picture, in the file
     first_id: int,  # of the annotations
-    n_classes: int,
+    n_classes: int,  # the background included
 ) -> list[dict[str, Any]]:
     """One annotation for each class but the background that the mask shows.
 
@@ -61,8 +61,12 @@ def coco_annotations(
     ----------
     mask
         (H, W) class indices
+    image_id
+        of the picture, in the file
     first_id
         of the annotations
+    n_classes
+        the background included
     """
     found = []
     for c in range(1, n_classes):

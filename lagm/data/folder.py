@@ -38,7 +38,7 @@ LAYOUT = "images/NAME.jpg (or .png ...), masks/NAME.png, classes.txt with one cl
 
 def read_classes(
     path: str | Path,  # classes.txt: one name a line; a colour like #ff8800 may follow after a tab
-    name: str = "classes",
+    name: str = "classes",  # of the label set
 ) -> LabelSet:
     """The label set of a classes.txt; `InputError` if it is missing, empty, or repeats a name.
 
@@ -46,6 +46,8 @@ def read_classes(
     ----------
     path
         classes.txt: one name a line; a colour like #ff8800 may follow after a tab
+    name
+        of the label set
     """
     try: rows = [line.split("\t") for line in read_lines(path)]
     except InputError as error:
@@ -163,6 +165,8 @@ class Folder(PartDataset):
         None: from classes.txt
     size
         (width, height); None: as they are
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
     k
         only the first k
     """
@@ -174,7 +178,7 @@ class Folder(PartDataset):
         split: str | None = None,
         labels: LabelSet | None = None,  # None: from classes.txt
         size: Sequence[int] | None = None,  # (width, height); None: as they are
-        transforms: Callable | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
         k: int | None = None,  # only the first k
     ):
         root = Path(root)
@@ -211,7 +215,7 @@ def save_folder(
     names: Sequence[str],  # stems of the files
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor | None,  # (n, H, W) class numbers, 255 = no label; None: unlabelled pictures
-    labels: LabelSet,
+    labels: LabelSet,  # names and colours of the classes
 ) -> Path:  # root
     """Write pictures, as PNG, in the layout that `Folder` reads.
 
@@ -225,6 +229,8 @@ def save_folder(
         (n, 3, H, W) in [-1, 1]
     masks
         (n, H, W) class numbers, 255 = no label; None: unlabelled pictures
+    labels
+        names and colours of the classes
 
     Returns
     -------

@@ -56,9 +56,15 @@ def describe_bytes(
 
 
 def describe_file(
-    path: str | Path,
+    path: str | Path,  # of the file
 ) -> str:
-    """What the file at `path` seems to be."""
+    """What the file at `path` seems to be.
+
+    Parameters
+    ----------
+    path
+        of the file
+    """
     try:
         with open(path, "rb") as file: return describe_bytes(file.read(512))
     except OSError as error: return f"unreadable ({error.strerror})"
@@ -128,13 +134,15 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image
 
 
 def open_picture(
-    path: str | Path,
+    path: str | Path,  # of the file
     max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # decoded, its mode as stored
     """Open and decode a picture file; `InputError` if it is missing, no picture, damaged, cut off or too large.
 
     Parameters
     ----------
+    path
+        of the file
     max_pixels
         larger pictures are refused before they are decoded
 
@@ -149,7 +157,7 @@ def open_picture(
 def decode_picture(
     content: bytes,  # of a picture file
     name: str | Path = "the picture",  # for the error message
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # decoded, its mode as stored
     """As `open_picture`, from bytes that lie in another file, such as an archive.
 
@@ -159,6 +167,8 @@ def decode_picture(
         of a picture file
     name
         for the error message
+    max_pixels
+        larger pictures are refused before they are decoded
 
     Returns
     -------
@@ -169,7 +179,7 @@ def decode_picture(
 
 # %% ../../nbs/reference/data/13_images.ipynb #6285ebb9
 def to_rgb(
-    image: Image.Image,
+    image: Image.Image,  # of any mode
     name: str | Path = "the picture",  # for the error message
     # shown through transparent pixels; None: the stored colours, alpha dropped
     background: tuple[int, int, int] | None = None,
@@ -178,6 +188,8 @@ def to_rgb(
 
     Parameters
     ----------
+    image
+        of any mode
     name
         for the error message
     background
@@ -207,19 +219,23 @@ _TURNS = {  # EXIF orientation -> what makes the picture upright
 
 
 def read_image(
-    path: str | Path,
+    path: str | Path,  # of the file
     upright: bool = False,  # turn the picture as its EXIF header says
     background: tuple[int, int, int] | None = None,  # as in `to_rgb`
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # RGB
     """Read a picture as 8-bit RGB; `InputError` if that cannot be done.
 
     Parameters
     ----------
+    path
+        of the file
     upright
         turn the picture as its EXIF header says
     background
         as in `to_rgb`
+    max_pixels
+        larger pictures are refused before they are decoded
 
     Returns
     -------
@@ -257,19 +273,23 @@ def _single_channel(image: Image.Image, path: Path) -> np.ndarray:
 
 # %% ../../nbs/reference/data/13_images.ipynb #592796f5
 def read_mask(
-    path: str | Path,
+    path: str | Path,  # of the file
     n_classes: int | None = None,  # values from here on, 255 excepted, are an error; None: any value 0..255
     colours: Mapping[tuple[int, int, int], int] | None = None,  # for coloured masks: colour -> class
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> np.ndarray:  # (H, W) uint8
     """Read a mask as class numbers; `InputError` if it cannot be, if it is a JPEG, or if a number is no class.
 
     Parameters
     ----------
+    path
+        of the file
     n_classes
         values from here on, 255 excepted, are an error; None: any value 0..255
     colours
         for coloured masks: colour -> class
+    max_pixels
+        larger pictures are refused before they are decoded
 
     Returns
     -------
@@ -390,18 +410,24 @@ def _same_shape(size: tuple[int, int], mask: np.ndarray, scaled: bool) -> bool:
 
 
 def check_same_shape(
-    image: Image.Image,
+    image: Image.Image,  # the picture
     mask: np.ndarray,  # (H, W)
-    image_name: str | Path,
-    mask_name: str | Path,
+    image_name: str | Path,  # for the error message
+    mask_name: str | Path,  # for the error message
     scaled: bool = False,  # allow other resolutions of the same shape (up to a pixel)
 ) -> None:
     """Raise `InputError` unless image and mask have the same size, or the same proportions if `scaled`.
 
     Parameters
     ----------
+    image
+        the picture
     mask
         (H, W)
+    image_name
+        for the error message
+    mask_name
+        for the error message
     scaled
         allow other resolutions of the same shape (up to a pixel)
     """
@@ -536,7 +562,7 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def list_files(
-    folder: str | Path,
+    folder: str | Path,  # looked through with all folders below it
     suffixes: Collection[str] = IMAGE_SUFFIXES,  # lower case; the files' may be of any case
 ) -> tuple[list[Path], set[str]]:  # the files, sorted; the real paths of the folders they are in
     """The files with one of the suffixes in a folder and below, through links too.
@@ -545,6 +571,8 @@ def list_files(
 
     Parameters
     ----------
+    folder
+        looked through with all folders below it
     suffixes
         lower case; the files' may be of any case
 
@@ -578,7 +606,7 @@ def list_files(
 
 # %% ../../nbs/reference/data/13_images.ipynb #418f2d24
 def by_name(
-    paths: Sequence[Path],
+    paths: Sequence[Path],  # of the files
     folder: str | Path,  # that they are in
     what: str = "two pictures of one name",  # for the error message
 ) -> dict[str, Path]:  # path below the folder, with /, without suffix, in one spelling -> file
@@ -586,6 +614,8 @@ def by_name(
 
     Parameters
     ----------
+    paths
+        of the files
     folder
         that they are in
     what

@@ -36,6 +36,8 @@ class Imported:
 
     Attributes
     ----------
+    root
+        the folder that was made
     names
         pictures with masks
     unlabelled
@@ -45,7 +47,7 @@ class Imported:
     notes
         what else there is to say
     """
-    root: Path
+    root: Path  # the folder that was made
     names: list[str] = field(default_factory=list)  # pictures with masks
     unlabelled: list[str] = field(default_factory=list)  # pictures without
     skipped: dict[str, str] = field(default_factory=dict)  # what was left out -> why
@@ -127,13 +129,15 @@ def need_field(
 
 
 def identity(
-    value: Any,
+    value: Any,  # of a JSON file
     what: str,  # the record, for the error message
 ) -> int | str:
     """A number or name that tells records apart; "7" and 7.0 are 7. `InputError` for other things.
 
     Parameters
     ----------
+    value
+        of a JSON file
     what
         the record, for the error message
     """
@@ -146,13 +150,15 @@ def identity(
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #9116cecd
 def class_name(
-    value: Any,
+    value: Any,  # of a file
     what: str,  # for the error message
 ) -> str:
     """The name of a class, as it can stand in classes.txt; `InputError` if it cannot.
 
     Parameters
     ----------
+    value
+        of a file
     what
         for the error message
     """
@@ -164,7 +170,7 @@ def class_name(
 
 def check_drawn_size(
     width: int,  # of the annotation
-    height: int,
+    height: int,  # of the annotation
     size: tuple[int, int],  # of the picture
 ) -> None:
     """Raise `InputError` unless an annotation's size is its picture's, or that of the picture turned.
@@ -172,6 +178,8 @@ def check_drawn_size(
     Parameters
     ----------
     width
+        of the annotation
+    height
         of the annotation
     size
         of the picture
@@ -399,8 +407,8 @@ def _write(work: Import, made: Path, only_labelled: bool) -> None:
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #d57a9259
 def finish_import(
-    work: Import,
-    records: Iterable[ImportRecord],
+    work: Import,  # the pictures and labels
+    records: Iterable[ImportRecord],  # one for each picture of the export
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
@@ -408,6 +416,10 @@ def finish_import(
 
     Parameters
     ----------
+    work
+        the pictures and labels
+    records
+        one for each picture of the export
     only_labelled
         leave pictures without labels behind
     least

@@ -60,10 +60,18 @@ def path_ends(
 
 
 def some_names(
-    names: Iterable[str],
-    most: int = 4,
+    names: Iterable[str],  # in any order
+    most: int = 4,  # so many are written out
 ) -> str:
-    """A few names for a message."""
+    """A few names for a message.
+
+    Parameters
+    ----------
+    names
+        in any order
+    most
+        so many are written out
+    """
     names = sorted(names)
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -96,14 +104,18 @@ class Pictures:
 
     Parameters
     ----------
+    folder
+        of the pictures
+    suffixes
+        of the files that count, in lower case
     but
         a folder that is not looked into
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        suffixes: Sequence[str] = IMAGE_SUFFIXES,
+        folder: str | Path,  # of the pictures
+        suffixes: Sequence[str] = IMAGE_SUFFIXES,  # of the files that count, in lower case
         but: str | Path | None = None,  # a folder that is not looked into
     ):
         self.folder, self.paths = Path(folder), {}
@@ -148,16 +160,28 @@ def _only(pictures: Pictures, found: list[Path], name: str) -> Path | None:
 
 # %% ../../nbs/reference/data/15_import_names.ipynb #2c28ea1d
 def is_from_elsewhere(
-    name: str,
+    name: str,  # as it stands in a file
 ) -> bool:
-    """Whether a name is an absolute path of any system, or an address."""
+    """Whether a name is an absolute path of any system, or an address.
+
+    Parameters
+    ----------
+    name
+        as it stands in a file
+    """
     return name.startswith(("/", "\\")) or bool(PureWindowsPath(name).drive) or "://" in name
 
 
 def without_address(
-    name: str,
+    name: str,  # a path or an address
 ) -> str:
-    """The path of an address; other names as they are."""
+    """The path of an address; other names as they are.
+
+    Parameters
+    ----------
+    name
+        a path or an address
+    """
     if "://" not in name: return name
     try: return unquote(urlparse(name).path)
     except ValueError: return name.split("://")[1]
@@ -168,6 +192,8 @@ class Finder:
 
     Parameters
     ----------
+    pictures
+        among which is looked
     names
         all names of the file
     stems
@@ -176,7 +202,7 @@ class Finder:
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: Pictures,  # among which is looked
         names: Sequence[str],  # all names of the file
         stems: bool = False,  # they have no suffix
     ):

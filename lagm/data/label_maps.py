@@ -87,7 +87,7 @@ def make_labels(
 
 def write_classes(
     root: str | Path,  # the folder
-    labels: LabelSet,
+    labels: LabelSet,  # names and colours of the classes
 ) -> None:
     """Write the names and colours of a label set to classes.txt, one class a line, as a folder of pictures has it.
 
@@ -95,6 +95,8 @@ def write_classes(
     ----------
     root
         the folder
+    labels
+        names and colours of the classes
     """
     text = "".join(f"{name}\t#{r:02x}{g:02x}{b:02x}\n" for name, (r, g, b) in zip(labels.classes, labels.palette))
     with atomic_path(Path(root) / "classes.txt") as temporary:
@@ -182,23 +184,35 @@ def get_labels(
 # %% ../../nbs/reference/data/06_label_maps.ipynb #c82b8024
 @dataclass(frozen=True)
 class LabelMap:
-    """How the classes of one label set become those of another: `ids[c]` is the target class of source class c."""
+    """How the classes of one label set become those of another: `ids[c]` is the target class of source class c.
 
-    source: LabelSet
-    target: LabelSet
+    Attributes
+    ----------
+    source
+        the finer classes
+    target
+        the coarser classes
+    """
+
+    source: LabelSet  # the finer classes
+    target: LabelSet  # the coarser classes
     ids: tuple[int, ...]
 
     @classmethod
     def from_table(
         cls,
-        source: LabelSet,
-        target: LabelSet,
+        source: LabelSet,  # the finer classes
+        target: LabelSet,  # the coarser classes
         table: Mapping[str, Sequence[str]],  # target class -> source classes
     ) -> "LabelMap":
         """Build from names. Raises `InputError` if a source class is missing, unknown or named twice.
 
         Parameters
         ----------
+        source
+            the finer classes
+        target
+            the coarser classes
         table
             target class -> source classes
         """
@@ -378,9 +392,14 @@ def pascal_part_id(
 
 
 def pascal_n_parts(
-    object_class: str,
+    object_class: str,  # e.g. horse
 ) -> int:  # the background included
     """How many part numbers a class has.
+
+    Parameters
+    ----------
+    object_class
+        e.g. horse
 
     Returns
     -------

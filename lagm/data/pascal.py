@@ -32,6 +32,10 @@ class PascalPart(PartDataset):
         train, val or test
     size
         (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
     """
 
     layout = ("PascalPart/{object}/train/CroppedImages/2008_000001_0.png, CroppedSegmentation/2008_000001_0.png, "
@@ -45,8 +49,8 @@ class PascalPart(PartDataset):
         object_class: str = "horse",  # or aeroplane
         split: str = "train",  # train, val or test
         size: Sequence[int] | None = (256, 256),  # (width, height)
-        transforms: Callable | None = None,
-        k: int | None = None,
+        transforms: Callable | None = None,  # (image, mask) -> (image, mask), applied to every item; None: none
+        k: int | None = None,  # only the first k; None: all
     ):
         if object_class not in ("horse", "aeroplane"):
             raise InputError(f"Pascal-Part has horse and aeroplane here, not {object_class!r}")

@@ -25,11 +25,16 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; half-open
 
 
 def read_xml(
-    path: str | Path,
+    path: str | Path,  # of the file
 ) -> ElementTree.Element:
     """Read an XML file.
 
     Raises `Unusable` if it is damaged, or declares entities: a line can stand for gigabytes.
+
+    Parameters
+    ----------
+    path
+        of the file
     """
     text = _text_of(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
@@ -46,7 +51,7 @@ def _text_of(path: str | Path) -> str:
 # %% ../../nbs/reference/data/17_pascal_boxes.ipynb #0f3011b4
 def read_boxes(
     path: str | Path,  # an XML file of VOC
-    object_class: str,
+    object_class: str,  # e.g. horse
 ) -> list[Box]:  # in file order
     """The boxes of a class; raises `Unusable` if the file is damaged.
 
@@ -54,6 +59,8 @@ def read_boxes(
     ----------
     path
         an XML file of VOC
+    object_class
+        e.g. horse
 
     Returns
     -------
@@ -73,10 +80,17 @@ def read_boxes(
 
 # %% ../../nbs/reference/data/17_pascal_boxes.ipynb #82c0f278
 def overlap(
-    a: Box,
-    b: Box,
+    a: Box,  # left, top, right, bottom
+    b: Box,  # left, top, right, bottom
 ) -> float:  # 0 to 1
     """Intersection over union of two boxes.
+
+    Parameters
+    ----------
+    a
+        left, top, right, bottom
+    b
+        left, top, right, bottom
 
     Returns
     -------
@@ -96,12 +110,17 @@ def _cells(box: Box, level: tuple[int, int]) -> Iterable[tuple[int, int]]:
 
 # %% ../../nbs/reference/data/17_pascal_boxes.ipynb #e7e14e68
 def crowded(
-    boxes: Sequence[Box],
+    boxes: Sequence[Box],  # of one picture
 ) -> set[int]:  # places in the list
     """The boxes that overlap another by more than `MOST_OVERLAP`.
 
     Two such boxes differ in width and in height by less than a factor of 1 / `MOST_OVERLAP` = 20, so by 5 binary orders
     at most. Each box is compared with those that begin in cells near by, of the levels in question, not with all.
+
+    Parameters
+    ----------
+    boxes
+        of one picture
 
     Returns
     -------
@@ -126,13 +145,15 @@ def crowded(
 
 # %% ../../nbs/reference/data/17_pascal_boxes.ipynb #2a2abb59
 def usable_boxes(
-    boxes: Sequence[Box],
+    boxes: Sequence[Box],  # of one picture
     minpx: int,  # the least side
 ) -> dict[int, Box]:  # by their place in the list
     """The boxes that are large enough and touch no other.
 
     Parameters
     ----------
+    boxes
+        of one picture
     minpx
         the least side
 
@@ -147,13 +168,15 @@ def usable_boxes(
 
 # %% ../../nbs/reference/data/17_pascal_boxes.ipynb #e95f34eb
 def square_around(
-    box: Box,
+    box: Box,  # left, top, right, bottom
     size: tuple[int, int],  # (width, height) of the picture
 ) -> Box:  # cut at the picture's edges
     """The square of the box's longer side around its centre.
 
     Parameters
     ----------
+    box
+        left, top, right, bottom
     size
         (width, height) of the picture
 
@@ -170,7 +193,7 @@ def square_around(
 
 def cut_square(
     pixels: np.ndarray,  # (H, W) or (H, W, 3)
-    box: Box,
+    box: Box,  # left, top, right, bottom
 ) -> np.ndarray:  # (s, s) or (s, s, 3)
     """The piece of a picture in a box, centred in a square of zeros.
 
@@ -178,6 +201,8 @@ def cut_square(
     ----------
     pixels
         (H, W) or (H, W, 3)
+    box
+        left, top, right, bottom
 
     Returns
     -------

@@ -42,16 +42,20 @@ def need_pascal_extra() -> None:
 
 
 def picture_place(
-    folder: str | Path,
+    folder: str | Path,  # with pictures of VOC
     name: str,  # of a picture, from a list or another file
-    suffix: str,
+    suffix: str,  # of the pictures, e.g. ".jpg"
 ) -> Path:
     """A picture's file in a folder; `Unusable` if its name is that of no file there.
 
     Parameters
     ----------
+    folder
+        with pictures of VOC
     name
         of a picture, from a list or another file
+    suffix
+        of the pictures, e.g. ".jpg"
     """
     try:
         path = inside(folder, f"{name}{suffix}")

@@ -47,6 +47,10 @@ class Report:
 
     Attributes
     ----------
+    step
+        its name
+    made
+        files that were written
     kept
         was there already
     skipped
@@ -54,8 +58,8 @@ class Report:
     notes
         other things worth telling, and how often
     """
-    step: str
-    made: int = 0
+    step: str  # its name
+    made: int = 0  # files that were written
     kept: int = 0  # was there already
     skipped: dict[str, str] = field(default_factory=dict)  # name -> why it was left out
     notes: Counter = field(default_factory=Counter)  # other things worth telling, and how often
@@ -85,10 +89,10 @@ def _guarded(task: tuple[Callable, str, tuple]) -> tuple[str, Any, str | None]:
 def run_over(
     step: str,  # its name, for the report and the progress bar
     function: Callable,  # function(name, *arguments); defined at the top of a module
-    names: Sequence[str],
-    arguments: tuple,
+    names: Sequence[str],  # of the pictures
+    arguments: tuple,  # the same for each of them
     workers: int = 1,  # processes
-    progress: bool = True,
+    progress: bool = True,  # show how far it is
 ) -> tuple[Report, dict[str, Any]]:  # what was done; results by name, in the order of `names`
     """Call a function for every name; one that raises `Unusable`, `InputError` or `OSError` is left out and reported.
 
@@ -100,8 +104,14 @@ def run_over(
         its name, for the report and the progress bar
     function
         function(name, *arguments); defined at the top of a module
+    names
+        of the pictures
+    arguments
+        the same for each of them
     workers
         processes
+    progress
+        show how far it is
 
     Returns
     -------
@@ -186,8 +196,8 @@ def parse(
     voc: str | Path,  # VOC2010, with part_segmentation/Annotations_Part
     out: str | Path,  # where PNG and JSON of each picture go
     names: Sequence[str] | None = None,  # None: all files
-    workers: int = 1,
-    progress: bool = True,
+    workers: int = 1,  # processes
+    progress: bool = True,  # show how far it is
 ) -> Report:
     """Step 1.
 
@@ -199,6 +209,10 @@ def parse(
         where PNG and JSON of each picture go
     names
         None: all files
+    workers
+        processes
+    progress
+        show how far it is
     """
     need_pascal_extra()
     mats = _below(voc, "part_segmentation/Annotations_Part")
@@ -216,14 +230,18 @@ SPLITS = {"train": "train", "test": "val"}  # ours -> VOC's
 
 
 def listed(
-    voc: str | Path,
-    object_class: str,
+    voc: str | Path,  # the folder VOC2010
+    object_class: str,  # e.g. horse
     split: str,  # train or test
 ) -> list[str]:  # names of pictures, in the order of the list
     """The pictures of VOC that show a class; `InputError` if there is no such list, or a line has another form.
 
     Parameters
     ----------
+    voc
+        the folder VOC2010
+    object_class
+        e.g. horse
     split
         train or test
 
@@ -304,8 +322,8 @@ def read_objects(
 # %% ../../nbs/reference/data/17_prepare_pascal.ipynb #618923dc
 def copy_one(
     name: str,  # of a picture
-    object_class: str,
-    voc: Path,
+    object_class: str,  # e.g. horse
+    voc: Path,  # the folder VOC2010
     parsed: Path,  # the output of `parse`
     out: Path,  # the folder of a split
 ) -> tuple[bool, dict[str, Any]]:
@@ -315,6 +333,10 @@ def copy_one(
     ----------
     name
         of a picture
+    object_class
+        e.g. horse
+    voc
+        the folder VOC2010
     parsed
         the output of `parse`
     out
@@ -363,21 +385,29 @@ def _keep_only(folder: Path, names: Iterable[str], suffix: str) -> None:
 
 # %% ../../nbs/reference/data/17_prepare_pascal.ipynb #ec82e32e
 def copy(
-    voc: str | Path,
+    voc: str | Path,  # the folder VOC2010
     parsed: str | Path,  # the output of `parse`
     out: str | Path,  # the folder of the class; train/ and test/ are made in it
-    object_class: str,
-    workers: int = 1,
-    progress: bool = True,
+    object_class: str,  # e.g. horse
+    workers: int = 1,  # processes
+    progress: bool = True,  # show how far it is
 ) -> list[Report]:  # for train and test
     """Step 2.
 
     Parameters
     ----------
+    voc
+        the folder VOC2010
     parsed
         the output of `parse`
     out
         the folder of the class; train/ and test/ are made in it
+    object_class
+        e.g. horse
+    workers
+        processes
+    progress
+        show how far it is
 
     Returns
     -------
@@ -408,7 +438,7 @@ MIN_PIXELS = {"horse": 32, "aeroplane": 50}
 
 def crop_one(
     name: str,  # of a picture
-    object_class: str,
+    object_class: str,  # e.g. horse
     minpx: int,  # the least side of a box
     folder: Path,  # of the split
 ) -> tuple[int, int, list[dict[str, Any]], int]:
@@ -418,6 +448,8 @@ def crop_one(
     ----------
     name
         of a picture
+    object_class
+        e.g. horse
     minpx
         the least side of a box
     folder
@@ -450,10 +482,10 @@ def crop_one(
 # %% ../../nbs/reference/data/17_prepare_pascal.ipynb #996cc3be
 def crop(
     out: str | Path,  # the folder of the class, as `copy` left it
-    object_class: str,
+    object_class: str,  # e.g. horse
     minpx: int | None = None,  # the least side of a box; None: as the paper
-    workers: int = 1,
-    progress: bool = True,
+    workers: int = 1,  # processes
+    progress: bool = True,  # show how far it is
 ) -> list[Report]:  # for train and test
     """Step 3.
 
@@ -461,8 +493,14 @@ def crop(
     ----------
     out
         the folder of the class, as `copy` left it
+    object_class
+        e.g. horse
     minpx
         the least side of a box; None: as the paper
+    workers
+        processes
+    progress
+        show how far it is
 
     Returns
     -------
@@ -512,11 +550,11 @@ STEPS = ("parse", "copy", "crop")
 def prepare_pascal(
     voc: str | Path,  # VOC2010, with JPEGImages, Annotations, ImageSets and part_segmentation
     objects: Sequence[str] = ("horse",),  # horse, aeroplane, or another class of VOC
-    out: str | Path = "data/PascalPart",
-    steps: Sequence[str] = STEPS,
+    out: str | Path = "data/PascalPart",  # where the crops go
+    steps: Sequence[str] = STEPS,  # those that are done, in order
     minpx: int | None = None,  # least side of a box; None: 32 for horse, 50 for aeroplane
     workers: int | None = None,  # processes; None: as many as there are cores
-    progress: bool = True,
+    progress: bool = True,  # show how far it is
 ) -> list[Report]:
     """Parse, copy and crop; what is there and fresh is kept.
 
@@ -528,10 +566,16 @@ def prepare_pascal(
         VOC2010, with JPEGImages, Annotations, ImageSets and part_segmentation
     objects
         horse, aeroplane, or another class of VOC
+    out
+        where the crops go
+    steps
+        those that are done, in order
     minpx
         least side of a box; None: 32 for horse, 50 for aeroplane
     workers
         processes; None: as many as there are cores
+    progress
+        show how far it is
     """
     for name in objects:
         if name not in PASCAL_PARTS:

@@ -30,8 +30,8 @@ def shown(value: Any) -> str:
 def number(
     value: Any,  # from a file
     what: str,  # for the message
-    least: float = -1e9,
-    most: float = 1e9,
+    least: float = -1e9,  # the smallest that is taken
+    most: float = 1e9,  # the largest that is taken
 ) -> float:
     """A number from a file; `InputError` unless it is one, and lies in the range.
 
@@ -41,6 +41,10 @@ def number(
         from a file
     what
         for the message
+    least
+        the smallest that is taken
+    most
+        the largest that is taken
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{what} is {shown(value)}; it must be a number")
@@ -50,12 +54,24 @@ def number(
 
 
 def whole(
-    value: Any,
-    what: str,
-    least: int = 0,
-    most: int = 2**31 - 1,
+    value: Any,  # from a file
+    what: str,  # for the message
+    least: int = 0,  # the smallest that is taken
+    most: int = 2**31 - 1,  # the largest that is taken
 ) -> int:
-    """A whole number from a file, 5.0 included; `InputError` unless it is one, and lies in the range."""
+    """A whole number from a file, 5.0 included; `InputError` unless it is one, and lies in the range.
+
+    Parameters
+    ----------
+    value
+        from a file
+    what
+        for the message
+    least
+        the smallest that is taken
+    most
+        the largest that is taken
+    """
     if number(value, what, least, most) != int(value):
         raise InputError(f"{what} is {shown(value)}; it must be a whole number")
     return int(value)
@@ -82,7 +98,7 @@ def area(
 def paint(
     columns: np.ndarray,  # (W, H), C-contiguous: the picture's mask, transposed; changed
     runs: np.ndarray,  # (n, 2) int64
-    value: int,
+    value: int,  # that the pixels get
 ) -> None:
     """Give all pixels of the runs a value.
 
@@ -92,6 +108,8 @@ def paint(
         (W, H), C-contiguous: the picture's mask, transposed; changed
     runs
         (n, 2) int64
+    value
+        that the pixels get
     """
     flat = columns.reshape(-1)
     for start, end in runs.tolist():
@@ -152,7 +170,7 @@ def _polygon(points: np.ndarray, width: int, height: int) -> np.ndarray:
 def polygon_runs(
     polygons: Any,  # from a file: lists x0, y0, x1, y1, ... in pixels, which together make one region
     width: int,  # of the picture
-    height: int,
+    height: int,  # of the picture, in pixels
 ) -> np.ndarray:  # (n, 2) int64
     """The runs of COCO polygons.
 
@@ -164,6 +182,8 @@ def polygon_runs(
         from a file: lists x0, y0, x1, y1, ... in pixels, which together make one region
     width
         of the picture
+    height
+        of the picture, in pixels
 
     Returns
     -------
@@ -219,7 +239,7 @@ def unpack_counts(
 def run_length_runs(
     counts: Any,  # from a file: a list of run lengths, or their packed form
     width: int,  # of the picture
-    height: int,
+    height: int,  # of the picture, in pixels
 ) -> np.ndarray:  # (n, 2) int64
     """The runs of COCO run lengths; `InputError` unless none is negative and they add up to the picture.
 
@@ -229,6 +249,8 @@ def run_length_runs(
         from a file: a list of run lengths, or their packed form
     width
         of the picture
+    height
+        of the picture, in pixels
 
     Returns
     -------
@@ -247,8 +269,8 @@ def run_length_runs(
 # %% ../../nbs/reference/data/15_regions.ipynb #d14f24fa
 def unpack_brush(
     values: Sequence[int],  # the "rle" of a Label Studio brush region
-    height: int,
-    width: int,
+    height: int,  # of the picture, in pixels
+    width: int,  # of the picture, in pixels
 ) -> np.ndarray:  # (H, W) bool
     """Decode a brush region.
 
@@ -258,6 +280,10 @@ def unpack_brush(
     ----------
     values
         the "rle" of a Label Studio brush region
+    height
+        of the picture, in pixels
+    width
+        of the picture, in pixels
 
     Returns
     -------
@@ -297,8 +323,8 @@ def unpack_brush(
 # %% ../../nbs/reference/data/15_regions.ipynb #285e5808
 def unpack_bitmask(
     address: Any,  # the "imageDataURL": data:image/png;base64,...
-    height: int,
-    width: int,
+    height: int,  # of the picture, in pixels
+    width: int,  # of the picture, in pixels
 ) -> np.ndarray:  # (H, W) bool
     """Decode a bitmask region; `InputError` if it is no picture, or of another size.
 
@@ -306,6 +332,10 @@ def unpack_bitmask(
     ----------
     address
         the "imageDataURL": data:image/png;base64,...
+    height
+        of the picture, in pixels
+    width
+        of the picture, in pixels
 
     Returns
     -------
@@ -358,8 +388,8 @@ def _percent_polygon(points: Any, width: int, height: int) -> list[tuple[float, 
 def percent_shape(
     kind: str,  # polygon, rectangle or ellipse
     value: dict,  # from a file
-    height: int,
-    width: int,
+    height: int,  # of the picture, in pixels
+    width: int,  # of the picture, in pixels
 ) -> np.ndarray:  # (H, W) bool
     """Draw one of Label Studio's shapes.
 
@@ -371,6 +401,10 @@ def percent_shape(
         polygon, rectangle or ellipse
     value
         from a file
+    height
+        of the picture, in pixels
+    width
+        of the picture, in pixels
 
     Returns
     -------

@@ -101,6 +101,8 @@ class Experiment:
         a name of `lagm fetch`
     cutoff
         layers that truncation acts on
+    n_classes
+        the background included
     size
         (width, height) of pictures in training
     segmenter
@@ -123,7 +125,7 @@ class Experiment:
     k: int | None  # labelled pictures; None: all there are
     generator: str  # a name of `lagm fetch`
     cutoff: int  # layers that truncation acts on
-    n_classes: int
+    n_classes: int  # the background included
     size: tuple[int, int] = (256, 256)  # (width, height) of pictures in training
     segmenter: str = "deeplabv3_101"  # or unet
     latent: str | None = None  # a name of `lagm fetch`: the average latent of a first StyleGAN
@@ -145,8 +147,14 @@ class Experiment:
 
 # %% ../../nbs/reference/data/16_registry.ipynb #b5afd54b
 class Examiner(Protocol):
-    """What `examine` of an entry is given: `lagm.experiments.doctor.Doctor` looks at files, and remembers them."""
-    data: Path
+    """What `examine` of an entry is given: `lagm.experiments.doctor.Doctor` looks at files, and remembers them.
+
+    Attributes
+    ----------
+    data
+        the folder of the data sets
+    """
+    data: Path  # the folder of the data sets
 
     def items(self, need: str, folder: Path, mend: str, make: Callable[[], Any], least: int = 1,
               first: int | None = None) -> Any: ...

@@ -100,9 +100,9 @@ def _any_folder(whole: Path) -> Path:
 
 # %% ../../nbs/reference/download/18_archives.ipynb #17836684
 def put_in_place(
-    source: Source,
+    source: Source,  # what it is, and what has to be in it
     whole: Path,  # a checked file, on the disk of `target`; it is used up
-    target: Path,
+    target: Path,  # the file or folder to make or replace
 ) -> Path:  # target
     """Move the file, or unpack the archive, to where the experiments expect it. Raises `InputError`.
 
@@ -110,8 +110,12 @@ def put_in_place(
 
     Parameters
     ----------
+    source
+        what it is, and what has to be in it
     whole
         a checked file, on the disk of `target`; it is used up
+    target
+        the file or folder to make or replace
 
     Returns
     -------

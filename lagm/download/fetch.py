@@ -31,14 +31,18 @@ from lagm.download.transfer import (
 
 # %% ../../nbs/reference/download/18_fetch.ipynb #6ca32198
 def describe_source(
-    source: Source,
-    target: Path,
+    source: Source,  # what is fetched
+    target: Path,  # where it belongs
     size: int | None = None,  # bytes, if known
 ) -> str:
     """What will be fetched, in a few lines: licence, size, place.
 
     Parameters
     ----------
+    source
+        what is fetched
+    target
+        where it belongs
     size
         bytes, if known
     """
@@ -56,10 +60,17 @@ def is_there(source: Source, target: Path) -> bool:
 
 # %% ../../nbs/reference/download/18_fetch.ipynb #43767dcb
 def remote_size(
-    address: str,
-    timeout: tuple[float, float] = (10.0, 10.0),
+    address: str,  # http or https
+    timeout: tuple[float, float] = (10.0, 10.0),  # in seconds
 ) -> int | None:  # bytes; None if the server does not tell
     """The size of a file on a server.
+
+    Parameters
+    ----------
+    address
+        http or https
+    timeout
+        in seconds
 
     Returns
     -------
@@ -102,20 +113,24 @@ def _from_drive(file_id: str, part: Path, progress: bool) -> None:
 
 # %% ../../nbs/reference/download/18_fetch.ipynb #a1b7aab4
 def download(
-    source: Source,
+    source: Source,  # what is fetched
     address: str,  # http(s) or drive:ID
     folder: Path,  # where to work; kept if it fails, to go on next time
-    progress: bool = True,
+    progress: bool = True,  # show how far it is
     **options: Any,  # of `transfer`
 ) -> Path:  # the whole file, in `folder`
     """Download from one address and check the result; raises `Unavailable` with the reason if that fails.
 
     Parameters
     ----------
+    source
+        what is fetched
     address
         http(s) or drive:ID
     folder
         where to work; kept if it fails, to go on next time
+    progress
+        show how far it is
     **options
         of `transfer`
 
@@ -174,11 +189,11 @@ def _alone(target: Path) -> Iterator[None]:
 # %% ../../nbs/reference/download/18_fetch.ipynb #50664d96
 def fetch(
     name: str | Source,  # a name of SOURCES
-    data: str | Path = "data",
-    checkpoints: str | Path = "checkpoints",
+    data: str | Path = "data",  # the folder of the data sets
+    checkpoints: str | Path = "checkpoints",  # the folder of the checkpoints
     mirrors: Sequence[str] = (),  # addresses to try before the known ones
     force: bool = False,  # again, even if it is there
-    progress: bool = True,
+    progress: bool = True,  # show how far it is
     **options: Any,  # of `transfer`
 ) -> Path:  # where it is
     """Download a source unless it is there; `InputError` that tells of every address tried if none gives it.
@@ -187,10 +202,16 @@ def fetch(
     ----------
     name
         a name of SOURCES
+    data
+        the folder of the data sets
+    checkpoints
+        the folder of the checkpoints
     mirrors
         addresses to try before the known ones
     force
         again, even if it is there
+    progress
+        show how far it is
     **options
         of `transfer`
 
@@ -222,17 +243,23 @@ def fetch(
 
 # %% ../../nbs/reference/download/18_fetch.ipynb #299ee930
 def fetch_from(
-    name: str | Source,
+    name: str | Source,  # of a source, e.g. stylegan2-horse
     path: str | Path,  # a file, or for data sets a zip archive or an unpacked folder, that you have
-    data: str | Path = "data",
-    checkpoints: str | Path = "checkpoints",
+    data: str | Path = "data",  # the folder of the data sets
+    checkpoints: str | Path = "checkpoints",  # the folder of the checkpoints
 ) -> Path:  # where it is now
     """Put a copy of your own file in place, after the same checks; `InputError` if it fails them.
 
     Parameters
     ----------
+    name
+        of a source, e.g. stylegan2-horse
     path
         a file, or for data sets a zip archive or an unpacked folder, that you have
+    data
+        the folder of the data sets
+    checkpoints
+        the folder of the checkpoints
 
     Returns
     -------

@@ -38,20 +38,24 @@ class Source:
         tried in order; none: it has to be asked for at `page`
     page
         where people read about it
+    licence
+        in words
     sha256
         of the download, or its first digits
     holds
         for folders: what must be inside
+    note
+        what else to know
     """
     name: str  # what `lagm fetch` calls it
     path: str  # where it belongs; begins with data/ or checkpoints/
     kind: str  # pickle, torch, npy, folder (from a zip archive) or any
     addresses: tuple[str, ...] = ()  # tried in order; none: it has to be asked for at `page`
     page: str = ""  # where people read about it
-    licence: str = NOT_STATED
+    licence: str = NOT_STATED  # in words
     sha256: str = ""  # of the download, or its first digits
     holds: tuple[str, ...] = ()  # for folders: what must be inside
-    note: str = ""
+    note: str = ""  # what else to know
 
     def place(
         self,
@@ -261,13 +265,15 @@ _PROBLEMS: dict[str, Callable[[Path], str | None]] = {
 
 
 def file_problem(
-    path: str | Path,
+    path: str | Path,  # of the file
     kind: str,  # as in `Source`; "folder" stands for the zip archive it comes in
 ) -> str | None:  # None: nothing is wrong with its form
     """What is wrong with a file, if it is not of its kind or was cut off.
 
     Parameters
     ----------
+    path
+        of the file
     kind
         as in `Source`; "folder" stands for the zip archive it comes in
 
@@ -284,13 +290,15 @@ def file_problem(
 
 # %% ../../nbs/reference/download/11_sources.ipynb #50ce0002
 def picture_problem(
-    path: Path,
+    path: Path,  # of the file
     deep: bool = False,  # decode it
 ) -> str | None:  # None: it looks whole
     """What is wrong with a picture file.
 
     Parameters
     ----------
+    path
+        of the file
     deep
         decode it
 
@@ -333,13 +341,15 @@ def array_problem(path: Path) -> str | None:
 
 # %% ../../nbs/reference/download/11_sources.ipynb #50ce0003
 def source_problem(
-    source: Source,
+    source: Source,  # what is looked at
     path: Path,  # where it is
 ) -> str | None:  # None: it looks whole
     """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts.
 
     Parameters
     ----------
+    source
+        what is looked at
     path
         where it is
 

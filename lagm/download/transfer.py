@@ -213,7 +213,7 @@ def transfer(
     attempts: int = ATTEMPTS,  # tries without any progress before giving up
     timeout: tuple[float, float] = TIMEOUT,  # seconds to connect, and to wait for the next bytes
     pause: float = PAUSE,  # seconds before the second try; doubled each time
-    progress: bool = True,
+    progress: bool = True,  # show how far it is
     most: int = MOST["folder"],  # bytes
 ) -> None:
     """Download, going on where `part` ends; raises `Unavailable` if the address does not give the whole file.
@@ -230,6 +230,8 @@ def transfer(
         seconds to connect, and to wait for the next bytes
     pause
         seconds before the second try; doubled each time
+    progress
+        show how far it is
     most
         bytes
     """

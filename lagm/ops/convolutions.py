@@ -33,7 +33,7 @@ def can_winograd() -> bool:
 def winograd_fits(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
-    dilation: int = 1,
+    dilation: int = 1,  # space between the kernel's taps; also the padding
 ) -> bool:
     """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation).
 
@@ -45,6 +45,8 @@ def winograd_fits(
         (B, I, H, W)
     weight
         (O, I, 3, 3)
+    dilation
+        space between the kernel's taps; also the padding
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32: return False
     if torch.is_autocast_enabled("cpu"): return False
@@ -134,7 +136,7 @@ def winograd_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     bias: Tensor | None = None,  # (O,)
-    dilation: int = 1,
+    dilation: int = 1,  # space between the kernel's taps; also the padding
 ) -> Tensor:  # (B, O, H, W)
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm.
 
@@ -148,6 +150,8 @@ def winograd_conv2d(
         (O, I, 3, 3)
     bias
         (O,)
+    dilation
+        space between the kernel's taps; also the padding
 
     Returns
     -------
@@ -186,7 +190,7 @@ def trimmed_conv2d(
     x: Tensor,  # (B, I, H, W)
     weight: Tensor,  # (O, I, 3, 3)
     bias: Tensor | None,  # (O,)
-    dilation: tuple[int, int],
+    dilation: tuple[int, int],  # space between the kernel's taps; also the padding
 ) -> Tensor:  # (B, O, H, W)
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding.
 
@@ -198,6 +202,8 @@ def trimmed_conv2d(
         (O, I, 3, 3)
     bias
         (O,)
+    dilation
+        space between the kernel's taps; also the padding
 
     Returns
     -------

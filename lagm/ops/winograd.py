@@ -220,7 +220,7 @@ MANY_TILES = 512
 def multiply(
     tiles: Tensor,  # (B, down, across, 36, I)
     kernel: Tensor,  # (36, O, I); of a swapped convolution (36, I, O)
-    swapped: bool = False,
+    swapped: bool = False,  # the kernel is that of the gradient with respect to the input
 ) -> Tensor:  # (B, down, across, 36, O)
     """The 36 products over the channels.
 
@@ -230,6 +230,8 @@ def multiply(
         (B, down, across, 36, I)
     kernel
         (36, O, I); of a swapped convolution (36, I, O)
+    swapped
+        the kernel is that of the gradient with respect to the input
 
     Returns
     -------
@@ -336,7 +338,7 @@ LEAST_CHANNELS, LEAST_TILES, LEAST_WORK, LEAST_SIDE = 64, 32, 2**22, 8
 def tiles_pay(
     x: Sequence[int],  # shape (B, I, H, W)
     weight: Sequence[int],  # shape (O, I, 3, 3)
-    dilation: int = 1,
+    dilation: int = 1,  # space between the kernel's taps; also the padding
 ) -> bool:
     """Whether a convolution of these shapes (stride 1, padding = dilation) gains.
 
@@ -346,6 +348,8 @@ def tiles_pay(
         shape (B, I, H, W)
     weight
         shape (O, I, 3, 3)
+    dilation
+        space between the kernel's taps; also the padding
     """
     down, across = _grid(x[2], x[3], dilation)
     tiles = x[0] * dilation**2 * down * across
