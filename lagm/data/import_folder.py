@@ -107,8 +107,8 @@ def _new_names(pictures: Mapping[Path, str]) -> dict[Path, str]:
 
 # %% ../../nbs/reference/data/15_import_folder.ipynb #c89a3140
 def need_field(
-    record: Any,
-    key: str,
+    record: Any,  # a value of a JSON file
+    key: str,  # the field's name
     kind: Any,  # the type, or union of types, that the value must have
     what: str,  # the record, for the error message
 ) -> Any:
@@ -116,6 +116,10 @@ def need_field(
 
     Parameters
     ----------
+    record
+        a value of a JSON file
+    key
+        the field's name
     kind
         the type, or union of types, that the value must have
     what
