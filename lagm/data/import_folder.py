@@ -109,7 +109,7 @@ def _new_names(pictures: Mapping[Path, str]) -> dict[Path, str]:
 def need_field(
     record: Any,  # a value of a JSON file
     key: str,  # the field's name
-    kind: type,  # that the value must have
+    kind: Any,  # the type, or union of types, that the value must have
     what: str,  # the record, for the error message
 ) -> Any:
     """`record[key]`; `InputError` if the record is no object, has no such key, or something else there.
@@ -121,7 +121,7 @@ def need_field(
     key
         the field's name
     kind
-        that the value must have
+        the type, or union of types, that the value must have
     what
         the record, for the error message
     """
