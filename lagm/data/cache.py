@@ -68,7 +68,7 @@ FORMAT = "lagm-cache-2"  # changed when what readers make of the same files chan
 
 
 def item_key(
-    dataset: Dataset,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
+    dataset: Any,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
     index: int,  # of the item
 ) -> str:  # 40 hexadecimal digits
     """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read.

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -169,9 +168,9 @@ def _write(ax: Axes, names: Iterable, heads: Iterable, title: str, head: float) 
 
 def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     """A patch per class, how many stand in a row of `room` pixels, and the width this takes."""
-    entries = [Patch(facecolor=to_rgb(np.array(colour) / 255), edgecolor="#999999", linewidth=0.6,
+    entries = [Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="#999999", linewidth=0.6,
                      label=plain_label(name))
-               for name, colour in zip(labels.classes, labels.palette, strict=True)]
+               for name, (red, green, blue) in zip(labels.classes, labels.palette, strict=True)]
     widths = [text_width(name) + 42 for name in labels.classes]
     if sum(widths) <= room: return entries, len(entries), sum(widths)
     per_row = max(1, int(room // max(widths)))

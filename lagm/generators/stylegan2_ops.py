@@ -208,7 +208,7 @@ class SkipConv(nn.Module):
         self,
         in_channels: int,  # of the map that comes in
         out_channels: int,  # of the map that goes out
-        taps: list[float] = (1, 3, 3, 1),  # of the resampling filter
+        taps: Sequence[float] = (1, 3, 3, 1),  # of the resampling filter
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))

@@ -201,7 +201,7 @@ def network_from_tensors(
 
 def check_version(
     path: str | Path,  # the file
-    header: dict[str, Any],  # what the file says about itself
+    header: Mapping[str, Any],  # what the file says about itself
 ) -> None:
     """Raise `InputError` unless the header has the format version that this program reads.
 

@@ -163,7 +163,7 @@ def winograd_conv2d(
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #56623216
 def live_share(
-    size: tuple[int, int],  # height and width of the map
+    size: Sequence[int],  # height and width of the map
     dilation: tuple[int, int],  # space between the kernel's taps; also the padding
 ) -> float:  # 1: no padding at all, 1 / 9: only the middle weight sees the map
     """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with

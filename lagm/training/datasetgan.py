@@ -37,7 +37,6 @@ from .recipe import FAST, Recipe
 from .rivals import told
 from .shards import SyntheticDataset, generate, select
 from .synthetic import Plan
-from collections.abc import Callable
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #72f4c3c5
 def _neighbours(at: Tensor, have: int, want: int) -> tuple[Tensor, Tensor, Tensor]:

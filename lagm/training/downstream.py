@@ -37,7 +37,6 @@ from .loop import Appointment, Diverged, Loop, Moment, RunOptions
 from .processes import PRECISIONS, do_parts, launch, sum_over_processes, this_process
 from .recipe import Recipe
 from .state import Stage, TrainState
-from torch.utils.data import Dataset
 
 # %% ../../nbs/reference/training/64_downstream.ipynb #6bec42f8
 @dataclass(frozen=True)

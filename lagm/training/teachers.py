@@ -32,7 +32,6 @@ from .recipe import FAST, SUPERVISED_FIELDS, Recipe
 from .rivals import Batches, run_stages, set_up
 from .state import Stage, TrainState, frozen_note
 from .steps import labelled_gradients, supervised_step
-from collections.abc import Callable
 
 # %% ../../nbs/reference/training/66_teachers.ipynb #d7d00f6e
 TEACHERS = ("fixed", "average", "student")
