@@ -47,11 +47,12 @@ WORDS = (r"lagm (?:list|show|run|doctor|fetch|prepare|inspect|convert|predict)\b
          r"(?:demo|bench|test|readme|clean)\b|pip install|snakemake -")
 # marked as code, but names of things: a package, a program, an ending, another program's option
 NAMES = {"lagm", "make", "git", "papermill", "python", "-small", "--cfg=stylegan2"}
-ON_PURPOSE = {"-p kk 5"}  # a mistake that an exercise asks for
+# a mistake that an exercise asks for; a package that the reader is to write, for `lagm run methods`
+ON_PURPOSE = {"-p kk 5", "-p methods 'gradient matching, my_package.rivals:mirror'"}
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
 # the stand-ins are fewer than the experiment's pictures
-FEW = (r"k is \d+, give 1 to|cannot choose \d+ of|it needs \w+/|the same as \w+/"
+FEW = (r"k is \d+, give 1 to|cannot choose \d+ of|it needs [\w-]+/|the same as [\w-]+/"
        "|there is no generator '(toon-head|micah)'")  # those of the kit that are still being trained
 CODE = "import sys; from lagm.cli import main; sys.exit(main())"
 

@@ -44,10 +44,9 @@ from lagm.experiments.report import (
     learning_curves_figure,
 )
 from lagm.experiments.stages import without_finish
-from lagm.generators.datasetgan import datasetgan
 from lagm.generators.load import generator_file, kit_generators, load_generator
 from lagm.models.saved import load_segmenter
-from lagm.training import baselines
+from lagm.training import baselines, datasetgan
 from lagm.training import lagm as training
 from lagm.training.recipe import FAST, PAPER, get_recipe
 

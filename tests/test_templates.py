@@ -14,7 +14,6 @@ from templates import run_cells
 from lagm.experiments.catalogue import change_runs, choose_runs, missing_inputs, paper_experiments, read_catalogue
 from lagm.experiments.stages import load_networks
 from lagm.generators.load import load_generator
-from lagm.models import segmenters
 from lagm.models.saved import read_networks
 
 CATALOGUE = read_catalogue(ROOT)
@@ -52,7 +51,7 @@ def test_a_released_experiment_runs_through(project, monkeypatch, name):
     monkeypatch.chdir(project)
     values = {}
     if name not in REAL and "unet" not in name:
-        monkeypatch.setattr(segmenters, "deeplabv3_resnet101", lambda num_classes, **_: ThinDeepLab(num_classes))
+        monkeypatch.setattr("lagm.models.deeplab.deeplabv3_resnet101", lambda num_classes, **_: ThinDeepLab(num_classes))
         values = {"backbone": "none"}
     try:
         for run in small(name, **values).values():

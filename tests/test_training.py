@@ -309,6 +309,7 @@ RUN_IN_A_PROCESS = """
     import torch
     torch.set_num_threads(1)
     from test_training import *
+    import lagm.training.lagm as training
     if {slow}: training.matching_step = (lambda step: lambda *args: (time.sleep(0.05), step(*args))[1])(matching_step)
     recipe = get_recipe("fast", steps=24, warm_segmenter=4, warm_annotator=4)
     print("begins", flush=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.errors import InputError
 
+# %% ../../nbs/book/01_faces_and_labels.ipynb #b601f85f
 IGNORE = 255  # a pixel with this value has no label
 
 # %% ../../nbs/book/01_faces_and_labels.ipynb #ee3edf46

@@ -19,6 +19,7 @@ from ..data.images import IMAGE_SUFFIXES
 from ..data.labels import LabelSet
 from .album import Album, Desk
 
+# %% ../../nbs/reference/labelling/82_painter.ipynb #557c3cf3
 try:
     import anywidget
 except ImportError: anywidget = None

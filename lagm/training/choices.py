@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import InputError, printable
 from ..matching.distances import METRICS, REDUCTIONS
 
+# %% ../../nbs/reference/training/51_choices.ipynb #ed2dc5a4
 CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "metric": METRICS, "reduction": REDUCTIONS,
            "gradients": ("forward", "double"), "precision": ("float32", "bfloat16")}
 # whole numbers, this or more
