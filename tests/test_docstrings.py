@@ -32,7 +32,8 @@ def test_help_shows_what_a_comment_says():
     assert "Returns\n-------\nTensor\n    a number, differentiable in both" in inspect.getdoc(distance)
 
 
-EXPLAINED = ["_moved", "cli", "experiments.notebooks", "experiments.running", "experiments.sweep"]  # modules of which every parameter is explained
+# modules of which every parameter is explained
+EXPLAINED = ["_moved", "cli", "experiments.notebooks", "experiments.running", "experiments.sweep"]
 
 
 def unexplained(function, documentation: str, name: str) -> list[str]:

@@ -96,8 +96,10 @@ def test_every_moved_name_is_there():
     for old, homes in MOVED.items():
         for module in homes: assert importlib.import_module(module).__all__, f"{old}: {module}"
     for old, name in (("lagm.annotator", "FPNAnnotator"), ("lagm.core", "InputError"), ("lagm.training", "train_lagm"),
-                      ("lagm.training", "FAST"), ("lagm.evaluation", "evaluate"), ("lagm.matching", "match_forward_mode"),
-                      ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"), ("lagm.pictures", "labelled_grid")):
+                      ("lagm.training", "FAST"), ("lagm.evaluation", "evaluate"),
+                      ("lagm.matching", "match_forward_mode"),
+                      ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"),
+                      ("lagm.pictures", "labelled_grid")):
         with pytest.warns(DeprecationWarning, match=f"{old}.{name} has moved; write: from lagm"):
             assert getattr(importlib.import_module(old), name) is not None
     with pytest.warns(DeprecationWarning, match="import TrainState"):

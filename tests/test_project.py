@@ -129,7 +129,8 @@ def test_the_package_needs_no_tool_of_its_makers():
     code = (
         "import importlib, sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
-        f"for name in {['.'.join(path.relative_to(ROOT / 'lagm').with_suffix('').parts) for path in MODULES]!r}: importlib.import_module(f'lagm.{{name}}')\n"
+        f"for name in {['.'.join(path.relative_to(ROOT / 'lagm').with_suffix('').parts) for path in MODULES]!r}: "
+        f"importlib.import_module(f'lagm.{{name}}')\n"
         "print('imported')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "imported\n", done.stderr

@@ -30,7 +30,8 @@ def test_listing_experiments_needs_no_torch():
 
 
 def test_showing_a_notebook_needs_no_torch():
-    assert loaded_after("from lagm.cli import main; assert not main(['show', 'quickstart'])", HEAVY[:2] + HEAVY[3:-1]) == []
+    assert loaded_after("from lagm.cli import main; assert not main(['show', 'quickstart'])",
+                        HEAVY[:2] + HEAVY[3:-1]) == []
 
 
 def test_the_public_names():
