@@ -130,6 +130,7 @@ def test_exercises_are_answered_below_or_in_a_notebook_of_answers(notebook, monk
     assert [(n, here) for _, n, here in exercises(path)] == [(1, True), (2, False), (3, False)]
     monkeypatch.setattr("house.answered", lambda: frozenset({("01_toy", 3)}))
     assert [n for *_, n in unanswered([path])] == [2]
+    read.cache_clear()
     together = notebook(v4.new_markdown_cell("## Exercises\n\n1. One?\n2. Two?\n3. Three?"), v4.new_markdown_cell(
         "<details><summary>Answers</summary>\n\n1. Yes.\n3. No.\n\n</details>"))
     assert [(n, here) for _, n, here in exercises(together)] == [(1, True), (2, False), (3, True)]

@@ -90,7 +90,7 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
-    monkeypatch.setattr("lagm.training.lagm.train_supervised",
+    monkeypatch.setattr("lagm.labelling.project.train_supervised",
                         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
