@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_checkpoints import same_pictures, tiny, tiny1
 
+import lagm.models.convert as module
 from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.generators.weights import save_generator
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.convert import convert, inspect
-from lagm.models.convert import convert as module
 from lagm.models.results import load_results
 from lagm.models.segmenters import UNet
 

@@ -162,7 +162,7 @@ def whole_report(root, runs):
 
 def test_one_odd_record_does_not_cost_the_report(tmp_path, monkeypatch):
     matplotlib.use("Agg")
-    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.report.missing_inputs", lambda run, root: [])
     rng, passed_over = random.Random(0), 0
     (tmp_path / "outputs" / "demo_k2" / "methods").mkdir(parents=True)
     (tmp_path / "outputs" / "celeba_2" / "evaluate").mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_odd_notebooks_are_no_finished_runs(toy, tmp_path, monkeypatch, capsys):
     output = run_notebook(toy, tmp_path / "outputs" / "toy" / "toy.ipynb", {"data": "in"})
     whole, rng, bad = json.loads(output.read_text()), random.Random(1), 0
     assert is_finished(toy, output, {"data": "in"})
-    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.report.missing_inputs", lambda run, root: [])
     run = type("Run", (), dict(stage="toy", output=output, finished=lambda self, root: is_finished(toy, output)))()
     for i in range(200):
         odd = changed(whole, rng)

@@ -79,7 +79,7 @@ def test_seeds_variants_and_damage(tmp_path):
 
 
 def test_why_something_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.experiments.catalogue.missing_inputs", lambda run, root: [])
+    monkeypatch.setattr("lagm.experiments.report.missing_inputs", lambda run, root: [])
     assert rows(tmp_path)["celeba_2"].note == "not run yet"
     folder = tmp_path / "outputs" / "celeba_2" / "annotate"
     folder.mkdir(parents=True)
