@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
+from nbclient import NotebookClient
 from PIL import Image
 
 from lagm.core.errors import InputError
@@ -20,11 +22,13 @@ from lagm.labelling.project import (
     missing,
     new_project,
     next_step,
+    project_generator,
     read_settings,
     run_project,
     settings_text,
 )
 from lagm.labelling.proposals import cluster, clusters_of_features, draw_for_labelling
+from lagm.labelling.template import write_notebook
 
 CLASSES = Avatars().classes
 
@@ -82,6 +86,32 @@ def test_with_a_generator(pictures, tmp_path):
     save_generator(tmp_path / "p" / "g.safetensors", tiny_generator().network)
     facts = run_project(tmp_path / "p", progress=False)
     assert facts["generator"] == "g.safetensors" and (tmp_path / "p" / "results" / "look.png").is_file()
+
+
+def test_a_generator_of_the_kit_by_its_name(pictures, tmp_path):
+    """A name is no path: it must reach project.yaml as it is, and a wrong one must not make a project."""
+    words = ("new", "faces", "--images", pictures, "--classes", ",".join(CLASSES), "--generator")
+    assert "there is no generator big-eras" in lagm(tmp_path, *words, "big-eras", code=2)
+    assert not (tmp_path / "faces").exists()
+    lagm(tmp_path, *words, "big-ears")
+    assert read_settings(tmp_path / "faces").generator == "big-ears"
+    paint(tmp_path / "faces", (0,))
+    assert not [what for what in missing(tmp_path / "faces") if "generator" in what]
+    assert project_generator(tmp_path / "faces", read_settings(tmp_path / "faces"), torch.device("cpu")).z_dim > 0
+
+
+def test_the_project_has_a_notebook_of_its_own(pictures, tmp_path):
+    """It runs where it lies, and what a person has written into it stays."""
+    new_project(tmp_path / "p", pictures, CLASSES, Settings(size=16, steps=1, width=4))
+    paint(tmp_path / "p", (0, 1))
+    book = nbformat.read(tmp_path / "p" / "road.ipynb", as_version=4)
+    nbformat.validate(book)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "p").rename(tmp_path / "moved" / "q")
+    NotebookClient(book, timeout=120, resources={"metadata": {"path": tmp_path / "moved" / "q"}}).execute()
+    assert len([*(tmp_path / "moved" / "q" / "labelled" / "masks").rglob("*.png")]) == 5
+    (tmp_path / "moved" / "q" / "road.ipynb").write_text("mine")
+    assert write_notebook(tmp_path / "moved" / "q").read_text() == "mine"
 
 
 def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
