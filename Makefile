@@ -5,6 +5,7 @@
 # make lint     what ruff says; make types: what mypy says
 # make export   clean the notebooks and write lagm/ from them
 # make readme   write README.md from nbs/index.ipynb
+# make constraints  write .ci/constraints anew: the newest packages, and the lowest that settings.ini promises
 # make clean    remove what was built (neither outputs/ nor .venv/)
 #
 # The first use installs the package into the active virtual or conda environment, or makes .venv if
@@ -12,7 +13,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test quick sync lint types notebooks unit export readme clean install install-dev
+.PHONY: help demo bench test quick sync lint types notebooks unit export readme constraints clean install install-dev
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -20,7 +21,7 @@ RUN := PATH="$(ENV)/bin:$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 demo: install
 	@$(RUN) lagm run quickstart
@@ -60,6 +61,14 @@ export: install-dev
 
 readme: install-dev
 	@$(RUN) python -m lagm.experiments.readme
+
+# For the oldest Python that the kit knows. The comment at the head of each file stays.
+PIN := uv pip compile setup.py --extra dev --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+	--no-annotate --no-header -q
+constraints: install-dev
+	@$(RUN) python -m pip install -q uv
+	@$(RUN) sh -ec 'for kind in highest:records lowest-direct:lowest; do file=.ci/constraints/$${kind#*:}.txt; \
+		head -1 $$file > $$file.new; $(PIN) --resolution $${kind%:*} >> $$file.new; mv $$file.new $$file; done'
 
 clean:
 	rm -rf build dist _proc _docs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -491,6 +491,8 @@ def add_data_commands(
                         "`lagm run`, or a family, e.g. horse (default: the paper's 28)")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--deep", action="store_true", help="decode every picture")
+    doctor.add_argument("--environment", default="", metavar="RECORD", help="instead: which packages differ from "
+                        "those of a record (metrics.json or its folder), or of a file of constraints")
     _add_places(doctor)
     doctor.set_defaults(command=_doctor)
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from .environment import environment_of_record
+
 # %% ../../nbs/reference/core/03_origins.ipynb #929382a5
 def _commit() -> dict[str, str | bool | None]:
     """The commit the package's folder is at, and whether its tracked files differ from it (None outside a git
@@ -53,7 +55,7 @@ def _hardware() -> dict[str, Any]:
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
-    """What a result was made with: commit, versions of Python and the packages, hardware, date (UTC).
+    """What a result was made with: commit, versions of Python and of all packages, hardware, date (UTC).
 
     Returns
     -------
@@ -69,7 +71,7 @@ def provenance() -> dict[str, Any]:  # plain values only: write it with `write_j
     return {
         "date": now, **_commit(), "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions, "hardware": _hardware(),
+        "versions": versions, "environment": environment_of_record(), "hardware": _hardware(),
     }
 
 # %% ../../nbs/reference/core/03_origins.ipynb #d428dde8

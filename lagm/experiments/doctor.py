@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ..core.environment import environment_report
 from ..core.errors import InputError
 from ..data.registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
 from ..download.sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
@@ -358,15 +359,19 @@ def as_text(
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #5d0190s1
 def doctor_command(
-    arguments: Any,  # of the command line: name, data, checkpoints, deep, json
+    arguments: Any,  # of the command line: name, data, checkpoints, deep, json, environment
 ) -> int:
-    """`lagm doctor`; the exit code is 0 if all the named experiments could run, else 1.
+    """`lagm doctor`; the exit code is 0 if all the named experiments could run (or nothing differs), else 1.
 
     Parameters
     ----------
     arguments
-        of the command line: name, data, checkpoints, deep, json
+        of the command line: name, data, checkpoints, deep, json, environment
     """
+    if arguments.environment:
+        text, same = environment_report(arguments.environment)
+        print(text)
+        return 0 if same else 1
     content = report(arguments.name, project_path(arguments.data, "data"),
                      project_path(arguments.checkpoints, "checkpoints"), arguments.deep)
     print(json.dumps(content, indent=1) if arguments.json else as_text(content))
