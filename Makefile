@@ -105,5 +105,9 @@ endef
 install:
 	$(call ensure,,demo dev)
 
+# JupyterLab of this environment saves notebooks clean from now on: reading one leaves `git status` as it was.
+HOOKS := $(ENV)/etc/jupyter/jupyter_server_config.d/lagm.json
 install-dev:
 	$(call ensure,[dev],dev)
+	@mkdir -p "$(dir $(HOOKS))"
+	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > "$(HOOKS)"

@@ -58,7 +58,7 @@ def main(root: Path = ROOT) -> int:
     advice = []
     if not unchanged_by(["nbdev_clean"], notebooks, root):
         advice.append("notebooks were not clean; they are now (nbdev_clean). "
-                      "To have it done on saving: nbdev_install_hooks")
+                      "To have git see to it: make install-dev")
     if not unchanged_by([sys.executable, "tests/export.py"], modules, root):
         advice.append("lagm/ was not what the notebooks export; it is now (make export). Edit the notebooks, not lagm/")
     if subprocess.run([sys.executable, "-m", "lagm.experiments.readme", "--check"], cwd=root).returncode:

@@ -10,7 +10,6 @@ __all__ = ['same_package', 'installed_packages', 'environment_of_record', 'read_
 # %% ../../nbs/reference/core/02_environment.ipynb #d112e251
 import hashlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
