@@ -20,10 +20,10 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, write_json
+from ..core.progress import progress_bar
 from lagm.data.avatars import (
     AvatarRecipe,
     Piece,
@@ -405,7 +405,7 @@ def render_set(
     pool = get_context("spawn").Pool(workers) if workers > 1 else None
     try:
         results = pool.imap(_render_job, jobs, chunksize=64) if pool else map(_render_job, jobs)
-        for i, (image, mask) in enumerate(tqdm(results, total=len(jobs), desc=style, disable=not progress)):
+        for i, (image, mask) in enumerate(progress_bar(results, total=len(jobs), desc=style, disable=not progress)):
             images[i] = image
             if masks:
                 labels[i] = mask

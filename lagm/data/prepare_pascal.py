@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, inside, read_json, read_lines, write_json
+from ..core.progress import progress_bar
 from .images import read_image, read_mask, save_mask
 from .label_maps import PASCAL_PARTS, distinct_colours, make_labels, pascal_n_parts
 from .pascal_boxes import cut_square, read_boxes, square_around, usable_boxes
@@ -125,7 +125,7 @@ def run_over(
     try:
         chunk = max(1, min(8, len(tasks) // (4 * max(workers, 1))))
         done = pool.map(_guarded, tasks, chunksize=chunk) if pool else map(_guarded, tasks)
-        for name, result, problem in tqdm(done, total=len(tasks), desc=step, disable=not progress, dynamic_ncols=True):
+        for name, result, problem in progress_bar(done, total=len(tasks), desc=step, disable=not progress):
             if problem is None:
                 results[name] = result
             else:

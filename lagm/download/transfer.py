@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..core.errors import InputError, printable
 from ..core.files import write_json
 from ..core.origins import install_advice
+from ..core.progress import Bar, progress_bar
 from ..data.images import describe_bytes
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #df3f991b
@@ -109,7 +108,7 @@ def _pieces(raw: Any) -> Iterator[bytes]:
         yield piece
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #68f7b650
-def _receive(response: Any, part: Path, start: int, most: int, window: float, bar: tqdm) -> None:
+def _receive(response: Any, part: Path, start: int, most: int, window: float, bar: Bar) -> None:
     """Write what comes after the first `start` bytes of a file.
 
     `Unavailable` if it is a web page or longer than `most`, `_Slow` if it trickles.
@@ -155,7 +154,7 @@ def _check_answer(response: Any) -> None:
 def _attempt(
     url: str, part: Path,
     note: dict[str, Any],  # what is known of the file that was begun; kept up to date
-    session: Any, timeout: tuple[float, float], bar: tqdm, most: int,
+    session: Any, timeout: tuple[float, float], bar: Bar, most: int,
 ) -> bool:
     """One request; True if the file is whole. Raises `Unavailable` if it makes no sense to try again.
 
@@ -182,7 +181,7 @@ def _attempt(
         return _take(response, part, start, total, timeout[1], bar, most)
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #067b880e
-def _take(response: Any, part: Path, start: int, total: int | None, window: float, bar: tqdm, most: int) -> bool:
+def _take(response: Any, part: Path, start: int, total: int | None, window: float, bar: Bar, most: int) -> bool:
     """Receive an answer's bytes, if there are not too many; True if the file is whole then."""
     if total and total > most:
         raise Unavailable(f"it is said to have {total:,} bytes; such a file has at most {most:,}")
@@ -201,10 +200,10 @@ def _known_note(part: Path, url: str) -> dict[str, Any]:
     return {"url": url}
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #d572fde3
-def _bar(url: str, progress: bool) -> tqdm:
+def _bar(url: str, progress: bool) -> Bar:
     """A progress line."""
     name = url.rsplit("/", 1)[-1][:40]
-    return tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not progress, dynamic_ncols=True)
+    return progress_bar(unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not progress)
 
 # %% ../../nbs/reference/download/18_transfer.ipynb #28f266f1
 def transfer(

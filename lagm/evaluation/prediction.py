@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, write_json
+from ..core.progress import progress_bar
 from ..core.seeds import choose_device
 from ..data.exporters import coco_annotations, coco_categories
 from ..data.images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, png, read_image
@@ -340,7 +340,7 @@ def predict_folder(
         raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
                          "choose another place")
     segmenter, images, annotations = segmenter.to(device), [], []
-    bar = tqdm(total=len(paths), disable=not progress, desc="pictures", dynamic_ncols=True)
+    bar = progress_bar(total=len(paths), disable=not progress, desc="pictures")
     for group in _readable(paths, folder, result, batch):
         masks = predict_pictures(segmenter, [picture for _, picture in group], policy, size, device)
         for (name, picture), mask in zip(group, masks, strict=True):

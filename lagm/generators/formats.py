@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..core.pickle_machine import read_legacy_torch, read_pickle
 from ..core.pickle_records import Extra, LazyArray, LazyTensor, Record, Unreadable, forget_pages, quoted
+from ..core.progress import progress_bar
 from ..core.registry import Registry
 from ..core.tensors import all_finite
 from ..core.unpickling import read_torch_zip
@@ -152,7 +152,7 @@ def fill_network(
     if sum(weight.nbytes for weight in weights.values()) > 2 * len(data) + 2**20:
         raise Unreadable("uses the same numbers for many tensors, as no network does")
     expected, state = network.state_dict(), {}
-    for name in tqdm(weights, desc="reading", unit=" tensors", disable=not progress):
+    for name in progress_bar(weights, desc="reading", unit=" tensors", disable=not progress):
         state[name] = as_weight(path, name, weights[name].read(), expected[name])
         if not all_finite([state[name]]):
             raise Unreadable(f"has infinite or NaN numbers in {name}",

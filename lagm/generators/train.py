@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..core.origins import provenance
+from ..core.progress import progress_bar
 from ..core.tensors import load_tensors, save_tensors
 from ..core.values import check_fields
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
@@ -595,7 +595,7 @@ def train_gan(
     state = folder / "state.safetensors"
     if state.exists(): load_training(trainer, state)
     running: dict[str, float] = {}
-    bar = tqdm(total=recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
+    bar = progress_bar(total=recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
     while not trainer.finished:
         before = trainer.seen
         for name, loss in trainer.step().items():

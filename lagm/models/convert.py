@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, checksum
+from ..core.progress import progress_bar
 from ..core.tensors import save_tensors
 from ..data.labels import LabelSet
 from ..generators.contract import FrozenGenerator, Sampling
@@ -305,7 +305,7 @@ def compare(
     """
     mine, theirs = network.state_dict(), again.state_dict()
     same = type(network) is type(again) and mine.keys() == theirs.keys()
-    for name in tqdm(mine, desc="checking", unit=" tensors", disable=not progress):
+    for name in progress_bar(mine, desc="checking", unit=" tensors", disable=not progress):
         same = same and torch.equal(mine[name], theirs[name])
     draws = hasattr(network, "feature_shapes") and not getattr(network, "c_dim", 0)
     if same and draws and network.img_resolution <= 256:

@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.errors import InputError
+from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
@@ -414,7 +414,7 @@ def train_pixels(
     device = choose_device(device)
     ensemble = cast(PixelEnsemble, train_mode(ensemble.to(device), resting_modules(ensemble)))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
-    for step in tqdm(range(steps), disable=not progress, desc="pixels", dynamic_ncols=True):
+    for step in progress_bar(range(steps), disable=not progress, desc="pixels"):
         rng = random_generator(seed, "pixels", step)
         drawn = known[torch.randint(len(known), (ensemble.members * batch,), generator=rng)]
         pixels = store.read(drawn.to(store.maps[0].device)).to(device).unflatten(0, (ensemble.members, batch))

@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.errors import InputError
+from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import all_finite, load_tensors, save_tensors
 from ..core.values import check_fields
@@ -406,7 +406,7 @@ def invert(
     points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
     batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
     hidden = not progress or not batches
-    with tqdm(total=len(batches) * plan.steps, disable=hidden, desc="inversion", dynamic_ncols=True) as bar:
+    with progress_bar(total=len(batches) * plan.steps, disable=hidden, desc="inversion") as bar:
         for part in batches:
             found = descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
             v, losses = torch.cat([v, found[0]]), torch.cat([losses, found[1]])

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.errors import InputError, printable
+from ..core.progress import Bar, progress_bar
 from ..core.seeds import random_generator
 from ..core.tensors import all_finite, load_tensors
 from ..core.values import plain_value
@@ -501,7 +501,7 @@ class Loop:
         return estimate_loop(self)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #c6b85f77
-def advance(loop: Loop, bar: "tqdm[Any]") -> None:
+def advance(loop: Loop, bar: Bar) -> None:
     """One step of a loop, and what is due after it."""
     stage, within = locate(loop.stages, loop.step)
     if within == 0:
@@ -540,8 +540,8 @@ def go_on(loop: Loop) -> Trained:
         if all_finite(network.state_dict().values()): continue
         raise InputError(f"the {role}'s weights hold NaN or infinite numbers before the first step; load it again")
     shown = options.progress and loop.first
-    if shown and loop.step == 0 and loop.total >= LONG: tqdm.write(f"estimate: {loop.estimate()}")
-    bar = tqdm(total=loop.total, initial=loop.step, disable=not shown, dynamic_ncols=True)
+    if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
+    bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
     try:
         with loop.records.open(loop.step), surroundings(state.recipe), bar, finish_step_on_interrupt() as asked:
             while loop.step < loop.total:

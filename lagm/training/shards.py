@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..core.errors import InputError, printable
 from ..core.files import decode_text, parse_json, read_json, write_json
+from ..core.progress import progress_bar
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
@@ -260,7 +260,7 @@ def work(
     if hasattr(generator, "to"): generator.to(device)
     for annotator in annotators: annotator.to(device)
     order = [s for first in range(workers) for s in plan.shards if s % workers == (worker + first) % workers]
-    bar = tqdm(total=plan.n, disable=not progress or worker > 0, desc="pictures", dynamic_ncols=True)
+    bar = progress_bar(total=plan.n, disable=not progress or worker > 0, desc="pictures")
     with bar, one_thread():
         for shard in order:
             made = write_shard(generator, annotators, folder, shard, plan, labels, bar.update)
