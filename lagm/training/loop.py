@@ -501,7 +501,7 @@ class Loop:
         return estimate_loop(self)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #c6b85f77
-def advance(loop: Loop, bar: Bar) -> None:
+def advance(loop: Loop, bar: "Bar[Any]") -> None:
     """One step of a loop, and what is due after it."""
     stage, within = locate(loop.stages, loop.step)
     if within == 0:
