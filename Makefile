@@ -5,6 +5,7 @@
 # make lint     what ruff says; make types: what mypy says
 # make export   clean the notebooks and write lagm/ from them
 # make readme   write README.md from nbs/index.ipynb
+# make docs     build the site into _docs/html: book, reference, results, API
 # make clean    remove what was built (neither outputs/ nor .venv/)
 #
 # The first use installs the package into the active virtual or conda environment, or makes .venv if
@@ -12,7 +13,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test quick sync lint types notebooks unit export readme clean install install-dev
+.PHONY: help demo bench test quick sync lint types notebooks unit export readme docs clean install install-dev install-docs
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -20,7 +21,7 @@ RUN := PATH="$(ENV)/bin:$$PATH"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 demo: install
 	@$(RUN) lagm run quickstart
@@ -61,6 +62,10 @@ export: install-dev
 readme: install-dev
 	@$(RUN) python -m lagm.experiments.readme
 
+# Warnings, links to nothing, and whatever a page would load from the network, are errors.
+docs: install-docs
+	@$(RUN) python nbs/site/build.py
+
 clean:
 	rm -rf build dist _proc _docs .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find lagm nbs tests -name __pycache__ -prune -exec rm -rf {} +
@@ -98,3 +103,6 @@ install:
 
 install-dev:
 	$(call ensure,[dev],dev)
+
+install-docs:
+	$(call ensure,[docs],docs dev)

@@ -24,11 +24,12 @@ myst_heading_slug_func = "hooks.slug"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "mixed"
+autodoc_preserve_defaults = True
+add_module_names = False
 autosummary_generate = False
 napoleon_google_docstring = False
 napoleon_use_ivar = True
-default_role = "obj"
+suppress_warnings = ["ref.python"]  # there are two classes Trained, and a type names one of them by its last name
 
 html_theme = "furo"
 html_title = f"{cfg['title']} {release}"

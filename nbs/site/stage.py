@@ -27,7 +27,8 @@ DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*(.*)\n?", re.M)
 PICTURES = (".png", ".svg", ".jpg")
 GLOSSARY = "nbs/book/00_glossary.ipynb"
 TEXTS = ("CHANGELOG.md", "CONTRIBUTING.md", "outputs/README.md")
-ALIASES = {"nbs/index.ipynb": "index.md", "README.md": "index.md", "outputs/report/report.md": "outputs/report/report.ipynb"}
+ALIASES = {"nbs/index.ipynb": "index.md", "README.md": "index.md",
+           "outputs/report/report.md": "outputs/report/report.ipynb"}  # two files, one page
 
 
 @dataclass
@@ -71,9 +72,11 @@ def all_notebooks() -> list[str]:
 
 
 def all_modules() -> list[str]:
-    """The public modules of the package, room by room."""
+    """The public modules of the package, room by room, each room after those it stands on."""
     paths = [path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "lagm").rglob("*.py")]
-    return sorted(".".join(parts) for parts in paths if not any(part.startswith("_") for part in parts))
+    names = sorted(".".join(parts) for parts in paths if not any(part.startswith("_") for part in parts))
+    rooms = list(dict.fromkeys(page.split("/")[2] for page in all_notebooks() if page.startswith("nbs/reference/")))
+    return sorted(names, key=lambda name: [*rooms, name.split(".")[1]].index(name.split(".")[1]))
 
 
 # ---- a notebook
@@ -155,7 +158,8 @@ def with_terms(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The cell with the table as a glossary, whose terms can be linked and searched."""
     if cell.cell_type != "markdown" or not cell.source.startswith("| term"): return cell
     rows = [[part.strip() for part in line.strip().strip("|").split("|")] for line in cell.source.splitlines()[2:]]
-    cell.source = "```{glossary}\n" + "\n".join(f"{term}\n   {text} More: {place}.\n" for term, text, place in rows) + "```"
+    items = [f"{term}\n   {text} More: {place}.\n" for term, text, place in rows]
+    cell.source = "```{glossary}\n" + "\n".join(items) + "```"
     return cell
 
 
@@ -171,16 +175,27 @@ def title_of(page: str) -> tuple[str, str]:
     return head[1].strip() if head else Path(page).stem, " ".join(line.lstrip("> ").strip() for line in lines)
 
 
+def title_in(name: str) -> str:
+    """The first heading of a text of the project."""
+    return re.search(r"^# (.+)", (ROOT / name).read_text(encoding="utf-8"), re.M)[1]
+
+
 def entry(page: str, name: str, site: Site) -> str:
     """A line of a list that leads to a notebook."""
     said = mended(title_of(page)[1], page, site)
-    return f"- [{name}](/{page})" + (f": {said[0].lower() if said[:2].istitle() else said[:1]}{said[1:]}" if said else "")
+    return f"- [{name}](/{page})" + (f": {said}" if said else "")
+
+
+def entries(pages: list[str], site: Site) -> str:
+    """A list that leads to notebooks."""
+    return "\n".join(entry(page, title_of(page)[0], site) for page in pages)
 
 
 def toctree(pages: list[tuple[str, str]], caption: str = "") -> str:
     """A hidden list of pages for the sidebar: (title or nothing, document)."""
     lines = [f"{title} <{page}>" if title else page for title, page in pages]
-    return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *lines, "```", ""])
+    options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
+    return "\n".join(["```{toctree}", *options, "", *lines, "```", ""])
 
 
 def document(page: str) -> str:
@@ -202,7 +217,7 @@ def run_name(page: str) -> str:
 
 SECTIONS = {  # page: (title, what stands above the list, folder)
     "book": ("The book", "The method, in the order in which it is understood. Each chapter exports its part of the "
-             "package.", "nbs/book"),
+             "package: the cells with a coloured bar.", "nbs/book"),
     "course": ("The course", "Lessons for a class.", "nbs/course"),
     "tutorials": ("Tutorials", "From nothing to something that works.", "nbs/tutorials"),
     "reference": ("The reference", "The notebooks that everything else is exported from, room by room.",
@@ -227,14 +242,36 @@ def section_pages(site: Site) -> Iterator[tuple[str, str]]:
 
 def rooms_body(pages: list[str], site: Site) -> str:
     """The reference's list, under a heading for each room."""
-    rooms = list(dict.fromkeys(page.split("/")[2] for page in pages))
     parts = []
-    for room in rooms:
-        own = [page for page in pages if page.split("/")[2] == room]
-        said = ast.get_docstring(ast.parse((ROOT / "lagm" / room / "__init__.py").read_text(encoding="utf-8")))
-        parts.append(f"## {room}\n\n{said}\n\n" + "\n".join(entry(page, title_of(page)[0], site) for page in own) + "\n")
-    return "\n".join(parts) + "\n" + "\n".join(
-        toctree([("", document(page)) for page in pages if page.split("/")[2] == room], room) for room in rooms)
+    for room, own in by_room(pages, 2, "/").items():
+        parts.append(f"## [{room}](/reference/{room}.md)\n\n{room_said(room)}\n\n{entries(own, site)}")
+    return "\n\n".join(parts) + "\n\n" + toctree([(room, f"reference/{room}") for room in by_room(pages, 2, "/")])
+
+
+def by_room(names: list[str], place: int, separator: str) -> dict[str, list[str]]:
+    """Notebooks or modules by the room that their name tells."""
+    found: dict[str, list[str]] = {}
+    for name in names: found.setdefault(name.split(separator)[place], []).append(name)
+    return found
+
+
+def room_said(room: str) -> str:
+    """The sentence that says what a room holds."""
+    path = ROOT / "lagm" / room / "__init__.py"
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") if path.is_file() else ""
+
+
+def room_pages(site: Site) -> Iterator[tuple[str, str]]:
+    """(file, text) of a page for each room of the reference and of the API, which are floors of the sidebar."""
+    reference = [page for page in site.notebooks if page.startswith("nbs/reference/")]
+    for room, own in by_room(reference, 2, "/").items():
+        tree = toctree([("", document(page)) for page in own])
+        yield f"reference/{room}.md", f"# {room}\n\n{room_said(room)}\n\n{entries(own, site)}\n\n{tree}"
+    for room, own in by_room(site.modules, 1, ".").items():
+        if not room_said(room): continue
+        names = [f"   {module.removeprefix('lagm.')} <{module}>" for module in own]
+        yield f"api/{room}.rst", "\n".join([room, "=" * len(room), "", room_said(room), "", ".. toctree::", "", *names,
+                                            ""])
 
 
 def experiments_body(pages: list[str], site: Site) -> str:
@@ -275,26 +312,28 @@ def module_source(module: str) -> str:
 
 def module_page(module: str, site: Site) -> str:
     """The page of one module, in reStructuredText."""
-    page = module_source(module)
+    page, title = module_source(module), module.removeprefix("lagm.")
     origin = f":doc:`{page} </{page.removesuffix('.ipynb')}>`" if page in site.shown else f"``{page}``"
-    return "\n".join([module, "=" * len(module), "", f"Exported from {origin}.", "", f".. automodule:: {module}",
-                      "   :members:", ""])
+    return "\n".join([title, "=" * len(title), "", f"``import {module}``, exported from {origin}.", "",
+                      f".. automodule:: {module}", "   :members:", ""])
 
 
 def api_front(site: Site) -> str:
     """The API's first page: the names that most people need, then every module."""
-    parts = ["The names you need", "==================", "", f"``import lagm`` shows these "
-             f"{sum(map(len, public_names().values()))}, in the order in which an experiment uses them. Everything else "
-             "is imported from its own module.", ""]
-    for module, names in public_names().items():
-        if module not in site.modules: continue
-        parts += [".. autosummary::", "", *(f"   ~{module}.{name}" for name in names), ""]
+    public = {module: names for module, names in public_names().items() if module in site.modules}
+    count = sum(map(len, public.values()))
+    parts = ["The names you need", "==================", "", f"``import lagm`` shows these {count}, in the order "
+             "in which an experiment uses them. Everything else is imported from its own module.", ""]
+    for room, own in by_room(list(public), 1, ".").items():
+        parts += [room, "-" * len(room), "", ".. autosummary::", "",
+                  *(f"   ~{module}.{name}" for module in own for name in public[module]), ""]
     parts += ["Every module", "------------", ""]
-    for room in dict.fromkeys(module.split(".")[1] for module in site.modules):
-        own = [module for module in site.modules if module.split(".")[1] == room]
-        parts += [f"**{room}**", "", *(f"- :doc:`{module}`" for module in own), ""]
-    parts += [".. toctree::", "   :hidden:", "", *(f"   {module}" for module in site.modules), ""]
-    return "\n".join(parts)
+    rooms = by_room(site.modules, 1, ".")
+    for room, own in rooms.items():
+        if room_said(room): parts += [f":doc:`{room}`: {room_said(room)}", ""]
+        parts += [*(f"- :doc:`{module}`" for module in own), ""]
+    pages = [room if room_said(room) else f"lagm.{room}" for room in rooms]
+    return "\n".join([*parts, ".. toctree::", "   :hidden:", "", *(f"   {page}" for page in pages), ""])
 
 
 # ---- all of it
@@ -306,10 +345,11 @@ def front_page(site: Site) -> str:
     pages = [(SECTIONS[name][0], name) for name, _ in section_pages(site)]
     pages += [("API: the names you need", "api/index")] if site.modules else []
     if GLOSSARY in site.notebooks: pages.append(("Glossary", document(GLOSSARY)))
-    project = [("", document(name)) for name in site.texts if "/" not in name]
-    rooms = ", ".join(f"[{title}](/{page}.{'rst' if page.startswith('api') else 'md'})" for title, page in pages
-                      if not page.startswith("/"))
-    return f"{text}\n## This site\n\n{rooms}.\n\n{toctree(pages)}\n" + (toctree(project, "The project") if project else "")
+    texts = [(document(name), name) for name in site.texts if "/" not in name]
+    project = [("", page) for page, _ in texts]
+    parts = [f"- [{title}](/{page}.{'rst' if page.startswith('api') else 'md'})" for title, page in pages
+             if not page.startswith("/")] + [f"- [{title_in(name)}](/{name})" for _, name in texts]
+    return "\n".join([text, "## On this site", "", *parts, "", toctree(pages), toctree(project, "The project")])
 
 
 def stage(folder: Path, notebooks: list[str] | None = None, modules: list[str] | None = None) -> Site:
@@ -322,6 +362,7 @@ def stage(folder: Path, notebooks: list[str] | None = None, modules: list[str] |
     site.modules = all_modules() if modules is None else modules
     for page in site.notebooks: stage_notebook(page, site)
     pages = {f"{name}.md": text for name, text in section_pages(site)}
+    pages |= dict(room_pages(site))
     pages |= {name: mended((ROOT / name).read_text(encoding="utf-8"), name, site) for name in site.texts}
     if site.modules: pages["api/index.rst"] = api_front(site)
     pages |= {f"api/{module}.rst": module_page(module, site) for module in site.modules}
