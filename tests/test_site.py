@@ -91,6 +91,9 @@ def test_links_are_mended():
         "[a](/nbs/book/01_faces_and_labels.ipynb#Summary)")
     assert stage.mended("[a](../../LICENSE) [b](../index.ipynb) `[c](none)`", page, site) == (
         "[a](https://example.org/blob/main/LICENSE) [b](/index.md) `[c](none)`")
+    badge = "https://example.org/badge.svg"
+    assert stage.mended(f'[![Colab]({badge})](https://example.org) <img src="{badge}" alt="Kaggle">', page, site) == (
+        "[Colab](https://example.org) Kaggle")
     with pytest.raises(InputError, match="leads to no file: none.ipynb"): stage.mended("[a](none.ipynb)", page, site)
 
 

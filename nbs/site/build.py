@@ -6,6 +6,7 @@ anything that a page would load from the network.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,7 @@ def build(folder: Path, notebooks: list[str] | None = None, modules: list[str] |
     sys.path.insert(0, str(HERE))
     from stage import stage
     stage(folder / "source", notebooks, modules)
+    shutil.rmtree(folder / "html", ignore_errors=True)  # pages of notebooks that are no more
     words = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-W", "--keep-going", "-c", HERE, "-d",
              folder / "doctrees", folder / "source", folder / "html"]
     done = subprocess.run([str(word) for word in words], env={**os.environ, "PYTHONPATH": str(HERE)})

@@ -32,6 +32,8 @@ napoleon_use_ivar = True
 suppress_warnings = ["ref.python"]  # there are two classes Trained, and a type names one of them by its last name
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
+html_favicon = "favicon.svg"
 html_title = f"{cfg['title']} {release}"
 html_css_files = ["style.css"]
 html_copy_source = False

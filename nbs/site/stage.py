@@ -108,12 +108,16 @@ def mended_link(target: str, page: str, site: Site) -> str:
 
 
 def mended(text: str, page: str, site: Site) -> str:
-    """Markdown with its links mended; code is left alone."""
+    """Markdown with its links mended, and with words in place of pictures from elsewhere; code is left alone."""
     def link(match: re.Match[str]) -> str: return match[1] + mended_link(match[2].strip("<>"), page, site)
 
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
-    return "".join(part if i % 2 else re.sub(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""", link, part)
-                   for i, part in enumerate(parts))
+    for i, part in enumerate(parts[::2]):  # what is not code: a badge, say, would be loaded from its site
+        part = re.sub(r"!\[([^\]]*)\]\(https?://[^)]*\)", r"\1", part)
+        part = re.sub(r"""<img\b[^>]*\bsrc="https?:[^>]*>""",
+                      lambda image: "".join(re.findall(r'alt="([^"]*)"', image[0])), part)
+        parts[2 * i] = re.sub(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""", link, part)
+    return "".join(parts)
 
 
 def without_reader_cells(notebook: nbformat.NotebookNode, page: str, site: Site) -> None:
@@ -279,10 +283,10 @@ def experiments_body(pages: list[str], site: Site) -> str:
     report = [page for page in pages if page.startswith("outputs/report/")]
     runs = [page for page in pages if page not in report]
     parts = ["## The report\n", *(entry(page, "The report, executed", site) for page in report)]
-    parts += ["\n## Executed runs\n", *(f"- [{run_name(page)}](/{page})" for page in runs)]
+    parts += ["\n## Executed runs\n", *(entry(page, run_name(page), site) for page in runs)]
     if "outputs/README.md" in site.texts: parts.append("- [What each file in outputs/ is](/outputs/README.md)")
     found = [(run_name(page), document(page)) for page in [*report, *runs]]
-    found += [("", document(text)) for text in site.texts if text.startswith("outputs/")]
+    found += [("What is in outputs/", document(text)) for text in site.texts if text.startswith("outputs/")]
     trees = [toctree(found)]
     for folder, title in (("experiments", "Notebooks with parameters"), ("benchmarks", "Benchmarks")):
         own = [page for page in site.notebooks if page.startswith(f"nbs/{folder}/")]
