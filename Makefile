@@ -6,6 +6,7 @@
 # make export   clean the notebooks and write lagm/ from them
 # make readme   write README.md from nbs/index.ipynb
 # make constraints  write .ci/constraints anew: the newest packages, and the lowest that settings.ini promises
+# make docs     build the site into _docs/html: book, reference, results, API
 # make clean    remove what was built (neither outputs/ nor .venv/)
 #
 # The first use installs the package into the active virtual or conda environment, or makes .venv if
@@ -13,7 +14,8 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test quick sync lint types notebooks unit export readme constraints clean install install-dev
+.PHONY: help demo bench test quick sync lint types notebooks unit export readme docs constraints clean install \
+	install-dev install-docs
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ENV := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
@@ -70,6 +72,10 @@ constraints: install-dev
 	@$(RUN) sh -ec 'for kind in highest:records lowest-direct:lowest; do file=.ci/constraints/$${kind#*:}.txt; \
 		head -1 $$file > $$file.new; $(PIN) --resolution $${kind%:*} >> $$file.new; mv $$file.new $$file; done'
 
+# Warnings, links to nothing, and whatever a page would load from the network, are errors.
+docs: install-docs
+	@$(RUN) python nbs/site/build.py
+
 clean:
 	rm -rf build dist _proc _docs .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find lagm nbs tests -name __pycache__ -prune -exec rm -rf {} +
@@ -111,3 +117,6 @@ install-dev:
 	$(call ensure,[dev],dev)
 	@mkdir -p "$(dir $(HOOKS))"
 	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > "$(HOOKS)"
+
+install-docs:
+	$(call ensure,[docs],docs dev)

@@ -22,7 +22,7 @@ def requirements(key: str) -> list[str]:
 
 
 extras = {key.removesuffix(SUFFIX): requirements(key) for key in cfg if key.endswith(SUFFIX)}
-for used in ("avatars", "pascal", "fetch", "encoders"): extras["dev"] += extras[used]  # the tests run their notebooks
+for used in ("avatars", "pascal", "fetch", "encoders", "docs"): extras["dev"] += extras[used]  # the tests use them
 
 
 class BuildWithExperiments(build_py):
