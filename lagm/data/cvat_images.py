@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Element', 'DRAWN', 'IGNORED', 'read_xml', 'holds_xml', 'import_cvat_images']
 
-# %% ../../nbs/reference/data/15_cvat_images.ipynb #533a60a1
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #8fc92acd
 import contextlib
 import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -114,7 +114,7 @@ def _ellipse(columns: np.ndarray, shape: Element, value: int) -> None:
     if not inside.any(): raise InputError("it covers no pixel of the picture")
     columns[inside] = value
 
-# %% ../../nbs/reference/data/15_cvat_images.ipynb #ade57204
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #321a0ee3
 DRAWN: dict[str, Callable[[np.ndarray, Element, int], None]] = {"polygon": _polygon, "mask": _mask, "ellipse": _ellipse}
 IGNORED = ("ignore", "__ignore__")  # labels of pixels that have none
 
@@ -133,12 +133,15 @@ class _Picture:
         label and shape with an area, in the order of painting
     left_out
         kind of shape -> how many have no area
+    job
+        the file that it is in, if there are several
     """
 
     name: str  # as the export has it
     size: tuple[str, str]  # width and height, as they stand there
     shapes: list[tuple[str, Element]]  # label and shape with an area, in the order of painting
     left_out: dict[str, int] = field(default_factory=dict)  # kind of shape -> how many have no area
+    job: str = ""  # the file that it is in, if there are several
 
 
 def _label(shape: Element) -> str:
@@ -239,7 +242,7 @@ def _drawn(picture: _Picture, values: Mapping[str, int], size: tuple[int, int]) 
         except InputError as error: raise InputError(f"shape {i} ({label}): {error}") from error
     return np.ascontiguousarray(columns.T)
 
-# %% ../../nbs/reference/data/15_cvat_images.ipynb #aa757b7e
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #a68ed5cb
 def _records(found: Sequence[_Picture], work: Import) -> list[ImportRecord]:
     """A record for each picture; shapes without an area are noted."""
     values = {label: i for i, label in enumerate(work.labels.classes)} | dict.fromkeys(IGNORED, IGNORE)
@@ -252,7 +255,7 @@ def _records(found: Sequence[_Picture], work: Import) -> list[ImportRecord]:
 
     def record(picture: _Picture) -> ImportRecord:
         draw = (lambda path, size: _drawn(picture, values, size)) if picture.shapes else None
-        return ImportRecord(picture.name, lambda: find(picture.name), draw, picture.name)
+        return ImportRecord(picture.job + picture.name, lambda: find(picture.name), draw, picture.name)
 
     return [record(picture) for picture in found]
 
@@ -290,9 +293,11 @@ def import_cvat_images(
         for path in files:
             own, pictures = _read(path)
             listed = listed | {name: colour for name, colour in own.items() if name not in listed}
-            found += pictures
+            found += [replace(picture, job=f"{path.name}: " if len(files) > 1 else "") for picture in pictures]
         used = [label for picture in found for label, _ in picture.shapes]
         labels = _label_set(listed, used, root.name)
         work = Import(root, Pictures(images or folder / "images", but=root), labels, complete=images is None)
         for member, why in bad.items(): work.done.skip(member, why)
-        return finish_import(work, _records(found, work), only_labelled, least)
+        done = finish_import(work, _records(found, work), only_labelled, least)
+    done.skipped = {name: why.replace(str(folder), str(export)) for name, why in done.skipped.items()}
+    return done
