@@ -6,7 +6,7 @@
 __all__ = ['MOST_LINES', 'EXPORTS', 'WITHOUT_PICTURES', 'WITHOUT_CLASSES', 'FORMATS', 'list_command', 'show_command',
            'describe_results', 'run_one', 'chosen_runs', 'run_command', 'inspect_command', 'convert_command',
            'add_checkpoint_commands', 'at_least_one', 'add_data_commands', 'add_project_commands',
-           'add_predict_command', 'add_run_parser', 'build_parser', 'short_warnings', 'main']
+           'add_predict_command', 'add_serve_command', 'add_run_parser', 'build_parser', 'short_warnings', 'main']
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #96f330a1
 import argparse
@@ -582,6 +582,35 @@ def add_predict_command(
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.set_defaults(command=_predict)
 
+# %% ../nbs/reference/experiments/92_cli.ipynb #9bc8c577
+def _serve(arguments: argparse.Namespace) -> Any:
+    from lagm.labelling.serve import serve_command
+
+    return serve_command(arguments)
+
+
+def add_serve_command(
+    commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
+) -> None:
+    """Declare `serve`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
+    about = ("Look at what a trained segmenter finds, in a page of this machine: drop a picture, see its parts, "
+             "download the mask. Nothing is kept, nothing leaves the machine.")
+    parser = commands.add_parser("serve", help="try a segmenter in a browser", description=about)
+    add = parser.add_argument
+    add("segmenter", metavar="FILE", help="a trained segmenter, as for `lagm predict`")
+    add("--policy", choices=("fit", "stretch", "native"), help="as for `lagm predict`")
+    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="as for `lagm predict`")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any that is free)")
+    add("--no-browser", action="store_true", help="print the address only")
+    parser.set_defaults(command=_serve)
+
 # %% ../nbs/reference/experiments/92_cli.ipynb #2d1e07ec
 def add_run_parser(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
@@ -641,7 +670,8 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("name", metavar="NAME", help="a name of `lagm list`, or of one stage, such as celeba_10/annotate")
     show.set_defaults(command=show_command)
 
-    for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands, add_predict_command):
+    for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands, add_predict_command,
+                add_serve_command):
         add(commands)
     _add_everywhere(parser)
     return parser

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Placement', 'place', 'predict_pictures', 'overlay', 'open_segmenter', 'Predicted', 'list_pictures',
-           'predict_folder', 'predict_command', 'evaluate_checkpoint']
+           'predict_folder', 'settings_of', 'predict_command', 'evaluate_checkpoint']
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #62053637
 import contextlib
@@ -374,6 +374,35 @@ def predict_folder(
     return result
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #7158372d
+def settings_of(
+    path: str | Path,  # of a trained segmenter, as in `open_segmenter`
+    size: Sequence[int] | None = None,  # height and width of training; None: as the file says
+    policy: str | None = None,  # None: as the file says, else "fit"
+) -> tuple[nn.Module, LabelSet, tuple[int, int] | None, str]:  # segmenter, labels, size, policy
+    """What the commands need of a segmenter's file; `InputError` if no size is known.
+
+    Parameters
+    ----------
+    path
+        of a trained segmenter, as in `open_segmenter`
+    size
+        height and width of training; None: as the file says
+    policy
+        None: as the file says, else "fit"
+
+    Returns
+    -------
+    tuple[nn.Module, LabelSet, tuple[int, int] | None, str]
+        segmenter, labels, size, policy
+    """
+    segmenter, labels, facts = _opened(path)
+    size, policy = size or facts.get("size"), policy or facts.get("policy") or "fit"
+    if size is None and policy != "native":
+        raise InputError(f"{path} does not say what size of pictures it was trained at; "
+                         f"give --size HEIGHT WIDTH{_better(path)}")
+    return segmenter, labels or _numbered(segmenter.n_classes), (size[0], size[1]) if size else None, policy
+
+
 def predict_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -384,12 +413,7 @@ def predict_command(
     arguments
         of the command line
     """
-    segmenter, labels, facts = _opened(arguments.segmenter)
-    size, policy = arguments.size or facts.get("size"), arguments.policy or facts.get("policy") or "fit"
-    if size is None and policy != "native":
-        raise InputError(f"{arguments.segmenter} does not say what size of pictures it was trained at; "
-                         f"give --size HEIGHT WIDTH{_better(arguments.segmenter)}")
-    labels, size = labels or _numbered(segmenter.n_classes), tuple(size) if size else None
+    segmenter, labels, size, policy = settings_of(arguments.segmenter, arguments.size, arguments.policy)
     print(predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch,
                          arguments.device, form=arguments.format, tolerance=arguments.tolerance))
     print(_what_next(arguments.format, arguments.output))
