@@ -202,7 +202,8 @@ export class Viewer {
     const found = this.found[index];
     const larger = Math.max(1, Math.floor(480 / Math.max(found.shown.width, found.shown.height)));
     for (const canvas of [found.shown, found.overlay]) canvas.classList.toggle("small", larger > 1);
-    this.frame.style.width = `${found.shown.width * larger}px`;
+    const ratio = found.shown.width / found.shown.height;
+    this.frame.style.width = `min(${found.shown.width * larger}px, ${70 * ratio}vh)`;
     this.frame.style.aspectRatio = `${found.shown.width} / ${found.shown.height}`;
     this.frame.replaceChildren(found.shown, found.overlay);
     this.where.value = index;
@@ -365,9 +366,10 @@ export const STYLE = `
 .lagm-viewer .status { min-height: 1.5em; margin: 6px 0; overflow-wrap: anywhere; }
 .lagm-viewer .wrong { margin: 0 0 8px; padding: 0; list-style: none; color: #c00; font-weight: 600; overflow-wrap: anywhere; }
 @media (prefers-color-scheme: dark) { .lagm-viewer .wrong { color: #ff8080; } }
-.lagm-viewer .result { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start; }
+.lagm-viewer .result { display: grid; gap: 0 18px; align-items: start; }
+@media (min-width: 720px) { .lagm-viewer .result { grid-template-columns: fit-content(calc(100% - 280px)) 260px; } .lagm-viewer .legend { margin-top: 46px; } }
 .lagm-viewer .result[hidden] { display: none; }
-.lagm-viewer .seen { flex: 0 1 auto; min-width: 0; max-width: 100%; }
+.lagm-viewer .seen { min-width: 0; }
 .lagm-viewer .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 6px 0; }
 .lagm-viewer .bar label { display: flex; align-items: center; gap: 6px; }
 .lagm-viewer select { min-width: 0; max-width: 60%; font: inherit; padding: 4px; }
@@ -378,7 +380,7 @@ export const STYLE = `
 .lagm-viewer .frame canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
 .lagm-viewer .small { image-rendering: pixelated; }
 .lagm-viewer .under { min-height: 1.5em; color: GrayText; }
-.lagm-viewer .legend { flex: 0 1 300px; min-width: 220px; margin: 6px 0; padding: 0; list-style: none; }
+.lagm-viewer .legend { margin: 6px 0; padding: 0; list-style: none; }
 .lagm-viewer .entry { display: flex; gap: 8px; align-items: center; width: 100%; box-sizing: border-box; padding: 5px 8px; border: 1px solid transparent; border-radius: 5px; background: none; color: CanvasText; text-align: left; }
 .lagm-viewer button.entry:hover { border-color: #888; }
 .lagm-viewer button.entry[aria-pressed="false"] { opacity: 0.45; text-decoration: line-through; }
