@@ -22,7 +22,7 @@ from .import_names import Finder, Pictures
 from .label_maps import make_labels
 from .labels import IGNORE, LabelSet
 
-# %% ../../nbs/reference/data/15_mask_files.ipynb #dd074ca0
+# %% ../../nbs/reference/data/15_mask_files.ipynb #fe35ff86
 _WORDS = r"[ ._-]?(?:mask|masks|label|labels|seg|segmentation|annotation)"
 
 
@@ -54,6 +54,7 @@ def _meant(
 
 def masks_beside(
     folder: str | Path,  # of pictures and masks
+    paths: Sequence[Path] | None = None,  # files in it to look at; None: all
 ) -> dict[Path, str]:  # path of a mask -> path below the folder, without suffix, of its picture
     """The masks that lie among the pictures of a folder.
 
@@ -61,6 +62,8 @@ def masks_beside(
     ----------
     folder
         of pictures and masks
+    paths
+        files in it to look at; None: all
 
     Returns
     -------
@@ -68,7 +71,7 @@ def masks_beside(
         path of a mask -> path below the folder, without suffix, of its picture
     """
     folder = Path(folder)
-    found = list_files(folder, {*IMAGE_SUFFIXES, *MASK_SUFFIXES})[0]
+    found = list_files(folder, {*IMAGE_SUFFIXES, *MASK_SUFFIXES})[0] if paths is None else paths
     lossy = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found
              if path.suffix.lower() not in MASK_SUFFIXES}
     stems = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found} | lossy
@@ -98,7 +101,7 @@ def _read_numbers(path: Path, labels: LabelSet) -> Callable:
     def draw(picture: Path, size: tuple[int, int]) -> np.ndarray: return read_mask(path, labels.n_classes)
     return draw
 
-# %% ../../nbs/reference/data/15_mask_files.ipynb #27e61ed4
+# %% ../../nbs/reference/data/15_mask_files.ipynb #697a2a71
 def import_masks(
     export: str | Path,  # a folder with masks/ or labels/, or with the masks themselves
     root: str | Path,  # the folder to make
@@ -132,13 +135,13 @@ def import_masks(
     masks = next((folder / name for name in ("labels", "masks") if (folder / name).is_dir()), folder)
     if images is None: images = folder / "images" if (folder / "images").is_dir() else folder
     root, labels = check_place(root, images), _classes(folder, classes, Path(root).name)
-    if Path(images).resolve() == masks.resolve(): found = masks_beside(masks)
-    else:
-        pictures = Pictures(images, but=root)
+    found = beside = masks_beside(images) if Path(images).is_dir() else {}
+    if Path(images).resolve() != masks.resolve():
+        pictures = Pictures(images, but=root, leave_out=beside)
         found = {path: _stem(path, masks, pictures) for path in list_files(masks, MASK_SUFFIXES)[0]}
     if not found: raise InputError(f"there are no masks in {masks}: PNG or TIFF files named like their pictures, or "
                                    "NAME_mask.png beside NAME.jpg")
-    work = Import(root, Pictures(images, but=root, leave_out=found), labels)
+    work = Import(root, Pictures(images, but=root, leave_out={**found, **beside}), labels)
     find = Finder(work.pictures, list(found.values()), stems=True)
     records = [ImportRecord(path.relative_to(masks).as_posix(), lambda stem=stem: find(stem),  # type: ignore[misc]
                             _read_numbers(path, labels), stem) for path, stem in found.items()]
