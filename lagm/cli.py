@@ -569,7 +569,8 @@ def add_predict_command(
     add("segmenter", metavar="FILE", help="a trained segmenter: segmenter.safetensors or another file of ours, the "
         "folder it is in, or a checkpoint of the authors")
     add("folder", metavar="FOLDER", help="the pictures, also in folders below it")
-    add("-o", "--output", required=True, metavar="FOLDER", help="where masks/, overlays/ and annotations.json go, or what --format says")
+    add("-o", "--output", required=True, metavar="FOLDER",
+        help="where masks/, overlays/ and annotations.json go, or what --format says")
     add("--format", choices=FORMATS, default="masks",
         help="what is written (default: masks); each but masks comes back by `lagm prepare`")
     add("--tolerance", type=float, default=0, metavar="PIXELS",

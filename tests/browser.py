@@ -116,10 +116,12 @@ class Browser:
         x, y = self.value(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect(); return "
                           f"[b.left + b.width / 2, b.top + b.height / 2] }})()")
         data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"): self.send("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.send("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def resize(self, width, height):
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
 
     def screenshot(self, path):
         Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))

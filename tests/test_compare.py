@@ -70,7 +70,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><body style="margin:20px"><div id
 import widget from "/viewer.js";
 const hash = new URLSearchParams(location.hash.slice(1)), values = {names: ["picture", "parts"], split: 0.5};
 for (const name of ["left", "right"]) values[name] = new DataView(await (await fetch(`/${name}`)).arrayBuffer());
-window.model = {get: name => values[name], set: (name, value) => (values[name] = value), save_changes: () => (window.saved = values.split)};
+window.model = {get: name => values[name], set: (name, value) => (values[name] = value),
+                save_changes: () => (window.saved = values.split)};
 widget.render({model: window.model, el: document.getElementById("out")});
 </script>"""
 

@@ -25,7 +25,8 @@ def flat(tmp_path):
 
 def painted(flat):
     album = Album(flat, CLASSES)
-    masks = {name: np.random.default_rng(i).integers(0, 3, (6, 8)).astype(np.uint8) for i, name in enumerate(album.names)}
+    masks = {name: np.random.default_rng(i).integers(0, 3, (6, 8)).astype(np.uint8)
+             for i, name in enumerate(album.names)}
     for i in (0, 2): save_painted(album, i, masks[album.names[i]])
     return album, masks
 

@@ -28,7 +28,9 @@ def header_of(folder):
     return yaml.safe_load(text)
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def same(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_a_folder_and_back(tmp_path):
@@ -45,8 +47,8 @@ def test_a_folder_and_back(tmp_path):
 
 def test_the_card_says_what_the_record_says_and_no_names(tmp_path):
     network = tiny_segmenter()
-    save_segmenter(tmp_path / "s.safetensors", network, LABELS, (16, 16), "stretch", learnt_from=["Anna Schmidt", "b"],
-                   step=1234, training={"recipe": "fast"}, provenance={"date": "2026-01-02", "versions": {"torch": "9"}})
+    facts = {"learnt_from": ["Anna Schmidt", "b"], "step": 1234, "training": {"recipe": "fast"}}
+    save_segmenter(tmp_path / "s.safetensors", network, LABELS, (16, 16), "stretch", **facts)
     g = torch.Generator().manual_seed(0)
     masks = torch.randint(0, 3, (4, 16, 16), generator=g)
     report = evaluation_report(torch.randint(0, 3, (4, 16, 16), generator=g), masks, LABELS.classes)
@@ -91,7 +93,8 @@ def test_nothing_but_safetensors_is_read(tmp_path, content, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "a", "a/b/c", "../b", "a/..", "a b/c", "https://x.org/a", "-a/b"])
 def test_names_that_are_none(name):
-    with pytest.raises(InputError, match="neither a folder here nor a name on a hub|there is no"): from_pretrained(name or "?")
+    with pytest.raises(InputError, match="neither a folder here nor a name on a hub|there is no"):
+        from_pretrained(name or "?")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -115,16 +118,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, here = self.path.partition("?")[0], f"http://{self.headers['Host']}"
         self.seen.append((self.command, path, self.headers.get("Authorization")))
-        if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}": return self.answer({}, 401)
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if self.command == "POST" and not known: return self.answer({}, 401)
         if path == "/api/repos/create": return self.answer({"url": f"{here}/me/faces"})
         if path == "/api/validate-yaml": return self.answer({"errors": [], "warnings": []})
         if path.endswith("/preupload/main"):
-            names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]
+            return self.answer({"files": files})
         if path.endswith("/commit/main"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file": self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer({"success": True, "commitOid": "a" * 40, "commitUrl": f"{here}/me/faces/commit/{'a' * 40}"})
+            commit = "a" * 40
+            return self.answer({"success": True, "commitOid": commit, "commitUrl": f"{here}/me/faces/commit/{commit}"})
         name = path.rpartition("/")[2]
         if path == f"/me/faces/resolve/main/{name}" and name in self.files: return self.answer(self.files[name])
         return self.answer({}, 404, **{"X-Error-Code": "RepoNotFound"})

@@ -47,7 +47,8 @@ def files(tmp_path_factory):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(here / "in" / "p1.jpg").save(here / "in" / "turned.jpg", exif=exif)
-    assert main(["predict", str(here / "s.safetensors"), str(here / "in"), "-o", str(here / "out"), "--device", "cpu"]) == 0
+    words = ["predict", str(here / "s.safetensors"), str(here / "in"), "-o", str(here / "out"), "--device", "cpu"]
+    assert main(words) == 0
     return here
 
 
@@ -191,7 +192,8 @@ def test_what_is_no_picture_gets_a_sentence_and_the_rest_goes_on(page, files, tm
                               files / "in" / "p0.png"])
     done(page, "p0.png")
     said = page.value("[...document.querySelectorAll('.wrong li')].map(e => e.textContent)")
-    assert len(said) == 3 and said[0].startswith("notes.json: it is not a picture") and "torn.png: it is damaged" in said[1]
+    assert len(said) == 3 and said[0].startswith("notes.json: it is not a picture")
+    assert "torn.png: it is damaged" in said[1]
     assert said[2] == "huge.png: it has 33 MB, and 32 MB are taken at most; make it smaller"
     page.choose_files(".drop input", [files / "in" / "p1.jpg"])
     done(page, "p1.jpg")

@@ -283,7 +283,8 @@ def test_predict_and_back(tmp_path, capsys):
         capsys.readouterr()
         assert main([*words, str(tmp_path / form), "--format", form]) == 0
         line = capsys.readouterr().out.splitlines()[-1]
-        assert main(line.partition("take them back: lagm ")[2].replace("NEW-FOLDER", f"{tmp_path}/{form}-2").split()) == 0
+        command = line.partition("take them back: lagm ")[2].replace("NEW-FOLDER", f"{tmp_path}/{form}-2")
+        assert main(command.split()) == 0
         data = Folder(tmp_path / f"{form}-2")
         for i, name in enumerate(data.names): assert (data[i][1].numpy() == expected[name]).all(), form
     assert main([*words, str(tmp_path / "x"), "--format", "voc", "--tolerance", "1"]) == 2

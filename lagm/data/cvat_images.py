@@ -251,7 +251,7 @@ def _records(found: Sequence[_Picture], work: Import) -> list[ImportRecord]:
     for picture in found:
         if not picture.left_out: continue
         kinds = ", ".join(f"{count} {kind}" for kind, count in picture.left_out.items())
-        work.done.notes.append(f"{printable(picture.name)}: shapes without the outline of a part are left out ({kinds})")
+        work.done.notes.append(f"{printable(picture.name)}: shapes that outline no part are left out ({kinds})")
 
     def record(picture: _Picture) -> ImportRecord:
         draw = (lambda path, size: _drawn(picture, values, size)) if picture.shapes else None

@@ -260,7 +260,8 @@ def _class_list(
     """
     used = {label: file for file in reversed([*files]) for label in files[file].drawn}
     used = {label: file for label, file in used.items() if label not in ("background", IGNORED)}
-    given = [*known, *sorted(set(used) - set(known))] if classes is None else [class_name(name, "a class") for name in classes]
+    given = [*known, *sorted(set(used) - set(known))]
+    if classes is not None: given = [class_name(name, "a class") for name in classes]
     wanted = [label for label in given if label.lower() != "background"]
     for label in sorted(set(used) - set(wanted)):
         raise InputError(f"the label {label!r} of {used[label]} is none of the classes given: {', '.join(wanted)}")

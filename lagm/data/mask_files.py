@@ -20,7 +20,7 @@ from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files, read_mask
 from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
-from .labels import IGNORE, LabelSet
+from .labels import LabelSet
 
 # %% ../../nbs/reference/data/15_mask_files.ipynb #fe35ff86
 _WORDS = r"[ ._-]?(?:mask|masks|label|labels|seg|segmentation|annotation)"

@@ -236,8 +236,8 @@ class _Cvat(LabelWriter):
         with atomic_path(self.out / "annotations.xml") as temporary: temporary.write_bytes(content)
 
 # %% ../../nbs/reference/data/15_writers.ipynb #dd932652
-WRITERS: dict[str, type[LabelWriter]] = {"labelme": _LabelMe, "coco": CocoWriter, "yolo": _Yolo, "voc": _Voc, "cvat": _Cvat,
-                                         "napari": _Napari}
+WRITERS: dict[str, type[LabelWriter]] = {
+    "labelme": _LabelMe, "coco": CocoWriter, "yolo": _Yolo, "voc": _Voc, "cvat": _Cvat, "napari": _Napari}
 
 
 def open_writer(

@@ -90,9 +90,10 @@ def _asked(what: str, ask: Callable[[], Any]) -> Any:
     except InputError: raise
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        reasons = {401: "it does not know you: log in with `hf auth login`", 403: "you may not do that there: check the "
-                   "rights of your token", 404: "there is no such thing, or you may not see it: check the name, and log "
-                   "in if it is private", 409: "it is there already", 429: "it was asked too often: wait a little"}
+        reasons = {401: "it does not know you: log in with `hf auth login`",
+                   403: "you may not do that there: check the rights of your token",
+                   404: "there is no such thing, or you may not see it: check the name, and log in if it is private",
+                   409: "it is there already", 429: "it was asked too often: wait a little"}
         why = reasons.get(status, f"answer {status}" if status else f"{type(error).__name__}; is the network there?")
         raise InputError(f"the hub would not {what}: {why}") from None
 
@@ -170,7 +171,8 @@ def push_to_hub(
     """
     folder, name = Path(folder), _hub_name(name)
     for file in (WEIGHTS, CARD):
-        if not (folder / file).is_file(): raise InputError(f"there is no {file} in {folder}; `save_pretrained` writes it")
+        if (folder / file).is_file(): continue
+        raise InputError(f"there is no {file} in {folder}; `save_pretrained` writes it")
     read_networks(folder / WEIGHTS)
     hub = _client().HfApi(endpoint=endpoint)
     _asked(f"make {name}", lambda: hub.create_repo(name, private=private, exist_ok=True))

@@ -190,11 +190,13 @@ def card_header(
     elif name: known |= {"license": "other", "license_name": name}
     if datasets: known["datasets"] = list(datasets)
     if report:
-        numbers = (("mean_iou", "FG-mIoU", report["metrics"]["fg_miou"]), ("mean_iou", "mIoU", report["metrics"]["miou"]),
-                   ("accuracy", "pixel accuracy", report["metrics"]["pixel_accuracy"]))
+        found = report["metrics"]
+        numbers = (("mean_iou", "FG-mIoU", found["fg_miou"]), ("mean_iou", "mIoU", found["miou"]),
+                   ("accuracy", "pixel accuracy", found["pixel_accuracy"]))
         known["model-index"] = [{"name": title, "results": [{
             "task": {"type": "image-segmentation"}, "dataset": {"name": tested_on, "type": "own"},
-            "metrics": [{"type": kind, "name": what, "value": round(float(value), 4)} for kind, what, value in numbers]}]}]
+            "metrics": [{"type": kind, "name": what, "value": round(float(value), 4)}
+                        for kind, what, value in numbers]}]}]
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n"
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #16e9dc9c
@@ -211,8 +213,8 @@ def _training(header: dict[str, Any]) -> list[str]:
 def _limits(n_classes: int, report: dict[str, Any] | None) -> list[str]:
     """What nobody should expect."""
     measured = "" if report else "- nothing was measured: look at predictions before you rely on them\n"
-    return ["", "## Limits", "", f"{measured}- it gives each pixel one of its {n_classes} classes, on any picture: what "
-            "is none of them gets one, too\n- on pictures of another kind than those it learnt from it may be wrong "
+    return ["", "## Limits", "", f"{measured}- it gives each pixel one of its {n_classes} classes, on any picture: "
+            "what is none of them gets one, too\n- on pictures of another kind than those it learnt from it may be wrong "
             "everywhere"]
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #119cb77d

@@ -76,7 +76,7 @@ def agree_on_classes(
     raise InputError(f"{path} lists {', '.join(stored.classes)}, and the masks there are numbered by it; "
                      f"{', '.join(labels.classes)} would give them other meanings. Add new classes at the end")
 
-# %% ../../nbs/reference/labelling/81_album.ipynb #9580195d
+# %% ../../nbs/reference/labelling/81_album.ipynb #aacfa3a1
 def pictures_in(
     folder: str | Path,  # with pictures, also in folders below
 ) -> tuple[list[Path], dict[Path, str]]:  # pictures; masks that lie among them -> the path of their picture
@@ -97,12 +97,12 @@ def pictures_in(
     beside = masks_beside(folder, found)
     return [path for path in found if path not in beside], beside
 
-
+# %% ../../nbs/reference/labelling/81_album.ipynb #9580195d
 class Album:
     """A folder of pictures and the masks painted so far: `masks/NAME.png`, a palette PNG; 255 is not labelled yet.
 
-    The pictures are in `images/`, or, without such a folder, in the folder itself, also below; masks that lie among them
-    (`NAME_mask.png`, or a PNG beside a JPEG of its name) are no pictures. Raises `InputError` if there are none.
+    The pictures are in `images/`, or, without such a folder, in the folder itself, also below; masks that lie among
+    them (`NAME_mask.png`, or a PNG beside a JPEG of its name) are no pictures. Raises `InputError` if there are none.
 
     Parameters
     ----------

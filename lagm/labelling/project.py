@@ -130,17 +130,17 @@ def read_settings(
     if unknown: raise InputError(f"{path}: there is no setting {unknown[0]!r}; known are {', '.join(known)}")
     return Settings(**found)
 
-# %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
+# %% ../../nbs/reference/labelling/85_project.ipynb #a2c390a0
 def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
     """Copy what `lagm label` painted in a folder of pictures; `InputError` if it was painted with other classes."""
     if not (images / "masks").is_dir() or not (images / "classes.txt").is_file(): return
     painted = read_classes(images / "classes.txt", images.name).classes
     if painted != labels.classes[:len(painted)]:
-        raise InputError(f"the masks in {images / 'masks'} were painted with the classes {','.join(painted)}; give these, "
-                         "in this order, and new ones after them")
+        raise InputError(f"the masks in {images / 'masks'} were painted with the classes {','.join(painted)}; give "
+                         "these, in this order, and new ones after them")
     shutil.copytree(images / "masks", project / "masks")
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path,  # the folder of the pictures
@@ -539,8 +539,8 @@ def label_command(
           f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
     if album.masks_beside:
         first = next(iter(album.masks_beside))
-        print(f"not shown, since they look like masks: {len(album.masks_beside)} files, e.g. {first.name}; to take them "
-              f"along: lagm prepare masks {shlex.quote(str(folder))} --out FOLDER", flush=True)
+        print(f"not shown, since they look like masks: {len(album.masks_beside)} files, e.g. {first.name}; to take "
+              f"them along: lagm prepare masks {shlex.quote(str(folder))} --out FOLDER", flush=True)
     if not arguments.no_browser: threading.Timer(0.2, webbrowser.open, (server.address,)).start()
     try: server.serve_forever()
     except KeyboardInterrupt: print()
