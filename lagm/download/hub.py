@@ -78,7 +78,8 @@ def save_pretrained(
 
 # %% ../../nbs/reference/download/19_hub.ipynb #0678994c
 def _client() -> Any:
-    try: import huggingface_hub
+    try:
+        import huggingface_hub
     except ImportError as error:
         raise InputError(f"hubs need huggingface_hub: {install_advice('hub')}") from error
     return huggingface_hub
