@@ -21,7 +21,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (D
 KEYS = {" ": ("Space", 32), "Enter": ("Enter", 13), "Escape": ("Escape", 27), "PageDown": ("PageDown", 34),
         "PageUp": ("PageUp", 33),
         "ArrowLeft": ("ArrowLeft", 37), "ArrowUp": ("ArrowUp", 38), "ArrowRight": ("ArrowRight", 39),
-        "ArrowDown": ("ArrowDown", 40)}
+        "ArrowDown": ("ArrowDown", 40), "Tab": ("Tab", 9)}
 
 
 class Browser:
@@ -105,6 +105,23 @@ class Browser:
         common = dict(key=key, code=code, windowsVirtualKeyCode=number, modifiers=2 * control + 8 * shift)
         self.send("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def choose_files(self, selector, paths):
+        """What a person chooses in the dialog that a file input opens."""
+        found = self.send("Runtime.evaluate", expression=f"document.querySelector({selector!r})")["result"]
+        self.send("DOM.setFileInputFiles", objectId=found["objectId"], files=[str(path) for path in paths])
+
+    def drop_files(self, selector, paths):
+        """Drag files from another window over an element and let them go."""
+        x, y = self.value(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect(); return "
+                          f"[b.left + b.width / 2, b.top + b.height / 2] }})()")
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.send("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def resize(self, width, height):
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
 
     def screenshot(self, path):
         Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))

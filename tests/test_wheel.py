@@ -42,7 +42,8 @@ def test_notebooks_need_only_what_the_package_needs():
     # the latter come with ipykernel
     needed = {names.get(item.name, item.name) for item in wanted if not item.marker} | {"IPython", "jupyter_client"}
     extras = {names.get(item.name, item.name)
-              for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders", "paint") for item in wanted
+              for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders", "paint", "hub", "lab")
+              for item in wanted
               if item.marker and item.marker.evaluate({"extra": extra})}
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")

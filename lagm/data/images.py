@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'FILTERS', 'IMAGE_SUFFIXES', 'MASK_SUFFIXES', 'describe_bytes', 'describe_file',
-           'open_picture', 'decode_picture', 'to_rgb', 'read_image', 'read_mask', 'check_classes', 'save_mask', 'png',
-           'check_same_shape', 'read_pair', 'turned_like', 'to_item', 'check_size', 'list_files', 'by_name']
+           'open_picture', 'decode_picture', 'to_rgb', 'read_image', 'picture_from_bytes', 'read_mask', 'check_classes',
+           'save_mask', 'png', 'check_same_shape', 'read_pair', 'turned_like', 'to_item', 'check_size', 'list_files',
+           'by_name']
 
 # %% ../../nbs/reference/data/13_images.ipynb #1b72c7af
 import io
@@ -246,6 +247,33 @@ def read_image(
     if upright and orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
     return to_rgb(image, path, background)
+
+# %% ../../nbs/reference/data/13_images.ipynb #0c006bcd
+def picture_from_bytes(
+    content: bytes,  # of a picture file
+    name: str | Path = "the picture",  # for the error message
+    max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
+) -> Image.Image:  # RGB, upright
+    """As `read_image(upright=True)`, from the content of a file; `InputError` if that cannot be done.
+
+    Parameters
+    ----------
+    content
+        of a picture file
+    name
+        for the error message
+    max_pixels
+        larger pictures are refused before they are decoded
+
+    Returns
+    -------
+    Image.Image
+        RGB, upright
+    """
+    image, orientation = _decoded(bytes(content), name, max_pixels)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    return to_rgb(image, name)
 
 # %% ../../nbs/reference/data/13_images.ipynb #622700c8
 def _png_depth(path: Path) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ __all__ = ['name_key', 'without_suffix', 'path_ends', 'some_names', 'Pictures', 
 
 # %% ../../nbs/reference/data/15_import_names.ipynb #ce130431
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote, urlparse
 
@@ -110,6 +110,8 @@ class Pictures:
         of the files that count, in lower case
     but
         a folder that is not looked into
+    leave_out
+        files that do not count
     """
 
     def __init__(
@@ -117,13 +119,14 @@ class Pictures:
         folder: str | Path,  # of the pictures
         suffixes: Sequence[str] = IMAGE_SUFFIXES,  # of the files that count, in lower case
         but: str | Path | None = None,  # a folder that is not looked into
+        leave_out: Collection[Path] = (),  # files that do not count
     ):
         self.folder, self.paths = Path(folder), {}
         self._whole, self._stems, self._ends = {}, {}, {}
         if not self.folder.is_dir():
             raise InputError(f"there is no folder {self.folder}; give the folder of the pictures")
         for path in _files_below(self.folder, but):
-            if path.suffix.lower() not in suffixes: continue
+            if path.suffix.lower() not in suffixes or path in leave_out: continue
             key = name_key(path.relative_to(self.folder).as_posix())
             self.paths[path] = key
             self._whole.setdefault(key, []).append(path)

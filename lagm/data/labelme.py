@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import read_json
+from .folder import read_classes
 from .images import decode_picture, list_files
 from lagm.data.import_folder import (
     Import,
@@ -244,8 +245,9 @@ def _class_list(
     classes: Sequence[str] | None,
     name: str,  # of the label set
     notes: list[str],  # gets a line on labels that differ in capitals
+    known: Sequence[str] = (),  # of a classes.txt beside the files: these come first
 ) -> LabelSet:
-    """The background, then the labels, sorted or as given; `InputError` for a label that is not listed.
+    """The background, then the labels, sorted or as given; `InputError` for a label that is not given.
 
     Parameters
     ----------
@@ -253,10 +255,13 @@ def _class_list(
         of the label set
     notes
         gets a line on labels that differ in capitals
+    known
+        of a classes.txt beside the files: these come first
     """
     used = {label: file for file in reversed([*files]) for label in files[file].drawn}
     used = {label: file for label, file in used.items() if label not in ("background", IGNORED)}
-    given = sorted(used) if classes is None else [class_name(name, "a class") for name in classes]
+    given = [*known, *sorted(set(used) - set(known))]
+    if classes is not None: given = [class_name(name, "a class") for name in classes]
     wanted = [label for label in given if label.lower() != "background"]
     for label in sorted(set(used) - set(wanted)):
         raise InputError(f"the label {label!r} of {used[label]} is none of the classes given: {', '.join(wanted)}")
@@ -271,7 +276,7 @@ def import_labelme(
     export: str | Path,  # the folder with the JSON files
     root: str | Path,  # the folder to make
     images: str | Path | None = None,  # the folder of the pictures; None: they lie beside the JSON files
-    classes: Sequence[str] | None = None,  # after the background, in order; None: alphabetical
+    classes: Sequence[str] | None = None,  # after the background, in order; None: of classes.txt, then alphabetical
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
@@ -286,7 +291,7 @@ def import_labelme(
     images
         the folder of the pictures; None: they lie beside the JSON files
     classes
-        after the background, in order; None: alphabetical
+        after the background, in order; None: of classes.txt, then alphabetical
     only_labelled
         leave pictures without labels behind
     least
@@ -297,7 +302,8 @@ def import_labelme(
     files, bad = _read_files(folder)
     if not files:
         raise InputError(f"no JSON file in {folder} is LabelMe's" + (f": {next(iter(bad.values()))}" if bad else ""))
-    labels = _class_list(files, classes, root.name, notes)
+    known = read_classes(folder / "classes.txt").classes[1:] if (folder / "classes.txt").is_file() else ()
+    labels = _class_list(files, classes, root.name, notes, known)
     values = {label: i for i, label in enumerate(labels.classes)} | {IGNORED: IGNORE}
     work = Import(root, Pictures(images or folder, but=root), labels, notes)
     for name, why in bad.items(): work.done.skip(name, why)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Placement', 'place', 'predict_pictures', 'overlay', 'open_segmenter', 'Predicted', 'list_pictures',
-           'predict_folder', 'predict_command', 'evaluate_checkpoint']
+           'predict_folder', 'settings_of', 'predict_command', 'evaluate_checkpoint']
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #62053637
-from collections.abc import Iterator, Sequence
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from ..core.errors import InputError, printable
 from ..core.files import atomic_path, write_json
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device
-from ..data.exporters import coco_annotations, coco_categories
 from ..data.images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, png, read_image
 from ..data.labels import CELEBA8, LabelSet, colourise
+from ..data.writers import CocoWriter, LabelWriter, open_writer
 from .metrics import metrics_from_counts, predict
 from .record import evaluation_report
 from ..models.modes import eval_mode
@@ -265,13 +267,14 @@ def _look_for_pictures(folder: Path) -> tuple[list[Path], set[str]]:
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #58e99630
 def _readable(paths: Sequence[Path], folder: Path, result: Predicted,
-              batch: int) -> Iterator[list[tuple[str, Image.Image]]]:
-    """The pictures in batches; what cannot be read goes to `result.failed`."""
+              batch: int, check: Callable[[str], None]) -> Iterator[list[tuple[str, Image.Image]]]:
+    """The pictures in batches; what cannot be read, or has a name that cannot be written, goes to `result.failed`."""
     group = []
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
             name.encode()
+            check(name)
             group.append((name, read_image(path, upright=True)))
         except UnicodeEncodeError: result.failed[name] = f"{path} has a name that is not in UTF-8; rename it"
         except InputError as error: result.failed[name] = str(error)
@@ -292,13 +295,29 @@ def _check_request(folder: Path, size: tuple[int, int] | None, batch: int) -> No
                          f"{folder / 'images'}")
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #6897fd54
-def _write_masks(out: Path, name: str, picture: Image.Image, mask: np.ndarray, labels: LabelSet) -> None:
-    """The mask of a picture, and its overlay."""
-    target = Path(name).with_suffix(".png")
-    for kind, content in (("masks", png(mask, labels.palette)), ("overlays", png(overlay(picture, mask, labels)))):
-        with atomic_path(out / kind / target) as temporary: temporary.write_bytes(content)
+class _MaskWriter(CocoWriter):
+    """masks/, overlays/ and annotations.json, without copies of the pictures."""
+
+    def check_name(self, name: str) -> None: pass  # any will do
+
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
+        target, coloured = Path(name).with_suffix(".png"), png(overlay(picture, mask, self.labels))
+        for kind, content in (("masks", png(mask, self.labels.palette)), ("overlays", coloured)):
+            with atomic_path(self.out / kind / target) as temporary: temporary.write_bytes(content)
+        self.annotate(name, mask)
 
 
+def _writer(form: str, out: Path, labels: LabelSet, tolerance: float) -> LabelWriter:
+    return _MaskWriter(out, labels) if form == "masks" and not tolerance else open_writer(form, out, labels, tolerance)
+
+
+def _check_output(out: Path, folder: Path, read: set[str]) -> None:
+    """`InputError` if the output lies in a folder that is read."""
+    if not any(str(place) in read for place in (out.resolve(), *out.resolve().parents)): return
+    raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
+                     "choose another place")
+
+# %% ../../nbs/reference/evaluation/75_prediction.ipynb #379047e5
 def predict_folder(
     segmenter: nn.Module,  # moved to the device
     folder: str | Path,  # pictures, also in folders below
@@ -309,10 +328,12 @@ def predict_folder(
     batch: int = 16,  # pictures at a time
     device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
     progress: bool = True,  # show a progress bar
+    form: str = "masks",  # what is written: "masks", with overlays and COCO, or a name in `lagm.data.writers.WRITERS`
+    tolerance: float = 0,  # pixels that polygons (labelme, yolo) may be off, for fewer corners
 ) -> Predicted:
     """Label every picture of a folder.
 
-    `InputError` if there is none, if `out` lies in `folder`, or for an impossible size or batch.
+    `InputError` if there is none, if `out` lies in `folder`, or for an impossible size, batch, format or tolerance.
 
     Parameters
     ----------
@@ -332,29 +353,56 @@ def predict_folder(
         cpu, cuda, cuda:N or mps
     progress
         show a progress bar
+    form
+        what is written: "masks", with overlays and COCO, or a name in `lagm.data.writers.WRITERS`
+    tolerance
+        pixels that polygons (labelme, yolo) may be off, for fewer corners
     """
     folder, out, device, result = Path(folder), Path(out), choose_device(device), Predicted()
     _check_request(folder, size, batch)
     paths, folders = _look_for_pictures(folder)
-    if any(str(place) in folders for place in (out.resolve(), *out.resolve().parents)):
-        raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
-                         "choose another place")
-    segmenter, images, annotations = segmenter.to(device), [], []
+    _check_output(out, folder, folders)
+    segmenter = segmenter.to(device)
     bar = progress_bar(total=len(paths), disable=not progress, desc="pictures")
-    for group in _readable(paths, folder, result, batch):
-        masks = predict_pictures(segmenter, [picture for _, picture in group], policy, size, device)
-        for (name, picture), mask in zip(group, masks, strict=True):
-            _write_masks(out, name, picture, mask, labels)
-            images.append({"id": len(images) + 1, "file_name": name, "height": picture.height, "width": picture.width})
-            annotations += coco_annotations(mask, len(images), len(annotations) + 1, labels.n_classes)
-            result.done.append(name)
-            bar.update()
-    bar.close()
-    write_json(out / "annotations.json",
-               {"images": images, "categories": coco_categories(labels), "annotations": annotations})
+    with _writer(form, out, labels, tolerance) as writer, contextlib.closing(bar):
+        for group in _readable(paths, folder, result, batch, writer.check_name):
+            masks = predict_pictures(segmenter, [picture for _, picture in group], policy, size, device)
+            for (name, picture), mask in zip(group, masks, strict=True):
+                writer.add(name, folder / name, picture, mask)
+                result.done.append(name)
+                bar.update()
     return result
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #7158372d
+def settings_of(
+    path: str | Path,  # of a trained segmenter, as in `open_segmenter`
+    size: Sequence[int] | None = None,  # height and width of training; None: as the file says
+    policy: str | None = None,  # None: as the file says, else "fit"
+) -> tuple[nn.Module, LabelSet, tuple[int, int] | None, str]:  # segmenter, labels, size, policy
+    """What the commands need of a segmenter's file; `InputError` if no size is known.
+
+    Parameters
+    ----------
+    path
+        of a trained segmenter, as in `open_segmenter`
+    size
+        height and width of training; None: as the file says
+    policy
+        None: as the file says, else "fit"
+
+    Returns
+    -------
+    tuple[nn.Module, LabelSet, tuple[int, int] | None, str]
+        segmenter, labels, size, policy
+    """
+    segmenter, labels, facts = _opened(path)
+    size, policy = size or facts.get("size"), policy or facts.get("policy") or "fit"
+    if size is None and policy != "native":
+        raise InputError(f"{path} does not say what size of pictures it was trained at; "
+                         f"give --size HEIGHT WIDTH{_better(path)}")
+    return segmenter, labels or _numbered(segmenter.n_classes), (size[0], size[1]) if size else None, policy
+
+
 def predict_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -365,15 +413,19 @@ def predict_command(
     arguments
         of the command line
     """
-    segmenter, labels, facts = _opened(arguments.segmenter)
-    size, policy = arguments.size or facts.get("size"), arguments.policy or facts.get("policy") or "fit"
-    if size is None and policy != "native":
-        raise InputError(f"{arguments.segmenter} does not say what size of pictures it was trained at; "
-                         f"give --size HEIGHT WIDTH{_better(arguments.segmenter)}")
-    labels, size = labels or _numbered(segmenter.n_classes), tuple(size) if size else None
+    segmenter, labels, size, policy = settings_of(arguments.segmenter, arguments.size, arguments.policy)
     print(predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch,
-                         arguments.device))
-    print(f"masks, overlays and annotations.json are in {arguments.output}")
+                         arguments.device, form=arguments.format, tolerance=arguments.tolerance))
+    print(_what_next(arguments.format, arguments.output))
+
+
+def _what_next(form: str, out: str) -> str:
+    """What was written, and how it comes back."""
+    if form == "masks": return f"masks, overlays and annotations.json are in {out}"
+    where = shlex.quote(str(out))
+    source = f"{where}/annotations.json --images {where}/images" if form == "coco" else where
+    return (f"pictures and labels for {form} are in {out}; when they are corrected, take them back: "
+            f"lagm prepare {form} {source} --out NEW-FOLDER")
 
 
 def _better(path: str | Path) -> str:

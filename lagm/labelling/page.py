@@ -11,7 +11,7 @@ import http.server
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -107,7 +107,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _length(self) -> int | None:
         text = self.headers.get("Content-Length", "0")
-        return int(text) if re.fullmatch(r"\d{1,12}", text) and int(text) <= MOST_BYTES else None
+        return int(text) if re.fullmatch(r"\d{1,12}", text) and int(text) <= self.server.most else None
 
     def _handle(self) -> None:
         path = urlsplit(self.path).path
@@ -118,7 +118,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._refuse(403, "open the address that the command printed, with all that follows #")
         length = self._length()
         if length is None or "Transfer-Encoding" in self.headers:
-            return self._refuse(413, "this is too long to be a mask")
+            return self._refuse(413, self.server.too_long)
         body = self.rfile.read(length)
         if len(body) < length: return self._refuse(400, "the request was cut off")
         try: self._reply(*self.server.respond(self.command, path, body))
@@ -140,6 +140,12 @@ class LabelServer(http.server.ThreadingHTTPServer):
         HTML
     port
         0: any that is free
+    scripts
+        by path; None: the painter's
+    most
+        of a request
+    too_long
+        what a longer request is told
     """
 
     daemon_threads = True
@@ -151,11 +157,14 @@ class LabelServer(http.server.ThreadingHTTPServer):
         respond: Callable[[str, str, bytes], Answer],  # method, path, body -> answer
         page: str = PAGE,  # HTML
         port: int = 0,  # 0: any that is free
+        scripts: Mapping[str, bytes] | None = None,  # by path; None: the painter's
+        most: int = MOST_BYTES,  # of a request
+        too_long: str = "this is too long to be a mask",  # what a longer request is told
     ):
-        self.respond, self.token = respond, secrets.token_urlsafe(24)
-        script = asset("painter/painter.js").read_bytes()
-        self.files = {"/": ("text/html; charset=utf-8", page.encode()),
-                      "/painter.js": ("text/javascript; charset=utf-8", script)}
+        self.respond, self.token, self.most, self.too_long = respond, secrets.token_urlsafe(24), most, too_long
+        scripts = {"/painter.js": asset("painter/painter.js").read_bytes()} if scripts is None else scripts
+        self.files = {path: ("text/javascript; charset=utf-8", content) for path, content in scripts.items()}
+        self.files["/"] = "text/html; charset=utf-8", page.encode()
         try: super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise InputError(f"port {port} of this machine cannot be used ({error.strerror}); leave it out for a free "

@@ -29,14 +29,15 @@ from ..core.errors import InputError
 from ..core.files import atomic_path, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
 from ..core.values import check_fields
-from ..data.folder import Folder
-from ..data.images import list_files, read_image
+from ..data.folder import Folder, read_classes
+from ..data.images import read_image
 from ..data.label_maps import make_labels, write_classes
+from ..data.labels import LabelSet
 from ..evaluation.grids import labelled_grid
 from ..evaluation.metrics import ConfusionMatrix, predict
 from ..generators.contract import Sampling
 from ..generators.load import is_outside, kit_generators, load_generator
-from .album import Album, Desk, check_parts, labelled_shares, unpainted_classes
+from .album import Album, Desk, check_parts, labelled_shares, pictures_in, unpainted_classes
 from .page import LabelServer, respond
 from .proposals import LATENTS, clusters_of_features, colour_regions, predictions
 from .template import write_notebook
@@ -130,6 +131,16 @@ def read_settings(
     if unknown: raise InputError(f"{path}: there is no setting {unknown[0]!r}; known are {', '.join(known)}")
     return Settings(**found)
 
+# %% ../../nbs/reference/labelling/85_project.ipynb #a2c390a0
+def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
+    """Copy what `lagm label` painted in a folder of pictures; `InputError` if it was painted with other classes."""
+    if not (images / "masks").is_dir() or not (images / "classes.txt").is_file(): return
+    painted = read_classes(images / "classes.txt", images.name).classes
+    if painted != labels.classes[:len(painted)]:
+        raise InputError(f"the masks in {images / 'masks'} were painted with the classes {','.join(painted)}; give "
+                         "these, in this order, and new ones after them")
+    shutil.copytree(images / "masks", project / "masks")
+
 # %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
@@ -162,7 +173,7 @@ def new_project(
     labels = make_labels(folder.name, list(classes))
     check_parts(labels)
     if not images.is_dir(): raise InputError(f"there is no folder {images}; give the one with the pictures")
-    found, bad = list_files(images)[0], {}
+    found, bad = pictures_in(images)[0], {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -178,6 +189,7 @@ def new_project(
             raise InputError(f"there is no picture in {images} that can be read"
                              + (f": {next(iter(bad.values()))}" if bad else ""))
         write_classes(half, labels)
+        _take_masks(images, half, labels)
         (half / "project.yaml").write_text(settings_text(settings), encoding="utf-8")
         Album(half)
         half.chmod(0o755)
@@ -549,14 +561,20 @@ def label_command(
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
     print(f"{len(album)} pictures, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
-          "every stroke is saved at once; ctrl-c ends it", flush=True)
+          f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
+    if album.masks_beside:
+        first = next(iter(album.masks_beside))
+        print(f"not shown, since they look like masks: {len(album.masks_beside)} files, e.g. {first.name}; to take "
+              f"them along: lagm prepare masks {shlex.quote(str(folder))} --out FOLDER", flush=True)
     if not arguments.no_browser: threading.Timer(0.2, webbrowser.open, (server.address,)).start()
     try: server.serve_forever()
     except KeyboardInterrupt: print()
     finally: server.server_close()
     print(f"{sum(share > 0 for share in labelled_shares(album))} of {len(album)} pictures have labels, in "
           f"{folder / 'masks'}")
-    if (folder / "project.yaml").is_file(): print(next_step(folder))
+    print(next_step(folder) if (folder / "project.yaml").is_file() else
+          f"next, to train on them: lagm new PROJECT --images {shlex.quote(str(folder))} "
+          f"--classes {shlex.quote(','.join(album.labels.classes))}")
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s2
 def project_command(
