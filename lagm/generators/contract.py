@@ -20,15 +20,7 @@ from ..ops.convolutions import FastConvolutions
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #e201b5da
 class Generated(NamedTuple):
-    """What a generator gives for a batch of latents.
-
-    Attributes
-    ----------
-    image
-        (B, 3, R, R), about [-1, 1]
-    features
-        (B, C_i, H_i, W_i), coarse to fine
-    """
+    """What a generator gives for a batch of latents."""
 
     image: Tensor  # (B, 3, R, R), about [-1, 1]
     features: list[Tensor]  # (B, C_i, H_i, W_i), coarse to fine
@@ -39,17 +31,7 @@ NOISE_MODES = ("random", "const", "none")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn from a generator. Raises `InputError` on values that mean nothing.
-
-    Attributes
-    ----------
-    psi
-        truncation: 1 none, 0 only the mean picture
-    cutoff
-        number of style vectors that are truncated; None means all
-    noise
-        noise per pixel: "random", "const" (the stored one) or "none"
-    """
+    """How pictures are drawn from a generator. Raises `InputError` on values that mean nothing."""
 
     psi: float = 0.7  # truncation: 1 none, 0 only the mean picture
     cutoff: int | None = 8  # number of style vectors that are truncated; None means all
@@ -66,13 +48,7 @@ class Sampling:
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #aab82df1
 class _FrozenNetwork:
-    """A network that is only ever used: its weights, where they are, and the latents that it takes.
-
-    Parameters
-    ----------
-    network
-        with `z_dim`, the width of a latent
-    """
+    """A network that is only ever used: its weights, where they are, and the latents that it takes."""
 
     def __init__(
         self,
@@ -89,18 +65,7 @@ class _FrozenNetwork:
         self,
         device: str | torch.device,  # where the weights shall be
     ) -> Self:  # itself
-        """Move the weights to `device`.
-
-        Parameters
-        ----------
-        device
-            where the weights shall be
-
-        Returns
-        -------
-        Self
-            itself
-        """
+        """Move the weights to `device`."""
         self.network.to(device)
         return self
 
@@ -109,20 +74,7 @@ class _FrozenNetwork:
         n: int,  # how many latents
         rng: torch.Generator | None = None,  # on the CPU, so that a seed gives the same latents on every device
     ) -> Tensor:  # (n, z_dim), standard normal
-        """Draw `n` latents.
-
-        Parameters
-        ----------
-        n
-            how many latents
-        rng
-            on the CPU, so that a seed gives the same latents on every device
-
-        Returns
-        -------
-        Tensor
-            (n, z_dim), standard normal
-        """
+        """Draw `n` latents."""
         return torch.randn(n, self.z_dim, generator=rng).to(self.device)
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #da33b2af
@@ -132,17 +84,6 @@ class FrozenGenerator(_FrozenNetwork):
     `image` is (B, 3, R, R) float32 as the network gives it, and not clipped; `features` are float32 maps (B, C_i, H_i,
     W_i), coarse to fine. `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it; `header` holds what
     its file says about itself. Raises `InputError` for latents of another width.
-
-    Parameters
-    ----------
-    network
-        maps (z, truncation_psi, truncation_cutoff, noise_mode, rng, dtype) to Generated
-    sampling
-        truncation and noise
-    dtype
-        of the convolutions; bfloat16 is faster where the machine has it
-    header
-        provenance and other facts about the weights
     """
 
     def __init__(
@@ -165,15 +106,7 @@ class FrozenGenerator(_FrozenNetwork):
         z: Tensor,  # (B, z_dim)
         rng: torch.Generator | None = None,  # source of the noise per pixel
     ) -> Generated:
-        """Pictures, not clipped, and feature maps of the latents `z`.
-
-        Parameters
-        ----------
-        z
-            (B, z_dim)
-        rng
-            source of the noise per pixel
-        """
+        """Pictures, not clipped, and feature maps of the latents `z`."""
         _check_latents(z, self.z_dim)
         how = self.sampling
         with FastConvolutions():
@@ -208,15 +141,7 @@ def check_generated(
     image: Tensor,  # (B, 3, H, W)
     features: Iterable[Tensor],  # (B, C_i, H_i, W_i) each
 ) -> None:
-    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers.
-
-    Parameters
-    ----------
-    image
-        (B, 3, H, W)
-    features
-        (B, C_i, H_i, W_i) each
-    """
+    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers."""
     for what, tensors in (("pictures", [image]), ("features", features)):
         if all_finite(tensors): continue
         raise InputError(f"the generator's {what} hold NaN or infinite numbers: its weights, its sampling or its "

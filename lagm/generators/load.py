@@ -29,8 +29,10 @@ from . import nvidia  # noqa: F401 (it registers its formats, and so do the next
 from .contract import FrozenGenerator, Sampling
 from .datasetgan import datasetgan  # noqa: F401
 from .formats import Found, fill_network, generator_in, name_other, recognise
+from .lucidrains_files import lucidrains  # noqa: F401
 from .rosinality import rosinality  # noqa: F401
 from .stylegan1 import StyleGAN1
+from .stylegan3_files import nvidia_stylegan3  # noqa: F401
 from .weights import generator_header, network_from_tensors, of_class
 
 # %% ../../nbs/reference/generators/26_load.ipynb #c2394c49
@@ -43,22 +45,7 @@ def mean_style(
     z_dim: int,  # width of a latent
     w_dim: int,  # width of a style vector
 ) -> Tensor:  # (w_dim,)
-    """The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide.
-
-    Parameters
-    ----------
-    mapping
-        (B, z_dim) to (B, w_dim)
-    z_dim
-        width of a latent
-    w_dim
-        width of a style vector
-
-    Returns
-    -------
-    Tensor
-        (w_dim,)
-    """
+    """The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide."""
     rng, rows = random_generator(0, "mean style"), max(1, AT_ONCE // max(z_dim, w_dim))
     parts = [min(rows, MEAN_OF - first) for first in range(0, MEAN_OF, rows)]
     with torch.no_grad():
@@ -72,25 +59,16 @@ def set_mean_style(
     found: Found,  # its network is filled
     avg_latent: str | Path | None,  # a .npy file; None: what the file has, or else the mean of many
 ) -> str:
-    """Put the mean style into a network that was read; say where it comes from. Raises `InputError`.
-
-    Parameters
-    ----------
-    path
-        named in errors
-    found
-        its network is filled
-    avg_latent
-        a .npy file; None: what the file has, or else the mean of many
-    """
+    """Put the mean style into a network that was read; say where it comes from. Raises `InputError`."""
     network = found.network
     if avg_latent is None and not found.mean: return "from the file"
     name = found.mean or ("truncation.avg_latent" if isinstance(network, StyleGAN1) else "mapping.w_avg")
     if avg_latent is None:
         mapping = network.g_mapping if isinstance(network, StyleGAN1) else network.mapping
         mean = mean_style(mapping, network.z_dim, network.w_dim)
-        warnings.warn(f"{path} lacks its mean style, which truncation needs: it was computed from {MEAN_OF:,} latents. "
-                      "If you have the original (a .npy file), give it as avg_latent", stacklevel=4)
+        if not found.mean_is_computed:
+            warnings.warn(f"{path} lacks its mean style, which truncation needs: it was computed from {MEAN_OF:,} "
+                          "latents. If you have the original (a .npy file), give it as avg_latent", stacklevel=4)
     else: mean = _read_mean(path, network, avg_latent)
     owner, leaf = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(owner, leaf, mean)
@@ -114,13 +92,7 @@ def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> 
 def read_safetensors(
     path: str | Path,  # the file
 ) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`.
-
-    Parameters
-    ----------
-    path
-        the file
-    """
+    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."""
     try: tensors, header = load_tensors(path)
     except InputError as error: raise InputError(f"{error}; {GET_AGAIN}") from error
     return tensors, header
@@ -131,26 +103,10 @@ def read_generator(
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for formats that may lack it
     progress: bool = False,  # show a progress bar
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
-) -> tuple[nn.Module, dict[str, Any]]:  # StyleGAN1 or StyleGAN2, and a header that says what it is
+) -> tuple[nn.Module, dict[str, Any]]:  # of a class in `NETWORKS`, and a header that says what it is
     """Read a generator. Nothing in the file is executed.
 
     Raises `InputError` naming the file, what is wrong, and what to do.
-
-    Parameters
-    ----------
-    path
-        a generator's file, of any known format
-    avg_latent
-        the mean style in a .npy file, for formats that may lack it
-    progress
-        show a progress bar
-    label
-        one class of a conditional generator, from 0 on, or a weight for each
-
-    Returns
-    -------
-    tuple[nn.Module, dict[str, Any]]
-        StyleGAN1 or StyleGAN2, and a header that says what it is
     """
     if Path(path).is_dir(): raise InputError(f"{path} is a folder; give the file of a generator")
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
@@ -177,9 +133,10 @@ def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | Non
     found = generator_in(path, data)
     if avg_latent is not None and not found.mean and not found.takes_mean:
         raise InputError(f"{path} has its own mean style: leave avg_latent out")
+    said = found.beside(Path(path)) if found.beside else {}
     fill_network(path, found.network, found.weights, data, progress)
     origin = set_mean_style(path, found, avg_latent)
-    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin)
+    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin, **said)
     if not found.noise:
         facts["constant_noise"] = "drawn from a fixed seed"
         warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, "
@@ -188,13 +145,7 @@ def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | Non
 
 # %% ../../nbs/reference/generators/26_load.ipynb #b9199272
 def kit_generators() -> dict[str, Path]:  # name -> file
-    """The generators that come with the kit, big-ears first.
-
-    Returns
-    -------
-    dict[str, Path]
-        name -> file
-    """
+    """The generators that come with the kit, big-ears first."""
     first = asset("generator.safetensors")
     others = sorted(first.parent.glob("generator_*.safetensors"))
     return {"big-ears": first} | {path.stem.removeprefix("generator_"): path for path in others}
@@ -203,18 +154,7 @@ def kit_generators() -> dict[str, Path]:  # name -> file
 def generator_file(
     given: str | Path | None = None,  # a name, a file, or None (or an empty text): big-ears
 ) -> Path:  # of a file; whether it is there is looked at for a name only
-    """Where a generator is; `InputError` for a word that is neither the name of one of the kit's nor a file.
-
-    Parameters
-    ----------
-    given
-        a name, a file, or None (or an empty text): big-ears
-
-    Returns
-    -------
-    Path
-        of a file; whether it is there is looked at for a name only
-    """
+    """Where a generator is; `InputError` for a word that is neither the name of one of the kit's nor a file."""
     known, text = kit_generators(), str(given or "big-ears")
     if not isinstance(given, Path) and text in known: return known[text]
     path = Path(text)
@@ -225,13 +165,7 @@ def generator_file(
 def is_outside(
     given: str | Path | None,  # a path or a name
 ) -> bool:
-    """Whether it is a name of another package, and not a file.
-
-    Parameters
-    ----------
-    given
-        a path or a name
-    """
+    """Whether it is a name of another package, and not a file."""
     named = isinstance(given, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", given)
     return bool(named) and not Path(given).exists()
 
@@ -239,13 +173,7 @@ def is_outside(
 def from_elsewhere(
     name: str,  # package.module:NAME, in a parameter file or an argument
 ) -> FrozenGenerator | nn.Module:
-    """What a class or function of another package makes when it is called. `InputError` if that is no generator.
-
-    Parameters
-    ----------
-    name
-        package.module:NAME, in a parameter file or an argument
-    """
+    """What a class or function of another package makes when it is called. `InputError` if that is no generator."""
     made = from_package(name)
     try: made = made() if callable(made) and not isinstance(made, FrozenGenerator | nn.Module) else made
     except Exception as error:
@@ -272,21 +200,6 @@ def load_generator(
 
     Nothing in a file is executed. Raises `InputError` when there is none such, when the file is not a generator, is
     conditional and no label is given, is damaged, or holds other tensors than it says.
-
-    Parameters
-    ----------
-    path
-        a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
-    sampling
-        truncation and noise
-    dtype
-        of the convolutions
-    device
-        where the weights shall be
-    avg_latent
-        the mean style in a .npy file, for files that lack it
-    label
-        one class of a conditional generator, from 0 on, or a weight for each
     """
     if is_outside(path):
         made = from_elsewhere(str(path))

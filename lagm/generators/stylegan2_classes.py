@@ -15,26 +15,14 @@ from torch import Tensor
 
 from ..core.errors import InputError, printable
 from .stylegan2 import StyleGAN2, unit_power
+from .stylegan3 import StyleGAN3
 
 # %% ../../nbs/reference/generators/22_stylegan2_classes.ipynb #efff5007
 def class_vector(
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
     classes: int,  # how many there are
 ) -> Tensor:  # (1, classes)
-    """A label as conditional generators take it. Raises `InputError` for one that they do not.
-
-    Parameters
-    ----------
-    label
-        a class, counted from 0, or a weight for each
-    classes
-        how many there are
-
-    Returns
-    -------
-    Tensor
-        (1, classes)
-    """
+    """A label as conditional generators take it. Raises `InputError` for one that they do not."""
     if isinstance(label, int) and not isinstance(label, bool):
         if not 0 <= label < classes:
             raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to "
@@ -50,23 +38,10 @@ def class_vector(
 # %% ../../nbs/reference/generators/22_stylegan2_classes.ipynb #1f28529a
 @torch.no_grad()
 def one_class(
-    network: StyleGAN2,  # conditional
+    network: StyleGAN2 | StyleGAN3,  # conditional
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
-) -> StyleGAN2:  # shares memory with it
-    """A generator that draws one class of a conditional one. Raises `InputError`.
-
-    Parameters
-    ----------
-    network
-        conditional
-    label
-        a class, counted from 0, or a weight for each
-
-    Returns
-    -------
-    StyleGAN2
-        shares memory with it
-    """
+) -> StyleGAN2 | StyleGAN3:  # shares memory with it
+    """A generator that draws one class of a conditional one. Raises `InputError`."""
     if not network.c_dim: raise InputError("this generator is not conditional: leave label out")
     state, embed = network.state_dict(), network.mapping.embed
     vector = class_vector(label, network.c_dim).to(embed.weight.device).double()
@@ -77,6 +52,6 @@ def one_class(
     state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
     arguments = network.init_kwargs() | {"c_dim": 0}
     arguments["mapping_kwargs"].pop("embed_features", None)
-    with torch.device("meta"): alone = StyleGAN2.from_init_kwargs(arguments)
+    with torch.device("meta"): alone = type(network).from_init_kwargs(arguments)
     alone.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
     return alone
