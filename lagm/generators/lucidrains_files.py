@@ -44,11 +44,11 @@ def check_version_of(
     weights: dict,  # as `averaged_weights` gives them
 ) -> None:
     """Raise `Unreadable` for networks of the trainer's first versions, and for pictures with transparency."""
-    ours = re.compile(r"synthesis\.attns\.\d{1,2}\.[01]\.fn\.(norm\.[gb]|fn\.(to_\w+(\.net\.[01])?|[02])\.(weight|bias))")
+    ours = re.compile(r"synthesis\.attns\.\d{1,2}\.[01]\.fn\.(norm\.[gb]|fn\.(to_(q|kv\.net\.[01]|out)|[02])\.(weight|bias))")
     attention = [name for name in weights if name.startswith("synthesis.attns.")]
     if "synthesis.initial_conv.weight" not in weights or not all(map(ours.fullmatch, attention)):
         raise Unreadable("holds a network of an old version of lucidrains' stylegan2-pytorch, whose layers were others",
-                         "open it with that version, and train on with a newer one; 1.5 and later are read")
+                         "this kit knows the layers of version 1.9.0")
     if (channels := lazy_shape(weights, "synthesis.blocks.0.to_rgb.conv.weight", 4)[0]) != 3:
         raise Unreadable(f"draws pictures of {channels} channels (--transparent)",
                          "this kit takes pictures of red, green and blue; train without --transparent")

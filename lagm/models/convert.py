@@ -55,6 +55,8 @@ LICENCES = {
     "NVIDIA": "NVIDIA's checkpoints come under NVIDIA's licences, most of which allow research and forbid "
               "commerce: see the page you got it from",
     "DatasetGAN": "DatasetGAN's checkpoints are converted from NVIDIA's and come under the same terms (CC BY-NC)",
+    "stylegan2-pytorch": "the program is under the MIT licence; weights carry the licence of whoever trained them, and of "
+                         "the pictures: ask where you got it from",
     "rosinality": "weights carry the licence of whoever trained them, and of the pictures: ask where you got it from",
 }
 UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained it, and of the pictures"
