@@ -27,7 +27,13 @@ from typing import Any
 def list_command(
     arguments: argparse.Namespace,  # stages
 ) -> None:
-    """`lagm list`: notebooks that run on their own, then the experiments made of several stages."""
+    """`lagm list`: notebooks that run on their own, then the experiments made of several stages.
+
+    Parameters
+    ----------
+    arguments
+        stages
+    """
     from lagm.core.errors import printable
     from lagm.experiments.catalogue import read_catalogue
     from lagm.experiments.notebooks import list_experiments, purpose
@@ -80,6 +86,11 @@ def show_command(
     """`lagm show`: what an experiment is, needs and gives, and its parameters, those of its files marked.
 
     Raises `InputError` if there is none of that name.
+
+    Parameters
+    ----------
+    arguments
+        name
     """
     from lagm.experiments.catalogue import choose_runs, paper_numbers, project_folder, read_catalogue
     from lagm.experiments.notebooks import list_experiments
@@ -100,7 +111,18 @@ MOST_LINES = 200  # of a summary
 def describe_results(
     output: str | Path,  # an executed notebook
 ) -> str:  # a few lines of text
-    """Where the results of a run are, and the lines under "summary" in metrics.json; an odd file is passed over."""
+    """Where the results of a run are, and the lines under "summary" in metrics.json; an odd file is passed over.
+
+    Parameters
+    ----------
+    output
+        an executed notebook
+
+    Returns
+    -------
+    str
+        a few lines of text
+    """
     from lagm.core.errors import InputError, printable
     from lagm.core.files import read_json
 
@@ -122,7 +144,15 @@ def run_one(
     arguments: argparse.Namespace,  # output, small, files, parameters, dry_run, force
     notebook: Path,  # the experiment
 ) -> None:
-    """Run a single notebook, showing what its cells print, then say where the results are."""
+    """Run a single notebook, showing what its cells print, then say where the results are.
+
+    Parameters
+    ----------
+    arguments
+        output, small, files, parameters, dry_run, force
+    notebook
+        the experiment
+    """
     from lagm.experiments.notebooks import (
         check_parameters,
         default_output,
@@ -154,6 +184,16 @@ def chosen_runs(
     """The runs that a call is about: with other values, another seed, small, or elsewhere, as it says.
 
     Raises `InputError` for names, files and values that do not fit.
+
+    Parameters
+    ----------
+    arguments
+        all, names, only, files, parameters, seeds, small, output, force
+
+    Returns
+    -------
+    tuple[dict[str, Any], set[str]]
+        the runs, and the names of those to repeat
     """
     from lagm.experiments.catalogue import change_runs, choose_runs, read_catalogue
     from lagm.experiments.notebooks import list_experiments, read_parameter_file
@@ -187,6 +227,11 @@ def run_command(
     """`lagm run`: a notebook, an experiment with all its stages, or many.
 
     Raises `InputError` for a wrong call, before anything starts, and `RunError` if runs of a sweep did not end well.
+
+    Parameters
+    ----------
+    arguments
+        those of `chosen_runs` and `run_one`, jobs and devices
     """
     from lagm.core.errors import InputError
     from lagm.experiments.catalogue import project_folder
@@ -245,7 +290,13 @@ def _run_sweep(arguments: argparse.Namespace, runs: dict[str, Any], repeat: set[
 def inspect_command(
     arguments: argparse.Namespace,  # source, json, avg_latent
 ) -> None:
-    """`lagm inspect`: tell what a checkpoint is."""
+    """`lagm inspect`: tell what a checkpoint is.
+
+    Parameters
+    ----------
+    arguments
+        source, json, avg_latent
+    """
     from lagm.models.convert import inspect_command as tell
 
     tell(arguments)
@@ -254,7 +305,13 @@ def inspect_command(
 def convert_command(
     arguments: argparse.Namespace,  # source, target, half, label, force, avg_latent
 ) -> None:
-    """`lagm convert`: turn a checkpoint into safetensors."""
+    """`lagm convert`: turn a checkpoint into safetensors.
+
+    Parameters
+    ----------
+    arguments
+        source, target, half, label, force, avg_latent
+    """
     from lagm.models.convert import convert_command as turn
 
     turn(arguments)
@@ -263,7 +320,13 @@ def convert_command(
 def add_checkpoint_commands(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `inspect` and `convert`."""
+    """Declare `inspect` and `convert`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     known = "Reads NVIDIA's, DatasetGAN's, rosinality's, the authors' and our files; nothing in them is executed."
     help = "tell what a checkpoint is"
     inspecting = commands.add_parser("inspect", help=help, description=f"Tell what a checkpoint is. {known}")
@@ -294,7 +357,13 @@ class _Version(argparse.Action):
 def at_least_one(
     text: str,  # from the command line
 ) -> int:
-    """A whole number, 1 or more; `argparse.ArgumentTypeError` for anything else."""
+    """A whole number, 1 or more; `argparse.ArgumentTypeError` for anything else.
+
+    Parameters
+    ----------
+    text
+        from the command line
+    """
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
 
@@ -388,7 +457,13 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 def add_data_commands(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `prepare`, `fetch` and `doctor`."""
+    """Declare `prepare`, `fetch` and `doctor`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     about = "Make a data set from what its authors, or your labelling program, hand out."
     prepare = commands.add_parser("prepare", help="make a data set from its raw form", description=about)
     kinds = prepare.add_subparsers(title="what", metavar="WHAT", dest="what", required=True)
@@ -413,7 +488,7 @@ def add_data_commands(
              "run, 1 if something is missing or broken.")
     doctor = commands.add_parser("doctor", help="what is there, missing or broken", description=about)
     doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for "
-                        "`lagm run`, or a family, e.g. horse (default: the paper's 28)")
+                        "`lagm run`, or a family, e.g. horse, or a generator's file (default: the paper's 28)")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--deep", action="store_true", help="decode every picture")
     _add_places(doctor)
@@ -435,7 +510,13 @@ def _label(arguments: argparse.Namespace) -> Any:
 def add_project_commands(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `new` and `label`."""
+    """Declare `new` and `label`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     about = "Make a project: a folder with copies of your pictures, a list of classes, and project.yaml."
     new = commands.add_parser("new", help="begin a project with pictures of your own", description=about)
     new.add_argument("project", metavar="PROJECT", help="the folder to make")
@@ -466,7 +547,13 @@ def _add_label(commands: "argparse._SubParsersAction[Any]") -> None:
 def add_predict_command(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `predict`."""
+    """Declare `predict`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     about = ("Label every picture of a folder with a trained segmenter: masks (PNG with a palette), overlays, COCO "
              "annotations.")
     parser = commands.add_parser("predict", help="label a folder of pictures", description=about)
@@ -487,7 +574,13 @@ def add_predict_command(
 def add_run_parser(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `run`."""
+    """Declare `run`.
+
+    Parameters
+    ----------
+    commands
+        where `lagm`'s commands are
+    """
     about = "Run a notebook, or an experiment with all its stages and what they need; what is finished is kept."
     more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of "
             "-p "
@@ -572,7 +665,18 @@ def _heard() -> bool:
 def main(
     argv: Sequence[str] | None = None,  # the words after `lagm`; none: those this process was called with
 ) -> int:  # the exit code
-    """Run the command line. Whatever goes wrong is one line; a traceback only with `--traceback`."""
+    """Run the command line. Whatever goes wrong is one line; a traceback only with `--traceback`.
+
+    Parameters
+    ----------
+    argv
+        the words after `lagm`; none: those this process was called with
+
+    Returns
+    -------
+    int
+        the exit code
+    """
     arguments = argparse.Namespace()
     try:
         if home := os.environ.get("LAGM_HOME"):  # for kernels, which run elsewhere

@@ -7,6 +7,7 @@ import pytest
 import torch
 from templates import run_cells
 
+from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.experiments.notebooks import experiment_folder, read_parameter_file
 from lagm.generators.lucidrains import LucidrainsGAN
@@ -61,3 +62,15 @@ def test_a_generator_of_several_classes_needs_one(tmp_path, label, words):
     file = official.nvidia_pytorch(tmp_path / "c.pkl", StyleGAN2(16, c_dim=2, **SMALL))
     values = dict(generator=str(file), size=[16, 16], validation="", generator_class=label, out_dir=str(tmp_path / "out"))
     with pytest.raises(InputError, match=words): run_cells(experiment_folder() / "annotate.ipynb", values)
+
+
+def test_the_doctor_reads_a_generators_file(tmp_path, capsys):
+    several = official.nvidia_stylegan3(tmp_path / "r.pkl", StyleGAN3(16, c_dim=3, num_layers=4, **SMALL, **ROTATION))
+    assert main(["doctor", str(several)]) == 0
+    told = capsys.readouterr().out
+    for words in ("StyleGAN3", "configuration R", "16 pixels", "NVIDIA's licences", "3 classes", "generator_class, 0 to 2"):
+        assert words in told, told
+    assert main(["doctor", str(trainers_file(tmp_path))]) == 0 and "stylegan2-pytorch" in capsys.readouterr().out
+    (tmp_path / "page.pkl").write_text("<html>")
+    for name, words in (("page.pkl", "web page"), ("none.pkl", "no such file")):
+        assert main(["doctor", str(tmp_path / name)]) == 1 and words in capsys.readouterr().out

@@ -21,6 +21,18 @@ def printable(
     """A text from a file, harmless on a terminal and in a report.
 
     Control and invisible characters are written as escapes, a long text is cut.
+
+    Parameters
+    ----------
+    text
+        from a file; made into text
+    most
+        characters; the rest is cut off
+
+    Returns
+    -------
+    str
+        one line
     """
     try: text = str(text)
     except ValueError: text = "a number of thousands of digits"

@@ -53,7 +53,13 @@ def _hardware() -> dict[str, Any]:
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
-    """What a result was made with: commit, versions of Python and the packages, hardware, date (UTC)."""
+    """What a result was made with: commit, versions of Python and the packages, hardware, date (UTC).
+
+    Returns
+    -------
+    dict[str, Any]
+        plain values only: write it with `write_json`
+    """
     # torch's with the build, which the package's metadata lack
     versions: dict[str, str] = {"torch": torch.__version__}
     for name in ("lagm", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
@@ -73,6 +79,16 @@ def install_advice(
     """The command that installs what an extra needs; it names the packages themselves, wherever lagm came from.
 
     Raises `ValueError` if there is no such extra.
+
+    Parameters
+    ----------
+    extra
+        e.g. "pascal": a name of settings.ini's NAME_requirements
+
+    Returns
+    -------
+    str
+        e.g. "python -m pip install 'scipy>=1.11' 'pycocotools>=2.0.8'"
     """
     try: wanted = [Requirement(line) for line in importlib.metadata.requires("lagm") or []]
     except importlib.metadata.PackageNotFoundError: return f"install lagm itself, with its extra {extra!r}"

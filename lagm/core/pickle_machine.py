@@ -285,7 +285,20 @@ def read_pickle(
     data: memoryview | bytes,  # a pickle, of protocol 2 to 5
     budget: Budget | None = None,  # what reading may cost
 ) -> Any:  # plain data, Records, LazyTensors and LazyArrays
-    """What a pickle holds. Raises `Unreadable`."""
+    """What a pickle holds. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    data
+        a pickle, of protocol 2 to 5
+    budget
+        what reading may cost
+
+    Returns
+    -------
+    Any
+        plain data, Records, LazyTensors and LazyArrays
+    """
     return Machine(Source(data), budget or Budget(len(data))).run()
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #b81e5abd

@@ -18,7 +18,13 @@ from .errors import InputError, printable
 def from_package(
     name: str,  # "package.module:name"
 ) -> Any:
-    """What a module of any package calls so; the module is imported. `InputError` if there is none such."""
+    """What a module of any package calls so; the module is imported. `InputError` if there is none such.
+
+    Parameters
+    ----------
+    name
+        "package.module:name"
+    """
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise InputError(f"{printable(name, 100)!r} is not of the form package.module:name")
@@ -64,7 +70,15 @@ def same_definition(a: Any, b: Any) -> bool:
 
 # %% ../../nbs/reference/core/01_registry.ipynb #5e90a005
 class Registry(_Entries[Entry]):
-    """Named entries of one kind, in the order in which they were registered."""
+    """Named entries of one kind, in the order in which they were registered.
+
+    Parameters
+    ----------
+    what
+        what an entry is, for messages: "dataset"
+    accept
+        (name, what it stands for) -> an entry; None: it cannot be one
+    """
 
     def __init__(
         self,

@@ -28,7 +28,22 @@ def random_generator(
     *stream: int | str,  # what the numbers are for, e.g. "latents", 3
     device: str | torch.device = "cpu",  # where it will be used
 ) -> torch.Generator:  # a fresh generator at the start of that stream
-    """A random generator for one purpose, independent of the ones for other purposes or other seeds."""
+    """A random generator for one purpose, independent of the ones for other purposes or other seeds.
+
+    Parameters
+    ----------
+    seed
+        the run's seed, 0 to 2**32 - 1
+    *stream
+        what the numbers are for, e.g. "latents", 3
+    device
+        where it will be used
+
+    Returns
+    -------
+    torch.Generator
+        a fresh generator at the start of that stream
+    """
     key = json.dumps([_checked_seed(seed), *stream])
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     return torch.Generator(device=device).manual_seed(bits)
@@ -40,6 +55,11 @@ def seed_everything(
     """Seed Python's, numpy's and torch's global generators, for code that uses them, such as initial weights.
 
     Raises `InputError`.
+
+    Parameters
+    ----------
+    seed
+        0 to 2**32 - 1
     """
     seed = _checked_seed(seed)
     random.seed(seed)
@@ -50,7 +70,18 @@ def seed_everything(
 def choose_device(
     name: str | torch.device = "auto",  # auto, cpu, cuda, cuda:N or mps
 ) -> torch.device:  # a device that is really there
-    """The device to compute on; `InputError` if `name` is unknown or the machine has no such device."""
+    """The device to compute on; `InputError` if `name` is unknown or the machine has no such device.
+
+    Parameters
+    ----------
+    name
+        auto, cpu, cuda, cuda:N or mps
+
+    Returns
+    -------
+    torch.device
+        a device that is really there
+    """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if str(name) == "auto": return torch.device(next(kind for kind in has if has[kind]))
     try: device = torch.device(name)

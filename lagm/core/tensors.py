@@ -29,6 +29,15 @@ def save_tensors(
     """Write named tensors and a header as one safetensors file; views and shared tensors are written out in full.
 
     `InputError` if the disk is full.
+
+    Parameters
+    ----------
+    path
+        the file to make or replace, atomically
+    tensors
+        names to tensors, of any shape, type and device
+    header
+        what `write_json` can write; kept with the tensors
     """
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "lagm": json.dumps(as_plain(header or {}), allow_nan=False)}
@@ -69,6 +78,20 @@ def load_tensors(
     """Read a safetensors file, of one version even while a run replaces it.
 
     `InputError` if it is missing or damaged.
+
+    Parameters
+    ----------
+    path
+        a safetensors file; it need not be one of ours
+    device
+        where the tensors go
+    names
+        only these; None: all
+
+    Returns
+    -------
+    tuple[dict[str, torch.Tensor], dict[str, Any]]
+        the tensors, the header ({} if the file has none)
     """
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     version = _version(path)
@@ -86,7 +109,18 @@ def load_tensors(
 def describe_tensors(
     path: str | Path,  # a safetensors file
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:  # names to shapes, the header
-    """What is in a safetensors file, without its numbers; `InputError` as from `load_tensors`."""
+    """What is in a safetensors file, without its numbers; `InputError` as from `load_tensors`.
+
+    Parameters
+    ----------
+    path
+        a safetensors file
+
+    Returns
+    -------
+    tuple[dict[str, tuple[int, ...]], dict[str, Any]]
+        names to shapes, the header
+    """
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -100,6 +134,12 @@ def describe_tensors(
 def all_finite(
     tensors: Iterable[torch.Tensor],  # of any type
 ) -> bool:
-    """Whether every number in the tensors is finite."""
+    """Whether every number in the tensors is finite.
+
+    Parameters
+    ----------
+    tensors
+        of any type
+    """
     floats = (tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel())
     return all(math.isfinite(value) for tensor in floats for value in tensor.aminmax())

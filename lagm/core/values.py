@@ -31,6 +31,15 @@ def plain_value(
     """`value` as a plain value of its kind; numbers may be text (YAML reads 1e-4 as text) or numpy's.
 
     `InputError` for anything else, NaN, infinity and numbers beyond 64 bits included.
+
+    Parameters
+    ----------
+    value
+        of a file or a person
+    kind
+        bool, int, float or str
+    what
+        for the error message, e.g. "recipe: steps"
     """
     number = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str) and kind in (int, float):
@@ -78,6 +87,14 @@ def check_fields(
     record: Any,  # a dataclass, frozen or not; its fields are changed in place
     what: str,  # for the error message, e.g. "recipe"
 ) -> None:
-    """Make every field what its annotation says, or raise `InputError`; for `__post_init__`."""
+    """Make every field what its annotation says, or raise `InputError`; for `__post_init__`.
+
+    Parameters
+    ----------
+    record
+        a dataclass, frozen or not; its fields are changed in place
+    what
+        for the error message, e.g. "recipe"
+    """
     for name, kind in typing.get_type_hints(type(record)).items():
         object.__setattr__(record, name, declared_value(getattr(record, name), kind, f"{what}: {name}"))

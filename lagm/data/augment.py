@@ -26,7 +26,26 @@ def affine_maps(
     mirror: Tensor,  # bool, (B,)
     aspect: float = 1.0,  # width / height of the pictures
 ) -> Tensor:  # (B, 2, 3), for `torch.nn.functional.affine_grid`
-    """The maps that mirror, enlarge and turn a picture about its centre, then shift it."""
+    """The maps that mirror, enlarge and turn a picture about its centre, then shift it.
+
+    Parameters
+    ----------
+    turn
+        degrees, counter-clockwise, (B,)
+    scale
+        > 1 enlarges, (B,)
+    shift
+        to the right and down, as fractions of the side, (B, 2)
+    mirror
+        bool, (B,)
+    aspect
+        width / height of the pictures
+
+    Returns
+    -------
+    Tensor
+        (B, 2, 3), for `torch.nn.functional.affine_grid`
+    """
     cosine, sine = torch.cos(torch.deg2rad(turn)) / scale, torch.sin(torch.deg2rad(turn)) / scale
     inverse = torch.stack([torch.stack([cosine, -sine / aspect], dim=-1),
                            torch.stack([sine * aspect, cosine], dim=-1)], dim=-2)
@@ -45,7 +64,26 @@ def warp_images(
     mode: str = "bilinear",  # or "nearest"
     is_label: bool = False,  # whether "ignore" means zeros
 ) -> Tensor:  # (B, C, H, W)
-    """Move the pixels of each picture by its map; differentiable in `images`."""
+    """Move the pixels of each picture by its map; differentiable in `images`.
+
+    Parameters
+    ----------
+    images
+        (B, C, H, W): pictures, or soft labels
+    maps
+        (B, 2, 3)
+    outside
+        "reflection", "border" or "ignore"
+    mode
+        or "nearest"
+    is_label
+        whether "ignore" means zeros
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W)
+    """
     grid = F.affine_grid(maps.to(images.dtype), list(images.shape), align_corners=False)
     padding = outside if outside != "ignore" else "zeros" if is_label else "reflection"
     return F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)
@@ -56,7 +94,20 @@ def warp_masks(
     maps: Tensor,  # (B, 2, 3)
     outside: str = "reflection",
 ) -> Tensor:  # (B, H, W), same type
-    """Move the class indices of each mask by its map, by nearest neighbour."""
+    """Move the class indices of each mask by its map, by nearest neighbour.
+
+    Parameters
+    ----------
+    masks
+        (B, H, W) class indices
+    maps
+        (B, 2, 3)
+
+    Returns
+    -------
+    Tensor
+        (B, H, W), same type
+    """
     shifted = (masks + 1)[:, None].float()  # zero, what lies outside, is then no class
     warped = warp_images(shifted, maps, outside, "nearest", is_label=True)[:, 0]
     return torch.where(warped == 0, IGNORE, warped - 1).to(masks.dtype)
@@ -67,7 +118,22 @@ def colour_matrices(
     saturation: Tensor,  # factor, (B,)
     brightness: Tensor,  # factor, (B,)
 ) -> Tensor:  # (B, 3, 3)
-    """The matrices M of the formula above."""
+    """The matrices M of the formula above.
+
+    Parameters
+    ----------
+    hue
+        degrees, (B,)
+    saturation
+        factor, (B,)
+    brightness
+        factor, (B,)
+
+    Returns
+    -------
+    Tensor
+        (B, 3, 3)
+    """
     grey = torch.full((3, 3), 1 / 3, device=hue.device)
     turn = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=hue.device) / math.sqrt(3)
     angle = torch.deg2rad(hue)[:, None, None]
@@ -80,7 +146,22 @@ def recolour(
     matrices: Tensor,  # (B, 3, 3), from `colour_matrices`
     clip: bool = True,  # to [-1, 1]
 ) -> Tensor:  # the same shape
-    """Change the colours of each picture by its matrix."""
+    """Change the colours of each picture by its matrix.
+
+    Parameters
+    ----------
+    images
+        (B, 3, H, W), about [-1, 1]
+    matrices
+        (B, 3, 3), from `colour_matrices`
+    clip
+        to [-1, 1]
+
+    Returns
+    -------
+    Tensor
+        the same shape
+    """
     brightness = matrices.sum(dim=2)[..., None]  # M 1 = b 1
     changed = torch.baddbmm(brightness - 1, matrices.to(images.dtype), images.flatten(2))
     return (changed.clamp_(-1, 1) if clip else changed).reshape(images.shape)
@@ -88,7 +169,21 @@ def recolour(
 # %% ../../nbs/book/07_augmentation.ipynb #4ec2e2ac
 @dataclass(frozen=True)
 class Transform:
-    """One drawn transform per picture of a batch."""
+    """One drawn transform per picture of a batch.
+
+    Attributes
+    ----------
+    maps
+        (B, 2, 3), see `affine_maps`
+    matrices
+        (B, 3, 3), see `colour_matrices`
+    outside
+        as in `Augment`
+    soft_labels
+        as in `Augment`
+    clip
+        as in `Augment`
+    """
 
     maps: Tensor  # (B, 2, 3), see `affine_maps`
     matrices: Tensor  # (B, 3, 3), see `colour_matrices`
@@ -111,6 +206,29 @@ class Augment:
     """Ranges of random geometric and photometric transforms; each picture draws its own.
 
     All are drawn uniformly, the scale by its logarithm. Raises `InputError` for ranges that make no sense.
+
+    Attributes
+    ----------
+    flip
+        mirror left and right, half of the time
+    scale
+        smallest and largest enlargement
+    rotate
+        at most this many degrees, either way
+    shift
+        at most this fraction of the side, either way, in both directions
+    hue
+        at most this many degrees, either way
+    saturation
+        smallest and largest factor
+    brightness
+        smallest and largest factor
+    outside
+        what lies outside the picture: "reflection", "border" or "ignore"
+    soft_labels
+        how soft labels are read: "bilinear" or "nearest"
+    clip
+        recoloured pictures are clipped to [-1, 1], as a camera clips what is too bright
     """
 
     flip: bool = True  # mirror left and right, half of the time
@@ -137,7 +255,22 @@ class Augment:
         labels: Tensor,  # class indices (B, H, W), or probabilities (B, C, H, W)
         rng: torch.Generator,  # on the CPU
     ) -> tuple[Tensor, Tensor]:  # the same shapes
-        """Draw, and apply to both."""
+        """Draw, and apply to both.
+
+        Parameters
+        ----------
+        images
+            (B, 3, H, W) in [-1, 1]
+        labels
+            class indices (B, H, W), or probabilities (B, C, H, W)
+        rng
+            on the CPU
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            the same shapes
+        """
         transform = self.draw(images, rng)
         return transform.pictures(images), transform.labels(labels)
 
@@ -171,7 +304,20 @@ def wide_crop(
     maps: Tensor,  # (..., H, W): pictures, soft labels, class indices
     ratio: float = 4 / 3,  # width / height of what stays
 ) -> Tensor:  # (..., H', W), a view; unchanged if it is wide enough already
-    """The central horizontal band of width-to-height `ratio`."""
+    """The central horizontal band of width-to-height `ratio`.
+
+    Parameters
+    ----------
+    maps
+        (..., H, W): pictures, soft labels, class indices
+    ratio
+        width / height of what stays
+
+    Returns
+    -------
+    Tensor
+        (..., H', W), a view; unchanged if it is wide enough already
+    """
     height, width = maps.shape[-2:]
     kept = min(height, int(width / ratio))
     top = (height - kept) // 2
@@ -182,7 +328,20 @@ def resize_nearest(
     maps: Tensor,  # (B, C, H, W), or class indices (B, H, W)
     size: tuple[int, int],  # new height and width
 ) -> Tensor:  # the same type; differentiable if floating-point
-    """Resize by nearest neighbour; nothing is done if the size is right."""
+    """Resize by nearest neighbour; nothing is done if the size is right.
+
+    Parameters
+    ----------
+    maps
+        (B, C, H, W), or class indices (B, H, W)
+    size
+        new height and width
+
+    Returns
+    -------
+    Tensor
+        the same type; differentiable if floating-point
+    """
     if tuple(maps.shape[-2:]) == tuple(size): return maps
     if maps.ndim == 3: return F.interpolate(maps[:, None].float(), size=size, mode="nearest")[:, 0].to(maps.dtype)
     return F.interpolate(maps, size=size, mode="nearest")

@@ -24,7 +24,20 @@ def pack(
     image: Tensor,  # (3, H, W) float32
     mask: Tensor,  # (H, W) int64
 ) -> dict[str, Tensor]:  # uint8 where that loses nothing
-    """An item in as few bytes as hold it exactly."""
+    """An item in as few bytes as hold it exactly.
+
+    Parameters
+    ----------
+    image
+        (3, H, W) float32
+    mask
+        (H, W) int64
+
+    Returns
+    -------
+    dict[str, Tensor]
+        uint8 where that loses nothing
+    """
     pixels, numbers = ((image + 1) * 127.5).round().clamp(0, 255).byte(), mask.clamp(0, 255).byte()
     exact = torch.equal(pixels.float() / 127.5 - 1, image)
     return {"image": pixels if exact else image.clone(),
@@ -34,7 +47,18 @@ def pack(
 def unpack(
     packed: dict[str, Tensor],  # what `pack` made
 ) -> tuple[Tensor, Tensor]:  # new tensors: changing them does not change the cache
-    """The inverse of `pack`."""
+    """The inverse of `pack`.
+
+    Parameters
+    ----------
+    packed
+        what `pack` made
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        new tensors: changing them does not change the cache
+    """
     image, mask = packed["image"], packed["mask"]
     image = image.float().div_(127.5).sub_(1) if image.dtype == torch.uint8 else image.clone()
     return image, mask.to(torch.int64, copy=True)
@@ -47,7 +71,20 @@ def item_key(
     dataset: Any,  # with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
     index: int,  # of the item
 ) -> str:  # 40 hexadecimal digits
-    """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read."""
+    """A hash of the contents of an item's files and of the reader's settings; `InputError` if a file cannot be read.
+
+    Parameters
+    ----------
+    dataset
+        with `sources(i)` and `settings()`, as `lagm.data.base.PartDataset`
+    index
+        of the item
+
+    Returns
+    -------
+    str
+        40 hexadecimal digits
+    """
     hashed = hashlib.sha256(json.dumps([FORMAT, dataset.settings()], sort_keys=True, default=str).encode())
     for path in dataset.sources(index):
         try:
@@ -63,6 +100,17 @@ class Cached(Dataset):
 
     Raises `InputError` if the wrapped set has transforms of its own, or if a folder is given and the set cannot say
     what its items are made of.
+
+    Parameters
+    ----------
+    dataset
+        a Dataset with a length: items (image, mask)
+    folder
+        keep items on disk as well
+    transforms
+        (image, mask) -> (image, mask)
+    in_memory
+        False: on disk only
     """
 
     def __init__(
@@ -79,6 +127,12 @@ class Cached(Dataset):
         self._items: dict[int, dict[str, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:  # labels, classes, names ... of the wrapped set
+        """
+        Returns
+        -------
+        Any
+            labels, classes, names ... of the wrapped set
+        """
         if name.startswith("__") or name == "dataset": raise AttributeError(name)
         return getattr(self.dataset, name)
 

@@ -24,7 +24,18 @@ from .labels import IGNORE
 def merge_parts(
     paths: Sequence[tuple[int, Path]],  # class number and mask file of each part, in the order of painting
 ) -> np.ndarray:  # (H, W) uint8
-    """One mask from a binary mask per part, later over earlier; `InputError` if their sizes differ."""
+    """One mask from a binary mask per part, later over earlier; `InputError` if their sizes differ.
+
+    Parameters
+    ----------
+    paths
+        class number and mask file of each part, in the order of painting
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     merged = None
     for number, path in paths:
         part: Any = np.asarray(read_image(path)).any(-1)
@@ -44,7 +55,20 @@ def celeba_numbers(
     root: str | Path,  # holds CelebAMask-HQ/
     split: str,  # a key of CELEBA_SPLITS
 ) -> list[str]:  # picture numbers, in order
-    """The pictures of a split: `celeba_split/<split>.txt` if there is one, else the official range."""
+    """The pictures of a split: `celeba_split/<split>.txt` if there is one, else the official range.
+
+    Parameters
+    ----------
+    root
+        holds CelebAMask-HQ/
+    split
+        a key of CELEBA_SPLITS
+
+    Returns
+    -------
+    list[str]
+        picture numbers, in order
+    """
     path = Path(root) / "celeba_split" / f"{split}.txt"
     if not path.is_file(): return [str(number) for number in CELEBA_SPLITS[split]]
     lines = read_lines(path)
@@ -58,7 +82,17 @@ def part_files(
     name: str,  # of a picture: its number
     remedy: str,  # what to do if there is none, for the message
 ) -> list[tuple[int, Path]]:
-    """Class number (of the nineteen) and file of each part that a picture has; `InputError` if it has none."""
+    """Class number (of the nineteen) and file of each part that a picture has; `InputError` if it has none.
+
+    Parameters
+    ----------
+    folder
+        CelebAMask-HQ-mask-anno
+    name
+        of a picture: its number
+    remedy
+        what to do if there is none, for the message
+    """
     number = int(name)
     below = folder / str(number // 2000)
     found = [(c, below / f"{number:05d}_{part}.png") for c, part in enumerate(CELEBA_19.classes) if c]
@@ -77,7 +111,23 @@ def check_images(names: Sequence[str], split: str, folder: Path, remedy: str) ->
 
 # %% ../../nbs/reference/data/14_celeba.ipynb #3359a1f2
 class CelebAMaskHQ(PartDataset):
-    """Faces with 19 or 8 classes (Lee et al., MaskGAN, 2020). The split "unlabelled" has masks of 255 only."""
+    """Faces with 19 or 8 classes (Lee et al., MaskGAN, 2020). The split "unlabelled" has masks of 255 only.
+
+    Parameters
+    ----------
+    root
+        holds CelebAMask-HQ/ and, if wanted, celeba_split/
+    split
+        train, val, test or unlabelled
+    labels
+        or "celebA_19"
+    size
+        (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k
+    """
 
     layout = "CelebAMask-HQ/CelebA-HQ-img/0.jpg ... and CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00000_hair.png ..."
     remedy = ("Ask for CelebAMask-HQ at https://github.com/switchablenorms/CelebAMask-HQ and unpack it there; "

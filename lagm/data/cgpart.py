@@ -35,7 +35,22 @@ def choose_subset(
     length: int | None,  # how many to take; None: all
     seed: int,  # another seed, another choice
 ) -> list[int]:  # in ascending order
-    """A random subset that depends on the seed alone; `InputError` if there are not enough."""
+    """A random subset that depends on the seed alone; `InputError` if there are not enough.
+
+    Parameters
+    ----------
+    n
+        how many there are
+    length
+        how many to take; None: all
+    seed
+        another seed, another choice
+
+    Returns
+    -------
+    list[int]
+        in ascending order
+    """
     if length is None: return list(range(n))
     if not 1 <= length <= n: raise InputError(f"cannot choose {length} of {n} pictures; give 1 to {n}, or None for all")
     return sorted(np.random.RandomState([seed, 0xC6]).permutation(n)[:length].tolist())
@@ -54,7 +69,26 @@ def rendered_files(
     layout: str,  # what is expected, for the message
     remedy: str,  # what to do, for the message
 ) -> list[str]:  # names below image/ and seg/
-    """The rendered pictures of some models; `InputError` if there is no such folder, or no picture in it."""
+    """The rendered pictures of some models; `InputError` if there is no such folder, or no picture in it.
+
+    Parameters
+    ----------
+    folder
+        CGPart_render/car, with image/ and seg/
+    object_class
+        car, for instance
+    models
+        names of CGPART_MODELS, or of folders; None: all that are there
+    layout
+        what is expected, for the message
+    remedy
+        what to do, for the message
+
+    Returns
+    -------
+    list[str]
+        names below image/ and seg/
+    """
     need_path(folder, f"rendered CGPart ({object_class})", layout, remedy)
     masks = need_path(folder / "seg", "the masks of rendered CGPart", layout, remedy)
     need_path(folder / "image", "the images of rendered CGPart", layout, remedy)
@@ -68,7 +102,27 @@ def rendered_files(
 
 # %% ../../nbs/reference/data/14_cgpart.ipynb #4f11a49b
 class CGPartRendered(PartDataset):
-    """Rendered cars (32, 15 or 10 classes) or aeroplanes (23 or 7) of CGPart (Liu et al., 2021)."""
+    """Rendered cars (32, 15 or 10 classes) or aeroplanes (23 or 7) of CGPart (Liu et al., 2021).
+
+    Parameters
+    ----------
+    root
+        holds CGPart_render/
+    object_class
+        or aeroplane
+    models
+        names of CGPART_MODELS, or of folders; None: all that are there
+    labels
+        None: all classes; or "CGPart_car_simplified_v0" (15), "..._v1" (10), "CGPart_aeroplane_simplified_v0" (7)
+    size
+        (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    length
+        a random subset of so many pictures
+    seed
+        of that choice
+    """
 
     layout = "CGPart_render/{object}/image/MODEL/000000.png ... and CGPart_render/{object}/seg/MODEL/000000.png ..."
     remedy = "Run `lagm fetch cgpart-rendered-cars`, or render them with the tools of CGPart."
@@ -108,14 +162,45 @@ def short_side_size(
     size: tuple[int, int],  # (width, height)
     short_side: int,  # its new length, in pixels
 ) -> tuple[int, int]:  # (width, height): the shorter is short_side, the longer truncated
-    """The size of a picture whose shorter side becomes `short_side`."""
+    """The size of a picture whose shorter side becomes `short_side`.
+
+    Parameters
+    ----------
+    size
+        (width, height)
+    short_side
+        its new length, in pixels
+
+    Returns
+    -------
+    tuple[int, int]
+        (width, height): the shorter is short_side, the longer truncated
+    """
     width, height = size
     longer = int(short_side * max(size) / min(size))
     return (longer, short_side) if width >= height else (short_side, longer)
 
 # %% ../../nbs/reference/data/14_cgpart.ipynb #a4c140c2
 class CGPartReal(PartDataset):
-    """Photographs of cars or aeroplanes with CGPart's parts; items keep their proportions, so they differ in size."""
+    """Photographs of cars or aeroplanes with CGPart's parts; items keep their proportions, so they differ in size.
+
+    Parameters
+    ----------
+    root
+        holds CGPart_real/
+    object_class
+        or aeroplane
+    split
+        what Image_sets has, e.g. train, val, test
+    labels
+        as for `CGPartRendered`
+    short_side
+        pixels of the shorter side; None: as stored
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
+    """
 
     layout = ("CGPart_real/Images/{object}_imagenet_cropped/ID.JPEG, "
               "CGPart_real/Annotations_png/{object}_imagenet_cropped/ID.png and "
@@ -167,7 +252,20 @@ def synthetic_size(
     size: Sequence[int],  # (width, height) of the labelled pictures
     compatibility: str = "none",  # "released-transposed-size": as in the released configuration of cgpart_car
 ) -> tuple[int, int]:  # (width, height) of the generated pictures
-    """The size that generated pictures are brought to; `InputError` for an unknown compatibility."""
+    """The size that generated pictures are brought to; `InputError` for an unknown compatibility.
+
+    Parameters
+    ----------
+    size
+        (width, height) of the labelled pictures
+    compatibility
+        "released-transposed-size": as in the released configuration of cgpart_car
+
+    Returns
+    -------
+    tuple[int, int]
+        (width, height) of the generated pictures
+    """
     if compatibility not in COMPATIBILITY:
         raise InputError(f"compatibility is {compatibility!r}; choose one of {', '.join(COMPATIBILITY)}")
     width, height = check_size(size)

@@ -19,7 +19,15 @@ def check_pictures(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     what: str = "",  # for the error message, e.g. "labelled"
 ) -> None:
-    """Raise `InputError` unless these are floating-point numbers that pictures can have."""
+    """Raise `InputError` unless these are floating-point numbers that pictures can have.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1]
+    what
+        for the error message, e.g. "labelled"
+    """
     name = f"the {what} pictures" if what else "the pictures"
     if not isinstance(images, Tensor):
         raise InputError(f"{name} are a {type(images).__name__}; give a torch tensor (n, 3, H, W), in [-1, 1]")

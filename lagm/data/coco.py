@@ -98,7 +98,15 @@ def _coco_instances(
     numbers: Mapping[int | str, int],  # category -> class
     size: tuple[int, int],  # of the picture
 ) -> np.ndarray:
-    """The mask of one picture, (H, W); large regions first."""
+    """The mask of one picture, (H, W); large regions first.
+
+    Parameters
+    ----------
+    numbers
+        category -> class
+    size
+        of the picture
+    """
     width, height = _coco_size(record, size)
     regions = []
     for item in annotations:
@@ -117,7 +125,15 @@ def _coco_panoptic(
     size: tuple[int, int],  # of the picture
     pngs: Finder,
 ) -> np.ndarray:
-    """The mask of one picture, (H, W), from its PNG of segment numbers."""
+    """The mask of one picture, (H, W), from its PNG of segment numbers.
+
+    Parameters
+    ----------
+    numbers
+        category -> class
+    size
+        of the picture
+    """
     _coco_size(record, size)
     if len(annotations) > 1: raise InputError(f"it has {len(annotations)} panoptic annotations; one is right")
     path, _ = pngs(need_field(annotations[0], "file_name", str, "its annotation"))
@@ -146,7 +162,15 @@ def _by_picture(
     known: Mapping[int | str, int],  # ids of listed pictures
     notes: list[str],  # gets a line on annotations of no listed picture
 ) -> dict[int | str, list[dict]]:
-    """Annotations by picture."""
+    """Annotations by picture.
+
+    Parameters
+    ----------
+    known
+        ids of listed pictures
+    notes
+        gets a line on annotations of no listed picture
+    """
     by_image: dict[int | str, list[dict]] = {}
     strange: list[str] = []
     for place, item in enumerate(annotations, 1):
@@ -197,6 +221,21 @@ def import_coco(
     """Turn COCO instance or panoptic annotations into a plain folder.
 
     Raises `InputError` if the JSON is of another kind, or the folder cannot be made.
+
+    Parameters
+    ----------
+    annotations
+        the JSON file
+    images
+        the folder of pictures
+    root
+        the folder to make
+    panoptic
+        panoptic annotations: the folder of their PNGs
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
     """
     content, root, notes = read_json(annotations), check_place(root, images), []
     labels, numbers, is_panoptic = _check_coco(content, annotations, panoptic, notes)
@@ -224,7 +263,13 @@ def _check_coco(
     panoptic: str | Path | None,
     notes: list[str],
 ) -> tuple[LabelSet, dict[int | str, int], bool]:
-    """Labels, the class of each category, and whether it is panoptic; `InputError` if the file is of another kind."""
+    """Labels, the class of each category, and whether it is panoptic; `InputError` if the file is of another kind.
+
+    Parameters
+    ----------
+    annotations
+        the file
+    """
     lists = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in lists):
         raise InputError(f"{annotations} is not a COCO file: it needs the lists images, annotations and categories")

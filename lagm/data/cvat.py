@@ -28,6 +28,16 @@ def read_label_map(
     """The classes and colours of a CVAT (or VOC-style) label map.
 
     Raises `InputError` if there are none, or a name or colour is there twice.
+
+    Parameters
+    ----------
+    path
+        labelmap.txt
+
+    Returns
+    -------
+    LabelSet
+        the class whose colour is black, or else an added background, first
     """
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip() and not line.startswith("#")]
     found = [re.fullmatch(r"(.+?):([0-9]{1,3}),([0-9]{1,3}),([0-9]{1,3})(:.*)?", line) for line in lines]
@@ -122,6 +132,19 @@ def import_cvat(
     """Turn a CVAT "Segmentation mask" export into a plain folder.
 
     Raises `InputError` if it is none, or the folder cannot be made.
+
+    Parameters
+    ----------
+    export
+        the zip, or the folder: SegmentationClass/, labelmap.txt and perhaps JPEGImages/
+    root
+        the folder to make
+    images
+        the folder of pictures; None: JPEGImages of the export
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
     """
     root = check_place(root, images)
     with _opened(Path(export), root) as (folder, bad):

@@ -30,7 +30,17 @@ def remove_specks(
     pixels: int = SPECK_PIXELS,  # a class with fewer pixels than this ...
     classes: range = SPECK_CLASSES,  # ... if it is one of these, becomes background
 ) -> np.ndarray:
-    """The mask without classes of which only specks are there."""
+    """The mask without classes of which only specks are there.
+
+    Parameters
+    ----------
+    mask
+        (H, W) integers 0..255
+    pixels
+        a class with fewer pixels than this ...
+    classes
+        ... if it is one of these, becomes background
+    """
     counts = np.bincount(mask.ravel(), minlength=256)
     table = np.arange(len(counts)).astype(mask.dtype)
     table[[c for c in classes if counts[c] < pixels]] = 0
@@ -40,7 +50,18 @@ def remove_specks(
 def read_array_mask(
     path: str | Path,  # a .npy file with (H, W), or with more planes of which the first counts
 ) -> np.ndarray:  # (H, W) uint8
-    """Read a mask from a numpy file; `InputError` if it is damaged or holds other things."""
+    """Read a mask from a numpy file; `InputError` if it is damaged or holds other things.
+
+    Parameters
+    ----------
+    path
+        a .npy file with (H, W), or with more planes of which the first counts
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     try: arrays = read_arrays(path)
     except InputError as error:
         why = f"it {str(error).removeprefix(f'{path} ')} (it is {describe_file(path)})"
@@ -79,7 +100,22 @@ def datasetgan_folder(
     object_class: str,  # car, cat or face
     split: str,  # train or test
 ) -> tuple[Path, str]:  # the folder, the name of the label set of its masks
-    """Where annotations are; `InputError` if there is no such object or split, or they are not there."""
+    """Where annotations are; `InputError` if there is no such object or split, or they are not there.
+
+    Parameters
+    ----------
+    root
+        holds DatasetGAN/
+    object_class
+        car, cat or face
+    split
+        train or test
+
+    Returns
+    -------
+    tuple[Path, str]
+        the folder, the name of the label set of its masks
+    """
     if object_class not in _DATASETGAN:
         raise InputError(f"DatasetGAN has no {object_class!r}; use one of {', '.join(_DATASETGAN)}")
     choose_split(split, ("train", "test"), "DatasetGAN")
@@ -94,6 +130,25 @@ def datasetgan_folder(
 class DatasetGAN(PartDataset):
     """The annotations of DatasetGAN (Zhang et al., 2021): car with 20 (or 12) classes, cat with 16, face with 34 (or
     8).
+
+    Parameters
+    ----------
+    root
+        holds DatasetGAN/
+    object_class
+        car, cat or face
+    split
+        train or test
+    labels
+        None: all classes; "dg_car_12" (cars), "celebA_8" (faces)
+    size
+        (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
+    clean
+        remove specks, as training and its test do; the five-fold evaluation does not
     """
 
     def __init__(

@@ -113,6 +113,17 @@ class Avatars(Labelled, VisionDataset):
     image: float32 tensor (3, H, W) in [-1, 1]; mask: int64 tensor (H, W) of class indices, 255 for 'no label' (these
     sets have none).
     Raises `InputError` for an unknown style or split and for missing or damaged files.
+
+    Parameters
+    ----------
+    style
+        "big-ears", "toon-head" or "micah"
+    split
+        "train" (the pool), "val" or "test"
+    root
+        folder with `<style>.npz` and `<style>.json`; None for the sets that come with the kit
+    transforms
+        (image, mask) -> (image, mask), applied to every item
     """
 
     def __init__(
@@ -156,7 +167,20 @@ def stack(
     dataset: Any,  # a Dataset with a length: items (image, mask)
     indices: Iterable[int] | None = None,  # which items, in this order; None for all
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 3, H, W) float32, masks (n, H, W) int64
-    """The items of a dataset as two tensors; `InputError` if an index is out of range or there are none."""
+    """The items of a dataset as two tensors; `InputError` if an index is out of range or there are none.
+
+    Parameters
+    ----------
+    dataset
+        a Dataset with a length: items (image, mask)
+    indices
+        which items, in this order; None for all
+
+    Returns
+    -------
+    tuple[torch.Tensor, torch.Tensor]
+        images (n, 3, H, W) float32, masks (n, H, W) int64
+    """
     indices = range(len(dataset)) if indices is None else [int(i) for i in indices]
     wrong = [i for i in indices if not 0 <= i < len(dataset)]
     if wrong or not len(indices):
@@ -187,6 +211,20 @@ def choose_labelled(
     """The first k of the pool in the order that `seed` gives; for one seed a smaller k is part of a larger.
 
     `InputError` for a wrong k or seed.
+
+    Parameters
+    ----------
+    dataset
+        the pool, e.g. `Avatars(style, "train")`
+    k
+        how many pictures get to show their labels, 1..len(dataset)
+    seed
+        0 .. 2**32 - 1; another seed, another choice
+
+    Returns
+    -------
+    list[int]
+        k different indices
     """
     k = _whole_number(k, "k, the number of labelled pictures,", 1, len(dataset))
     seed = _whole_number(seed, "the seed", 0, 2**32 - 1)

@@ -17,7 +17,18 @@ from .labels import LabelSet
 def rle_encode(
     mask: np.ndarray,  # (H, W) bool
 ) -> dict[str, list[int]]:  # COCO's uncompressed run-length code: size and counts
-    """Lengths of the runs of zeros and ones in turn, down the columns, beginning with zeros."""
+    """Lengths of the runs of zeros and ones in turn, down the columns, beginning with zeros.
+
+    Parameters
+    ----------
+    mask
+        (H, W) bool
+
+    Returns
+    -------
+    dict[str, list[int]]
+        COCO's uncompressed run-length code: size and counts
+    """
     mask = np.asarray(mask, bool)
     flat = np.concatenate([[False], mask.flatten(order="F"), [not mask.flat[-1] if mask.size else False]])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
@@ -25,7 +36,13 @@ def rle_encode(
 
 
 def rle_decode(code: Mapping[str, Sequence[int]]) -> np.ndarray:  # (H, W) bool
-    """The mask of a run-length code."""
+    """The mask of a run-length code.
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) bool
+    """
     values = np.arange(len(code["counts"])) % 2 == 1
     return np.repeat(values, code["counts"]).reshape(code["size"], order="F")
 
@@ -39,6 +56,17 @@ def coco_annotations(
     """One annotation for each class but the background that the mask shows.
 
     It holds the run-length code, the area, and the box (x, y, width, height).
+
+    Parameters
+    ----------
+    mask
+        (H, W) class indices
+    image_id
+        of the picture, in the file
+    first_id
+        of the annotations
+    n_classes
+        the background included
     """
     found = []
     for c in range(1, n_classes):

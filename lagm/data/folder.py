@@ -40,7 +40,15 @@ def read_classes(
     path: str | Path,  # classes.txt: one name a line; a colour like #ff8800 may follow after a tab
     name: str = "classes",  # of the label set
 ) -> LabelSet:
-    """The label set of a classes.txt; `InputError` if it is missing, empty, or repeats a name."""
+    """The label set of a classes.txt; `InputError` if it is missing, empty, or repeats a name.
+
+    Parameters
+    ----------
+    path
+        classes.txt: one name a line; a colour like #ff8800 may follow after a tab
+    name
+        of the label set
+    """
     try: rows = [line.split("\t") for line in read_lines(path)]
     except InputError as error:
         raise InputError(f"there is no list of classes: {error}. A folder of your own needs {LAYOUT}") from error
@@ -146,6 +154,21 @@ class Folder(PartDataset):
     `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name
     takes
     the stems listed in `<split>.txt`.
+
+    Parameters
+    ----------
+    root
+        the folder
+    split
+        None: all labelled pictures; "unlabelled"; or the name of a list, e.g. "train" for train.txt
+    labels
+        None: from classes.txt
+    size
+        (width, height); None: as they are
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k
     """
 
     def __init__(
@@ -194,7 +217,26 @@ def save_folder(
     masks: Tensor | None,  # (n, H, W) class numbers, 255 = no label; None: unlabelled pictures
     labels: LabelSet,  # names and colours of the classes
 ) -> Path:  # root
-    """Write pictures, as PNG, in the layout that `Folder` reads."""
+    """Write pictures, as PNG, in the layout that `Folder` reads.
+
+    Parameters
+    ----------
+    root
+        made if it is not there
+    names
+        stems of the files
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class numbers, 255 = no label; None: unlabelled pictures
+    labels
+        names and colours of the classes
+
+    Returns
+    -------
+    Path
+        root
+    """
     root = Path(root)
     pixels = ((images.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).numpy()
     for i, name in enumerate(names):

@@ -29,7 +29,18 @@ from .labels import IGNORE, LabelSet
 def describe_bytes(
     start: bytes,  # the first bytes of a file, a few hundred will do
 ) -> str:  # e.g. "a web page (a download that went wrong)"
-    """What a file seems to be, in words for an error message."""
+    """What a file seems to be, in words for an error message.
+
+    Parameters
+    ----------
+    start
+        the first bytes of a file, a few hundred will do
+
+    Returns
+    -------
+    str
+        e.g. "a web page (a download that went wrong)"
+    """
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start: return "empty"
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
@@ -47,7 +58,13 @@ def describe_bytes(
 def describe_file(
     path: str | Path,  # of the file
 ) -> str:
-    """What the file at `path` seems to be."""
+    """What the file at `path` seems to be.
+
+    Parameters
+    ----------
+    path
+        of the file
+    """
     try:
         with open(path, "rb") as file: return describe_bytes(file.read(512))
     except OSError as error: return f"unreadable ({error.strerror})"
@@ -68,7 +85,20 @@ def _decoded(
     name: str | Path,  # for the error message
     max_pixels: int,
 ) -> tuple[Image.Image, int]:  # as stored; the EXIF orientation
-    """The picture in a file, decoded."""
+    """The picture in a file, decoded.
+
+    Parameters
+    ----------
+    source
+        a file, or the content of one
+    name
+        for the error message
+
+    Returns
+    -------
+    tuple[Image.Image, int]
+        as stored; the EXIF orientation
+    """
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as image:
             width, height = image.size
@@ -107,7 +137,20 @@ def open_picture(
     path: str | Path,  # of the file
     max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # decoded, its mode as stored
-    """Open and decode a picture file; `InputError` if it is missing, no picture, damaged, cut off or too large."""
+    """Open and decode a picture file; `InputError` if it is missing, no picture, damaged, cut off or too large.
+
+    Parameters
+    ----------
+    path
+        of the file
+    max_pixels
+        larger pictures are refused before they are decoded
+
+    Returns
+    -------
+    Image.Image
+        decoded, its mode as stored
+    """
     return _opened(path, max_pixels)[0]
 
 
@@ -116,7 +159,22 @@ def decode_picture(
     name: str | Path = "the picture",  # for the error message
     max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # decoded, its mode as stored
-    """As `open_picture`, from bytes that lie in another file, such as an archive."""
+    """As `open_picture`, from bytes that lie in another file, such as an archive.
+
+    Parameters
+    ----------
+    content
+        of a picture file
+    name
+        for the error message
+    max_pixels
+        larger pictures are refused before they are decoded
+
+    Returns
+    -------
+    Image.Image
+        decoded, its mode as stored
+    """
     return _decoded(bytes(content), name, max_pixels)[0]
 
 # %% ../../nbs/reference/data/13_images.ipynb #6285ebb9
@@ -126,7 +184,17 @@ def to_rgb(
     # shown through transparent pixels; None: the stored colours, alpha dropped
     background: tuple[int, int, int] | None = None,
 ) -> Image.Image:
-    """Any picture as 8-bit RGB; `InputError` for 32 bits, whose range is unknown, and for unknown colours."""
+    """Any picture as 8-bit RGB; `InputError` for 32 bits, whose range is unknown, and for unknown colours.
+
+    Parameters
+    ----------
+    image
+        of any mode
+    name
+        for the error message
+    background
+        shown through transparent pixels; None: the stored colours, alpha dropped
+    """
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
@@ -156,7 +224,24 @@ def read_image(
     background: tuple[int, int, int] | None = None,  # as in `to_rgb`
     max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> Image.Image:  # RGB
-    """Read a picture as 8-bit RGB; `InputError` if that cannot be done."""
+    """Read a picture as 8-bit RGB; `InputError` if that cannot be done.
+
+    Parameters
+    ----------
+    path
+        of the file
+    upright
+        turn the picture as its EXIF header says
+    background
+        as in `to_rgb`
+    max_pixels
+        larger pictures are refused before they are decoded
+
+    Returns
+    -------
+    Image.Image
+        RGB
+    """
     image, orientation = _opened(path, max_pixels)
     if upright and orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
@@ -193,7 +278,24 @@ def read_mask(
     colours: Mapping[tuple[int, int, int], int] | None = None,  # for coloured masks: colour -> class
     max_pixels: int = MAX_PIXELS,  # larger pictures are refused before they are decoded
 ) -> np.ndarray:  # (H, W) uint8
-    """Read a mask as class numbers; `InputError` if it cannot be, if it is a JPEG, or if a number is no class."""
+    """Read a mask as class numbers; `InputError` if it cannot be, if it is a JPEG, or if a number is no class.
+
+    Parameters
+    ----------
+    path
+        of the file
+    n_classes
+        values from here on, 255 excepted, are an error; None: any value 0..255
+    colours
+        for coloured masks: colour -> class
+    max_pixels
+        larger pictures are refused before they are decoded
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     path = Path(path)
     image = open_picture(path, max_pixels)
     if image.format in ("JPEG", "MPO"):
@@ -210,7 +312,22 @@ def check_classes(
     n_classes: int | None,  # None: 0..255
     name: str | Path = "the mask",  # for the error message
 ) -> np.ndarray:  # (H, W) uint8
-    """The values as uint8; `InputError` unless each is a whole number 0..n_classes - 1 or 255."""
+    """The values as uint8; `InputError` unless each is a whole number 0..n_classes - 1 or 255.
+
+    Parameters
+    ----------
+    values
+        (H, W), any type of number
+    n_classes
+        None: 0..255
+    name
+        for the error message
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     values = np.asarray(values)
     if values.ndim != 2 or values.dtype.kind not in "biuf":
         raise InputError(f"{name} holds {values.dtype} of shape {values.shape}; a mask is a table (H, W) of class "
@@ -243,7 +360,17 @@ def save_mask(
     mask: np.ndarray,  # (H, W) class numbers
     labels: LabelSet | None = None,  # for the colours; None: greys
 ) -> None:
-    """Write a mask as an 8-bit palette PNG; 255 is shown white."""
+    """Write a mask as an 8-bit palette PNG; 255 is shown white.
+
+    Parameters
+    ----------
+    path
+        a .png, made or replaced atomically
+    mask
+        (H, W) class numbers
+    labels
+        for the colours; None: greys
+    """
     image = Image.fromarray(check_classes(mask, labels.n_classes if labels else None, path))
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
     if labels:
@@ -257,7 +384,15 @@ def png(
     pixels: np.ndarray,  # (H, W, 3) or (H, W) uint8
     palette: Sequence[Sequence[int]] | None = None,  # colours, for class indices
 ) -> bytes:
-    """The array as a PNG file."""
+    """The array as a PNG file.
+
+    Parameters
+    ----------
+    pixels
+        (H, W, 3) or (H, W) uint8
+    palette
+        colours, for class indices
+    """
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if palette is not None:
         picture = picture.convert("L").copy()
@@ -281,7 +416,21 @@ def check_same_shape(
     mask_name: str | Path,  # for the error message
     scaled: bool = False,  # allow other resolutions of the same shape (up to a pixel)
 ) -> None:
-    """Raise `InputError` unless image and mask have the same size, or the same proportions if `scaled`."""
+    """Raise `InputError` unless image and mask have the same size, or the same proportions if `scaled`.
+
+    Parameters
+    ----------
+    image
+        the picture
+    mask
+        (H, W)
+    image_name
+        for the error message
+    mask_name
+        for the error message
+    scaled
+        allow other resolutions of the same shape (up to a pixel)
+    """
     (width, height), (rows, columns) = image.size, mask.shape
     if _same_shape(image.size, mask, scaled): return
     turned = (height, width) == (columns, rows)
@@ -297,7 +446,26 @@ def read_pair(
     scaled: bool = False,  # the mask may have another resolution
     as_seen: bool = False,  # if the sizes do not tell: the mask was drawn on the upright picture, not on the stored one
 ) -> tuple[Image.Image, np.ndarray]:  # RGB, upright; the mask (H, W) that belongs to it
-    """Read a picture and turn it upright, its mask with it; `InputError` as `read_image` and `check_same_shape`."""
+    """Read a picture and turn it upright, its mask with it; `InputError` as `read_image` and `check_same_shape`.
+
+    Parameters
+    ----------
+    path
+        of the picture
+    mask
+        (H, W) uint8
+    mask_name
+        for the error message
+    scaled
+        the mask may have another resolution
+    as_seen
+        if the sizes do not tell: the mask was drawn on the upright picture, not on the stored one
+
+    Returns
+    -------
+    tuple[Image.Image, np.ndarray]
+        RGB, upright; the mask (H, W) that belongs to it
+    """
     stored, orientation = _opened(path)
     upright = stored.transpose(_TURNS[orientation]) if orientation in _TURNS else stored
     fits_stored, fits_upright = (_same_shape(picture.size, mask, scaled) for picture in (stored, upright))
@@ -313,7 +481,17 @@ def turned_like(
     image_path: str | Path,  # of its picture
     size: tuple[int, int],  # of the picture when it is upright: width, height
 ) -> np.ndarray:
-    """The mask turned by the quarter that the EXIF header turns its picture, if that makes the sizes agree."""
+    """The mask turned by the quarter that the EXIF header turns its picture, if that makes the sizes agree.
+
+    Parameters
+    ----------
+    mask
+        (H, W)
+    image_path
+        of its picture
+    size
+        of the picture when it is upright: width, height
+    """
     stored, orientation = _opened(image_path)
     if orientation not in (5, 6, 7, 8) or stored.size != mask.shape[::-1]: return mask
     turned = np.asarray(Image.fromarray(mask).transpose(_TURNS[orientation]))
@@ -330,7 +508,24 @@ def to_item(
     size: Sequence[int] | None = None,  # (width, height); None: as they are
     resample: str = "bicubic",  # how the image is resized: a key of FILTERS
 ) -> tuple[Tensor, Tensor]:  # image float32 (3, H, W) in [-1, 1], mask int64 (H, W)
-    """Resize the two and make tensors of them."""
+    """Resize the two and make tensors of them.
+
+    Parameters
+    ----------
+    image
+        RGB
+    mask
+        (H, W) uint8
+    size
+        (width, height); None: as they are
+    resample
+        how the image is resized: a key of FILTERS
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        image float32 (3, H, W) in [-1, 1], mask int64 (H, W)
+    """
     if size is not None:
         size = (size[0], size[1])
         if image.size != size:
@@ -344,7 +539,13 @@ def to_item(
 def check_size(
     size: int | Sequence[int] | None,  # (width, height), one number for both, or None
 ) -> tuple[int, int] | None:
-    """`size` as two whole numbers; `InputError` if it is not."""
+    """`size` as two whole numbers; `InputError` if it is not.
+
+    Parameters
+    ----------
+    size
+        (width, height), one number for both, or None
+    """
     if size is None: return None
     sides: Any = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
     try:
@@ -367,6 +568,18 @@ def list_files(
     """The files with one of the suffixes in a folder and below, through links too.
 
     Warns of folders that are met a second time, and leaves them out. Raises `InputError` if a folder cannot be read.
+
+    Parameters
+    ----------
+    folder
+        looked through with all folders below it
+    suffixes
+        lower case; the files' may be of any case
+
+    Returns
+    -------
+    tuple[list[Path], set[str]]
+        the files, sorted; the real paths of the folders they are in
     """
     found, seen, again, waiting, links = [], set(), [], [str(folder)], []
     while waiting or links:
@@ -397,7 +610,22 @@ def by_name(
     folder: str | Path,  # that they are in
     what: str = "two pictures of one name",  # for the error message
 ) -> dict[str, Path]:  # path below the folder, with /, without suffix, in one spelling -> file
-    """Files by name; `InputError` if two have the same, up to suffix and spelling."""
+    """Files by name; `InputError` if two have the same, up to suffix and spelling.
+
+    Parameters
+    ----------
+    paths
+        of the files
+    folder
+        that they are in
+    what
+        for the error message
+
+    Returns
+    -------
+    dict[str, Path]
+        path below the folder, with /, without suffix, in one spelling -> file
+    """
     found: dict[str, Path] = {}
     for path in paths:
         name = same_name(path.relative_to(folder).with_suffix("").as_posix())

@@ -44,7 +44,15 @@ _NO_REGIONS = ("choices", "taxonomy", "rating", "number", "textarea", "datetime"
 
 @dataclass
 class _Shape:
-    """One region of Label Studio."""
+    """One region of Label Studio.
+
+    Attributes
+    ----------
+    kind
+        of _DRAWN
+    size
+        width and height of the picture, as Label Studio saw it
+    """
     kind: str  # of _DRAWN
     label: str
     value: dict
@@ -258,6 +266,21 @@ def import_label_studio(
 
     The newest annotation of a task that was not cancelled counts. Raises `InputError` if it is no such export, or if
     the folder cannot be made.
+
+    Parameters
+    ----------
+    export
+        the JSON export
+    images
+        the folder of pictures
+    root
+        the folder to make
+    classes
+        names after the background, in order; None: as met, in alphabetical order
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
     """
     tasks, root = read_json(export), check_place(root, images)
     if not isinstance(tasks, list) or not any(isinstance(task, dict) and "data" in task for task in tasks):

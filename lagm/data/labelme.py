@@ -41,7 +41,19 @@ def _points(
     most: int | None,  # None: any number
     size: tuple[int, int],  # width and height of the picture
 ) -> list[tuple[float, float]]:
-    """The points of a shape, near the picture; `InputError` for too few or too many."""
+    """The points of a shape, near the picture; `InputError` for too few or too many.
+
+    Parameters
+    ----------
+    shape
+        of a JSON file
+    least
+        points that its kind needs
+    most
+        None: any number
+    size
+        width and height of the picture
+    """
     found = need_field(shape, "points", list, "a shape")
     if not least <= len(found) <= (most or len(found)):
         raise InputError(f"a {shape.get('shape_type') or 'polygon'} has {len(found)} points; it needs {least}"
@@ -77,6 +89,19 @@ def _mask_pixels(
     text: str,  # a picture file in base64
     most: int,  # pixels; a larger one is not decoded
 ) -> np.ndarray:  # (H, W) bool
+    """
+    Parameters
+    ----------
+    text
+        a picture file in base64
+    most
+        pixels; a larger one is not decoded
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) bool
+    """
     try: content = base64.b64decode(text, validate=True)
     except ValueError as error: raise InputError("its mask is not base64") from error
     image = decode_picture(content, "its mask", max_pixels=most)
@@ -109,7 +134,17 @@ IGNORED = "__ignore__"  # the label of pixels that have none
 
 @dataclass
 class _File:
-    """What is kept of one JSON file."""
+    """What is kept of one JSON file.
+
+    Attributes
+    ----------
+    shapes
+        label, kind, shape, in order of painting
+    said
+        the name of its picture, "" if it has none
+    size
+        imageWidth and imageHeight, as they stand there
+    """
     shapes: list[tuple[str, str, dict]]  # label, kind, shape, in order of painting
     said: str  # the name of its picture, "" if it has none
     size: tuple[Any, Any]  # imageWidth and imageHeight, as they stand there
@@ -143,7 +178,20 @@ def _mask(
     values: Mapping[str, int],  # label -> value
     size: tuple[int, int],  # of the picture, upright
 ) -> np.ndarray:  # (H, W)
-    """The shapes painted one over the other; `InputError` if the file is of a picture of another size."""
+    """The shapes painted one over the other; `InputError` if the file is of a picture of another size.
+
+    Parameters
+    ----------
+    values
+        label -> value
+    size
+        of the picture, upright
+
+    Returns
+    -------
+    np.ndarray
+        (H, W)
+    """
     if None not in file.size:
         width, height = (whole(side, f"its {name}", 1, 10**6)
                          for side, name in zip(file.size, ("imageWidth", "imageHeight")))
@@ -197,7 +245,15 @@ def _class_list(
     name: str,  # of the label set
     notes: list[str],  # gets a line on labels that differ in capitals
 ) -> LabelSet:
-    """The background, then the labels, sorted or as given; `InputError` for a label that is not listed."""
+    """The background, then the labels, sorted or as given; `InputError` for a label that is not listed.
+
+    Parameters
+    ----------
+    name
+        of the label set
+    notes
+        gets a line on labels that differ in capitals
+    """
     used = {label: file for file in reversed([*files]) for label in files[file].drawn}
     used = {label: file for label, file in used.items() if label not in ("background", IGNORED)}
     given = sorted(used) if classes is None else [class_name(name, "a class") for name in classes]
@@ -219,7 +275,23 @@ def import_labelme(
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
-    """Turn a folder of LabelMe files into a plain folder; `InputError` if there are none, or it cannot be made."""
+    """Turn a folder of LabelMe files into a plain folder; `InputError` if there are none, or it cannot be made.
+
+    Parameters
+    ----------
+    export
+        the folder with the JSON files
+    root
+        the folder to make
+    images
+        the folder of the pictures; None: they lie beside the JSON files
+    classes
+        after the background, in order; None: alphabetical
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
+    """
     folder, root, notes = Path(export), check_place(root, images or export), []
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with LabelMe's JSON files")
     files, bad = _read_files(folder)

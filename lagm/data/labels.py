@@ -24,6 +24,15 @@ class LabelSet:
 
     Class 0 is the background. Raises `InputError` if names or colours repeat, if their numbers differ, or if a colour
     is not three integers 0..255.
+
+    Attributes
+    ----------
+    name
+        what the set is called, e.g. "celeba8"
+    classes
+        C names, the background first
+    palette
+        C colours (red, green, blue), each 0..255
     """
 
     name: str  # what the set is called, e.g. "celeba8"
@@ -78,7 +87,20 @@ def colourise(
     mask,  # (..., H, W) integers: class indices, or IGNORE; an array or a tensor on the CPU
     labels: LabelSet = CELEBA8,  # names and colours
 ) -> np.ndarray:  # (..., H, W, 3) uint8
-    """The mask in the colours of `labels`, `IGNORE` in white; `InputError` if a value is not a class of `labels`."""
+    """The mask in the colours of `labels`, `IGNORE` in white; `InputError` if a value is not a class of `labels`.
+
+    Parameters
+    ----------
+    mask
+        (..., H, W) integers: class indices, or IGNORE; an array or a tensor on the CPU
+    labels
+        names and colours
+
+    Returns
+    -------
+    np.ndarray
+        (..., H, W, 3) uint8
+    """
     mask = np.asarray(mask)
     if mask.dtype.kind not in "iu":
         raise InputError(f"a mask must hold integers (class indices), got {mask.dtype}; take the argmax of scores "
@@ -119,7 +141,15 @@ def warn_of_absent(
     labels: LabelSet,
     where: str,  # what was read, e.g. a folder
 ) -> None:
-    """Warn of the classes that no labelled picture shows."""
+    """Warn of the classes that no labelled picture shows.
+
+    Parameters
+    ----------
+    shown
+        the values that occur in the masks
+    where
+        what was read, e.g. a folder
+    """
     lacking = [name for number, name in enumerate(labels.classes) if number not in shown]
     if not lacking: return
     them = "it" if len(lacking) == 1 else "them"

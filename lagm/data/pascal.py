@@ -21,6 +21,21 @@ class PascalPart(PartDataset):
     """Crops of horses or aeroplanes with five parts (Chen et al., Detect What You Can, 2014).
 
     `lagm prepare pascal` makes them. Raises `InputError` if they are not there.
+
+    Parameters
+    ----------
+    root
+        holds PascalPart/
+    object_class
+        or aeroplane
+    split
+        train, val or test
+    size
+        (width, height)
+    transforms
+        (image, mask) -> (image, mask), applied to every item; None: none
+    k
+        only the first k; None: all
     """
 
     layout = ("PascalPart/{object}/train/CroppedImages/2008_000001_0.png, CroppedSegmentation/2008_000001_0.png, "

@@ -63,7 +63,20 @@ def yolo_polygons(
     text: str,  # of a label file
     n_classes: int,  # that the export names
 ) -> list[tuple[int, list[float]]]:  # class, x1, y1, x2, y2 ... in 0..1
-    """The lines of a label file; `InputError` with the number of a line that is none."""
+    """The lines of a label file; `InputError` with the number of a line that is none.
+
+    Parameters
+    ----------
+    text
+        of a label file
+    n_classes
+        that the export names
+
+    Returns
+    -------
+    list[tuple[int, list[float]]]
+        class, x1, y1, x2, y2 ... in 0..1
+    """
     found = []
     for i, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
@@ -119,7 +132,23 @@ def import_yolo(
     only_labelled: bool = False,  # leave pictures without labels behind
     least: int = 0,  # labelled pictures; with fewer the folder is not made
 ) -> Imported:
-    """Turn a YOLO segmentation export into a plain folder; `InputError` if it is none, or the folder cannot be made."""
+    """Turn a YOLO segmentation export into a plain folder; `InputError` if it is none, or the folder cannot be made.
+
+    Parameters
+    ----------
+    export
+        the folder with labels/ (or with the text files)
+    root
+        the folder to make
+    images
+        the folder of the pictures; None: images/ of the export, or where they lie there
+    classes
+        names without the background, in order; None: of data.yaml
+    only_labelled
+        leave pictures without labels behind
+    least
+        labelled pictures; with fewer the folder is not made
+    """
     folder = Path(export)
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}; give the one with labels/")
     files, from_images = _label_files(folder)

@@ -107,6 +107,20 @@ def put_in_place(
     """Move the file, or unpack the archive, to where the experiments expect it. Raises `InputError`.
 
     An older one is replaced at the last moment.
+
+    Parameters
+    ----------
+    source
+        what it is, and what has to be in it
+    whole
+        a checked file, on the disk of `target`; it is used up
+    target
+        the file or folder to make or replace
+
+    Returns
+    -------
+    Path
+        target
     """
     if source.kind == "folder": ready = unpack(whole, whole.parent / "unpacked", source)
     elif source.kind == "any": ready = _any_folder(whole)

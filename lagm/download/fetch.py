@@ -35,7 +35,17 @@ def describe_source(
     target: Path,  # where it belongs
     size: int | None = None,  # bytes, if known
 ) -> str:
-    """What will be fetched, in a few lines: licence, size, place."""
+    """What will be fetched, in a few lines: licence, size, place.
+
+    Parameters
+    ----------
+    source
+        what is fetched
+    target
+        where it belongs
+    size
+        bytes, if known
+    """
     known = f"{size / 1e6:,.1f} MB" if size else "not known before"
     lines = [source.name, f"  licence  {source.licence}", f"  page     {source.page}", f"  size     {known}",
              f"  goes to  {target}"]
@@ -53,7 +63,20 @@ def remote_size(
     address: str,  # http or https
     timeout: tuple[float, float] = (10.0, 10.0),  # in seconds
 ) -> int | None:  # bytes; None if the server does not tell
-    """The size of a file on a server."""
+    """The size of a file on a server.
+
+    Parameters
+    ----------
+    address
+        http or https
+    timeout
+        in seconds
+
+    Returns
+    -------
+    int | None
+        bytes; None if the server does not tell
+    """
     if address.startswith("drive:"): return None
     requests, plain = optional_module("requests"), {"Accept-Encoding": "identity"}
     try:
@@ -96,7 +119,26 @@ def download(
     progress: bool = True,  # show how far it is
     **options: Any,  # of `transfer`
 ) -> Path:  # the whole file, in `folder`
-    """Download from one address and check the result; raises `Unavailable` with the reason if that fails."""
+    """Download from one address and check the result; raises `Unavailable` with the reason if that fails.
+
+    Parameters
+    ----------
+    source
+        what is fetched
+    address
+        http(s) or drive:ID
+    folder
+        where to work; kept if it fails, to go on next time
+    progress
+        show how far it is
+    **options
+        of `transfer`
+
+    Returns
+    -------
+    Path
+        the whole file, in `folder`
+    """
     pooch = optional_module("pooch")
     pooch.get_logger().setLevel(logging.WARNING)
     part, whole = folder / "part", folder / "whole"
@@ -154,7 +196,30 @@ def fetch(
     progress: bool = True,  # show how far it is
     **options: Any,  # of `transfer`
 ) -> Path:  # where it is
-    """Download a source unless it is there; `InputError` that tells of every address tried if none gives it."""
+    """Download a source unless it is there; `InputError` that tells of every address tried if none gives it.
+
+    Parameters
+    ----------
+    name
+        a name of SOURCES
+    data
+        the folder of the data sets
+    checkpoints
+        the folder of the checkpoints
+    mirrors
+        addresses to try before the known ones
+    force
+        again, even if it is there
+    progress
+        show how far it is
+    **options
+        of `transfer`
+
+    Returns
+    -------
+    Path
+        where it is
+    """
     source = get_source(name) if isinstance(name, str) else name
     target, addresses = source.place(data, checkpoints), [*mirrors, *source.addresses]
     if not force and is_there(source, target): return target
@@ -183,7 +248,24 @@ def fetch_from(
     data: str | Path = "data",  # the folder of the data sets
     checkpoints: str | Path = "checkpoints",  # the folder of the checkpoints
 ) -> Path:  # where it is now
-    """Put a copy of your own file in place, after the same checks; `InputError` if it fails them."""
+    """Put a copy of your own file in place, after the same checks; `InputError` if it fails them.
+
+    Parameters
+    ----------
+    name
+        of a source, e.g. stylegan2-horse
+    path
+        a file, or for data sets a zip archive or an unpacked folder, that you have
+    data
+        the folder of the data sets
+    checkpoints
+        the folder of the checkpoints
+
+    Returns
+    -------
+    Path
+        where it is now
+    """
     source = get_source(name) if isinstance(name, str) else name
     path, target = Path(path).expanduser(), source.place(data, checkpoints)
     if not path.exists(): raise InputError(f"there is no {path}")

@@ -24,7 +24,29 @@ NVIDIA, NOT_STATED = (
 
 @dataclass(frozen=True)
 class Source:
-    """A file or folder that is needed, and the way to get it."""
+    """A file or folder that is needed, and the way to get it.
+
+    Attributes
+    ----------
+    name
+        what `lagm fetch` calls it
+    path
+        where it belongs; begins with data/ or checkpoints/
+    kind
+        pickle, torch, npy, folder (from a zip archive) or any
+    addresses
+        tried in order; none: it has to be asked for at `page`
+    page
+        where people read about it
+    licence
+        in words
+    sha256
+        of the download, or its first digits
+    holds
+        for folders: what must be inside
+    note
+        what else to know
+    """
     name: str  # what `lagm fetch` calls it
     path: str  # where it belongs; begins with data/ or checkpoints/
     kind: str  # pickle, torch, npy, folder (from a zip archive) or any
@@ -40,7 +62,15 @@ class Source:
         data: str | Path = "data",  # what stands for data/
         checkpoints: str | Path = "checkpoints",  # what stands for checkpoints/
     ) -> Path:
-        """Where the file belongs."""
+        """Where the file belongs.
+
+        Parameters
+        ----------
+        data
+            what stands for data/
+        checkpoints
+            what stands for checkpoints/
+        """
         base, below = self.path.split("/", 1)
         return Path({"data": data, "checkpoints": checkpoints}[base]) / below
 
@@ -238,7 +268,20 @@ def file_problem(
     path: str | Path,  # of the file
     kind: str,  # as in `Source`; "folder" stands for the zip archive it comes in
 ) -> str | None:  # None: nothing is wrong with its form
-    """What is wrong with a file, if it is not of its kind or was cut off."""
+    """What is wrong with a file, if it is not of its kind or was cut off.
+
+    Parameters
+    ----------
+    path
+        of the file
+    kind
+        as in `Source`; "folder" stands for the zip archive it comes in
+
+    Returns
+    -------
+    str | None
+        None: nothing is wrong with its form
+    """
     path = Path(path)
     if not path.is_file(): return "it is a folder" if path.is_dir() else "it is not there"
     if path.stat().st_size == 0: return "it is empty"
@@ -250,7 +293,20 @@ def picture_problem(
     path: Path,  # of the file
     deep: bool = False,  # decode it
 ) -> str | None:  # None: it looks whole
-    """What is wrong with a picture file."""
+    """What is wrong with a picture file.
+
+    Parameters
+    ----------
+    path
+        of the file
+    deep
+        decode it
+
+    Returns
+    -------
+    str | None
+        None: it looks whole
+    """
     from lagm.data.images import describe_file, open_picture
 
     try:
@@ -288,7 +344,20 @@ def source_problem(
     source: Source,  # what is looked at
     path: Path,  # where it is
 ) -> str | None:  # None: it looks whole
-    """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts."""
+    """What is wrong with a checkpoint or latent; `lagm run` asks this, too, before it starts.
+
+    Parameters
+    ----------
+    source
+        what is looked at
+    path
+        where it is
+
+    Returns
+    -------
+    str | None
+        None: it looks whole
+    """
     return file_problem(path, source.kind) or (_latent_problem(path) if source.kind == "npy" else None)
 
 

@@ -24,6 +24,16 @@ def borders(
     """Pixels of a class that touch, above, below, left or right, a pixel of another class.
 
     A border with ignored pixels does not count.
+
+    Parameters
+    ----------
+    masks
+        (B, H, W) class indices
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W) bool
     """
     padded = F.pad(masks[:, None].float(), (1, 1, 1, 1), mode="replicate")[:, 0].long()
     middle = padded[:, 1:-1, 1:-1]
@@ -37,7 +47,20 @@ def within(
     points: Tensor,  # (B, C, H, W) bool
     radius: int,  # in pixels
 ) -> Tensor:  # the same shape
-    """Pixels at most `radius` away from a point."""
+    """Pixels at most `radius` away from a point.
+
+    Parameters
+    ----------
+    points
+        (B, C, H, W) bool
+    radius
+        in pixels
+
+    Returns
+    -------
+    Tensor
+        the same shape
+    """
     side = torch.arange(-radius, radius + 1, device=points.device)
     disk = (side[:, None]**2 + side**2 <= radius**2).float()[None, None]
     b, c, h, w = points.shape
@@ -48,6 +71,13 @@ class BoundaryScore:
     """Counts border pixels, and those that the other side has nearby.
 
     `update` as in `ConfusionMatrix`, but with (B, H, W).
+
+    Parameters
+    ----------
+    n_classes
+        number of classes
+    tolerance
+        share of the picture's diagonal; at least one pixel
     """
 
     def __init__(
@@ -64,7 +94,15 @@ class BoundaryScore:
         predictions: Tensor | np.ndarray,  # (n, H, W) class indices
         labels: Tensor | np.ndarray,  # (n, H, W) class indices, 255 = ignored
     ) -> None:
-        """Add pictures. Raises `InputError` for unequal shapes or scores instead of classes."""
+        """Add pictures. Raises `InputError` for unequal shapes or scores instead of classes.
+
+        Parameters
+        ----------
+        predictions
+            (n, H, W) class indices
+        labels
+            (n, H, W) class indices, 255 = ignored
+        """
         predictions, labels = as_classes(predictions, "predictions"), as_classes(labels, "labels")
         if predictions.shape != labels.shape or labels.ndim != 3:
             raise InputError(f"predictions have the shape {tuple(predictions.shape)} and labels "

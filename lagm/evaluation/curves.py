@@ -22,7 +22,20 @@ def moving_average(
     y: np.ndarray,  # (n,) values
     window: int,  # how many values are averaged, centred (an even number counts as one more); fewer at the ends
 ) -> np.ndarray:  # (n,)
-    """Centred moving average that ignores NaN."""
+    """Centred moving average that ignores NaN.
+
+    Parameters
+    ----------
+    y
+        (n,) values
+    window
+        how many values are averaged, centred (an even number counts as one more); fewer at the ends
+
+    Returns
+    -------
+    np.ndarray
+        (n,)
+    """
     y = np.asarray(y, float)
     half = window // 2
     kernel, known, inner = np.ones(2 * half + 1), np.isfinite(y), slice(half, half + len(y))
@@ -34,7 +47,20 @@ def spread(
     heights: Sequence[float],  # wanted places
     distance: float,  # least distance between any two
 ) -> list[float]:  # places in the order given, moved as little as possible (least squares)
-    """Move numbers apart until any two are at least `distance` apart."""
+    """Move numbers apart until any two are at least `distance` apart.
+
+    Parameters
+    ----------
+    heights
+        wanted places
+    distance
+        least distance between any two
+
+    Returns
+    -------
+    list[float]
+        places in the order given, moved as little as possible (least squares)
+    """
     order = np.argsort(heights, kind="stable")
     groups: list[list[float]] = []  # [mean of h - i d, how many]
     for i, h in enumerate(np.asarray(heights, float)[order]):
@@ -55,7 +81,21 @@ def name_the_ends(
     leaders: bool = False,  # lines from the ends to names that had to move
     size: float = 10,  # of the letters, in points
 ) -> None:
-    """Write names beside the right ends of lines."""
+    """Write names beside the right ends of lines.
+
+    Parameters
+    ----------
+    ax
+        with the lines
+    ends
+        name, height in data units, colour
+    distance
+        least distance between two names, in points
+    leaders
+        lines from the ends to names that had to move
+    size
+        of the letters, in points
+    """
     figure = ax.get_figure(root=True)
     figure.draw_without_rendering()
     to_points = 72 / figure.dpi
@@ -85,7 +125,27 @@ def curves(
     log_y: bool = False,  # logarithmic y axis
     ax: Axes | None = None,  # draw here instead of in a new figure
 ) -> Figure:
-    """Lines over iterations or time, named at their right ends. `InputError` if a curve's x and y differ in number."""
+    """Lines over iterations or time, named at their right ends. `InputError` if a curve's x and y differ in number.
+
+    Parameters
+    ----------
+    history
+        name of a line -> (x, y), two sequences of one length
+    xlabel
+        below
+    ylabel
+        at the left
+    title
+        above the figure; empty: none
+    smooth
+        window of a moving average; 1: none
+    percent
+        y is a fraction, shown in per cent
+    log_y
+        logarithmic y axis
+    ax
+        draw here instead of in a new figure
+    """
     if ax is None:
         ax = panels(1, 6.4, 3.4)[1][0]
     ends = []

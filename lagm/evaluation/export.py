@@ -50,6 +50,20 @@ def export_program(
     """Save as a `torch.export` program: `torch.export.load(path).module()(pictures)`.
 
     Raises `InputError` if it does not give the network's logits.
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    path
+        ends in .pt2
+    size
+        height and width
+
+    Returns
+    -------
+    float
+        largest difference of the logits, relative to the largest logit
     """
     segmenter = copy.deepcopy(segmenter).cpu().eval()
     program = torch.export.export(segmenter, (torch.zeros(2, 3, *size),), dynamic_shapes=_free_batch())
@@ -68,6 +82,20 @@ def export_onnx(
     """Save for ONNX runtimes: input "pictures" (B, 3, H, W) in [-1, 1], output "logits".
 
     Raises `InputError` if onnxruntime gives other logits, or is not installed.
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    path
+        ends in .onnx
+    size
+        height and width
+
+    Returns
+    -------
+    float
+        largest difference of the logits, relative to the largest logit
     """
     try:
         import onnx  # noqa: F401
@@ -126,7 +154,25 @@ def write_model_card(
     report: dict[str, Any] | None = None,  # of `evaluate_checkpoint`
     tested_on: str = "the test pictures",  # what the report was made of, in words
 ) -> None:
-    """Describe a segmenter file: classes, palette, size, provenance, metrics. `InputError` if it is no file of ours."""
+    """Describe a segmenter file: classes, palette, size, provenance, metrics. `InputError` if it is no file of ours.
+
+    Parameters
+    ----------
+    path
+        a Markdown file
+    checkpoint
+        of `save_segmenter`
+    title
+        first line of the card
+    intended
+        what it is for, and what not
+    licence
+        of the weights
+    report
+        of `evaluate_checkpoint`
+    tested_on
+        what the report was made of, in words
+    """
     segmenter, header = load_segmenter(checkpoint)
     lines = [f"# {title}", "", intended, "", *_facts(Path(checkpoint).name, header, segmenter, licence)]
     lines += _class_table(header["labels"], segmenter.n_classes, (report or {}).get("iou", {}))

@@ -26,6 +26,18 @@ def principal_components(
     """Coordinates of every pixel along the main directions of the batch.
 
     The sign of a direction makes its largest loading positive.
+
+    Parameters
+    ----------
+    features
+        (B, C, H, W)
+    n
+        how many; at most C
+
+    Returns
+    -------
+    Tensor
+        (B, n, H, W), the first component has the largest variance
     """
     b, c, h, w = features.shape
     pixels = features.detach().float().movedim(1, -1).reshape(-1, c)
@@ -39,7 +51,18 @@ def principal_components(
 def pca_colours(
     features: Tensor,  # (B, C, H, W)
 ) -> np.ndarray:  # (B, H, W, 3) uint8
-    """The first three principal components as red, green and blue; the 2nd to 98th percentile fill the range."""
+    """The first three principal components as red, green and blue; the 2nd to 98th percentile fill the range.
+
+    Parameters
+    ----------
+    features
+        (B, C, H, W)
+
+    Returns
+    -------
+    np.ndarray
+        (B, H, W, 3) uint8
+    """
     parts = principal_components(features).cpu()
     parts = torch.cat([parts, parts.new_zeros(parts.shape[0], 3 - parts.shape[1], *parts.shape[2:])], 1)
     flat = parts.movedim(1, 0).flatten(1).numpy()
@@ -56,6 +79,22 @@ def k_means(
     """Lloyd's algorithm from k-means++ seeds, the same for the same seed.
 
     `InputError` if there are fewer points than groups.
+
+    Parameters
+    ----------
+    points
+        (N, D)
+    k
+        number of groups
+    seed
+        of the first centres
+    steps
+        rounds of assigning and averaging
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        group of each point (N,) and centres (k, D), the largest group first
     """
     if not 1 <= k <= len(points):
         raise InputError(f"cannot make {k} groups of {len(points)} points; choose 1 to {len(points)}")
@@ -80,7 +119,24 @@ def feature_clusters(
     size: int = 64,  # side at which the pixels are grouped
     seed: int = 0,  # of the first centres
 ) -> Tensor:  # (B, size, size) integers 0..k-1, the largest group is 0
-    """Group the pixels of a batch by all their features together, without any label."""
+    """Group the pixels of a batch by all their features together, without any label.
+
+    Parameters
+    ----------
+    features
+        maps (B, C_i, H_i, W_i)
+    k
+        number of groups
+    size
+        side at which the pixels are grouped
+    seed
+        of the first centres
+
+    Returns
+    -------
+    Tensor
+        (B, size, size) integers 0..k-1, the largest group is 0
+    """
     stack = []
     for f in features:
         parts = principal_components(f, min(16, f.shape[1]))
@@ -106,6 +162,21 @@ def feature_pyramid(
     """Each picture with its feature maps in their principal colours, and their k-means groups.
 
     `InputError` if the maps are of other pictures, or for more clusters than colours.
+
+    Parameters
+    ----------
+    images
+        (B, 3, H, W) in [-1, 1]
+    features
+        maps (B, C_i, H_i, W_i), coarse to fine
+    shown
+        how many pictures to show; the colours are found on the whole batch
+    clusters
+        also group the pixels into so many clusters (at most 20)
+    tile
+        wanted side of a picture in the figure, in pixels
+    title
+        above the figure; empty: none
     """
     images = batch_of(images)
     if clusters > len(CLUSTER_COLOURS):

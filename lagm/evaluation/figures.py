@@ -34,7 +34,13 @@ STYLE: Any = {
 def plain_label(
     text: str,  # of a label
 ) -> str:
-    """A text for a figure as it stands, dollar signs included."""
+    """A text for a figure as it stands, dollar signs included.
+
+    Parameters
+    ----------
+    text
+        of a label
+    """
     return text.replace("$", r"\$")
 
 
@@ -42,7 +48,20 @@ def text_width(
     text: str,  # of a label
     size: float = 10,  # of the letters, in points
 ) -> float:  # in pixels at 100 dots per inch
-    """Width of the longest line of a text in the font of the style."""
+    """Width of the longest line of a text in the font of the style.
+
+    Parameters
+    ----------
+    text
+        of a label
+    size
+        of the letters, in points
+
+    Returns
+    -------
+    float
+        in pixels at 100 dots per inch
+    """
     font = mpl.font_manager.FontProperties(family=STYLE["font.sans-serif"], size=size)
     return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) * 100 / 72
 
@@ -50,7 +69,13 @@ def text_width(
 def method_colours(
     n: int,  # number of methods
 ) -> list[str]:
-    """Colours for n methods; they repeat after eight, when `curves` draws dashes."""
+    """Colours for n methods; they repeat after eight, when `curves` draws dashes.
+
+    Parameters
+    ----------
+    n
+        number of methods
+    """
     return [METHOD_COLOURS[i % len(METHOD_COLOURS)] for i in range(n)]
 
 # %% ../../nbs/reference/evaluation/80_figures.ipynb #9effb79e
@@ -60,7 +85,17 @@ def panels(
     width: float = 4.8,  # of each, in inches
     height: float = 3.2,  # in inches
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`."""
+    """An empty figure with axes in the style of the kit, for `curves(..., ax=...)`.
+
+    Parameters
+    ----------
+    columns
+        how many axes side by side
+    width
+        of each, in inches
+    height
+        in inches
+    """
     fig, axes = plt.subplots(1, columns, figsize=(columns * width, height), layout="constrained", squeeze=False)
     plt.close(fig)
     return fig, list(axes[0])

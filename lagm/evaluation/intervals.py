@@ -21,7 +21,22 @@ def picture_counts(
     masks: Tensor,  # of the same shapes, 255 = ignore
     n_classes: int,  # number of classes
 ) -> Tensor:  # (n, C, C) int64
-    """The confusion matrix of each picture. `InputError` if predictions and masks differ in number."""
+    """The confusion matrix of each picture. `InputError` if predictions and masks differ in number.
+
+    Parameters
+    ----------
+    predictions
+        (n, H, W) class indices; or a sequence of (H, W), if the pictures differ in size
+    masks
+        of the same shapes, 255 = ignore
+    n_classes
+        number of classes
+
+    Returns
+    -------
+    Tensor
+        (n, C, C) int64
+    """
     if len(predictions) != len(masks):
         raise InputError(f"there are {len(predictions)} predictions and {len(masks)} masks; give one of each per "
                          "picture")
@@ -43,6 +58,18 @@ def scores(
     """One score of many confusion matrices at once, as `metrics_from_counts` has it.
 
     Raises `InputError` for a score that does not exist.
+
+    Parameters
+    ----------
+    counts
+        (..., C, C): any number of confusion matrices
+    score
+        or "miou", "pixel_accuracy", "fg_miou_present"
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1; nan where there is nothing to average
     """
     if score not in SCORES: raise InputError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     counts = counts.double()
@@ -59,14 +86,37 @@ def worst_pictures(
     counts: Tensor,  # (n, C, C), of `picture_counts`
     number: int = 8,  # how many
 ) -> list[int]:  # the worst first
-    """Pictures with the lowest mean IoU over the foreground classes that they show."""
+    """Pictures with the lowest mean IoU over the foreground classes that they show.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    number
+        how many
+
+    Returns
+    -------
+    list[int]
+        the worst first
+    """
     values = scores(counts, "fg_miou_present")
     return [i for i in values.nan_to_num(2).argsort(stable=True).tolist() if values[i].isfinite()][:number]
 
 # %% ../../nbs/reference/evaluation/71_intervals.ipynb #97e4c4d7
 @dataclass(frozen=True)
 class Interval:
-    """A score and where the middle share (`level`) of its bootstrap draws lies."""
+    """A score and where the middle share (`level`) of its bootstrap draws lies.
+
+    Attributes
+    ----------
+    value
+        on all pictures
+    low
+        lower end
+    high
+        upper end
+    """
 
     value: float  # on all pictures
     low: float  # lower end
@@ -88,6 +138,22 @@ def resampled_scores(
 
     Which are drawn follows from their number, `seed` and `of` alone: so draw i of one method is of the same pictures
     as draw i of any other.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    score
+        a field of `Metrics`
+    draws
+        resamples
+    of
+        which pictures these are, such as the name of the test set
+
+    Returns
+    -------
+    Tensor
+        (draws,) float64, 0 to 1
     """
     n = len(counts)
     chosen = torch.randint(n, (draws, n), generator=random_generator(seed, "bootstrap", *[of] * bool(of)))
@@ -107,6 +173,21 @@ def bootstrap(
     """Percentile bootstrap over pictures.
 
     Raises `InputError` if the pictures of two methods are not as many, or for a level that is no share.
+
+    Parameters
+    ----------
+    counts
+        (n, C, C), of `picture_counts`
+    score
+        a field of `Metrics`
+    versus
+        another method's, for the same pictures: the interval is of the difference
+    draws
+        resamples
+    level
+        of the interval, 0 to 1
+    seed
+        of everything random
     """
     if not 0 < level < 1 or draws < 1:
         raise InputError(f"{level=} and {draws=}: give a level between 0 and 1, and one draw or more")

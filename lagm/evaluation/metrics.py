@@ -19,7 +19,21 @@ from ..models.modes import eval_mode
 # %% ../../nbs/book/06_scoring.ipynb #eaecc97d
 @dataclass(frozen=True)
 class Metrics:
-    """Scores of a segmentation over a whole set, as fractions 0..1 (LAGM, ICLR 2022; `fg_miou_present` is ours)."""
+    """Scores of a segmentation over a whole set, as fractions 0..1 (LAGM, ICLR 2022; `fg_miou_present` is ours).
+
+    Attributes
+    ----------
+    pixel_accuracy
+        share of the labelled pixels that are right
+    iou
+        per class, the background first; 0 for a class that neither occurs nor is predicted
+    miou
+        mean over all classes
+    fg_miou
+        mean over classes 1..C-1
+    fg_miou_present
+        mean over those of classes 1..C-1 that occur in the truth; not a number of the paper
+    """
 
     pixel_accuracy: float  # share of the labelled pixels that are right
     iou: list[float]  # per class, the background first; 0 for a class that neither occurs nor is predicted
@@ -35,7 +49,13 @@ class Metrics:
 def metrics_from_counts(
     counts: Tensor,  # (C, C) pixels by (true class, predicted class)
 ) -> Metrics:
-    """Scores from a confusion matrix. Raises `InputError` if it is empty."""
+    """Scores from a confusion matrix. Raises `InputError` if it is empty.
+
+    Parameters
+    ----------
+    counts
+        (C, C) pixels by (true class, predicted class)
+    """
     counts = counts.double()
     total, right = counts.sum(), counts.diag()
     if total == 0:
@@ -57,7 +77,18 @@ def as_classes(
     values: Tensor | np.ndarray,
     name: str,  # for the error message
 ) -> Tensor:  # int64
-    """Class indices as they are counted. Raises `InputError` for scores or probabilities."""
+    """Class indices as they are counted. Raises `InputError` for scores or probabilities.
+
+    Parameters
+    ----------
+    name
+        for the error message
+
+    Returns
+    -------
+    Tensor
+        int64
+    """
     values = torch.as_tensor(values)
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise InputError(f"{name} must be class indices (integers), not {values.dtype}; for scores take argmax over "
@@ -70,6 +101,11 @@ class ConfusionMatrix:
 
     `update` takes integer arrays of equal shape, of any number of dimensions. Pixels whose true label is no class
     (255, or anything outside 0..C-1) are ignored.
+
+    Parameters
+    ----------
+    n_classes
+        C, background included
     """
 
     def __init__(
@@ -112,6 +148,20 @@ def predict(
     """The class with the highest logit at each pixel, in eval mode. Does not move the segmenter.
 
     Raises `InputError` for what cannot be pictures.
+
+    Parameters
+    ----------
+    segmenter
+        pictures (B, 3, H, W) to logits (B, C, H, W)
+    images
+        (n, 3, H, W) in [-1, 1]
+    device
+        where to compute; None: where the segmenter is
+
+    Returns
+    -------
+    Tensor
+        (n, H, W) int64 class indices on the CPU
     """
     check_pictures(images)
     if device is None:
@@ -128,7 +178,21 @@ def evaluate(
     batch_size: int = 64,
     device: str | torch.device | None = None,  # where to compute; None: where the segmenter is
 ) -> Metrics:
-    """Scores of a segmenter on labelled pictures, from one confusion matrix over all of them."""
+    """Scores of a segmenter on labelled pictures, from one confusion matrix over all of them.
+
+    Parameters
+    ----------
+    segmenter
+        pictures (B, 3, H, W) to logits (B, C, H, W)
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices, 255 = ignore
+    n_classes
+        C, background included
+    device
+        where to compute; None: where the segmenter is
+    """
     check_pictures(images)
     if len(images) != len(masks) or not len(images):
         raise InputError(f"there are {len(images)} pictures and {len(masks)} masks to evaluate; give one mask per "

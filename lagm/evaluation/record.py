@@ -25,7 +25,26 @@ def evaluation_report(
     draws: int = 1000,  # of the bootstrap
     **facts: Any,  # more to be kept, e.g. checkpoint="…"
 ) -> dict[str, Any]:  # for `write_json`
-    """Scores, intervals and border scores of predictions, as plain values: the content of a metrics.json."""
+    """Scores, intervals and border scores of predictions, as plain values: the content of a metrics.json.
+
+    Parameters
+    ----------
+    predictions
+        (n, H, W) class indices, or a sequence of (H, W)
+    masks
+        alike, 255 = ignore
+    classes
+        names, the background first
+    draws
+        of the bootstrap
+    **facts
+        more to be kept, e.g. checkpoint="…"
+
+    Returns
+    -------
+    dict[str, Any]
+        for `write_json`
+    """
     counts, boundary = picture_counts(predictions, masks, len(classes)), BoundaryScore(len(classes))
     for prediction, mask in zip(predictions, masks, strict=True):
         boundary.update(torch.as_tensor(prediction)[None], torch.as_tensor(mask)[None])

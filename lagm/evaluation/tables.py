@@ -31,7 +31,13 @@ def _percent(
     classes: Sequence[str],
     extra: Sequence[str],  # keys of TITLES
 ) -> tuple[list[str], np.ndarray]:
-    """Column names and per cent (methods, columns): IoU of each class, then the named summary numbers."""
+    """Column names and per cent (methods, columns): IoU of each class, then the named summary numbers.
+
+    Parameters
+    ----------
+    extra
+        keys of TITLES
+    """
     for name, metrics in results.items():
         if len(metrics.iou) != len(classes):
             raise InputError(f"{name!r} has the IoU of {len(metrics.iou)} classes, but {len(classes)} classes are "
@@ -47,7 +53,19 @@ def iou_bars(
     title: str = "IoU by class",  # above the figure; empty: none
     numbers: bool | None = None,  # write the value above each bar; None: if there is room
 ) -> Figure:
-    """Bars of every class's IoU, side by side for each method, and their FG-mIoU at the right."""
+    """Bars of every class's IoU, side by side for each method, and their FG-mIoU at the right.
+
+    Parameters
+    ----------
+    results
+        method -> its metrics
+    classes
+        names of all classes, the background first
+    title
+        above the figure; empty: none
+    numbers
+        write the value above each bar; None: if there is room
+    """
     columns, values = _percent(results, classes, ["fg_miou"])
     step = 0.8 / max(len(results), 1)
     fig, ax = plt.subplots(figsize=(max(7.6, 0.26 * len(columns) * len(results) + 2), 3.6), layout="constrained")
@@ -88,6 +106,15 @@ def iou_table(
     """Per cent of every class and of the means, one row per method.
 
     The best of each column is bold, shade follows the value.
+
+    Parameters
+    ----------
+    results
+        method -> its metrics
+    classes
+        names of all classes, the background first
+    title
+        above the figure; empty: none
     """
     columns, values = _percent(results, classes, ["miou", "fg_miou", "pixel_accuracy"])
     left = max(text_width(name) for name in results) / 100 + 0.2
@@ -132,6 +159,15 @@ def confusion_figure(
     """A confusion matrix, in per cent of each true class; a class without pixels has an empty row.
 
     `InputError` for another shape.
+
+    Parameters
+    ----------
+    counts
+        (C, C) pixels by (true class, predicted class)
+    classes
+        names, the background first
+    title
+        above the figure; empty: none
     """
     counts = np.asarray(torch.as_tensor(counts), float)
     if counts.shape != (len(classes), len(classes)):
@@ -167,7 +203,15 @@ def draw_map(
     mapping: LabelMap,  # to draw
     columns: int = 4,  # source classes side by side
 ) -> Figure:
-    """A picture of a mapping: target classes on the left, the source classes of each on its right."""
+    """A picture of a mapping: target classes on the left, the source classes of each on its right.
+
+    Parameters
+    ----------
+    mapping
+        to draw
+    columns
+        source classes side by side
+    """
     groups = [[c for c, t in enumerate(mapping.ids) if t == target] for target in range(mapping.target.n_classes)]
     heights = [max(1, -(-len(group) // columns)) for group in groups]
     fig, ax = plt.subplots(figsize=(1.7 * (columns + 1), 0.24 * sum(heights) + 0.45), dpi=80)

@@ -43,7 +43,25 @@ from lagm.experiments.notebooks import (
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #056ba969
 @dataclass(frozen=True)
 class Run:
-    """One stage of an experiment. Paths in `parameters` and `output` are relative to the project's folder."""
+    """One stage of an experiment. Paths in `parameters` and `output` are relative to the project's folder.
+
+    Attributes
+    ----------
+    experiment
+        celeba_10
+    stage
+        annotate; empty if the experiment is a single notebook
+    notebook
+        of the stage
+    output
+        outputs/celeba_10/annotate/annotate.ipynb
+    about
+        a line for people: the first comment of the parameter file
+    file
+        the parameter file
+    needs
+        names of runs whose results it reads
+    """
     experiment: str  # celeba_10
     stage: str  # annotate; empty if the experiment is a single notebook
     notebook: Path  # of the stage
@@ -72,7 +90,13 @@ class Run:
         self,
         root: str | Path = ".",  # the project's folder
     ) -> str:
-        """A line about a notebook that lies where its results go and is passed over; empty if there is none such."""
+        """A line about a notebook that lies where its results go and is passed over; empty if there is none such.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         if not (Path(root) / self.output).is_file(): return ""
         try: read_record(Path(root) / self.output)
         except InputError as error: return f"passed over: {error}"
@@ -82,7 +106,13 @@ class Run:
         self,
         root: str | Path = ".",  # the project's folder
     ) -> bool:
-        """Whether its results are there, from this code, these parameters and the inputs as they are now."""
+        """Whether its results are there, from this code, these parameters and the inputs as they are now.
+
+        Parameters
+        ----------
+        root
+            the project's folder
+        """
         return is_finished(self.notebook, Path(root) / self.output, self.parameters, root)
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #34060598
@@ -100,14 +130,31 @@ def _declared(notebook: Path, _changed: int) -> dict:
 def declared_parameters(
     notebook: Path,  # of an experiment
 ) -> dict:
-    """`read_parameters`, remembered until the file changes."""
+    """`read_parameters`, remembered until the file changes.
+
+    Parameters
+    ----------
+    notebook
+        of an experiment
+    """
     return _declared(notebook, notebook.stat().st_mtime_ns)
 
 
 def read_run(
     path: str | Path,  # .../STAGE/EXPERIMENT.yaml, beside STAGE.ipynb
 ) -> Run:  # without `needs`
-    """Read one parameter file; `InputError` if it does not fit its notebook, or does not say where its results go."""
+    """Read one parameter file; `InputError` if it does not fit its notebook, or does not say where its results go.
+
+    Parameters
+    ----------
+    path
+        .../STAGE/EXPERIMENT.yaml, beside STAGE.ipynb
+
+    Returns
+    -------
+    Run
+        without `needs`
+    """
     path = Path(path)
     notebook = path.parent.with_suffix(".ipynb")
     if not notebook.is_file():
@@ -135,6 +182,16 @@ def connect(
 ) -> dict[str, Run]:  # by name; a run comes after those it needs
     """Find out who reads whose results; `InputError` if two runs share a folder, if nobody makes what is read, or if
     they go in a circle.
+
+    Parameters
+    ----------
+    runs
+        in any order
+
+    Returns
+    -------
+    dict[str, Run]
+        by name; a run comes after those it needs
     """
     makers: dict[PurePosixPath, Run] = {}
     runs = list(runs)
@@ -178,7 +235,18 @@ STAGES = ("methods", "annotate", "downstream", "evaluate", "cross_domain")  # th
 def read_catalogue(
     start: str | Path = ".",  # where to look for nbs/experiments, upwards
 ) -> dict[str, Run]:  # by name, experiment by experiment, each after what it needs
-    """All runs of the project; `InputError` for the first file that is wrong."""
+    """All runs of the project; `InputError` for the first file that is wrong.
+
+    Parameters
+    ----------
+    start
+        where to look for nbs/experiments, upwards
+
+    Returns
+    -------
+    dict[str, Run]
+        by name, experiment by experiment, each after what it needs
+    """
     folder = experiment_folder(start)
     singles = [
         _single(path.with_suffix(".ipynb"))
@@ -203,6 +271,11 @@ def project_folder(
 ) -> Path:  # absolute; it need not be there yet
     """What relative paths start from: `LAGM_HOME`, or the checkout, if `start` is in it, or else `start` itself; see
     `working_folder`.
+
+    Returns
+    -------
+    Path
+        absolute; it need not be there yet
     """
     return working_folder(experiment_folder(start) / "any.ipynb", start)
 
@@ -211,7 +284,15 @@ def project_path(
     given: str | Path | None,  # as somebody said it; none: not at all
     below: str,  # where it is in the project then, e.g. "data"
 ) -> Path:
-    """A folder for data or checkpoints: the given one, or the project's own, as seen from the current folder."""
+    """A folder for data or checkpoints: the given one, or the project's own, as seen from the current folder.
+
+    Parameters
+    ----------
+    given
+        as somebody said it; none: not at all
+    below
+        where it is in the project then, e.g. "data"
+    """
     if given is not None: return Path(given)
     path, here = project_folder() / below, Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
@@ -283,7 +364,13 @@ PROTOCOLS = {"semi-supervised": _semi_supervised, "five-fold": _five_fold, "cros
 
 
 def paper_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # name -> a line, stage -> parameters
-    """The 28 released experiments, as the entries of the datasets give them."""
+    """The 28 released experiments, as the entries of the datasets give them.
+
+    Returns
+    -------
+    dict[str, tuple[str, dict[str, dict[str, Any]]]]
+        name -> a line, stage -> parameters
+    """
     from lagm.data.registry import EXPERIMENTS
 
     found = {}
@@ -298,7 +385,20 @@ def parameter_text(
     about: str,  # the first line
     parameters: Mapping[str, Any],  # names and values
 ) -> str:  # YAML
-    """A parameter file, one value a line."""
+    """A parameter file, one value a line.
+
+    Parameters
+    ----------
+    about
+        the first line
+    parameters
+        names and values
+
+    Returns
+    -------
+    str
+        YAML
+    """
     def line(name: str, value: Any) -> str:
         if isinstance(value, list | dict):
             return f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).strip()}"
@@ -312,7 +412,15 @@ def write_parameter_files(
     experiments: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]],  # as `paper_experiments` gives them
     folder: str | Path,  # nbs/experiments
 ) -> list[Path]:
-    """Write the parameter files of experiments, a file per stage; existing ones are replaced."""
+    """Write the parameter files of experiments, a file per stage; existing ones are replaced.
+
+    Parameters
+    ----------
+    experiments
+        as `paper_experiments` gives them
+    folder
+        nbs/experiments
+    """
     paths = []
     for name, (about, stages) in experiments.items():
         for stage, parameters in stages.items():
@@ -409,7 +517,13 @@ def _demo_methods(name: str, k: int, **more: Any) -> dict[str, dict[str, Any]]:
 
 
 def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # as `paper_experiments`
-    """The experiments on the faces that come with the kit."""
+    """The experiments on the faces that come with the kit.
+
+    Returns
+    -------
+    dict[str, tuple[str, dict[str, dict[str, Any]]]]
+        as `paper_experiments`
+    """
     found: dict[str, Any] = {}
     for style in DEMO_STYLES:
         first = style == DEMO_STYLES[0]
@@ -450,7 +564,24 @@ def choose_runs(
     others: Iterable[str] = (),  # more names to suggest to who mistyped one
     only: bool = False,  # without those they need
 ) -> dict[str, Run]:  # in the order of the catalogue
-    """The wanted runs and all those they need; `InputError` for a name that is nobody's."""
+    """The wanted runs and all those they need; `InputError` for a name that is nobody's.
+
+    Parameters
+    ----------
+    catalogue
+        of `read_catalogue`
+    wanted
+        names of experiments or runs, or patterns such as "cat16_*"
+    others
+        more names to suggest to who mistyped one
+    only
+        without those they need
+
+    Returns
+    -------
+    dict[str, Run]
+        in the order of the catalogue
+    """
     chosen: set[str] = set()
     for pattern in wanted:
         found = {
@@ -494,6 +625,17 @@ def change_runs(
 ) -> dict[str, Run]:
     """The runs with other values, or elsewhere; `InputError` for a name that none of them has, or a value that does
     not fit.
+
+    Parameters
+    ----------
+    runs
+        stages of experiments, by name
+    values
+        each goes to all the runs that have such a parameter; text is read as the declared type
+    moves
+        experiment -> new folder, in place of outputs/EXPERIMENT
+    small
+        apply SMALL first
     """
     known = {name: declared_parameters(run.notebook) for name, run in runs.items()}
     nobody = [value for value in values if not any(value in parameters for parameters in known.values())]
@@ -538,7 +680,24 @@ def missing_inputs(
     data: bool = True,  # open the datasets, too
     others: Iterable[Run] = (),  # runs that come before; what is in their folders counts as there
 ) -> list[str]:  # a line each; empty: it could start
-    """What a run lacks, not counting the results of other runs."""
+    """What a run lacks, not counting the results of other runs.
+
+    Parameters
+    ----------
+    run
+        a stage of an experiment
+    root
+        what relative paths start from
+    data
+        open the datasets, too
+    others
+        runs that come before; what is in their folders counts as there
+
+    Returns
+    -------
+    list[str]
+        a line each; empty: it could start
+    """
     root, found, folders = Path(root), [], [other.folder for other in others]
     for name, path in named_paths(run.parameters).items():
         made = path.startswith("outputs/") or any(Path(path).is_relative_to(folder) for folder in folders)

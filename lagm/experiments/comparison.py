@@ -38,7 +38,21 @@ ORDER = [*DOMAINS.values()]
 
 @dataclass(frozen=True)
 class Score:
-    """One method, one seed, in one cell."""
+    """One method, one seed, in one cell.
+
+    Attributes
+    ----------
+    value
+        FG-mIoU on all test pictures, per cent
+    draws
+        (B,) float64: the same on resamples of the test pictures, per cent
+    iou
+        of each class, per cent
+    classes
+        names, in the order of `iou`
+    minutes
+        of everything that its network went through
+    """
     value: float  # FG-mIoU on all test pictures, per cent
     draws: Tensor | None = None  # (B,) float64: the same on resamples of the test pictures, per cent
     iou: tuple[float, ...] | None = None  # of each class, per cent
@@ -71,7 +85,18 @@ def _score(result: Result, method: str, value: float) -> Score:
 def read_cells(
     results: Iterable[Result],  # of `lagm.experiments.report.find_results`
 ) -> dict[tuple[str, int], dict[str, dict[str, Score]]]:  # `Cells`, by domain and number of labels
-    """The benchmark's cells among results; variants other than seeds are left out."""
+    """The benchmark's cells among results; variants other than seeds are left out.
+
+    Parameters
+    ----------
+    results
+        of `lagm.experiments.report.find_results`
+
+    Returns
+    -------
+    dict[tuple[str, int], dict[str, dict[str, Score]]]
+        `Cells`, by domain and number of labels
+    """
     cells: dict[tuple[str, int], dict[str, dict[str, Score]]] = {}
     for result in results:
         cell, seed = cell_of(result.experiment), result.variant or "seed0"
@@ -86,7 +111,13 @@ def read_cells(
 def mean(
     scores: Mapping[str, Score],  # by seed
 ) -> float:
-    """Over seeds."""
+    """Over seeds.
+
+    Parameters
+    ----------
+    scores
+        by seed
+    """
     return statistics.fmean(score.value for score in scores.values())
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #1f573398
@@ -97,7 +128,13 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 def widening(
     seeds: int,  # 2 or more
 ) -> float:
-    """By how much the spread of few seeds has to grow, for the bootstrap to have the width of Student's interval."""
+    """By how much the spread of few seeds has to grow, for the bootstrap to have the width of Student's interval.
+
+    Parameters
+    ----------
+    seeds
+        2 or more
+    """
     z, free = statistics.NormalDist().inv_cdf(0.5 + LEVEL / 2), seeds - 1
     t = STUDENT[free - 1] if free <= len(STUDENT) else z + (z**3 + z) / (4 * free)
     return math.sqrt(seeds / free) * t / z
@@ -107,7 +144,20 @@ def differences(
     ours: Mapping[str, Score],  # by seed
     other: Mapping[str, Score],  # by seed
 ) -> Tensor:  # (S, B) float64, points: seeds that both have, resamples of the test pictures (1 if there are none)
-    """The paired differences of two methods in a cell."""
+    """The paired differences of two methods in a cell.
+
+    Parameters
+    ----------
+    ours
+        by seed
+    other
+        by seed
+
+    Returns
+    -------
+    Tensor
+        (S, B) float64, points: seeds that both have, resamples of the test pictures (1 if there are none)
+    """
     seeds = sorted(ours.keys() & other.keys())
     pairs = [(ours[seed], other[seed]) for seed in seeds]
     lengths = {None if s.draws is None else len(s.draws) for pair in pairs for s in pair}
@@ -121,7 +171,24 @@ def interval(
     draws: int = 4000,  # of the resampling
     seed: int = 0,  # of the resampling
 ) -> tuple[float, float] | None:  # None: there is neither a second seed nor a resample
-    """Where 95 % of the mean differences lie, with other test pictures and other seeds."""
+    """Where 95 % of the mean differences lie, with other test pictures and other seeds.
+
+    Parameters
+    ----------
+    table
+        (S, B), of `differences`
+    widen
+        False: as if there were many seeds
+    draws
+        of the resampling
+    seed
+        of the resampling
+
+    Returns
+    -------
+    tuple[float, float] | None
+        None: there is neither a second seed nor a resample
+    """
     seeds, resamples = table.shape
     if table.numel() < 2: return None
     if seeds > 1 and widen: table = table.mean(0) + widening(seeds) * (table - table.mean(0))
@@ -135,13 +202,41 @@ def interval(
 def is_rival(
     method: str,  # name in the records
 ) -> bool:
-    """Whether a method is none of ours: neither matching nor its control."""
+    """Whether a method is none of ours: neither matching nor its control.
+
+    Parameters
+    ----------
+    method
+        name in the records
+    """
     return "match" not in method
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against the best rival, in one cell or over a whole domain."""
+    """Ours against the best rival, in one cell or over a whole domain.
+
+    Attributes
+    ----------
+    domain
+        such as big-ears
+    k
+        None: all of them
+    method
+        ours
+    ours
+        mean over the seeds that both have, per cent
+    rival
+        the best other method
+    theirs
+        the rival's, likewise
+    difference
+        points
+    ends
+        of the 95 % interval; None: no way to tell
+    ahead
+        seeds in which ours has the higher number
+    """
     domain: str  # such as big-ears
     k: int | None  # None: all of them
     method: str  # ours
@@ -167,6 +262,13 @@ def best_rival(
 ) -> str | None:
     """The rival with the highest mean over the seeds of ours, among those that have most of them; None if there is
     none.
+
+    Parameters
+    ----------
+    methods
+        scores by method and seed, of one cell
+    ours
+        by seed
     """
     shared = {name: [scores[seed].value for seed in ours if seed in scores] for name, scores in methods.items()
               if is_rival(name)}
@@ -186,7 +288,22 @@ def compare_cell(
     k: int,  # labelled pictures
     methods: Methods,  # scores by method and seed, of one cell
 ) -> Comparison | None:  # None: ours or all rivals are missing
-    """Ours, finished if it is there, against the best rival."""
+    """Ours, finished if it is there, against the best rival.
+
+    Parameters
+    ----------
+    domain
+        of the benchmark, such as big-ears
+    k
+        labelled pictures
+    methods
+        scores by method and seed, of one cell
+
+    Returns
+    -------
+    Comparison | None
+        None: ours or all rivals are missing
+    """
     method = next((name for name in (OURS + FINISHED, OURS) if name in methods), None)
     rival = best_rival(methods, methods[method]) if method else None
     if rival is None: return None
@@ -199,7 +316,18 @@ def compare_cell(
 def compare(
     cells: Cells,  # of `read_cells`
 ) -> list[Comparison]:  # by domain, in each by number of labels, the mean over all of them last
-    """Ours against the best rival in every cell that has both."""
+    """Ours against the best rival in every cell that has both.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+
+    Returns
+    -------
+    list[Comparison]
+        by domain, in each by number of labels, the mean over all of them last
+    """
     found = []
     for domain in dict.fromkeys(domain for domain, _ in cells):
         own = [c for (name, k), methods in cells.items() if name == domain and (c := compare_cell(domain, k, methods))]
@@ -226,7 +354,18 @@ def _over_all(domain: str, own: Sequence[Comparison], cells: Cells) -> Compariso
 def comparison_table(
     cells: Cells,  # of `read_cells`
 ) -> list[list[str]]:  # the head first
-    """A row for each cell, and one for each domain; dashes where ours or all rivals are missing."""
+    """A row for each cell, and one for each domain; dashes where ours or all rivals are missing.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+
+    Returns
+    -------
+    list[list[str]]
+        the head first
+    """
     found = {(c.domain, c.k): c for c in compare(cells)}
     table = [["domain", "k", "ours", "best rival", "its score", "difference", "95 % interval", "seeds ahead",
               "verdict"]]
@@ -249,7 +388,20 @@ def labels_needed(
     curve: Mapping[int, float],  # number of labels -> quality; not empty
     quality: float,  # per cent
 ) -> tuple[float, str]:  # labels; with ">": more than so many, "≤": so many or fewer, "": about so many
-    """Where a curve first reaches a quality, by straight lines over the logarithm of the number of labels."""
+    """Where a curve first reaches a quality, by straight lines over the logarithm of the number of labels.
+
+    Parameters
+    ----------
+    curve
+        number of labels -> quality; not empty
+    quality
+        per cent
+
+    Returns
+    -------
+    tuple[float, str]
+        labels; with ">": more than so many, "≤": so many or fewer, "": about so many
+    """
     points = sorted(curve.items())
     if quality <= points[0][1]: return float(points[0][0]), "≤"
     for (k, low), (next_k, high) in zip(points, points[1:]):
@@ -260,7 +412,18 @@ def labels_needed(
 def labels_saved(
     cells: Cells,  # of `read_cells`
 ) -> dict[str, dict[int, tuple[float, str]]]:  # domain -> labels of ours -> labels alone, as `labels_needed` gives them
-    """How many labels the supervised network needs to be as good as ours."""
+    """How many labels the supervised network needs to be as good as ours.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+
+    Returns
+    -------
+    dict[str, dict[int, tuple[float, str]]]
+        domain -> labels of ours -> labels alone, as `labels_needed` gives them
+    """
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for domain in dict.fromkeys(domain for domain, _ in cells):
         own = {k: methods for (name, k), methods in cells.items() if name == domain}
@@ -275,14 +438,28 @@ def better_of(
     methods: Methods,  # scores by method and seed, of one cell
     name: str,  # without ", finished"
 ) -> float | None:
-    """The mean of a method, finished or not, whichever is higher; None if it is missing."""
+    """The mean of a method, finished or not, whichever is higher; None if it is missing.
+
+    Parameters
+    ----------
+    methods
+        scores by method and seed, of one cell
+    name
+        without ", finished"
+    """
     return max((mean(methods[row]) for row in (name, name + FINISHED) if row in methods), default=None)
 
 
 def saved_table(
     cells: Cells,  # of `read_cells`
 ) -> list[list[str]]:
-    """Labels needed alone, a row for each domain."""
+    """Labels needed alone, a row for each domain.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    """
     saved, ks = labels_saved(cells), sorted({k for _, k in cells})
     def text(found: tuple[float, str] | None) -> str:
         if found is None: return "–"
@@ -295,7 +472,15 @@ def minutes_table(
     cells: Cells,  # of `read_cells`
     domain: str,  # of the benchmark, such as big-ears
 ) -> list[list[str]]:
-    """Mean minutes over seeds: a row for each method, a column for each number of labels."""
+    """Mean minutes over seeds: a row for each method, a column for each number of labels.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    domain
+        of the benchmark, such as big-ears
+    """
     own = {k: methods for (name, k), methods in cells.items() if name == domain}
     table = [["method", *(f"k = {k}" for k in own)]]
     for method in dict.fromkeys(name for methods in own.values() for name in methods):
@@ -354,7 +539,13 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
 def quality_figure(
     cells: Cells,  # of `read_cells`
 ) -> Figure | None:
-    """FG-mIoU against the number of labelled pictures, a panel for each domain; None without cells."""
+    """FG-mIoU against the number of labelled pictures, a panel for each domain; None without cells.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    """
     domains = list(dict.fromkeys(domain for domain, _ in cells))
     if not domains: return None
     figure, axes = panels(len(domains), 5.4 if len(domains) > 1 else 7.2, 4.4)
@@ -375,6 +566,11 @@ def saved_figure(
 ) -> Figure | None:
     """Labels that a network alone needs to be as good as ours, against the labels that ours has; None if there is
     nothing to compare.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
     """
     saved, ks = labels_saved(cells), sorted({k for _, k in cells})
     if not saved: return None
@@ -405,7 +601,20 @@ def finish_figure(
     cells: Cells,  # of `read_cells`
     domain: str,  # of the benchmark, such as big-ears
 ) -> Figure | None:  # None: no cell has both
-    """IoU of each class before and after the finish, a row of bars for each number of labels."""
+    """IoU of each class before and after the finish, a row of bars for each number of labels.
+
+    Parameters
+    ----------
+    cells
+        of `read_cells`
+    domain
+        of the benchmark, such as big-ears
+
+    Returns
+    -------
+    Figure | None
+        None: no cell has both
+    """
     def means(methods: Methods, name: str) -> list[float] | None:
         known = [s.iou for s in methods.get(name, {}).values() if s.iou]
         return [statistics.fmean(column) for column in zip(*known)] if known else None
@@ -436,7 +645,18 @@ def finish_figure(
 def cell_pictures(
     results: Iterable[Result],  # of `find_results`
 ) -> list[tuple[str, Path]]:  # title and file, by domain and number of labels
-    """What each cell's run with the lowest seed left of its test pictures."""
+    """What each cell's run with the lowest seed left of its test pictures.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+
+    Returns
+    -------
+    list[tuple[str, Path]]
+        title and file, by domain and number of labels
+    """
     found: dict[tuple[int, int], tuple[str, Path]] = {}
     for result in sorted(results, key=lambda r: (len(r.variant), r.variant)):
         cell, file = cell_of(result.experiment), result.folder / "test.png"

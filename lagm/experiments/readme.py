@@ -37,7 +37,17 @@ def _move_links(
     folder: Path,  # the folder the links are relative to
     root: Path,  # the folder they shall be relative to
 ) -> str:
-    """The text with its relative links moved from `folder` up to `root`; `InputError` for a link to no file."""
+    """The text with its relative links moved from `folder` up to `root`; `InputError` for a link to no file.
+
+    Parameters
+    ----------
+    text
+        markdown
+    folder
+        the folder the links are relative to
+    root
+        the folder they shall be relative to
+    """
     prefix = folder.resolve().relative_to(root.resolve()).as_posix()
 
     def moved(match: re.Match[str]) -> str:
@@ -66,7 +76,20 @@ def to_markdown(
     notebook: str | Path,  # a notebook in a folder below `root`
     root: str | Path,  # the folder of the README
 ) -> str:  # markdown, ending in a newline
-    """A notebook as one markdown text; `InputError` for broken links and for pictures drawn by cells."""
+    """A notebook as one markdown text; `InputError` for broken links and for pictures drawn by cells.
+
+    Parameters
+    ----------
+    notebook
+        a notebook in a folder below `root`
+    root
+        the folder of the README
+
+    Returns
+    -------
+    str
+        markdown, ending in a newline
+    """
     notebook, root, parts = Path(notebook), Path(root), []
     for cell in nbformat.read(notebook, as_version=4).cells:
         names = [name.split(":")[0].strip() for name in _DIRECTIVE.findall(cell.source)]
@@ -87,7 +110,18 @@ _ROOMS = ("core", "ops", "data", "generators", "models", "matching", "evaluation
 def chapters(
     root: str | Path,  # the project's folder
 ) -> dict[str, list[Path]]:  # "book" and "reference", as far as they exist
-    """The notebooks of the book and of the reference, each in reading order."""
+    """The notebooks of the book and of the reference, each in reading order.
+
+    Parameters
+    ----------
+    root
+        the project's folder
+
+    Returns
+    -------
+    dict[str, list[Path]]
+        "book" and "reference", as far as they exist
+    """
     def place(path: Path) -> tuple[int, str]:
         room = path.relative_to(folder).parts[0] if folder.name == "reference" else ""
         return _ROOMS.index(room) if room in _ROOMS else len(_ROOMS), path.relative_to(folder).as_posix()
@@ -124,7 +158,20 @@ def _needs(
     chapter: Path,  # a notebook
     homes: dict[str, Path],  # module, without `lagm.` -> the notebook that exports it
 ) -> list[Path]:  # in the order of `homes`
-    """The notebooks whose modules the exported code of a chapter imports."""
+    """The notebooks whose modules the exported code of a chapter imports.
+
+    Parameters
+    ----------
+    chapter
+        a notebook
+    homes
+        module, without `lagm.` -> the notebook that exports it
+
+    Returns
+    -------
+    list[Path]
+        in the order of `homes`
+    """
     exported = [source for source in _sources(chapter, "code") if re.search(r"^#\|[ \t]*exports?\b", source, re.M)]
     modules = {module for source in exported for module in _imports(source)}
     return [path for path in dict.fromkeys(homes.values())
@@ -132,7 +179,13 @@ def _needs(
 
 
 def _homes(paths: Sequence[Path]) -> dict[str, Path]:  # in the order of `paths`
-    """Which notebook exports which module, named without `lagm.`."""
+    """Which notebook exports which module, named without `lagm.`.
+
+    Returns
+    -------
+    dict[str, Path]
+        in the order of `paths`
+    """
     found: dict[str, Path] = {}
     for path in paths:
         for source in _sources(path, "code"):
@@ -154,7 +207,18 @@ def _title(path: Path) -> str:
 def link_lines(
     root: str | Path,  # the project's folder
 ) -> dict[Path, str]:  # notebook -> markdown
-    """What the last cell of each chapter must say: the chapters before and after it, and those it needs."""
+    """What the last cell of each chapter must say: the chapters before and after it, and those it needs.
+
+    Parameters
+    ----------
+    root
+        the project's folder
+
+    Returns
+    -------
+    dict[Path, str]
+        notebook -> markdown
+    """
     groups = chapters(root)
     every = [path for paths in groups.values() for path in paths]
     at, titles, found = _homes(every), {path: _title(path) for path in every}, {}
@@ -184,7 +248,20 @@ def write_links(
     root: str | Path,  # the project's folder
     check: bool = False,  # write nothing
 ) -> list[Path]:  # the notebooks whose links were not up to date
-    """Write the line of links at the end of every chapter."""
+    """Write the line of links at the end of every chapter.
+
+    Parameters
+    ----------
+    root
+        the project's folder
+    check
+        write nothing
+
+    Returns
+    -------
+    list[Path]
+        the notebooks whose links were not up to date
+    """
     stale = []
     for path, line in link_lines(root).items():
         text = read_text(path)
@@ -199,7 +276,18 @@ def write_links(
 def broken_links(
     root: str | Path,  # the project's folder
 ) -> list[str]:  # a sentence for each
-    """The relative links in the prose of all notebooks that lead to no file."""
+    """The relative links in the prose of all notebooks that lead to no file.
+
+    Parameters
+    ----------
+    root
+        the project's folder
+
+    Returns
+    -------
+    list[str]
+        a sentence for each
+    """
     root, found = Path(root), []
     for path in sorted((root / "nbs").rglob("*.ipynb")):
         if any(part[0] in "._" for part in path.relative_to(root).parts): continue
@@ -232,7 +320,18 @@ def _write_readme(root: Path, check: bool) -> bool:
 def main(
     argv: Sequence[str] | None = None,  # the words of the command line
 ) -> int:  # 0, or 1 if something is not what the notebooks say
-    """Write README.md and the chapters' links from the notebooks, or with `--check` compare them."""
+    """Write README.md and the chapters' links from the notebooks, or with `--check` compare them.
+
+    Parameters
+    ----------
+    argv
+        the words of the command line
+
+    Returns
+    -------
+    int
+        0, or 1 if something is not what the notebooks say
+    """
     parser = argparse.ArgumentParser(prog="python -m lagm.experiments.readme",
                                      description="Write README.md from nbs/index.ipynb, and the links of the chapters.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")

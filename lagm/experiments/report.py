@@ -62,7 +62,20 @@ def check_record(
     record: Any,  # what metrics.json holds
     path: str | Path,  # of a metrics.json
 ) -> dict[str, Any]:  # the same
-    """A record of a run, every part that the report computes with being what it should be; `InputError` otherwise."""
+    """A record of a run, every part that the report computes with being what it should be; `InputError` otherwise.
+
+    Parameters
+    ----------
+    record
+        what metrics.json holds
+    path
+        of a metrics.json
+
+    Returns
+    -------
+    dict[str, Any]
+        the same
+    """
     def need(condition: bool, what: str) -> None:
         if not condition: raise InputError(f"{path} is no record of a run: {what}")
 
@@ -105,7 +118,21 @@ def check_record(
 # %% ../../nbs/reference/experiments/94_report.ipynb #3c59b7ff
 @dataclass(frozen=True)
 class Result:
-    """What one run left."""
+    """What one run left.
+
+    Attributes
+    ----------
+    experiment
+        without the ending of a variant
+    stage
+        empty for single notebooks
+    variant
+        "", "seed1", "small", ...
+    folder
+        where it lies
+    record
+        the content of metrics.json
+    """
     experiment: str  # without the ending of a variant
     stage: str  # empty for single notebooks
     variant: str  # "", "seed1", "small", ...
@@ -117,7 +144,15 @@ class Result:
         metric: str,  # e.g. "fg_miou"
         row: str | None = None,  # method or network; None: the first that has it
     ) -> float | None:
-        """A number, in per cent, from a row of the metrics (none: the first that has it); None if it is not there."""
+        """A number, in per cent, from a row of the metrics (none: the first that has it); None if it is not there.
+
+        Parameters
+        ----------
+        metric
+            e.g. "fg_miou"
+        row
+            method or network; None: the first that has it
+        """
         rows = self.record.get("metrics", {})
         rows = rows.items() if row is None else [(row, rows.get(row, {}))]
         found = next(
@@ -134,7 +169,18 @@ class Result:
 def find_results(
     outputs: str | Path,  # the folder outputs/
 ) -> tuple[list[Result], list[str]]:  # results sorted by folder; complaints about files that cannot be read
-    """All results below a folder. Links are not followed; a file that is no record is named, not taken."""
+    """All results below a folder. Links are not followed; a file that is no record is named, not taken.
+
+    Parameters
+    ----------
+    outputs
+        the folder outputs/
+
+    Returns
+    -------
+    tuple[list[Result], list[str]]
+        results sorted by folder; complaints about files that cannot be read
+    """
     found, broken = [], []
     for path in sorted(Path(outputs).rglob("metrics.json")):
         below = path.parent.relative_to(outputs).parts
@@ -150,7 +196,27 @@ def find_results(
 # %% ../../nbs/reference/experiments/94_report.ipynb #4de4e39a
 @dataclass(frozen=True)
 class Row:
-    """An experiment, the paper's number and ours."""
+    """An experiment, the paper's number and ours.
+
+    Attributes
+    ----------
+    experiment
+        as in the catalogue
+    metric
+        of the paper
+    paper
+        per cent
+    paper_std
+        per cent
+    values
+        ours, one per seed
+    iterations
+        of the annotator
+    hours
+        of all stages, mean over seeds
+    note
+        what is missing and why; empty if nothing is
+    """
     experiment: str  # as in the catalogue
     metric: str  # of the paper
     paper: float | None  # per cent
@@ -175,7 +241,15 @@ def why_missing(
     runs: Sequence[Run],  # the stages of the experiment
     root: str | Path,  # the project's folder
 ) -> str:
-    """Why an experiment has no number: which stage failed, or what it lacks, or that nobody ran it."""
+    """Why an experiment has no number: which stage failed, or what it lacks, or that nobody ran it.
+
+    Parameters
+    ----------
+    runs
+        the stages of the experiment
+    root
+        the project's folder
+    """
     for run in runs:
         path = Path(root) / run.output
         if path.is_file() or unfinished_copy(path).is_file():
@@ -204,7 +278,17 @@ def paper_rows(
     catalogue: Mapping[str, Run],  # of `read_catalogue`
     root: str | Path = ".",  # the project's folder
 ) -> list[Row]:
-    """One row for each of the paper's experiments."""
+    """One row for each of the paper's experiments.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    catalogue
+        of `read_catalogue`
+    root
+        the project's folder
+    """
     results, rows = [result for result in results if "small" not in result.variant], []
     numbers, names = paper_numbers(), paper_experiments()
     for name in names:
@@ -243,14 +327,35 @@ def number(
     digits: int = 2,  # behind the point
     sign: bool = False,  # write a plus, too
 ) -> str:
-    """A number as text; a dash if there is none."""
+    """A number as text; a dash if there is none.
+
+    Parameters
+    ----------
+    value
+        None: a dash
+    digits
+        behind the point
+    sign
+        write a plus, too
+    """
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def paper_table(
     rows: Iterable[Row],  # of `paper_rows`
 ) -> list[list[str]]:  # the head first
-    """The paper's experiments: paper, ours, difference, cost, and what is missing."""
+    """The paper's experiments: paper, ours, difference, cost, and what is missing.
+
+    Parameters
+    ----------
+    rows
+        of `paper_rows`
+
+    Returns
+    -------
+    list[list[str]]
+        the head first
+    """
     table = [["experiment", "metric", "paper", "ours", "difference", "seeds", "iterations", "hours", "missing"]]
     for row in rows:
         paper = number(row.paper) + (f" ± {row.paper_std:.2f}" if row.paper_std else "") if row.paper else "figure only"
@@ -275,7 +380,13 @@ def paper_table(
 def in_markdown(
     text: Any,  # anything
 ) -> str:
-    """A text from a file as Markdown that shows just this text, in one line: no formatting, links, pictures or HTML."""
+    """A text from a file as Markdown that shows just this text, in one line: no formatting, links, pictures or HTML.
+
+    Parameters
+    ----------
+    text
+        anything
+    """
     shown = html.escape(printable(" ".join(str(text).split()), 2000), quote=False)
     return re.sub(r"[\\`*\[\]|#$]", r"\\\g<0>", shown)
 
@@ -283,14 +394,26 @@ def in_markdown(
 def in_html(
     text: Any,  # anything
 ) -> str:
-    """A text from a file as HTML that shows just this text, in one line."""
+    """A text from a file as HTML that shows just this text, in one line.
+
+    Parameters
+    ----------
+    text
+        anything
+    """
     return html.escape(printable(" ".join(str(text).split()), 2000))
 
 
 def as_markdown(
     table: Sequence[Sequence[str]],  # rows of texts, the first one is the head
 ) -> str:
-    """A table in Markdown."""
+    """A table in Markdown.
+
+    Parameters
+    ----------
+    table
+        rows of texts, the first one is the head
+    """
     lines = [f"| {' | '.join(in_markdown(text) for text in row)} |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
@@ -298,7 +421,13 @@ def as_markdown(
 def as_html(
     table: Sequence[Sequence[str]],  # rows of texts, the first one is the head
 ) -> str:
-    """A table in HTML."""
+    """A table in HTML.
+
+    Parameters
+    ----------
+    table
+        rows of texts, the first one is the head
+    """
     def line(row: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{in_html(text)}</{tag}>" for text in row) + "</tr>"
     return "<table>\n" + "\n".join([line(table[0], "th"), *(line(row, "td") for row in table[1:])]) + "\n</table>"
@@ -318,7 +447,13 @@ TESTED = ("", "methods", "evaluate", "cross_domain")  # stages whose numbers are
 def on_validation(
     result: Result,  # one run
 ) -> bool:
-    """Whether its numbers are of validation pictures, for choices that are still to be made."""
+    """Whether its numbers are of validation pictures, for choices that are still to be made.
+
+    Parameters
+    ----------
+    result
+        one run
+    """
     parameters = result.record.get("parameters")
     return isinstance(parameters, dict) and parameters.get("tested_on") == "val"
 
@@ -332,7 +467,20 @@ def group_results(
     results: Iterable[Result],  # of `find_results`
     metric: str = "fg_miou",  # e.g. "fg_miou"
 ) -> dict[tuple[str, str], list[float]]:  # (experiment, method) -> per cent, one per seed
-    """The numbers of experiments that the paper does not have, by method."""
+    """The numbers of experiments that the paper does not have, by method.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    metric
+        e.g. "fg_miou"
+
+    Returns
+    -------
+    dict[tuple[str, str], list[float]]
+        (experiment, method) -> per cent, one per seed
+    """
     names, found = set(paper_experiments()), {}
     for result in results:
         if result.experiment in names or "small" in result.variant: continue
@@ -349,6 +497,16 @@ def group_minutes(
 ) -> dict[tuple[str, str], float]:  # (experiment, method) -> mean minutes
     """What a method cost, on the machine that ran it: its training where a record tells methods apart, all stages
     before the test otherwise.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+
+    Returns
+    -------
+    dict[tuple[str, str], float]
+        (experiment, method) -> mean minutes
     """
     results, found = list(results), {}
     for result in results:
@@ -377,7 +535,15 @@ def own_table(
     groups: Mapping[tuple[str, str], Sequence[float]],  # from `group_results`
     minutes: Mapping[tuple[str, str], float] = {},  # from `group_minutes`
 ) -> list[list[str]]:
-    """Mean, spread (standard deviation), range, number of seeds, and cost of every method."""
+    """Mean, spread (standard deviation), range, number of seeds, and cost of every method.
+
+    Parameters
+    ----------
+    groups
+        from `group_results`
+    minutes
+        from `group_minutes`
+    """
     table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
     return table + [
         [
@@ -403,7 +569,18 @@ LONGER = {"paper": f"paper's recipe, {DEMO_PAPER['iterations']:,} steps",
 def cell_of(
     group: str,  # demo_k2, demo_micah_k10, ...: an experiment without its seed
 ) -> tuple[str, int] | None:  # domain and number of labels; None: it is none of the comparisons of all methods
-    """Which cell of the benchmark's table an experiment is."""
+    """Which cell of the benchmark's table an experiment is.
+
+    Parameters
+    ----------
+    group
+        demo_k2, demo_micah_k10, ...: an experiment without its seed
+
+    Returns
+    -------
+    tuple[str, int] | None
+        domain and number of labels; None: it is none of the comparisons of all methods
+    """
     match = re.fullmatch(r"demo_(?:(\w+)_)?k([1-9]\d{0,6})", group)
     return (DOMAINS[match[1] or ""], int(match[2])) if match and (match[1] or "") in DOMAINS else None
 
@@ -427,6 +604,15 @@ def benchmark_table(
 ) -> list[list[str]]:
     """The demo benchmark in one domain: a row for each method, a column for each number of labels; mean ± standard
     deviation, and the number of seeds in brackets.
+
+    Parameters
+    ----------
+    groups
+        scores by experiment and method
+    minutes
+        by experiment and method
+    domain
+        of the benchmark, such as big-ears
     """
     found, cost = _benchmark(groups, domain), _benchmark(minutes, domain)
     ks = sorted({k for points in found.values() for k in points})
@@ -445,6 +631,11 @@ def ablation_table(
 ) -> list[list[str]]:
     """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from
     the whole recipe, finished if this is, over the seeds that both have.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
     """
     results = list(results)
     whole = {(r.variant or "seed0", ending): value for r in results for ending in ("", FINISHED)
@@ -476,6 +667,11 @@ def sturdy_table(
 ) -> list[list[str]]:
     """A row per experiment demo_sturdy_NAME_kK: validation FG-mIoU in per cent of the labelled pictures alone, of
     matching and of it finished, each in this setting, and how far ahead the last is of the first in its worst seed.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
     """
     found: dict[tuple[int, str], list[Result]] = {}
     for r in results:
@@ -494,7 +690,13 @@ def sturdy_table(
 def number_of_labels_figure(
     rows: Iterable[Row],  # of `paper_rows`
 ) -> Figure:
-    """FG-mIoU against the number of labelled pictures: the paper's points, and ours where there are any."""
+    """FG-mIoU against the number of labelled pictures: the paper's points, and ours where there are any.
+
+    Parameters
+    ----------
+    rows
+        of `paper_rows`
+    """
     items = {name: item for name, item in EXPERIMENTS.items() if item.figure}
     families: dict[str, dict[int, Row]] = {item.figure: {} for item in items.values()}
     for row in rows:
@@ -519,6 +721,13 @@ def learning_curves_figure(
 ) -> Figure | None:
     """Validation FG-mIoU over the steps of every method of the demo benchmark, before its finish, from its first seed;
     None if there is no record of them.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    k
+        labelled pictures
     """
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -561,6 +770,16 @@ def class_figures(
 ) -> dict[str, Figure]:  # experiment -> bars
     """IoU by class of every experiment whose record has one, a bar per method, if these are not too many to be told
     apart; the newest variant counts.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+
+    Returns
+    -------
+    dict[str, Figure]
+        experiment -> bars
     """
     figures = {}
     for result in results:
@@ -591,7 +810,20 @@ def result_pictures(
     results: Iterable[Result],  # of `find_results`
     names: Sequence[str] = ("generated.png", "test.png", "target.png"),  # of the files, where runs have them
 ) -> list[tuple[str, Path]]:  # title and file
-    """The pictures that runs left: the annotator's labels, and predictions beside the truth."""
+    """The pictures that runs left: the annotator's labels, and predictions beside the truth.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    names
+        of the files, where runs have them
+
+    Returns
+    -------
+    list[tuple[str, Path]]
+        title and file
+    """
     return [
         (
             f"{result.experiment} {result.stage} {result.variant}: {name.removesuffix('.png')}".replace("  ", " "),
@@ -606,7 +838,19 @@ def result_pictures(
 # %% ../../nbs/reference/experiments/94_report.ipynb #220fab2f
 @dataclass(frozen=True)
 class Section:
-    """A part of a report."""
+    """A part of a report.
+
+    Attributes
+    ----------
+    title
+        heading
+    text
+        paragraphs, plain
+    table
+        rows of texts, the head first
+    pictures
+        title and PNG file
+    """
     title: str  # heading
     text: str = ""  # paragraphs, plain
     table: Sequence[Sequence[str]] = ()  # rows of texts, the head first
@@ -624,7 +868,15 @@ def save_figure(
     figure: Figure,  # to save
     path: str | Path,  # a PNG file
 ) -> Path:
-    """Save a figure, atomically."""
+    """Save a figure, atomically.
+
+    Parameters
+    ----------
+    figure
+        to save
+    path
+        a PNG file
+    """
     with atomic_path(path) as temporary: figure.savefig(temporary, dpi=100)
     return Path(path)
 
@@ -634,7 +886,22 @@ def write_pages(
     folder: str | Path,  # made if it is not there
     title: str = "Report",  # of the report
 ) -> tuple[Path, Path]:  # report.md and report.html
-    """Write the sections as Markdown and as one HTML file."""
+    """Write the sections as Markdown and as one HTML file.
+
+    Parameters
+    ----------
+    sections
+        in order
+    folder
+        made if it is not there
+    title
+        of the report
+
+    Returns
+    -------
+    tuple[Path, Path]
+        report.md and report.html
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     markdown, page = [f"# {in_markdown(title)}"], [f"<h1>{in_html(title)}</h1>"]

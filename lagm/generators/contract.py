@@ -20,7 +20,15 @@ from ..ops.convolutions import FastConvolutions
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #e201b5da
 class Generated(NamedTuple):
-    """What a generator gives for a batch of latents."""
+    """What a generator gives for a batch of latents.
+
+    Attributes
+    ----------
+    image
+        (B, 3, R, R), about [-1, 1]
+    features
+        (B, C_i, H_i, W_i), coarse to fine
+    """
 
     image: Tensor  # (B, 3, R, R), about [-1, 1]
     features: list[Tensor]  # (B, C_i, H_i, W_i), coarse to fine
@@ -31,7 +39,17 @@ NOISE_MODES = ("random", "const", "none")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn from a generator. Raises `InputError` on values that mean nothing."""
+    """How pictures are drawn from a generator. Raises `InputError` on values that mean nothing.
+
+    Attributes
+    ----------
+    psi
+        truncation: 1 none, 0 only the mean picture
+    cutoff
+        number of style vectors that are truncated; None means all
+    noise
+        noise per pixel: "random", "const" (the stored one) or "none"
+    """
 
     psi: float = 0.7  # truncation: 1 none, 0 only the mean picture
     cutoff: int | None = 8  # number of style vectors that are truncated; None means all
@@ -48,7 +66,13 @@ class Sampling:
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #aab82df1
 class _FrozenNetwork:
-    """A network that is only ever used: its weights, where they are, and the latents that it takes."""
+    """A network that is only ever used: its weights, where they are, and the latents that it takes.
+
+    Parameters
+    ----------
+    network
+        with `z_dim`, the width of a latent
+    """
 
     def __init__(
         self,
@@ -65,7 +89,18 @@ class _FrozenNetwork:
         self,
         device: str | torch.device,  # where the weights shall be
     ) -> Self:  # itself
-        """Move the weights to `device`."""
+        """Move the weights to `device`.
+
+        Parameters
+        ----------
+        device
+            where the weights shall be
+
+        Returns
+        -------
+        Self
+            itself
+        """
         self.network.to(device)
         return self
 
@@ -74,7 +109,20 @@ class _FrozenNetwork:
         n: int,  # how many latents
         rng: torch.Generator | None = None,  # on the CPU, so that a seed gives the same latents on every device
     ) -> Tensor:  # (n, z_dim), standard normal
-        """Draw `n` latents."""
+        """Draw `n` latents.
+
+        Parameters
+        ----------
+        n
+            how many latents
+        rng
+            on the CPU, so that a seed gives the same latents on every device
+
+        Returns
+        -------
+        Tensor
+            (n, z_dim), standard normal
+        """
         return torch.randn(n, self.z_dim, generator=rng).to(self.device)
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #da33b2af
@@ -84,6 +132,17 @@ class FrozenGenerator(_FrozenNetwork):
     `image` is (B, 3, R, R) float32 as the network gives it, and not clipped; `features` are float32 maps (B, C_i, H_i,
     W_i), coarse to fine. `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it; `header` holds what
     its file says about itself. Raises `InputError` for latents of another width.
+
+    Parameters
+    ----------
+    network
+        maps (z, truncation_psi, truncation_cutoff, noise_mode, rng, dtype) to Generated
+    sampling
+        truncation and noise
+    dtype
+        of the convolutions; bfloat16 is faster where the machine has it
+    header
+        provenance and other facts about the weights
     """
 
     def __init__(
@@ -106,7 +165,15 @@ class FrozenGenerator(_FrozenNetwork):
         z: Tensor,  # (B, z_dim)
         rng: torch.Generator | None = None,  # source of the noise per pixel
     ) -> Generated:
-        """Pictures, not clipped, and feature maps of the latents `z`."""
+        """Pictures, not clipped, and feature maps of the latents `z`.
+
+        Parameters
+        ----------
+        z
+            (B, z_dim)
+        rng
+            source of the noise per pixel
+        """
         _check_latents(z, self.z_dim)
         how = self.sampling
         with FastConvolutions():
@@ -141,7 +208,15 @@ def check_generated(
     image: Tensor,  # (B, 3, H, W)
     features: Iterable[Tensor],  # (B, C_i, H_i, W_i) each
 ) -> None:
-    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers."""
+    """Raise `InputError` if a generator's pictures or features hold NaN or infinite numbers.
+
+    Parameters
+    ----------
+    image
+        (B, 3, H, W)
+    features
+        (B, C_i, H_i, W_i) each
+    """
     for what, tensors in (("pictures", [image]), ("features", features)):
         if all_finite(tensors): continue
         raise InputError(f"the generator's {what} hold NaN or infinite numbers: its weights, its sampling or its "

@@ -28,7 +28,13 @@ from .stylegan1 import StyleGAN1
 def datasetgan(
     weights: dict,  # a state dict
 ) -> Found:
-    """DatasetGAN's StyleGAN1. Raises `Unreadable`."""
+    """DatasetGAN's StyleGAN1. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    weights
+        a state dict
+    """
     pattern = re.compile(r"g_synthesis\.blocks\.(\d{1,4})x\1\.")
     sides = sorted({int(match[1]) for name in weights if (match := pattern.match(str(name)))})
     if not sides: raise Unreadable("lacks the blocks of its synthesis network")

@@ -48,7 +48,18 @@ WRONG_KINDS = [  # how a file that is no checkpoint begins, what it is, and what
 def recognise(
     data: memoryview,  # the file's bytes
 ) -> str:  # "safetensors", "zip", "legacy" (an old torch file) or "pickle"
-    """The container a checkpoint is in. Raises `Unreadable` with the remedy for everything else."""
+    """The container a checkpoint is in. Raises `Unreadable` with the remedy for everything else.
+
+    Parameters
+    ----------
+    data
+        the file's bytes
+
+    Returns
+    -------
+    str
+        "safetensors", "zip", "legacy" (an old torch file) or "pickle"
+    """
     head = bytes(data[:1024])
     for pattern, what, remedy in WRONG_KINDS:
         if re.match(pattern, head, re.I | re.S): raise Unreadable(what, remedy)
@@ -61,7 +72,17 @@ def recognise(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #3f9ef23a
 class Weight(NamedTuple):
-    """A tensor of a network-to-be."""
+    """A tensor of a network-to-be.
+
+    Attributes
+    ----------
+    shape
+        that its numbers will have
+    nbytes
+        of the numbers in the file
+    read
+        reads them
+    """
 
     shape: tuple[int, ...]  # that its numbers will have
     nbytes: int  # of the numbers in the file
@@ -73,7 +94,17 @@ def from_tensor(
     change: Callable[[Tensor], Tensor] | None = None,  # what is done to it; None: nothing
     shape: tuple[int, ...] | None = None,  # of the result; None: as it was
 ) -> Weight:
-    """A weight that is a tensor of the file, or computed from one. Raises `Unreadable` for anything else."""
+    """A weight that is a tensor of the file, or computed from one. Raises `Unreadable` for anything else.
+
+    Parameters
+    ----------
+    lazy
+        a tensor or array of the file
+    change
+        what is done to it; None: nothing
+    shape
+        of the result; None: as it was
+    """
     if isinstance(lazy, LazyTensor): read, size = lazy.tensor, lazy.nbytes
     elif isinstance(lazy, LazyArray):
         size = math.prod(lazy.shape) * lazy.dtype.itemsize
@@ -85,7 +116,13 @@ def from_tensor(
 def given(
     tensor: Tensor,  # that is there already
 ) -> Weight:
-    """A weight that is known already."""
+    """A weight that is known already.
+
+    Parameters
+    ----------
+    tensor
+        that is there already
+    """
     return Weight(tuple(tensor.shape), 0, lambda: tensor.clone())
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #26a00001
@@ -96,7 +133,21 @@ def fill_network(
     data: memoryview,  # the file's bytes
     progress: bool = False,  # whether a line shows how far it is
 ) -> nn.Module:
-    """Put weights into a network. `InputError` unless names and shapes are the network's, and all numbers finite."""
+    """Put weights into a network. `InputError` unless names and shapes are the network's, and all numbers finite.
+
+    Parameters
+    ----------
+    path
+        named in errors
+    network
+        built on the meta device
+    weights
+        name to what gives its numbers
+    data
+        the file's bytes
+    progress
+        whether a line shows how far it is
+    """
     check_names(path, network, {name: weight.shape for name, weight in weights.items()})
     if sum(weight.nbytes for weight in weights.values()) > 2 * len(data) + 2**20:
         raise Unreadable("uses the same numbers for many tensors, as no network does")
@@ -112,7 +163,27 @@ def fill_network(
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #3e013a1b
 class Found(NamedTuple):
-    """What a file turned out to hold."""
+    """What a file turned out to hold.
+
+    Attributes
+    ----------
+    kind
+        in words
+    network
+        on the meta device
+    weights
+        name to what gives its numbers
+    mean
+        the name of the mean style if it is not in the file
+    noise
+        whether the constant noise is in the file
+    takes_mean
+        whether another mean style may be given, as for formats that may lack it
+    mean_is_computed
+        whether its program keeps no mean style, and computes one, too
+    beside
+        takes what files beside it say into the network, and gives what is worth recording
+    """
 
     kind: str  # in words
     network: nn.Module  # on the meta device
@@ -127,7 +198,19 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class GeneratorFormat:
-    """A program whose generators are read. Its functions raise `Unreadable` for what they know and cannot use."""
+    """A program whose generators are read. Its functions raise `Unreadable` for what they know and cannot use.
+
+    Attributes
+    ----------
+    about
+        the program, and what is in its files
+    recognise
+        whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
+    read
+        (what was recognised) -> what was found
+    unpack
+        for files that are neither: their content from their bytes, None if they are others; `recognise` then sees it
+    """
     about: str  # the program, and what is in its files
     # whether content is of this program: plain data from a pickle or torch file, in which tensors are not read yet
     recognise: Callable[[Any], bool]
@@ -143,7 +226,13 @@ FORMATS: Registry[GeneratorFormat] = Registry(
 def on_meta(
     build: Callable[[], nn.Module],  # makes the network
 ) -> nn.Module:
-    """A network without memory; arguments that make none are the file's fault."""
+    """A network without memory; arguments that make none are the file's fault.
+
+    Parameters
+    ----------
+    build
+        makes the network
+    """
     try:
         with torch.device("meta"): return build()
     except InputError as error:
@@ -154,7 +243,13 @@ def on_meta(
 def lazy_tensor(
     lazy: Any,  # a tensor of a pickle that has not been read
 ) -> LazyTensor:
-    """`lazy`, if it is a tensor; else `Unreadable`."""
+    """`lazy`, if it is a tensor; else `Unreadable`.
+
+    Parameters
+    ----------
+    lazy
+        a tensor of a pickle that has not been read
+    """
     if not isinstance(lazy, LazyTensor): raise Unreadable("has something else where a tensor should be")
     return lazy
 
@@ -164,7 +259,17 @@ def lazy_shape(
     name: str,  # of the tensor
     dimensions: int,  # how many it must have
 ) -> tuple[int, ...]:
-    """The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions."""
+    """The shape of a tensor that must be there; `Unreadable` if it is not, or has other dimensions.
+
+    Parameters
+    ----------
+    weights
+        names to tensors that have not been read
+    name
+        of the tensor
+    dimensions
+        how many it must have
+    """
     lazy = weights.get(name)
     if not isinstance(lazy, LazyTensor): raise Unreadable(f"lacks {name}")
     if len(lazy.shape) == dimensions: return lazy.shape
@@ -175,7 +280,15 @@ def count_numbered(
     names: Iterable[str],  # of all weights
     pattern: str,  # with one group, the number
 ) -> int:
-    """How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one."""
+    """How many layers a family of names goes through without a gap, from 0 or 1 on; `Unreadable` if there is one.
+
+    Parameters
+    ----------
+    names
+        of all weights
+    pattern
+        with one group, the number
+    """
     numbers = {int(match[1]) for name in names if (match := re.fullmatch(pattern, name))}
     start = min(numbers, default=0)
     if numbers == set(range(start, start + len(numbers))): return len(numbers)
@@ -191,7 +304,15 @@ def check_classes(
     network: nn.Module,  # that the file is for
     weights: dict[str, Weight],  # name to what gives its numbers
 ) -> None:
-    """Raise `Unreadable` if a network of several classes has no layer for them."""
+    """Raise `Unreadable` if a network of several classes has no layer for them.
+
+    Parameters
+    ----------
+    network
+        that the file is for
+    weights
+        name to what gives its numbers
+    """
     if network.c_dim and "mapping.embed.weight" not in weights:
         raise Unreadable(f"describes no network we can build: it has no layer for the {network.c_dim:,} classes of "
                          f"its c_dim or label_size",
@@ -205,6 +326,13 @@ def filter_weights(
     """The filters of a file as the network has them: in two dimensions, and what is never used as usual.
 
     Raises `Unreadable` if they are not those of the arguments.
+
+    Parameters
+    ----------
+    network
+        that the file is for
+    filters
+        name of each filter to what gives its numbers
     """
     found = {name: _in_two_dimensions(weight) if len(weight.shape) == 1 else weight for name, weight in filters.items()}
     unused = [name for name in network.state_dict() if name.endswith("conv1.resample_filter")]
@@ -251,7 +379,13 @@ OTHERS = [  # a key, what has it, and what to do
 def name_other(
     names: list[str],  # of the tensors in the file
 ) -> None:
-    """Raise `Unreadable` if the names of tensors are those of a network of another kind."""
+    """Raise `Unreadable` if the names of tensors are those of a network of another kind.
+
+    Parameters
+    ----------
+    names
+        of the tensors in the file
+    """
     for pattern, what, remedy in OTHERS:
         if any(re.fullmatch(pattern, name) for name in names[:10_000]): raise Unreadable(f"holds {what}", remedy)
 
@@ -259,7 +393,18 @@ def name_other(
 def plain_weights(
     value: Any,  # what the file holds
 ) -> tuple[dict[str, Any], Any]:  # tensors by name, and the mean style beside them or None
-    """A state dict in a torch file, or one that is kept as `g_ema`; empty if the file holds something else."""
+    """A state dict in a torch file, or one that is kept as `g_ema`; empty if the file holds something else.
+
+    Parameters
+    ----------
+    value
+        what the file holds
+
+    Returns
+    -------
+    tuple[dict[str, Any], Any]
+        tensors by name, and the mean style beside them or None
+    """
     if not isinstance(value, dict): return {}, None
     weights, mean = value, None
     if isinstance(value.get("g_ema"), dict): weights, mean = value["g_ema"], value.get("latent_avg")
@@ -269,7 +414,13 @@ def plain_weights(
 def find_generator(
     value: Any,  # what the file holds
 ) -> Found:
-    """The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`."""
+    """The generator in what a file holds, by the first of `FORMATS` that knows it. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    value
+        what the file holds
+    """
     for entry in FORMATS.values():
         if entry.unpack is None and entry.recognise(value): return entry.read(value)
     _complain_of(value)
@@ -309,7 +460,15 @@ def read_value(
     path: str | Path,  # the file
     data: memoryview,  # its content
 ) -> Any:
-    """What a pickle or torch file holds, as plain data."""
+    """What a pickle or torch file holds, as plain data.
+
+    Parameters
+    ----------
+    path
+        the file
+    data
+        its content
+    """
     kind = recognise(data)
     if kind == "zip": return read_torch_zip(path, data)
     return read_legacy_torch(data) if kind == "legacy" else read_pickle(data)
@@ -319,7 +478,15 @@ def generator_in(
     path: str | Path,  # named in errors
     data: memoryview,  # the file's bytes
 ) -> Found:
-    """The generator in a file that is not ours. Raises `Unreadable`."""
+    """The generator in a file that is not ours. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    path
+        named in errors
+    data
+        the file's bytes
+    """
     for entry in FORMATS.values():
         if entry.unpack and (content := entry.unpack(data)) is not None and entry.recognise(content):
             return entry.read(content)

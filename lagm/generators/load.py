@@ -45,7 +45,22 @@ def mean_style(
     z_dim: int,  # width of a latent
     w_dim: int,  # width of a style vector
 ) -> Tensor:  # (w_dim,)
-    """The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide."""
+    """The mean of the styles of `MEAN_OF` latents, always the same ones; in parts if they are very wide.
+
+    Parameters
+    ----------
+    mapping
+        (B, z_dim) to (B, w_dim)
+    z_dim
+        width of a latent
+    w_dim
+        width of a style vector
+
+    Returns
+    -------
+    Tensor
+        (w_dim,)
+    """
     rng, rows = random_generator(0, "mean style"), max(1, AT_ONCE // max(z_dim, w_dim))
     parts = [min(rows, MEAN_OF - first) for first in range(0, MEAN_OF, rows)]
     with torch.no_grad():
@@ -59,7 +74,17 @@ def set_mean_style(
     found: Found,  # its network is filled
     avg_latent: str | Path | None,  # a .npy file; None: what the file has, or else the mean of many
 ) -> str:
-    """Put the mean style into a network that was read; say where it comes from. Raises `InputError`."""
+    """Put the mean style into a network that was read; say where it comes from. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        named in errors
+    found
+        its network is filled
+    avg_latent
+        a .npy file; None: what the file has, or else the mean of many
+    """
     network = found.network
     if avg_latent is None and not found.mean: return "from the file"
     name = found.mean or ("truncation.avg_latent" if isinstance(network, StyleGAN1) else "mapping.w_avg")
@@ -92,7 +117,13 @@ def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> 
 def read_safetensors(
     path: str | Path,  # the file
 ) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`."""
+    """Tensors and header of a safetensors file, whatever nonsense its header holds. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        the file
+    """
     try: tensors, header = load_tensors(path)
     except InputError as error: raise InputError(f"{error}; {GET_AGAIN}") from error
     return tensors, header
@@ -107,6 +138,22 @@ def read_generator(
     """Read a generator. Nothing in the file is executed.
 
     Raises `InputError` naming the file, what is wrong, and what to do.
+
+    Parameters
+    ----------
+    path
+        a generator's file, of any known format
+    avg_latent
+        the mean style in a .npy file, for formats that may lack it
+    progress
+        show a progress bar
+    label
+        one class of a conditional generator, from 0 on, or a weight for each
+
+    Returns
+    -------
+    tuple[nn.Module, dict[str, Any]]
+        of a class in `NETWORKS`, and a header that says what it is
     """
     if Path(path).is_dir(): raise InputError(f"{path} is a folder; give the file of a generator")
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
@@ -145,7 +192,13 @@ def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | Non
 
 # %% ../../nbs/reference/generators/26_load.ipynb #b9199272
 def kit_generators() -> dict[str, Path]:  # name -> file
-    """The generators that come with the kit, big-ears first."""
+    """The generators that come with the kit, big-ears first.
+
+    Returns
+    -------
+    dict[str, Path]
+        name -> file
+    """
     first = asset("generator.safetensors")
     others = sorted(first.parent.glob("generator_*.safetensors"))
     return {"big-ears": first} | {path.stem.removeprefix("generator_"): path for path in others}
@@ -154,7 +207,18 @@ def kit_generators() -> dict[str, Path]:  # name -> file
 def generator_file(
     given: str | Path | None = None,  # a name, a file, or None (or an empty text): big-ears
 ) -> Path:  # of a file; whether it is there is looked at for a name only
-    """Where a generator is; `InputError` for a word that is neither the name of one of the kit's nor a file."""
+    """Where a generator is; `InputError` for a word that is neither the name of one of the kit's nor a file.
+
+    Parameters
+    ----------
+    given
+        a name, a file, or None (or an empty text): big-ears
+
+    Returns
+    -------
+    Path
+        of a file; whether it is there is looked at for a name only
+    """
     known, text = kit_generators(), str(given or "big-ears")
     if not isinstance(given, Path) and text in known: return known[text]
     path = Path(text)
@@ -165,7 +229,13 @@ def generator_file(
 def is_outside(
     given: str | Path | None,  # a path or a name
 ) -> bool:
-    """Whether it is a name of another package, and not a file."""
+    """Whether it is a name of another package, and not a file.
+
+    Parameters
+    ----------
+    given
+        a path or a name
+    """
     named = isinstance(given, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", given)
     return bool(named) and not Path(given).exists()
 
@@ -173,7 +243,13 @@ def is_outside(
 def from_elsewhere(
     name: str,  # package.module:NAME, in a parameter file or an argument
 ) -> FrozenGenerator | nn.Module:
-    """What a class or function of another package makes when it is called. `InputError` if that is no generator."""
+    """What a class or function of another package makes when it is called. `InputError` if that is no generator.
+
+    Parameters
+    ----------
+    name
+        package.module:NAME, in a parameter file or an argument
+    """
     made = from_package(name)
     try: made = made() if callable(made) and not isinstance(made, FrozenGenerator | nn.Module) else made
     except Exception as error:
@@ -200,6 +276,21 @@ def load_generator(
 
     Nothing in a file is executed. Raises `InputError` when there is none such, when the file is not a generator, is
     conditional and no label is given, is damaged, or holds other tensors than it says.
+
+    Parameters
+    ----------
+    path
+        a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
+    sampling
+        truncation and noise
+    dtype
+        of the convolutions
+    device
+        where the weights shall be
+    avg_latent
+        the mean style in a .npy file, for files that lack it
+    label
+        one class of a conditional generator, from 0 on, or a weight for each
     """
     if is_outside(path):
         made = from_elsewhere(str(path))

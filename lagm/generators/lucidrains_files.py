@@ -28,7 +28,18 @@ from .lucidrains import LucidrainsGAN
 def averaged_weights(
     value: Any,  # what a file holds
 ) -> dict[str, Any]:  # tensors under our names
-    """The running averages in a file of lucidrains' trainer, or the networks themselves; empty for other files."""
+    """The running averages in a file of lucidrains' trainer, or the networks themselves; empty for other files.
+
+    Parameters
+    ----------
+    value
+        what a file holds
+
+    Returns
+    -------
+    dict[str, Any]
+        tensors under our names
+    """
     weights = value.get("GAN", value) if isinstance(value, dict) else {}
     if not isinstance(weights, dict): return {}
     for mapping, synthesis in (("SE.", "GE."), ("S.", "G.")):
@@ -43,7 +54,13 @@ def averaged_weights(
 def check_version_of(
     weights: dict,  # as `averaged_weights` gives them
 ) -> None:
-    """Raise `Unreadable` for networks of the trainer's first versions, and for pictures with transparency."""
+    """Raise `Unreadable` for networks of the trainer's first versions, and for pictures with transparency.
+
+    Parameters
+    ----------
+    weights
+        as `averaged_weights` gives them
+    """
     ours = re.compile(r"synthesis\.attns\.\d{1,2}\.[01]\.fn\.(norm\.[gb]|fn\.(to_(q|kv\.net\.[01]|out)|[02])\.(weight|bias))")
     attention = [name for name in weights if name.startswith("synthesis.attns.")]
     if "synthesis.initial_conv.weight" not in weights or not all(map(ours.fullmatch, attention)):
@@ -57,7 +74,13 @@ def check_version_of(
 def lucidrains(
     weights: dict,  # as `averaged_weights` gives them
 ) -> Found:
-    """The generator of lucidrains' trainer; `mapping_lr` may be changed by the file beside. Raises `Unreadable`."""
+    """The generator of lucidrains' trainer; `mapping_lr` may be changed by the file beside. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    weights
+        as `averaged_weights` gives them
+    """
     check_version_of(weights)
     blocks = count_numbered(weights, r"synthesis\.blocks\.(\d{1,2})\.conv2\.weight")
     layers = len([name for name in weights if re.fullmatch(r"mapping\.net\.\d{1,3}\.weight", name)])
@@ -76,7 +99,20 @@ def beside(
     path: Path,  # of the checkpoint
     network: LucidrainsGAN,  # whose mapping_lr is set
 ) -> dict[str, Any]:  # what is worth recording
-    """What `.config.json` says of the mapping network; `Unreadable` if it says nonsense."""
+    """What `.config.json` says of the mapping network; `Unreadable` if it says nonsense.
+
+    Parameters
+    ----------
+    path
+        of the checkpoint
+    network
+        whose mapping_lr is set
+
+    Returns
+    -------
+    dict[str, Any]
+        what is worth recording
+    """
     config = path.parent / ".config.json"
     try: said = json.loads(config.read_text("utf-8")) if config.is_file() and config.stat().st_size < 2**20 else {}
     except (OSError, ValueError, RecursionError): said = {}

@@ -40,7 +40,15 @@ def _layer(
     noise: str | None,  # the name of its noise map; None: a layer to RGB
     side: int = 0,  # of the noise map, in pixels
 ) -> dict[str, Weight]:
-    """One modulated layer of rosinality's, under our names."""
+    """One modulated layer of rosinality's, under our names.
+
+    Parameters
+    ----------
+    noise
+        the name of its noise map; None: a layer to RGB
+    side
+        of the noise map, in pixels
+    """
     one, outputs, inputs, height, width = lazy_shape(weights, f"{theirs}.conv.weight", 5)
     scale = 1.0 if noise is None else 1 / math.sqrt(inputs * height * width)
     kernel = (outputs, inputs, height, width)[: 4 if one == 1 else 0]
@@ -109,6 +117,13 @@ def rosinality(
     """The StyleGAN2 `.pt` of rosinality's program; constant noise, which old ones lack, from a fixed seed.
 
     Raises `Unreadable`.
+
+    Parameters
+    ----------
+    weights
+        a state dict
+    mean
+        the mean style beside it, or None
     """
     layers = count_numbered(weights, r"convs\.(\d{1,2})\.conv\.weight")
     torgbs = count_numbered(weights, r"to_rgbs\.(\d{1,2})\.conv\.weight")

@@ -22,7 +22,20 @@ def class_vector(
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
     classes: int,  # how many there are
 ) -> Tensor:  # (1, classes)
-    """A label as conditional generators take it. Raises `InputError` for one that they do not."""
+    """A label as conditional generators take it. Raises `InputError` for one that they do not.
+
+    Parameters
+    ----------
+    label
+        a class, counted from 0, or a weight for each
+    classes
+        how many there are
+
+    Returns
+    -------
+    Tensor
+        (1, classes)
+    """
     if isinstance(label, int) and not isinstance(label, bool):
         if not 0 <= label < classes:
             raise InputError(f"the label is {printable(label, 40)}: this generator draws {classes} classes, 0 to "
@@ -41,7 +54,20 @@ def one_class(
     network: StyleGAN2 | StyleGAN3,  # conditional
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
 ) -> StyleGAN2 | StyleGAN3:  # shares memory with it
-    """A generator that draws one class of a conditional one. Raises `InputError`."""
+    """A generator that draws one class of a conditional one. Raises `InputError`.
+
+    Parameters
+    ----------
+    network
+        conditional
+    label
+        a class, counted from 0, or a weight for each
+
+    Returns
+    -------
+    StyleGAN2 | StyleGAN3
+        shares memory with it
+    """
     if not network.c_dim: raise InputError("this generator is not conditional: leave label out")
     state, embed = network.state_dict(), network.mapping.embed
     vector = class_vector(label, network.c_dim).to(embed.weight.device).double()

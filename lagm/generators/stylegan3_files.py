@@ -18,7 +18,13 @@ from .stylegan3 import StyleGAN3
 def nvidia_stylegan3(
     record: Record,  # what the pickle says of the network
 ) -> Found:
-    """StyleGAN3's G_ema, of configuration T or R. Raises `Unreadable`."""
+    """StyleGAN3's G_ema, of configuration T or R. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    record
+        what the pickle says of the network
+    """
     lazy = module_tensors(record)
     name_relative([*lazy], [*getattr(lazy.get("mapping.w_avg"), "shape", ())])
     network = on_meta(lambda: StyleGAN3.from_init_kwargs(constructor_arguments(record)))
@@ -31,7 +37,13 @@ def nvidia_stylegan3(
 def stylegan3_record(
     value: Any,  # what a pickle holds
 ) -> Record | None:
-    """G_ema, if its synthesis network begins with Fourier features."""
+    """G_ema, if its synthesis network begins with Fourier features.
+
+    Parameters
+    ----------
+    value
+        what a pickle holds
+    """
     record = ema_record(value)
     return record if has_fourier_input(record) else None
 

@@ -18,7 +18,15 @@ def kaiser_beta(
     taps: int,  # length of the filter
     width: float,  # of the whole transition band, as a fraction of the Nyquist frequency
 ) -> float:
-    """The shape of the Kaiser window for a filter of this length and transition band (Kaiser, 1974)."""
+    """The shape of the Kaiser window for a filter of this length and transition band (Kaiser, 1974).
+
+    Parameters
+    ----------
+    taps
+        length of the filter
+    width
+        of the whole transition band, as a fraction of the Nyquist frequency
+    """
     decibels = 2.285 * (taps - 1) * math.pi * width + 7.95
     if decibels > 50: return 0.1102 * (decibels - 8.7)
     if decibels <= 21: return 0.0
@@ -32,7 +40,26 @@ def lowpass_filter(
     rate: float,  # samples per width of the picture
     radial: bool = False,  # two-dimensional and radially symmetric
 ) -> Tensor | None:  # (taps,) or (taps, taps), summing to 1; None: no filter
-    """A low-pass filter by Kaiser's window: a sinc for each axis, or a jinc for both at once."""
+    """A low-pass filter by Kaiser's window: a sinc for each axis, or a jinc for both at once.
+
+    Parameters
+    ----------
+    taps
+        length; 1: no filter
+    cutoff
+        frequency at which half is left, in cycles per width of the picture
+    half_width
+        of the transition band around it, in the same unit
+    rate
+        samples per width of the picture
+    radial
+        two-dimensional and radially symmetric
+
+    Returns
+    -------
+    Tensor | None
+        (taps,) or (taps, taps), summing to 1; None: no filter
+    """
     if taps == 1: return None
     window = np.kaiser(taps, kaiser_beta(taps, 4 * half_width / rate))
     x = (np.arange(taps) - (taps - 1) / 2) / rate
@@ -61,7 +88,23 @@ def resample(
     padding: tuple[int, int] = (0, 0),  # zeros before and behind, on both axes; negative: cropped
     gain: float = 1.0,  # factor of the result
 ) -> Tensor:
-    """Up-sample by zeros, pad, filter, and keep every `down`-th sample."""
+    """Up-sample by zeros, pad, filter, and keep every `down`-th sample.
+
+    Parameters
+    ----------
+    x
+        (B, C, H, W)
+    kernel
+        (taps,) for both axes, (taps, taps), or None: no filter
+    up
+        one and the number of zeros that are put behind each sample
+    down
+        of so many samples one is kept
+    padding
+        zeros before and behind, on both axes; negative: cropped
+    gain
+        factor of the result
+    """
     taps = x.new_ones(1) if kernel is None else kernel.to(x.dtype).flip(list(range(kernel.ndim)))
     steps = [((2, 3), taps)] if taps.ndim == 2 else [((2,), taps[:, None]), ((3,), taps[None, :])]
     for axes, weight in steps:
@@ -84,7 +127,29 @@ def filtered_leaky_relu(
     slope: float = 0.2,  # of the ReLU below zero
     clamp: float | None = None,  # largest absolute value on the fine grid
 ) -> Tensor:
-    """A leaky ReLU as of a continuous signal: on a finer grid, between two low-pass filters."""
+    """A leaky ReLU as of a continuous signal: on a finer grid, between two low-pass filters.
+
+    Parameters
+    ----------
+    x
+        (B, C, H, W)
+    bias
+        (C,)
+    up_filter
+        as `lowpass_filter` makes it
+    up
+        how much finer the grid of the ReLU is
+    down
+        how much coarser the result is than that
+    padding
+        on the fine grid, before and behind
+    gain
+        factor after the ReLU
+    slope
+        of the ReLU below zero
+    clamp
+        largest absolute value on the fine grid
+    """
     x = resample(x + bias[:, None, None].to(x.dtype), up_filter, up=up, padding=padding, gain=up * up)
     if slope != 1: x = F.leaky_relu(x, slope)
     if gain != 1: x = x * gain

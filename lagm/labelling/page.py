@@ -55,7 +55,19 @@ def respond(
     path: str,  # of the request, without what follows a question mark
     body: bytes = b"",  # of the request
 ) -> Answer:
-    """Answer a request that had the token; raises `InputError` where the desk does."""
+    """Answer a request that had the token; raises `InputError` where the desk does.
+
+    Parameters
+    ----------
+    desk
+        what answers
+    method
+        GET or PUT
+    path
+        of the request, without what follows a question mark
+    body
+        of the request
+    """
     if (method, path) == ("GET", "/api/state"): return _json(desk.state())
     found = re.fullmatch(r"/api/(picture|mask)/(\d{1,9})", path)
     if found and method == "GET":
@@ -119,6 +131,15 @@ class LabelServer(http.server.ThreadingHTTPServer):
     """A server on 127.0.0.1 for one page and what it asks; `address` has the token.
 
     Raises `InputError` if the port is taken.
+
+    Parameters
+    ----------
+    respond
+        method, path, body -> answer
+    page
+        HTML
+    port
+        0: any that is free
     """
 
     daemon_threads = True

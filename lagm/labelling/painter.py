@@ -29,7 +29,15 @@ def open_album(
     pictures: str | Path,  # a folder (with or without images/), or one picture in it
     classes: LabelSet | Sequence[str] | None = None,  # the background first; None: those of classes.txt
 ) -> Album:
-    """The album of a folder, or of one picture; `InputError` as `Album`."""
+    """The album of a folder, or of one picture; `InputError` as `Album`.
+
+    Parameters
+    ----------
+    pictures
+        a folder (with or without images/), or one picture in it
+    classes
+        the background first; None: those of classes.txt
+    """
     path = Path(pictures)
     if not path.is_file(): return Album(path, classes)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -44,7 +52,22 @@ def answer(
     content: Mapping[str, Any],  # {"ask": number, "kind": ..., and what the kind needs}
     buffers: Sequence[Any] = (),  # of the message
 ) -> tuple[dict[str, Any], list[bytes]]:  # content and buffers of the answer
-    """Answer one message of a canvas; what goes wrong is a sentence under "error"."""
+    """Answer one message of a canvas; what goes wrong is a sentence under "error".
+
+    Parameters
+    ----------
+    desk
+        what answers
+    content
+        {"ask": number, "kind": ..., and what the kind needs}
+    buffers
+        of the message
+
+    Returns
+    -------
+    tuple[dict[str, Any], list[bytes]]
+        content and buffers of the answer
+    """
     reply = {"answer": content.get("ask")}
     try:
         kind, index = content.get("kind"), content.get("index")
@@ -62,6 +85,17 @@ class Painter(anywidget.AnyWidget if anywidget else object):  # type: ignore[mis
     """Paint part labels on the pictures of a folder, in the output of a cell; masks/ has every stroke at once.
 
     Needs the extra `paint`. Raises `InputError` as `Album` does, and if the extra is not installed.
+
+    Parameters
+    ----------
+    pictures
+        a folder (with or without images/), or one picture
+    classes
+        the background first; None: those of classes.txt
+    proposals
+        to start from; see `Desk`
+    index
+        the picture to open first
     """
 
     _esm = asset("painter/painter.js") if anywidget else None

@@ -51,6 +51,22 @@ def distance(
 
     Tensors with fewer than two dimensions add nothing, but count in the mean's denominator.
     Raises `InputError` for unknown names or lists that do not pair up.
+
+    Parameters
+    ----------
+    gradients_s
+        one tensor per matched parameter, from synthetic pictures
+    gradients_l
+        the same parameters' gradients, from labelled pictures
+    metric
+        "cosine", "l2" or "dotprod"
+    reduction
+        "mean" or "sum"
+
+    Returns
+    -------
+    Tensor
+        a number, differentiable in both
     """
     _check(gradients_s, gradients_l, metric, reduction)
     total = gradients_s[0].new_zeros(())
@@ -82,7 +98,22 @@ def distance_and_derivative(
     metric: str = "cosine",  # "cosine", "l2" or "dotprod"
     reduction: str = "mean",  # "mean" or "sum"
 ) -> tuple[Tensor, list[Tensor]]:  # D, and v = dD/dg_s: one tensor per parameter, zero for those of one dimension
-    """`distance` and its derivative with respect to `gradients_s`, without a graph; raises `InputError` as it does."""
+    """`distance` and its derivative with respect to `gradients_s`, without a graph; raises `InputError` as it does.
+
+    Parameters
+    ----------
+    gradients_s
+        as in `distance`
+    metric
+        "cosine", "l2" or "dotprod"
+    reduction
+        "mean" or "sum"
+
+    Returns
+    -------
+    tuple[Tensor, list[Tensor]]
+        D, and v = dD/dg_s: one tensor per parameter, zero for those of one dimension
+    """
     _check(gradients_s, gradients_l, metric, reduction)
     total, derivatives = gradients_s[0].new_zeros(()), []
     for g_s, g_l in zip(gradients_s, gradients_l, strict=True):
@@ -102,7 +133,22 @@ def layer_cosines(
     gradients_s: Sequence[Tensor],  # one tensor per name
     gradients_l: Sequence[Tensor],  # one tensor per name
 ) -> dict[str, float]:  # -1 to 1 for each parameter of two or more dimensions
-    """The mean cosine similarity of the gradients' rows, parameter by parameter."""
+    """The mean cosine similarity of the gradients' rows, parameter by parameter.
+
+    Parameters
+    ----------
+    names
+        of the parameters
+    gradients_s
+        one tensor per name
+    gradients_l
+        one tensor per name
+
+    Returns
+    -------
+    dict[str, float]
+        -1 to 1 for each parameter of two or more dimensions
+    """
     pairs = zip(names, gradients_s, gradients_l, strict=True)
     return {name: 1 - _row_distances(s.flatten(1), l.flatten(1), "cosine").mean().item()
             for name, s, l in pairs if s.ndim > 1}

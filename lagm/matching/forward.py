@@ -45,7 +45,24 @@ def directional_derivative(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
     random_state: Tensor | None = None,  # torch's CPU random state for this pass (dropout); None: as it stands
 ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
-    """How the log-probabilities change when the parameters move along `direction`: one forward-mode pass."""
+    """How the log-probabilities change when the parameters move along `direction`: one forward-mode pass.
+
+    Parameters
+    ----------
+    segmenter
+        its parameters, statistics and mode are left as they are
+    direction
+        v: parameter name -> tensor of its shape; the others stand still
+    images
+        (B, 3, H, W) in [-1, 1]
+    random_state
+        torch's CPU random state for this pass (dropout); None: as it stands
+
+    Returns
+    -------
+    Tensor
+        J_v[log softmax S(x)], (B, C, H, W)
+    """
     _load_forward_rules()
     parameters = dict(segmenter.named_parameters())
     if torch.is_autocast_enabled(images.device.type):
@@ -78,7 +95,19 @@ def _forward(
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #77618455
 class SyntheticPass:
-    """One forward pass of S over synthetic pictures: gradients with several labels, and a directional derivative."""
+    """One forward pass of S over synthetic pictures: gradients with several labels, and a directional derivative.
+
+    Parameters
+    ----------
+    segmenter
+        runs in the mode it is in; batch norm in train mode updates its statistics, once
+    images
+        x: (B, 3, H, W) in [-1, 1]
+    names
+        parameters it will be asked about; None: all
+    tangents
+        parameters that directional derivatives may move; True: those of `names`, False: nothing is recorded
+    """
 
     def __init__(
         self,
@@ -99,7 +128,22 @@ class SyntheticPass:
         labels: Tensor,  # q: probabilities (B, C, H, W)
         keep_graph: bool = True,  # False frees the graph: the last use
     ) -> tuple[list[Tensor], Tensor]:  # g_s, one tensor per name; the loss, detached
-        """g_s(q): the gradient of the soft cross-entropy, by one backward pass."""
+        """g_s(q): the gradient of the soft cross-entropy, by one backward pass.
+
+        Parameters
+        ----------
+        names
+            of parameters
+        labels
+            q: probabilities (B, C, H, W)
+        keep_graph
+            False frees the graph: the last use
+
+        Returns
+        -------
+        tuple[list[Tensor], Tensor]
+            g_s, one tensor per name; the loss, detached
+        """
         loss, parameters = soft_cross_entropy(self.log_probs, labels.detach()), named_parameters(self.segmenter, names)
         return list(torch.autograd.grad(loss, parameters, retain_graph=keep_graph)), loss.detach()
 
@@ -107,7 +151,18 @@ class SyntheticPass:
         self,
         direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
     ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
-        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers."""
+        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers.
+
+        Parameters
+        ----------
+        direction
+            v: parameter name -> tensor of its shape; the others stand still
+
+        Returns
+        -------
+        Tensor
+            J_v[log softmax S(x)], (B, C, H, W)
+        """
         tape, self.tape = self.tape, None  # what it holds is let go
         if tape is not None:
             try: return tape.tangent(direction, self.log_probs)
@@ -128,6 +183,25 @@ def match_forward_mode(
     """The matching loss and dD/dq, exactly, from one backward pass and one pass of tangents.
 
     Raises `InputError` for names or shapes that do not fit, as `match_double_backward` does.
+
+    Parameters
+    ----------
+    segmenter
+        runs in the mode it is in; batch norm in train mode updates its statistics, once
+    names
+        the matched parameters
+    images
+        x: synthetic pictures (B, 3, H, W) in [-1, 1]
+    labels
+        q: probabilities (B, C, H, W)
+    gradients_l
+        g_l, from `labelled_gradient` with the same names
+    metric
+        "cosine", "l2" or "dotprod"
+    reduction
+        "mean" or "sum"
+    synthetic_pass
+        over the same pictures, if there is one; its graph is kept
     """
     shared = synthetic_pass is not None
     if synthetic_pass is None: synthetic_pass = SyntheticPass(segmenter, images, names)

@@ -27,7 +27,13 @@ RULES: dict[Any, Rule] = {}
 def rule(
     *operations: Any,  # of `torch.ops`, without an overload's name
 ) -> Callable[[Rule], Rule]:
-    """Register a rule for these operations (all their overloads)."""
+    """Register a rule for these operations (all their overloads).
+
+    Parameters
+    ----------
+    *operations
+        of `torch.ops`, without an overload's name
+    """
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operations, function))
         return function
@@ -289,7 +295,15 @@ class _Numbers:
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #4799f200
 class Tape(TorchDispatchMode):
-    """Records, as a context around a forward pass, how tangents of `parameters` travel to its results."""
+    """Records, as a context around a forward pass, how tangents of `parameters` travel to its results.
+
+    Parameters
+    ----------
+    parameters
+        those that may move, by name
+    others
+        those that require a gradient and stand still
+    """
 
     def __init__(
         self,
@@ -333,7 +347,20 @@ class Tape(TorchDispatchMode):
         direction: Mapping[str, Tensor],  # parameter name -> tensor of its shape; the others stand still
         result: Tensor,  # of the recorded pass
     ) -> Tensor:  # of the result's shape
-        """How the result changes when the parameters move along `direction`; raises `NoTangent`."""
+        """How the result changes when the parameters move along `direction`; raises `NoTangent`.
+
+        Parameters
+        ----------
+        direction
+            parameter name -> tensor of its shape; the others stand still
+        result
+            of the recorded pass
+
+        Returns
+        -------
+        Tensor
+            of the result's shape
+        """
         return _replay(self, direction, self.numbers.known.get(_key(result)), result)
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #24dbac9d
@@ -342,7 +369,22 @@ def record(
     function: Callable[[], Tensor],  # the forward pass, e.g. lambda: network(images)
     names: Sequence[str] | None = None,  # of parameters that may move; None: all
 ) -> tuple[Tensor, Tape]:  # the function's result, and its tape for `Tape.tangent`
-    """Run a forward pass and record it. The result is what it would have been, with its graph."""
+    """Run a forward pass and record it. The result is what it would have been, with its graph.
+
+    Parameters
+    ----------
+    network
+        runs in the mode it is in
+    function
+        the forward pass, e.g. lambda: network(images)
+    names
+        of parameters that may move; None: all
+
+    Returns
+    -------
+    tuple[Tensor, Tape]
+        the function's result, and its tape for `Tape.tangent`
+    """
     own = dict(network.named_parameters())
     moving = {name: own[name] for name in (own if names is None else names)}
     tape = Tape(moving, [p for name, p in own.items() if name not in moving])

@@ -41,6 +41,21 @@ class FPNAnnotator(nn.Module):
 
     One map (B, C_i, H_i, W_i) per entry of `feature_channels`, coarse to fine, gives logits (B, n_classes, H, W) at the
     size of the last map. Raises `InputError` for impossible counts, and for maps that do not fit.
+
+    Parameters
+    ----------
+    feature_channels
+        channels C_i of each map, coarse to fine
+    n_classes
+        classes, background included
+    channels
+        common width of the pyramid and of the head
+    layers
+        3x3 convolutions in the head, the last one included
+    fuse_bn_relu
+        batch norm and ReLU between pyramid and head
+    use_factor
+        scale each lateral by 1 / sqrt(number of maps)
     """
 
     def __init__(

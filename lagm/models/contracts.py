@@ -17,7 +17,15 @@ from ..data.labels import LabelSet
 # %% ../../nbs/reference/models/49_contracts.ipynb #1b6caaed
 @runtime_checkable
 class Generator(Protocol):
-    """G: latents in, pictures and their feature maps out."""
+    """G: latents in, pictures and their feature maps out.
+
+    Attributes
+    ----------
+    feature_channels
+        of each feature map: what an annotator is built for
+    feature_sizes
+        sides of the feature maps, coarse to fine
+    """
     feature_channels: Sequence[int]  # of each feature map: what an annotator is built for
     feature_sizes: Sequence[int]  # sides of the feature maps, coarse to fine
 
@@ -26,26 +34,69 @@ class Generator(Protocol):
         n: int,  # how many latents
         rng: torch.Generator | None = None,  # on the CPU; None: torch's own
     ) -> Tensor:  # (n, ...), whatever a call takes
-        """Draw latents."""
+        """Draw latents.
+
+        Parameters
+        ----------
+        n
+            how many latents
+        rng
+            on the CPU; None: torch's own
+
+        Returns
+        -------
+        Tensor
+            (n, ...), whatever a call takes
+        """
 
     def __call__(
         self,
         z: Tensor,  # from `sample_z`
         rng: torch.Generator | None = None,  # of the noise
     ) -> tuple[Tensor, Sequence[Tensor]]:  # pictures (n, 3, H, W) about [-1, 1]; maps (n, C_i, H_i, W_i)
-        """Pictures and features."""
+        """Pictures and features.
+
+        Parameters
+        ----------
+        z
+            from `sample_z`
+        rng
+            of the noise
+
+        Returns
+        -------
+        tuple[Tensor, Sequence[Tensor]]
+            pictures (n, 3, H, W) about [-1, 1]; maps (n, C_i, H_i, W_i)
+        """
 
 # %% ../../nbs/reference/models/49_contracts.ipynb #7cb1bb0a
 @runtime_checkable
 class Segmenter(Protocol):
-    """S: a network that labels pictures."""
+    """S: a network that labels pictures.
+
+    Attributes
+    ----------
+    n_classes
+        the background included
+    """
     n_classes: int  # the background included
 
     def __call__(
         self,
         images: Tensor,  # (B, 3, H, W) in [-1, 1]
     ) -> Tensor:  # (B, C, H, W): logits
-        """The logits of every pixel."""
+        """The logits of every pixel.
+
+        Parameters
+        ----------
+        images
+            (B, 3, H, W) in [-1, 1]
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W): logits
+        """
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters, by name: matching chooses some of them."""
@@ -53,19 +104,42 @@ class Segmenter(Protocol):
 
 @runtime_checkable
 class Annotator(Protocol):
-    """A: a network that labels generated pictures from the generator's features."""
+    """A: a network that labels generated pictures from the generator's features.
+
+    Attributes
+    ----------
+    n_classes
+        background included
+    """
     n_classes: int  # background included
 
     def __call__(
         self,
         features: Sequence[Tensor],  # maps (B, C_i, H_i, W_i)
     ) -> Tensor:  # (B, C, H, W): logits
-        """The logits of every pixel."""
+        """The logits of every pixel.
+
+        Parameters
+        ----------
+        features
+            maps (B, C_i, H_i, W_i)
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W): logits
+        """
 
 # %% ../../nbs/reference/models/49_contracts.ipynb #ad66c29a
 @runtime_checkable
 class LabelledDataset(Protocol):
-    """Pictures with masks, and what the numbers in the masks mean."""
+    """Pictures with masks, and what the numbers in the masks mean.
+
+    Attributes
+    ----------
+    labels
+        what the classes mean
+    """
     labels: LabelSet  # what the classes mean
 
     def __len__(self) -> int:
@@ -75,4 +149,10 @@ class LabelledDataset(Protocol):
         self,
         index: int,
     ) -> tuple[Tensor, Tensor]:  # (3, H, W) in [-1, 1]; (H, W) class indices, 255 = ignored
-        """A picture and its mask."""
+        """A picture and its mask.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            (3, H, W) in [-1, 1]; (H, W) class indices, 255 = ignored
+        """

@@ -24,6 +24,15 @@ class DeepLabV3(nn.Module):
 
     In train mode it needs a batch of 2 or more, because the pooled branch of its head has one value per picture.
     Raises `InputError` if the ImageNet weights cannot be had.
+
+    Parameters
+    ----------
+    n_classes
+        classes, background included
+    pretrained_backbone
+        start from ImageNet weights (downloaded once, 171 MB)
+    backbone_path
+        local file with these weights, instead of the download
     """
 
     network = "deeplabv3"
@@ -46,6 +55,17 @@ class DeepLabV3(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, W) in [-1, 1]
     ) -> Tensor:  # (B, n_classes, H, W)
+        """
+        Parameters
+        ----------
+        x
+            (B, 3, H, W) in [-1, 1]
+
+        Returns
+        -------
+        Tensor
+            (B, n_classes, H, W)
+        """
         return self.main_net(((x + 1) / 2 - self.input_mean) / self.input_std)["out"]
 
 # %% ../../nbs/reference/models/40_deeplabv3.ipynb #b4333c63
@@ -69,7 +89,15 @@ def load_backbone(
     backbone: nn.Module,  # torchvision's ResNet-101 without its classifier
     path: str | Path | None = None,  # state dict of torchvision's resnet101; None: download it
 ) -> None:
-    """Load ImageNet weights (torchvision's IMAGENET1K_V1) into a ResNet-101 backbone. Raises `InputError`."""
+    """Load ImageNet weights (torchvision's IMAGENET1K_V1) into a ResNet-101 backbone. Raises `InputError`.
+
+    Parameters
+    ----------
+    backbone
+        torchvision's ResNet-101 without its classifier
+    path
+        state dict of torchvision's resnet101; None: download it
+    """
     state = _imagenet_weights(path)
     wanted = backbone.state_dict()
     if not isinstance(state, dict) or any(k not in state or state[k].shape != v.shape for k, v in wanted.items()

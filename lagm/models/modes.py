@@ -16,7 +16,13 @@ from torch import nn
 def kept_modes(
     *modules: nn.Module,  # whose modes are put back
 ) -> Iterator[None]:
-    """Whatever mode modules are put in meanwhile, afterwards every submodule has the one it had before."""
+    """Whatever mode modules are put in meanwhile, afterwards every submodule has the one it had before.
+
+    Parameters
+    ----------
+    *modules
+        whose modes are put back
+    """
     before = [(m, m.training) for module in modules for m in module.modules()]
     try:
         yield
@@ -29,7 +35,13 @@ def kept_modes(
 def eval_mode(
     *modules: nn.Module,  # that are in eval mode meanwhile
 ) -> Iterator[None]:
-    """Put modules in eval mode for a while; afterwards every submodule has the mode it had before."""
+    """Put modules in eval mode for a while; afterwards every submodule has the mode it had before.
+
+    Parameters
+    ----------
+    *modules
+        that are in eval mode meanwhile
+    """
     with kept_modes(*modules):
         for module in modules:
             module.eval()
@@ -39,7 +51,18 @@ def eval_mode(
 def resting_modules(
     network: nn.Module,  # that is about to be trained
 ) -> list[nn.Module]:  # none if the network itself is in eval mode: then all of it is only not in use
-    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm."""
+    """The submodules that are in eval mode while the network is in train mode, such as a frozen batch norm.
+
+    Parameters
+    ----------
+    network
+        that is about to be trained
+
+    Returns
+    -------
+    list[nn.Module]
+        none if the network itself is in eval mode: then all of it is only not in use
+    """
     return [m for m in network.modules() if not m.training] if network.training else []
 
 
@@ -47,7 +70,20 @@ def train_mode(
     network: nn.Module,  # that is trained
     resting: Sequence[nn.Module],  # of `resting_modules`, from before the training began
 ) -> nn.Module:  # the network
-    """Put a network in train mode, but for the modules that are to stay in eval mode."""
+    """Put a network in train mode, but for the modules that are to stay in eval mode.
+
+    Parameters
+    ----------
+    network
+        that is trained
+    resting
+        of `resting_modules`, from before the training began
+
+    Returns
+    -------
+    nn.Module
+        the network
+    """
     network.train()
     for m in resting:
         m.training = False

@@ -21,7 +21,17 @@ from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_
 
 # %% ../../nbs/reference/models/43_results.ipynb #eda7204e
 class Results(NamedTuple):
-    """Trained networks; what a file lacks is None."""
+    """Trained networks; what a file lacks is None.
+
+    Attributes
+    ----------
+    annotator
+        None: the file holds none
+    segmenter
+        None: the file holds none
+    facts
+        what the file says besides: class names, arguments of the networks and of the data
+    """
 
     annotator: FPNAnnotator | None  # None: the file holds none
     segmenter: nn.Module | None  # None: the file holds none
@@ -29,7 +39,17 @@ class Results(NamedTuple):
 
 # %% ../../nbs/reference/models/43_results.ipynb #26f00001
 class Trained(NamedTuple):
-    """A trained network in a file of another program, not read yet."""
+    """A trained network in a file of another program, not read yet.
+
+    Attributes
+    ----------
+    name
+        class
+    arguments
+        of its class, by name
+    weights
+        name to what gives its numbers
+    """
 
     name: str  # class
     arguments: dict  # of its class, by name
@@ -45,7 +65,20 @@ def plain_facts(
     value: dict,  # from a file
     most: int = 50,  # entries
 ) -> dict[str, Any]:  # whose numbers are as they were, and whose texts are short and printable
-    """What a file says about itself, in a form that may be kept and shown."""
+    """What a file says about itself, in a form that may be kept and shown.
+
+    Parameters
+    ----------
+    value
+        from a file
+    most
+        entries
+
+    Returns
+    -------
+    dict[str, Any]
+        whose numbers are as they were, and whose texts are short and printable
+    """
     kept = [(name, item) for name, item in list(value.items())[:most] if isinstance(item, str | int | float | None)]
     return {printable(name, 60): printable(item) if isinstance(item, str) else item for name, item in kept}
 
@@ -53,7 +86,13 @@ def plain_facts(
 def find_results(
     value: Any,  # what the file holds
 ) -> tuple[Trained | None, Trained | None, dict]:
-    """Annotator, segmenter and facts in what a file holds. Raises `Unreadable`."""
+    """Annotator, segmenter and facts in what a file holds. Raises `Unreadable`.
+
+    Parameters
+    ----------
+    value
+        what the file holds
+    """
     if not isinstance(value, dict):
         raise Unreadable(f"holds a {type(value).__name__}, not trained networks",
                          "give a network-snapshot .pkl or a segmentator .pth")
@@ -89,7 +128,20 @@ def load_results(
     path: str | Path,  # network-snapshot-*.pkl, segmentator-*.pth, or any file that `lagm.models.saved` reads
     n_classes: int | None = None,  # that there should be, background included; None: whatever there is
 ) -> Results:  # in eval mode
-    """Read a trained annotator and segmenter. Nothing in the file is executed. Raises `InputError`."""
+    """Read a trained annotator and segmenter. Nothing in the file is executed. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        network-snapshot-*.pkl, segmentator-*.pth, or any file that `lagm.models.saved` reads
+    n_classes
+        that there should be, background included; None: whatever there is
+
+    Returns
+    -------
+    Results
+        in eval mode
+    """
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
     with reading(path) as data:
         if recognise(data) == "safetensors": return _own_results(path, n_classes)
@@ -123,7 +175,13 @@ def _own_results(path: str | Path, n_classes: int | None) -> Results:
 def read_generator_kwargs(
     path: str | Path,  # the file
 ) -> dict:
-    """`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`."""
+    """`G_kwargs` of the authors' generator.pkl: which generator a run used. Raises `InputError`.
+
+    Parameters
+    ----------
+    path
+        the file
+    """
     with reading(path) as data:
         value = read_value(path, data)
         if not isinstance(value, dict) or not isinstance(value.get("G_kwargs"), dict):

@@ -21,7 +21,15 @@ from .entries import CLASSES, NetworkEntry, as_network_entry, unet_arguments, un
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #116f8b7e
 class ConvBlock(nn.Module):
-    """Two times 3x3 convolution (padding 1, with bias), batch norm, ReLU; (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two times 3x3 convolution (padding 1, with bias), batch norm, ReLU; (B, C_in, H, W) -> (B, C_out, H, W).
+
+    Parameters
+    ----------
+    in_channels
+        of the map that comes in
+    out_channels
+        of both convolutions
+    """
 
     def __init__(
         self,
@@ -38,6 +46,17 @@ class ConvBlock(nn.Module):
         self,
         x: Tensor,  # (B, in_channels, H, W)
     ) -> Tensor:  # (B, out_channels, H, W)
+        """
+        Parameters
+        ----------
+        x
+            (B, in_channels, H, W)
+
+        Returns
+        -------
+        Tensor
+            (B, out_channels, H, W)
+        """
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)))
 
@@ -53,7 +72,20 @@ def upsample_beside(
     x: Tensor,  # (B, C, h, w), the map from below
     skip: Tensor,  # (B, D, H, W), the map of the way down
 ) -> Tensor:  # (B, D + C, H, W)
-    """Double `x`, pad it with zeros to the size of `skip` and concatenate [skip, x] along the channels."""
+    """Double `x`, pad it with zeros to the size of `skip` and concatenate [skip, x] along the channels.
+
+    Parameters
+    ----------
+    x
+        (B, C, h, w), the map from below
+    skip
+        (B, D, H, W), the map of the way down
+
+    Returns
+    -------
+    Tensor
+        (B, D + C, H, W)
+    """
     x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
     if x.requires_grad: x.register_hook(_in_one_piece)
     dy, dx = skip.shape[-2] - x.shape[-2], skip.shape[-1] - x.shape[-1]
@@ -66,7 +98,20 @@ def unet_widths(
     width: int = 64,  # channels at full resolution
     levels: int = 4,  # how many times the picture is halved
 ) -> tuple[list[int], list[int]]:  # widths of inc, down1, ... and of up1, up2, ...
-    """Channels of a U-Net on its way down and up; the deepest map is as wide as the one above it."""
+    """Channels of a U-Net on its way down and up; the deepest map is as wide as the one above it.
+
+    Parameters
+    ----------
+    width
+        channels at full resolution
+    levels
+        how many times the picture is halved
+
+    Returns
+    -------
+    tuple[list[int], list[int]]
+        widths of inc, down1, ... and of up1, up2, ...
+    """
     if width < 1 or levels < 1:
         raise InputError(f"a U-Net needs width and levels of 1 or more; got {width=}, {levels=}")
     down = [width * 2**min(i, levels - 1) for i in range(levels + 1)]
@@ -90,7 +135,18 @@ class _UNetMaps(nn.Module):
         self,
         x: Tensor,  # (B, in_channels, H, W), H and W of 2**levels or more
     ) -> list[Tensor]:  # levels + 1 maps (B, C_i, H_i, W_i)
-        """The deepest map and those of the way up, coarse to fine; the last one is what the logits are read from."""
+        """The deepest map and those of the way up, coarse to fine; the last one is what the logits are read from.
+
+        Parameters
+        ----------
+        x
+            (B, in_channels, H, W), H and W of 2**levels or more
+
+        Returns
+        -------
+        list[Tensor]
+            levels + 1 maps (B, C_i, H_i, W_i)
+        """
         _check_sides(x, self.levels)
         maps = [self.inc(x)]
         for i in range(1, self.levels + 1):
@@ -113,6 +169,17 @@ class UNet(_UNetMaps):
 
     H and W are 2**levels or more; else it raises `InputError`. Parameter names as in the authors' released files: inc,
     down{i}, up{i} (each conv1, bn1, conv2, bn2) and outc.
+
+    Parameters
+    ----------
+    n_classes
+        classes, background included
+    in_channels
+        channels of the picture
+    width
+        channels at full resolution; all others scale with it
+    levels
+        how many times the picture is halved
     """
 
     network = "unet"
@@ -132,6 +199,17 @@ class UNet(_UNetMaps):
         self,
         x: Tensor,  # (B, in_channels, H, W) in [-1, 1]
     ) -> Tensor:  # (B, n_classes, H, W)
+        """
+        Parameters
+        ----------
+        x
+            (B, in_channels, H, W) in [-1, 1]
+
+        Returns
+        -------
+        Tensor
+            (B, n_classes, H, W)
+        """
         return self.outc(self.features(x)[-1])
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #ae01d6ff
@@ -154,7 +232,17 @@ def build_segmenter(
     n_classes: int,  # classes, background included
     **options: Any,  # passed on to its class
 ) -> nn.Module:
-    """Build a segmentation network by name. Raises `InputError` for an unknown name or option."""
+    """Build a segmentation network by name. Raises `InputError` for an unknown name or option.
+
+    Parameters
+    ----------
+    name
+        a name of `SEGMENTERS`: "unet", "deeplabv3"; or package.module:Class
+    n_classes
+        classes, background included
+    **options
+        passed on to its class
+    """
     entry = SEGMENTERS.get(name)
     try: return entry.build(n_classes=n_classes, **options)
     except TypeError as error:
@@ -164,7 +252,13 @@ def build_segmenter(
 def network_entry(
     segmenter: nn.Module | str,  # a network, or the name of one
 ) -> NetworkEntry:
-    """The entry of a segmenter; an empty one for a network that has none. `InputError` for an unknown name."""
+    """The entry of a segmenter; an empty one for a network that has none. `InputError` for an unknown name.
+
+    Parameters
+    ----------
+    segmenter
+        a network, or the name of one
+    """
     if isinstance(segmenter, str): return SEGMENTERS.get(segmenter)
     found = next((entry for _, entry in SEGMENTERS.items() if entry.build is type(segmenter)), None)
     return found or NetworkEntry(type(segmenter))
@@ -177,6 +271,18 @@ def resolve_group(
     """Regular expression of a named group; a `group` without a name in the table is itself the expression.
 
     Raises `InputError` if it is not a valid expression.
+
+    Parameters
+    ----------
+    segmenter
+        the network, or its name in `SEGMENTERS`
+    group
+        name of a group, or a regular expression; None: the paper's choice for this network
+
+    Returns
+    -------
+    str
+        regular expression for whole parameter names
     """
     entry = network_entry(segmenter)
     if group is None: group = entry.default_group
@@ -202,6 +308,18 @@ def matched_parameter_names(
 
     Raises `InputError` if nothing matches, or if one alternative of a named group matches nothing (a group made
     for a deeper network).
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    group
+        name of a group, or a regular expression; None: the paper's choice for this network
+
+    Returns
+    -------
+    list[str]
+        names in the order of named_parameters()
     """
     entry, pattern = network_entry(segmenter), resolve_group(segmenter, group)
     names = [name for name, _ in segmenter.named_parameters()]

@@ -38,6 +38,15 @@ def winograd_fits(
     """Whether Winograd's algorithm is the quicker one for this 3 x 3 convolution (stride 1, padding = dilation).
 
     It is for float32 on a CPU, wide and large enough.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    dilation
+        space between the kernel's taps; also the padding
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32: return False
     if torch.is_autocast_enabled("cpu"): return False
@@ -132,6 +141,22 @@ def winograd_conv2d(
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` by Winograd's algorithm.
 
     Differentiable as often as you like. Needs `winograd_fits`.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    bias
+        (O,)
+    dilation
+        space between the kernel's taps; also the padding
+
+    Returns
+    -------
+    Tensor
+        (B, O, H, W)
     """
     y = WinogradConv2d.apply(x, weight, dilation, False)
     return y if bias is None else y + bias[:, None, None]
@@ -143,6 +168,18 @@ def live_share(
 ) -> float:  # 1: no padding at all, 1 / 9: only the middle weight sees the map
     """The share of the products of a dilated 3 x 3 convolution (stride 1, padding = dilation) that are not with
     padding.
+
+    Parameters
+    ----------
+    size
+        height and width of the map
+    dilation
+        space between the kernel's taps; also the padding
+
+    Returns
+    -------
+    float
+        1: no padding at all, 1 / 9: only the middle weight sees the map
     """
     rows, columns = ((1 + 2 * max(0, n - rate) / n) / 3 for n, rate in zip(size, dilation))
     return rows * columns
@@ -157,7 +194,24 @@ def trimmed_conv2d(
     bias: Tensor | None,  # (O,)
     dilation: tuple[int, int],  # space between the kernel's taps; also the padding
 ) -> Tensor:  # (B, O, H, W)
-    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding."""
+    """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)` without the products with padding.
+
+    Parameters
+    ----------
+    x
+        (B, I, H, W)
+    weight
+        (O, I, 3, 3)
+    bias
+        (O,)
+    dilation
+        space between the kernel's taps; also the padding
+
+    Returns
+    -------
+    Tensor
+        (B, O, H, W)
+    """
     return _trimmed(x, weight, bias, dict(zip((2, 3), dilation)))
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #bbff5323

@@ -37,7 +37,35 @@ CHOICES = {"needs": ("nothing", "pictures", "features", "latents"), "labels_on":
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to use a few labels and a generator. Raises `InputError` on what cannot be one."""
+    """One way to use a few labels and a generator. Raises `InputError` on what cannot be one.
+
+    Attributes
+    ----------
+    name
+        as tables show it
+    learns_from
+        a sentence, as it goes on after "learns from"
+    train
+        (segmenter, generator, images, masks, *, setting, recipe, seed, device, folder, …)
+    setting
+        the numbers that only this method has, a dataclass; None: there are none
+    source
+        who proposed it; empty: nobody yet
+    needs
+        of the generator: "nothing", "pictures", with "features", or "latents", too
+    labels_on
+        pictures; or "generated": those of `lagm.training.datasetgan.draw_to_label`
+    warm_up
+        what the recipe warms up before the steps: "none", "segmenter", or "both" networks
+    steps
+        of the segmenter after the warm-up, in a comparison of full size
+    finish
+        what anchors a finish: the "network" itself, or its "annotator"; "none": no finish
+    recipe
+        the name of the one it follows
+    in_all
+        whether a comparison of all methods has it
+    """
     name: str  # as tables show it
     learns_from: str  # a sentence, as it goes on after "learns from"
     train: Callable[..., Trained]  # (segmenter, generator, images, masks, *, setting, recipe, seed, device, folder, …)
@@ -69,7 +97,17 @@ def with_numbers(
     numbers: Mapping[str, Any],  # field -> value, or the numbers of a setting within it
     every: bool = False,  # True: a field that is not there is an error
 ) -> Any:
-    """The setting with those of the numbers that it has. Raises `InputError` for values that make no sense."""
+    """The setting with those of the numbers that it has. Raises `InputError` for values that make no sense.
+
+    Parameters
+    ----------
+    setting
+        a dataclass, perhaps with others in it; None: nothing to set
+    numbers
+        field -> value, or the numbers of a setting within it
+    every
+        True: a field that is not there is an error
+    """
     if not isinstance(numbers, Mapping):
         raise InputError(f"numbers of a setting are {numbers!r}; give a name and a value for each")
     own = {field.name: getattr(setting, field.name) for field in dataclasses.fields(setting)} if setting else {}
@@ -85,7 +123,17 @@ def with_numbers(
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #4f167467
 @dataclass(frozen=True)
 class Matching:
-    """What is particular about gradient matching among its rivals. Raises `InputError` on values that make no sense."""
+    """What is particular about gradient matching among its rivals. Raises `InputError` on values that make no sense.
+
+    Attributes
+    ----------
+    channels
+        of the annotator
+    match
+        False: the annotator stays as its warm start left it
+    weigh_labels
+        False: its labels get no class weights
+    """
     channels: int = 32  # of the annotator
     match: bool = True  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True  # False: its labels get no class weights

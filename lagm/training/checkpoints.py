@@ -41,7 +41,13 @@ from .state import Stage, TrainState, locate
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #beed4512
 def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and plain values for the header
-    """The states of all global random generators: torch's (each device), numpy's and Python's."""
+    """The states of all global random generators: torch's (each device), numpy's and Python's.
+
+    Returns
+    -------
+    tuple[dict[str, Tensor], dict[str, Any]]
+        tensors, and plain values for the header
+    """
     tensors = {"random.torch": torch.get_rng_state()}
     for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
         tensors[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
@@ -57,7 +63,15 @@ def restore_random_states(
     tensors: Mapping[str, Tensor],  # as `random_states` gave them; others in it are left alone
     plain: Mapping[str, Any],  # as they lie in the header
 ) -> None:
-    """Put back what `random_states` gave; GPUs that are not there are skipped."""
+    """Put back what `random_states` gave; GPUs that are not there are skipped.
+
+    Parameters
+    ----------
+    tensors
+        as `random_states` gave them; others in it are left alone
+    plain
+        as they lie in the header
+    """
     torch.set_rng_state(tensors["random.torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"random.cuda.{i}" in tensors: torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
@@ -86,7 +100,18 @@ def data_digest(images: Tensor, masks: Tensor) -> str:
 def generator_digest(
     generator: Any,  # anything that keeps the generator's contract
 ) -> str | None:  # None: it shows no weights to take a digest of
-    """A digest of a generator's weights, sampling and number format."""
+    """A digest of a generator's weights, sampling and number format.
+
+    Parameters
+    ----------
+    generator
+        anything that keeps the generator's contract
+
+    Returns
+    -------
+    str | None
+        None: it shows no weights to take a digest of
+    """
     network = generator if isinstance(generator, nn.Module) else getattr(generator, "network", None)
     if not isinstance(network, nn.Module): return None
     text = f"{getattr(generator, 'sampling', '')} {getattr(generator, 'dtype', '')}".encode()
@@ -96,7 +121,21 @@ def generator_digest(
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #88138fdc
 @dataclass(frozen=True)
 class Identity:
-    """What makes two runs the same run."""
+    """What makes two runs the same run.
+
+    Attributes
+    ----------
+    recipe
+        a `Recipe`, or another dataclass of plain values
+    arm
+        "matching", "no matching", "supervised", ...
+    data
+        a digest of the labelled pictures
+    generator
+        a digest of the generator's weights, if it shows any
+    kind
+        of checkpoints
+    """
     recipe: Any  # a `Recipe`, or another dataclass of plain values
     seed: int
     arm: str  # "matching", "no matching", "supervised", ...
@@ -159,7 +198,15 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #4e1e1cd6
 class Checkpoints:
-    """The checkpoints of one run: the newest under `path`, the newest `keep` by step, and the best."""
+    """The checkpoints of one run: the newest under `path`, the newest `keep` by step, and the best.
+
+    Parameters
+    ----------
+    path
+        of the newest, ending in .safetensors
+    keep
+        how many of the newest are kept (the newest included), 1 or more
+    """
 
     def __init__(
         self,
@@ -247,7 +294,15 @@ def folder_lock(
     folder: str | Path,  # made if it is not there
     name: str = ".lagm.lock",  # of the file that is locked, and removed afterwards
 ) -> Iterator[None]:
-    """Hold a folder; `InputError` if another run does, or if the folder cannot be written to."""
+    """Hold a folder; `InputError` if another run does, or if the folder cannot be written to.
+
+    Parameters
+    ----------
+    folder
+        made if it is not there
+    name
+        of the file that is locked, and removed afterwards
+    """
     path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +326,13 @@ def folder_lock(
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
 ) -> contextlib.AbstractContextManager[None]:
-    """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free."""
+    """Hold the place of a checkpoint, as `folder_lock`; other checkpoints in the same folder are free.
+
+    Parameters
+    ----------
+    path
+        of a checkpoint; None: nothing is held
+    """
     return folder_lock(Path(path).parent, f".lagm-{Path(path).name}.lock") if path else contextlib.nullcontext()
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #68a13918
@@ -284,7 +345,20 @@ def set_aside(
     paths: Iterable[str | Path],  # files and folders, all in one folder; those that are not there are passed over
     why: str = "of another run",  # for the message
 ) -> Path | None:  # the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
-    """Move what is in the way into a folder of its own, and say so in a line."""
+    """Move what is in the way into a folder of its own, and say so in a line.
+
+    Parameters
+    ----------
+    paths
+        files and folders, all in one folder; those that are not there are passed over
+    why
+        for the message
+
+    Returns
+    -------
+    Path | None
+        the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
+    """
     there = [path for path in map(Path, paths) if os.path.lexists(path)]
     if not there: return None
     parent = there[0].parent
@@ -328,7 +402,22 @@ def describe_run(
     labels: LabelSet | None = None,  # what the classes mean
     size: tuple[int, int] | None = None,  # height and width of the labelled pictures
 ) -> dict[str, Any]:  # for the header of a state
-    """What it takes to use the networks of a state by themselves."""
+    """What it takes to use the networks of a state by themselves.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    labels
+        what the classes mean
+    size
+        height and width of the labelled pictures
+
+    Returns
+    -------
+    dict[str, Any]
+        for the header of a state
+    """
     ours = {role: network for role, network in state.networks.items() if can_be_saved(network)}
     networks = {role: describe_network(network) for role, network in ours.items()}
     return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
@@ -344,7 +433,26 @@ def restore_state(
     header: Mapping[str, Any],  # of the checkpoint
     path: str | Path,  # named in errors
 ) -> tuple[int, History]:  # step and history
-    """Put a checkpoint back; `InputError` if it does not fit this run."""
+    """Put a checkpoint back; `InputError` if it does not fit this run.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    tensors
+        of a checkpoint
+    header
+        of the checkpoint
+    path
+        named in errors
+
+    Returns
+    -------
+    tuple[int, History]
+        step and history
+    """
     step, history = cast(int, header.get("step")), cast(History, header.get("history"))
     try:
         stage, _ = locate(stages, step - 1)
@@ -361,7 +469,23 @@ def restore_state(
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #f36c6cc8
 class CheckpointWriter:
-    """Writes and reads the checkpoints of one run."""
+    """Writes and reads the checkpoints of one run.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    identity
+        what tells its checkpoints from those of other runs
+    path
+        of the newest checkpoint; None: nothing is written
+    keep
+        how many of the newest to keep
+    about
+        for the header, from `describe_run`
+    """
 
     def __init__(
         self,
@@ -407,7 +531,17 @@ def check_same_run(
     header: Mapping[str, Any],  # of a checkpoint
     path: str | Path,  # for the message
 ) -> None:
-    """Raise `InputError` unless a checkpoint is of the writer's run and its networks."""
+    """Raise `InputError` unless a checkpoint is of the writer's run and its networks.
+
+    Parameters
+    ----------
+    writer
+        of the run's checkpoints
+    header
+        of a checkpoint
+    path
+        for the message
+    """
     writer.identity.check(header, path)
     if header.get("networks", writer.about["networks"]) == writer.about["networks"]: return  # older ones do not say
     raise InputError(f"{path} is a checkpoint of another run, with networks of other sizes. "
@@ -434,7 +568,20 @@ def resume(
     writer: CheckpointWriter,  # of the run's checkpoints
     resume_from: str | Path | None = None,  # a checkpoint to begin with if the run has none of its own
 ) -> tuple[int, History] | None:  # step and history
-    """Put the writer's state into its newest checkpoint; None if there is none. `InputError` if it is another run's."""
+    """Put the writer's state into its newest checkpoint; None if there is none. `InputError` if it is another run's.
+
+    Parameters
+    ----------
+    writer
+        of the run's checkpoints
+    resume_from
+        a checkpoint to begin with if the run has none of its own
+
+    Returns
+    -------
+    tuple[int, History] | None
+        step and history
+    """
     found = own_checkpoint(writer)
     if found and writer.checkpoints: return restore_state(writer.state, writer.stages, *found, writer.checkpoints.path)
     if not resume_from: return None

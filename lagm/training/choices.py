@@ -42,7 +42,13 @@ def _check_values(recipe: Any) -> None:
 def check_recipe(
     recipe: Any,  # a `Recipe`; its types are checked already
 ) -> None:
-    """Raise `InputError` for the first value that makes no sense, by itself or beside the others."""
+    """Raise `InputError` for the first value that makes no sense, by itself or beside the others.
+
+    Parameters
+    ----------
+    recipe
+        a `Recipe`; its types are checked already
+    """
     _check_values(recipe)
     _need(recipe, "fresh_labels", recipe.fresh_labels or recipe.shared_batch,
           "it needs shared_batch=True: only then do both phases see the same pictures")

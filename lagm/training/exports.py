@@ -32,6 +32,18 @@ def export_folder(
     """images/NNNNNN.png, masks/NNNNNN.png (with the palette) and a table, pairs.csv.
 
     The table holds names, index, uncertainty and the share of each class.
+
+    Parameters
+    ----------
+    dataset
+        the pairs to write
+    folder
+        new or empty
+
+    Returns
+    -------
+    Path
+        the table
     """
     folder = _empty_folder(folder)
     for name in ("images", "masks"): (folder / name).mkdir()
@@ -51,7 +63,20 @@ def export_coco(
     dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty
 ) -> Path:  # the annotation file
-    """images/NNNNNN.png and annotations.json in COCO's format."""
+    """images/NNNNNN.png and annotations.json in COCO's format.
+
+    Parameters
+    ----------
+    dataset
+        the pairs to write
+    folder
+        new or empty
+
+    Returns
+    -------
+    Path
+        the annotation file
+    """
     folder = _empty_folder(folder)
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
@@ -74,7 +99,24 @@ def export_webdataset(
     shard_size: int = 1000,  # pairs of a tar file
     prefix: str = "pairs",  # of the files' names
 ) -> list[Path]:  # the shards
-    """New shards of the dataset's pictures only: PREFIX-NNNNNN.tar, in the layout of the dataset's own."""
+    """New shards of the dataset's pictures only: PREFIX-NNNNNN.tar, in the layout of the dataset's own.
+
+    Parameters
+    ----------
+    dataset
+        the pairs to write
+    folder
+        new or empty
+    shard_size
+        pairs of a tar file
+    prefix
+        of the files' names
+
+    Returns
+    -------
+    list[Path]
+        the shards
+    """
     folder = _empty_folder(folder)
     paths: list[Path] = []
     for start in range(0, len(dataset), shard_size):

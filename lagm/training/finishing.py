@@ -26,7 +26,20 @@ def anchor_labels(
     annotator: nn.Module | None,  # reads features; in eval mode here
     batch: SyntheticBatch,
 ) -> Tensor:  # (B, C, H, W): probabilities, aligned with batch.images
-    """What the matched networks say of generated pictures: the mean of their probabilities."""
+    """What the matched networks say of generated pictures: the mean of their probabilities.
+
+    Parameters
+    ----------
+    teachers
+        read pictures; in eval mode here
+    annotator
+        reads features; in eval mode here
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W): probabilities, aligned with batch.images
+    """
     with eval_mode(*teachers, *([] if annotator is None else [annotator])):
         said = [batch.follow(teacher(batch.plain).float().softmax(dim=1)) for teacher in teachers]
         if annotator is not None: said.append(batch.labels(annotator))
@@ -40,7 +53,24 @@ def finish_step(
     labels: Callable[[SyntheticBatch], Tensor],  # gives probabilities (B, C, H, W)
     share: float,  # of the labelled loss, from 0 to 1; the rest is for the generated pictures
 ) -> dict[str, Tensor]:  # loss_label, loss_anchor
-    """One step of the segmenter on share * labelled loss + (1 - share) * loss on generated pictures."""
+    """One step of the segmenter on share * labelled loss + (1 - share) * loss on generated pictures.
+
+    Parameters
+    ----------
+    labelled
+        the parts of a batch: pictures and masks
+    synthetic
+        its generated pictures; None: the labelled ones alone
+    labels
+        gives probabilities (B, C, H, W)
+    share
+        of the labelled loss, from 0 to 1; the rest is for the generated pictures
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_label, loss_anchor
+    """
     segmenter, names, parts = state.train("segmenter"), state.trained["segmenter"], len(labelled)
     gradients, loss = labelled_gradients(state, names, labelled, weigh_one=True)
     losses = {"loss_label": loss}

@@ -32,7 +32,15 @@ def check_shares(
     parts: int,  # of each batch
     processes: int,  # that are to share them
 ) -> None:
-    """Raise `InputError` unless so many processes can share so many parts evenly."""
+    """Raise `InputError` unless so many processes can share so many parts evenly.
+
+    Parameters
+    ----------
+    parts
+        of each batch
+    processes
+        that are to share them
+    """
     if processes >= 1 and parts % processes == 0: return
     raise InputError(f"{processes} processes cannot share {parts} parts evenly: "
                      f"set the recipe's parts to a multiple of {processes}")
@@ -59,7 +67,24 @@ def each_part(
     function: Callable[[int], Any],  # from the number of a part
     update: bool = True,  # False: the statistics are left as they were
 ) -> list[Any]:  # the function's results, for this process's parts
-    """Call a function for each own part; the mean of the statistics is kept."""
+    """Call a function for each own part; the mean of the statistics is kept.
+
+    Parameters
+    ----------
+    network
+        whose statistics (buffers) the function updates
+    parts
+        portions of the batch
+    function
+        from the number of a part
+    update
+        False: the statistics are left as they were
+
+    Returns
+    -------
+    list[Any]
+        the function's results, for this process's parts
+    """
     start, seed, results = [b.clone() for b in network.buffers()], torch.initial_seed(), []
     sums = [torch.zeros_like(b) for b in start]
     for part in own_parts(parts):
@@ -80,7 +105,15 @@ def mean_over_parts(
     gradients: Sequence[Sequence[Tensor]],  # one list per own part
     weights: Sequence[Tensor],  # how much each own part counts
 ) -> list[Tensor]:
-    """The weighted mean of the parts' gradients over all parts and processes."""
+    """The weighted mean of the parts' gradients over all parts and processes.
+
+    Parameters
+    ----------
+    gradients
+        one list per own part
+    weights
+        how much each own part counts
+    """
     totals: list[Any] = [sum(g * w for g, w in zip(of_one, weights)) for of_one in zip(*gradients, strict=True)]
     whole: Any = sum(weights)
     *totals, weight = sum_over_processes([*totals, whole])
@@ -105,7 +138,19 @@ def do_parts(
     function: Callable[[int], Any],  # of the number of a part
     update: bool = True,  # False: `function` sees pictures again whose statistics are counted already
 ) -> list[Any]:
-    """`each_part`; a batch in one part is done as it comes."""
+    """`each_part`; a batch in one part is done as it comes.
+
+    Parameters
+    ----------
+    network
+        the one that computes
+    parts
+        portions of the batch
+    function
+        of the number of a part
+    update
+        False: `function` sees pictures again whose statistics are counted already
+    """
     return [function(0)] if parts == 1 else each_part(network, parts, function, update)
 
 
@@ -116,7 +161,21 @@ def gradient_of_parts(
     update: bool = True,  # False: batch norm's statistics stay as they are
     weigh_one: bool = False,  # treat a single part as one of several, dropout and rounding included
 ) -> tuple[list[Tensor], Tensor]:
-    """The mean of the parts' gradients and of their losses."""
+    """The mean of the parts' gradients and of their losses.
+
+    Parameters
+    ----------
+    network
+        the one that computes
+    parts
+        portions of the batch
+    vote
+        from the number of a part
+    update
+        False: batch norm's statistics stay as they are
+    weigh_one
+        treat a single part as one of several, dropout and rounding included
+    """
     if parts == 1 and not weigh_one:
         gradients, loss, _ = vote(0)
         return list(gradients), loss
@@ -134,7 +193,17 @@ def make_fabric(
     device: torch.device,  # its kind counts: cpu, cuda or mps
     precision: str = "float32",  # "float32" or "bfloat16"
 ) -> Any:
-    """A Fabric that starts `processes` processes on this machine; `InputError` if it is not installed."""
+    """A Fabric that starts `processes` processes on this machine; `InputError` if it is not installed.
+
+    Parameters
+    ----------
+    processes
+        to start
+    device
+        its kind counts: cpu, cuda or mps
+    precision
+        "float32" or "bfloat16"
+    """
     try:
         from lightning_fabric import Fabric
     except ImportError as error:
@@ -150,7 +219,23 @@ def launch(
     precision: str,  # "float32" or "bfloat16"
     **options: Any,  # by name
 ) -> None:
-    """Call a function in each of several processes. Raises `InputError` without Fabric."""
+    """Call a function in each of several processes. Raises `InputError` without Fabric.
+
+    Parameters
+    ----------
+    processes
+        to start
+    function
+        of a module, so that another process finds it; called with `device`, too
+    arguments
+        by position; copied in each process
+    device
+        its kind counts: cpu, cuda or mps
+    precision
+        "float32" or "bfloat16"
+    **options
+        by name
+    """
     fabric = make_fabric(processes, choose_device(device), precision)
     fabric.launch(functools.partial(_one_of_several, function, arguments, options))
 

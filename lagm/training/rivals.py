@@ -32,7 +32,27 @@ def set_up(
     device: str | torch.device,  # "cpu", "cuda", "mps", or a torch device
     options: dict[str, Any],  # of `RunOptions`
 ) -> TrainState:
-    """The network of a run without an annotator. Raises `InputError` as `train_lagm` does."""
+    """The network of a run without an annotator. Raises `InputError` as `train_lagm` does.
+
+    Parameters
+    ----------
+    function
+        that was called, for messages
+    counting
+        the fields of the recipe that it heeds
+    segmenter
+        pictures -> logits
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        what the run computes
+    device
+        "cpu", "cuda", "mps", or a torch device
+    options
+        of `RunOptions`
+    """
     check_options(options, recipe, function)
     check_counting(recipe, counting, function)
     check_labelled(images, masks, segmenter.n_classes)
@@ -43,12 +63,34 @@ def set_up(
 def told(
     options: dict[str, Any],  # fields of `RunOptions` by name, or `options`, a `RunOptions`, and such fields
 ) -> RunOptions:
-    """The options of a run as one record. Raises `InputError` for values that make no sense."""
+    """The options of a run as one record. Raises `InputError` for values that make no sense.
+
+    Parameters
+    ----------
+    options
+        fields of `RunOptions` by name, or `options`, a `RunOptions`, and such fields
+    """
     return run_options(options.get("options"), {name: v for name, v in options.items() if name != "options"})
 
 # %% ../../nbs/reference/training/65_rivals.ipynb #6c885952
 class Batches:
-    """Labelled and generated pictures for the steps of a run, part by part."""
+    """Labelled and generated pictures for the steps of a run, part by part.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random
+    generated
+        pictures of a generated batch, or of a part of it
+    """
 
     def __init__(
         self,
@@ -84,6 +126,26 @@ def run_stages(
     generator: str | None = None,  # a digest of the generator
     **options: Any,  # of `RunOptions`
 ) -> Trained:
-    """Do the stages, from wherever a checkpoint says. Raises as `train_lagm` does."""
+    """Do the stages, from wherever a checkpoint says. Raises as `train_lagm` does.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    stages
+        in their order
+    note
+        what a checkpoint of this run must have in common with it, besides the recipe and the data
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    seed
+        of everything random
+    generator
+        a digest of the generator
+    **options
+        of `RunOptions`
+    """
     identity = Identity(state.recipe, seed, note, data_digest(images, masks), generator)
     return Loop(state, stages, identity, size=(images.shape[2], images.shape[3]), **options).run()

@@ -19,7 +19,20 @@ def class_shares(
     labels: Tensor,  # class indices, any shape; 255 = ignored
     n_classes: int,  # classes, the background included
 ) -> Tensor:  # (C,), float64, on the CPU, sum 1 (all zero if nothing is known)
-    """The share of the known pixels that each class fills."""
+    """The share of the known pixels that each class fills.
+
+    Parameters
+    ----------
+    labels
+        class indices, any shape; 255 = ignored
+    n_classes
+        classes, the background included
+
+    Returns
+    -------
+    Tensor
+        (C,), float64, on the CPU, sum 1 (all zero if nothing is known)
+    """
     counts = torch.bincount(labels[labels != IGNORE].flatten().cpu(), minlength=n_classes).double()
     return counts / counts.sum().clamp(min=1)
 
@@ -30,7 +43,24 @@ def signs(
     masks: Tensor,  # the labelled masks, (n, h, w) class indices, 255 = ignored
     n_classes: int,  # classes, the background included
 ) -> dict[str, Any]:  # "agreement": 0 to 1; "shares": per class, 1 = as in the labelled masks; None: no mask shows it
-    """How annotator and segmenter stand to each other and to the labelled masks."""
+    """How annotator and segmenter stand to each other and to the labelled masks.
+
+    Parameters
+    ----------
+    named
+        the annotator's labels of generated pictures, (B, H, W) class indices
+    predicted
+        the segmenter's of the same pictures
+    masks
+        the labelled masks, (n, h, w) class indices, 255 = ignored
+    n_classes
+        classes, the background included
+
+    Returns
+    -------
+    dict[str, Any]
+        "agreement": 0 to 1; "shares": per class, 1 = as in the labelled masks; None: no mask shows it
+    """
     wanted, found = class_shares(masks, n_classes).tolist(), class_shares(named, n_classes).tolist()
     shares = [have / want if want else None for have, want in zip(found, wanted)]
     return {"agreement": (named == predicted).float().mean().item(), "shares": shares}
@@ -43,7 +73,20 @@ def warning_sign(
     record: dict[str, Any],  # from `signs`
     classes: Sequence[str] | None = None,  # names; None: their numbers
 ) -> str:  # one sentence; empty if there is nothing to say
-    """What a person should hear of the signs."""
+    """What a person should hear of the signs.
+
+    Parameters
+    ----------
+    record
+        from `signs`
+    classes
+        names; None: their numbers
+
+    Returns
+    -------
+    str
+        one sentence; empty if there is nothing to say
+    """
     names = classes or [f"class {i}" for i in range(len(record["shares"]))]
     lost = [f"{name} ({share:.2f})" for name, share in zip(names, record["shares"])
             if share is not None and share < LOST]

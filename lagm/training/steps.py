@@ -36,7 +36,19 @@ def labelled_gradients(
     labelled: Sequence[Pair],  # x_l, y_l: the parts of a batch
     weigh_one: bool = False,  # see `gradient_of_parts`
 ) -> tuple[list[Tensor], Tensor]:
-    """g_l, one tensor per name, and the labelled loss."""
+    """g_l, one tensor per name, and the labelled loss.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    names
+        of parameters of S
+    labelled
+        x_l, y_l: the parts of a batch
+    weigh_one
+        see `gradient_of_parts`
+    """
     def vote(part: int) -> Voted:
         images, masks = labelled[part]
         weights, known = state.class_weights, masks[masks != IGNORE]
@@ -51,7 +63,20 @@ def supervised_step(
     state: TrainState,  # networks, optimisers and averages
     labelled: Sequence[Pair],  # the parts of a batch
 ) -> dict[str, Tensor]:  # loss_label
-    """The segmenter learns from labelled pictures."""
+    """The segmenter learns from labelled pictures.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    labelled
+        the parts of a batch
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_label
+    """
     state.train("segmenter")
     gradients, loss = labelled_gradients(state, state.trained["segmenter"], labelled)
     state.update("segmenter", gradients)
@@ -61,7 +86,19 @@ def supervised_step(
 # %% ../../nbs/reference/training/54_steps.ipynb #e9df86af
 @dataclass(frozen=True)
 class Matched:
-    """What phase A found, before the annotator moves."""
+    """What phase A found, before the annotator moves.
+
+    Attributes
+    ----------
+    loss_gm
+        D(g_s, g_l)
+    loss_syn
+        the segmenter's loss on the annotator's labels
+    gradients_s
+        g_s, one tensor per matched parameter
+    label_gradient
+        from the number of a part to its labels, with their graph, and dD/dq
+    """
     loss_gm: Tensor  # D(g_s, g_l)
     loss_syn: Tensor  # the segmenter's loss on the annotator's labels
     gradients_s: list[Tensor]  # g_s, one tensor per matched parameter
@@ -76,7 +113,21 @@ def match_by_double_backward(
     gradients_l: Sequence[Tensor],  # the labelled gradient of these
     shared: SyntheticPass | None,  # a pass that both phases use; None: a new one
 ) -> Matched:
-    """The distance and its gradient as the authors' program finds them."""
+    """The distance and its gradient as the authors' program finds them.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
+    synthetic
+        the whole batch
+    gradients_l
+        the labelled gradient of these
+    shared
+        a pass that both phases use; None: a new one
+    """
     with state.passes():
         labels = synthetic.labels(state.networks["annotator"], state.label_weights)
         match = match_double_backward(state.segmenter, names, synthetic.images, labels, gradients_l,
@@ -93,7 +144,23 @@ def match_by_tangents(
     gradients_l: Sequence[Tensor],  # of the matched parameters
     shared: SyntheticPass | None,  # over the pictures of the only part, if phase S is to share it
 ) -> Matched:
-    """The distance and its gradient by one backward pass and one pass of tangents for each part."""
+    """The distance and its gradient by one backward pass and one pass of tangents for each part.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
+    batches
+        own part -> its pictures
+    parts
+        portions of the batch
+    gradients_l
+        of the matched parameters
+    shared
+        over the pictures of the only part, if phase S is to share it
+    """
     whole, annotator, passes = parts == 1, state.networks["annotator"], {}
 
     def vote(part: int) -> Voted:
@@ -131,7 +198,23 @@ def phase_annotator(
     gradients_l: Sequence[Tensor],  # the labelled gradient of these
     shared: SyntheticPass | None = None,  # a pass that both phases use; None: a new one
 ) -> Matched:
-    """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`."""
+    """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
+    batches
+        own part -> its pictures
+    parts
+        portions of the batch
+    gradients_l
+        the labelled gradient of these
+    shared
+        a pass that both phases use; None: a new one
+    """
     annotator = state.train("annotator")
     if state.recipe.gradients == "double":
         matched = match_by_double_backward(state, names, batches[0], gradients_l, shared)
@@ -157,7 +240,30 @@ def phase_segmenter(
     gradients_s: Sequence[Tensor] | None = None,  # of all, phase A's; None: those of the annotator's labels now
     update: bool = True,  # False: phase A has counted the statistics of these pictures
 ) -> Tensor | None:  # the synthetic loss; None if its gradient was given
-    """Phase S: move the segmenter along its gradient on the annotator's labels, plus the labelled one if given."""
+    """Phase S: move the segmenter along its gradient on the annotator's labels, plus the labelled one if given.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    synthetic
+        part -> its pictures
+    parts
+        portions of the batch
+    gradients_l
+        of all parameters; None: no labelled loss
+    shared
+        phase A's, over the same pictures; None: new ones
+    gradients_s
+        of all, phase A's; None: those of the annotator's labels now
+    update
+        False: phase A has counted the statistics of these pictures
+
+    Returns
+    -------
+    Tensor | None
+        the synthetic loss; None if its gradient was given
+    """
     everything, loss = state.trained["segmenter"], None
 
     def vote(part: int) -> Voted:
@@ -188,7 +294,30 @@ def matching_step(
     match: bool = True,  # False: no phase A
     learn: bool = True,  # False: no phase S
 ) -> dict[str, Tensor]:  # loss_label, loss_gm (the distance D), loss_syn (of phase A), loss_s (of phase S)
-    """One iteration: phase A, then phase S."""
+    """One iteration: phase A, then phase S.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    names
+        the matched parameters of S
+    labelled
+        x_l, y_l: the parts of a batch
+    synthetic
+        phase A's, or the shared one; not needed if there is no phase A and `fresh` is given
+    fresh
+        phase S's; None: shared
+    match
+        False: no phase A
+    learn
+        False: no phase S
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_label, loss_gm (the distance D), loss_syn (of phase A), loss_s (of phase S)
+    """
     recipe, segmenter, parts, losses = state.recipe, state.train("segmenter"), len(labelled), {}
     everything, taught = state.trained["segmenter"], learn and recipe.label_weight > 0
     wanted = everything if taught else list(names)
@@ -216,7 +345,20 @@ def reweighed(
     probabilities: Tensor,  # (B, C, H, W)
     factors: Tensor | None,  # (C,); None: as they are
 ) -> Tensor:  # (B, C, H, W), sum 1 over the classes
-    """Probabilities, each class multiplied by its factor."""
+    """Probabilities, each class multiplied by its factor.
+
+    Parameters
+    ----------
+    probabilities
+        (B, C, H, W)
+    factors
+        (C,); None: as they are
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W), sum 1 over the classes
+    """
     if factors is None: return probabilities
     changed = probabilities * factors[:, None, None]
     return changed / changed.sum(dim=1, keepdim=True)
@@ -227,7 +369,22 @@ def imitation_step(
     synthetic: Sequence[SyntheticBatch],  # the parts of a batch, not augmented
     factors: Tensor | None = None,  # (C,), from `alignment`
 ) -> dict[str, Tensor]:  # loss_imitation
-    """The annotator learns from what the segmenter, in eval mode, predicts: cross-entropy against its probabilities."""
+    """The annotator learns from what the segmenter, in eval mode, predicts: cross-entropy against its probabilities.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    synthetic
+        the parts of a batch, not augmented
+    factors
+        (C,), from `alignment`
+
+    Returns
+    -------
+    dict[str, Tensor]
+        loss_imitation
+    """
     parts, segmenter, annotator = len(synthetic), state.segmenter.eval(), state.train("annotator")
 
     def one(part: int) -> Tensor:
@@ -252,7 +409,24 @@ def alignment(
     masks: Tensor,  # of the labelled pictures
     batches: int = 16,  # how many generated batches are looked at
 ) -> Tensor:  # (C,), from 1 / align to align
-    """What S's probabilities are to be multiplied by for each class to fill its labelled share."""
+    """What S's probabilities are to be multiplied by for each class to fill its labelled share.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    pictures
+        not augmented
+    masks
+        of the labelled pictures
+    batches
+        how many generated batches are looked at
+
+    Returns
+    -------
+    Tensor
+        (C,), from 1 / align to align
+    """
     found = []
     for i in range(batches):
         images = pictures(i, "align").images  # the generator is never run under autocast
