@@ -70,7 +70,8 @@ def test_a_file_is_read_inspected_and_converted(tmp_path, case):
 def test_without_averages_the_networks_themselves_are_taken(tmp_path):
     path = golden_file(tmp_path, "attention")
     content = torch.load(path, weights_only=True)
-    averaged, plain = load_generator(path), {n: t for n, t in content["GAN"].items() if not n.startswith(("SE.", "GE."))}
+    averaged, plain = (load_generator(path),
+                       {n: t for n, t in content["GAN"].items() if not n.startswith(("SE.", "GE."))})
     torch.save(plain, tmp_path / "model_4.pt")
     bare = load_generator(tmp_path / "model_4.pt")
     ours, theirs = bare.network.state_dict(), averaged.network.state_dict()

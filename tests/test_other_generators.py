@@ -23,7 +23,8 @@ def trainers_file(folder):
     state = LucidrainsGAN([8, 8, 4], z_dim=8, mapping_layers=1, attention=[1]).state_dict()
     del state["mapping.w_avg"]
     names = {"mapping": "SE", "synthesis": "GE"}
-    return official.lucidrains(folder, {names[n.partition(".")[0]] + "." + n.partition(".")[2]: t for n, t in state.items()})
+    return official.lucidrains(folder, {names[n.partition(".")[0]] + "." + n.partition(".")[2]: t
+                                        for n, t in state.items()})
 
 
 KINDS = {  # how its file is made, what the record says, and the class that is drawn
@@ -56,11 +57,13 @@ def test_annotate_finish_and_evaluate(tmp_path, kind):
     assert 0 <= record["metrics"]["segmenter"]["fg_miou"] <= 1
 
 
-@pytest.mark.parametrize("label, words", [(None, "draws 2 classes: choose one with label="), (2, "draws 2 classes, 0 to 1"),
+@pytest.mark.parametrize("label, words", [(None, "draws 2 classes: choose one with label="),
+                                          (2, "draws 2 classes, 0 to 1"),
                                           (-1, "0 to 1")])
 def test_a_generator_of_several_classes_needs_one(tmp_path, label, words):
     file = official.nvidia_pytorch(tmp_path / "c.pkl", StyleGAN2(16, c_dim=2, **SMALL))
-    values = dict(generator=str(file), size=[16, 16], validation="", generator_class=label, out_dir=str(tmp_path / "out"))
+    values = dict(generator=str(file), size=[16, 16], validation="", generator_class=label,
+                  out_dir=str(tmp_path / "out"))
     with pytest.raises(InputError, match=words): run_cells(experiment_folder() / "annotate.ipynb", values)
 
 
@@ -68,7 +71,8 @@ def test_the_doctor_reads_a_generators_file(tmp_path, capsys):
     several = official.nvidia_stylegan3(tmp_path / "r.pkl", StyleGAN3(16, c_dim=3, num_layers=4, **SMALL, **ROTATION))
     assert main(["doctor", str(several)]) == 0
     told = capsys.readouterr().out
-    for words in ("StyleGAN3", "configuration R", "16 pixels", "NVIDIA's licences", "3 classes", "generator_class, 0 to 2"):
+    for words in ("StyleGAN3", "configuration R", "16 pixels", "NVIDIA's licences", "3 classes",
+                  "generator_class, 0 to 2"):
         assert words in told, told
     assert main(["doctor", str(trainers_file(tmp_path))]) == 0 and "stylegan2-pytorch" in capsys.readouterr().out
     (tmp_path / "page.pkl").write_text("<html>")

@@ -77,7 +77,8 @@ def slow_resample(x, kernel, up, down, low, high, gain):
     padded = np.zeros((channels, height * up + low + high, width * up + low + high))
     for i in range(wide.shape[1]):
         for j in range(wide.shape[2]):
-            if 0 <= i + low < padded.shape[1] and 0 <= j + low < padded.shape[2]: padded[:, i + low, j + low] = wide[:, i, j]
+            if 0 <= i + low < padded.shape[1] and 0 <= j + low < padded.shape[2]:
+                padded[:, i + low, j + low] = wide[:, i, j]
     taps = len(kernel)
     out = np.zeros((channels, padded.shape[1] - taps + 1, padded.shape[2] - taps + 1))
     for a in range(taps):
@@ -221,7 +222,8 @@ def test_resampling(up, down, padding, taps):
     x, row, square = torch.randn(1, 3, 9, 9), torch.randn(taps), torch.randn(taps, taps)
     for kernel, whole in ((row, torch.outer(row, row)), (square, square)):
         expected = slow_resample(x[0].double().numpy(), whole.double().numpy(), up, down, *padding, up**2)
-        assert relative_error(resample(x, kernel, up, down, padding, up**2)[0], torch.from_numpy(expected.copy())) < 1e-5
+        assert relative_error(resample(x, kernel, up, down, padding, up**2)[0],
+                              torch.from_numpy(expected.copy())) < 1e-5
     expected = slow_resample(x[0].double().numpy(), np.ones((1, 1)), up, down, *padding, 1.0)
     assert torch.allclose(resample(x, None, up, down, padding)[0].double(), torch.from_numpy(expected.copy()))
 
@@ -230,7 +232,8 @@ def test_the_filtered_relu_clamps_on_the_fine_grid():
     torch.manual_seed(0)
     x, bias, row = torch.randn(1, 2, 8, 8), torch.tensor([0.5, -0.5]), lowpass_filter(12, 3, 2, 16)
     ours = filtered_leaky_relu(x, bias, row, row, 2, 2, (12, 11), clamp=0.4)
-    fine = slow_resample((x + bias[:, None, None])[0].double().numpy(), torch.outer(row, row).double().numpy(), 2, 1, 12,
+    fine = slow_resample((x + bias[:, None, None])[0].double().numpy(), torch.outer(row, row).double().numpy(), 2, 1,
+                         12,
                          11, 4)
     fine = (np.where(fine > 0, fine, 0.2 * fine) * math.sqrt(2)).clip(-0.4, 0.4)
     expected = slow_resample(fine, torch.outer(row, row).double().numpy(), 1, 2, 0, 0, 1)
@@ -243,7 +246,8 @@ def test_the_modulated_convolution(demodulate):
     x, weight, styles = torch.randn(2, 3, 5, 5), 7 * torch.randn(4, 3, 3, 3), torch.randn(2, 3)
     ours = balanced_conv2d(x, weight, styles, demodulate, torch.tensor(0.3))
     for i in range(2):
-        expected = slow_conv(x[i].double().numpy(), weight.double().numpy(), styles[i].double().numpy(), demodulate, 0.3)
+        expected = slow_conv(x[i].double().numpy(), weight.double().numpy(), styles[i].double().numpy(), demodulate,
+                             0.3)
         assert relative_error(ours[i], torch.from_numpy(expected)) < 1e-5
     alone = balanced_conv2d(x[:1], weight, styles[:1], demodulate, torch.tensor(0.3))
     assert torch.allclose(ours[:1], alone, atol=1e-6), "a picture does not depend on the others of its batch"
@@ -321,7 +325,8 @@ def test_nvidias_pickle_is_read_and_nothing_runs(tmp_path, protocol, change):
     convert(path, tmp_path / "g.safetensors")
     same_pictures(tmp_path / "g.safetensors", network)
     facts = inspect(path)
-    assert facts["format"].endswith("configuration " + ("R" if change else "T")) and not (tmp_path / "executed").exists()
+    assert (facts["format"].endswith("configuration " + ("R" if change else "T"))
+            and not (tmp_path / "executed").exists())
     assert facts["generator"]["class"] == "StyleGAN3" and "NVIDIA's licences" in facts["licence"]
     assert facts["generator"]["feature_maps"][-1].endswith("32 × 32")
     assert main(["inspect", str(path)]) == 0

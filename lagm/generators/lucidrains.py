@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'HEAD', 'ScaledLinear', 'LucidrainsMapping', 'ChannelNorm', 'LinearAttention', 'attention_block',
-           'attend', 'double', 'soften', 'LucidrainsBlock', 'noise_picture', 'LucidrainsSynthesis', 'LucidrainsGAN']
+           'attend', 'double', 'soften', 'LucidrainsBlock', 'noise_picture', 'LucidrainsSynthesis', 'check_arguments',
+           'LucidrainsGAN']
 
 # %% ../../nbs/reference/generators/23_lucidrains.ipynb #c23e232f
 from collections.abc import Sequence
@@ -226,6 +227,41 @@ class LucidrainsSynthesis(nn.Module):
             features.append(x)
         return Generated(2 * cast(Tensor, rgb) - 1, features)
 
+# %% ../../nbs/reference/generators/23_lucidrains.ipynb #ff992b7b
+def check_arguments(
+    widths: Any,  # channels of each block
+    z_dim: Any,  # size of the latent
+    mapping_layers: Any,
+    mapping_lr: Any,  # a positive number
+    attention: Any,  # numbers of blocks
+    no_const: Any,  # true or false
+) -> None:
+    """Raise `InputError` unless these make a network.
+
+    Parameters
+    ----------
+    widths
+        channels of each block
+    z_dim
+        size of the latent
+    mapping_lr
+        a positive number
+    attention
+        numbers of blocks
+    no_const
+        true or false
+    """
+    if not isinstance(widths, list | tuple) or not 2 <= len(widths) <= 11:
+        raise InputError(f"widths is {printable(widths, 60)}: it must be a list of 2 to 11 numbers of channels")
+    check_sizes(dict(z_dim=z_dim, mapping_layers=mapping_layers)
+                | {f"widths[{i}]": n for i, n in enumerate(widths)})
+    if isinstance(mapping_lr, bool) or not isinstance(mapping_lr, int | float) or not 0 < mapping_lr < 1e6:
+        raise InputError(f"mapping_lr is {printable(mapping_lr, 40)}: it must be a positive number")
+    listed = (isinstance(attention, list | tuple)
+              and all(type(i) is int and i in range(len(widths)) for i in attention))
+    if not listed or not isinstance(no_const, bool):
+        raise InputError("attention must be a list of numbers of blocks, and no_const true or false")
+
 # %% ../../nbs/reference/generators/23_lucidrains.ipynb #38a4ccc1
 class LucidrainsGAN(StyleGenerator):
     """The generator of lucidrains' stylegan2-pytorch, `z (B, z_dim) -> Generated(image, features)`.
@@ -255,14 +291,7 @@ class LucidrainsGAN(StyleGenerator):
         attention: Sequence[int] = (),  # numbers of the blocks, from 0 on, that have attention before them
         no_const: bool = False,  # make the first map from the style
     ):
-        if not isinstance(widths, list | tuple) or not 2 <= len(widths) <= 11:
-            raise InputError(f"widths is {printable(widths, 60)}: it must be a list of 2 to 11 numbers of channels")
-        check_sizes(dict(z_dim=z_dim, mapping_layers=mapping_layers) | {f"widths[{i}]": n for i, n in enumerate(widths)})
-        if isinstance(mapping_lr, bool) or not isinstance(mapping_lr, int | float) or not 0 < mapping_lr < 1e6:
-            raise InputError(f"mapping_lr is {printable(mapping_lr, 40)}: it must be a positive number")
-        listed = isinstance(attention, list | tuple) and all(type(i) is int and i in range(len(widths)) for i in attention)
-        if not listed or not isinstance(no_const, bool):
-            raise InputError("attention must be a list of numbers of blocks, and no_const true or false")
+        check_arguments(widths, z_dim, mapping_layers, mapping_lr, attention, no_const)
         synthesis: Any = LucidrainsSynthesis(z_dim, widths, sorted({*attention}), no_const)
         mapping: Any = LucidrainsMapping(z_dim, mapping_layers, mapping_lr)
         super().__init__(mapping, synthesis)

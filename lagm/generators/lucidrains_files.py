@@ -9,9 +9,9 @@ __all__ = ['averaged_weights', 'check_version_of', 'lucidrains', 'beside']
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ..core.pickle_records import LazyTensor, Unreadable
+from ..core.pickle_records import Unreadable
 from lagm.generators.formats import (
     FORMATS,
     Found,
@@ -61,7 +61,9 @@ def check_version_of(
     weights
         as `averaged_weights` gives them
     """
-    ours = re.compile(r"synthesis\.attns\.\d{1,2}\.[01]\.fn\.(norm\.[gb]|fn\.(to_(q|kv\.net\.[01]|out)|[02])\.(weight|bias))")
+    ours = re.compile(
+        r"synthesis\.attns\.\d{1,2}\.[01]\.fn\.(norm\.[gb]|fn\.(to_(q|kv\.net\.[01]|out)|[02])\.(weight|bias))"
+    )
     attention = [name for name in weights if name.startswith("synthesis.attns.")]
     if "synthesis.initial_conv.weight" not in weights or not all(map(ours.fullmatch, attention)):
         raise Unreadable("holds a network of an old version of lucidrains' stylegan2-pytorch, whose layers were others",
@@ -85,14 +87,15 @@ def lucidrains(
     blocks = count_numbered(weights, r"synthesis\.blocks\.(\d{1,2})\.conv2\.weight")
     layers = len([name for name in weights if re.fullmatch(r"mapping\.net\.\d{1,3}\.weight", name)])
     widths = [lazy_shape(weights, f"synthesis.blocks.{i}.conv2.weight", 4)[0] for i in range(blocks)]
-    attention = sorted({int(match[1]) for name in weights if (match := re.match(r"synthesis\.attns\.(\d{1,2})\.", name))})
+    attention = sorted({int(match[1]) for name in weights
+                        if (match := re.match(r"synthesis\.attns\.(\d{1,2})\.", name))})
     z_dim = lazy_shape(weights, "mapping.net.0.weight", 2)[1]
     no_const = "synthesis.initial_block" not in weights
     network = on_meta(lambda: LucidrainsGAN(widths, z_dim, layers, 0.1, attention, no_const))
     found = {name: from_tensor(lazy) for name, lazy in weights.items() if not name.endswith(".to_rgb.upsample.1.f")}
     found["mapping.w_avg"] = given(network.mapping.w_avg.new_zeros(z_dim, device="cpu"))
     return Found("StyleGAN2 of lucidrains' stylegan2-pytorch (SE and GE)", network, found, "mapping.w_avg",
-                 takes_mean=True, mean_is_computed=True, beside=lambda path: beside(path, network))
+                 takes_mean=True, mean_is_computed=True, beside=lambda path: beside(path, cast(LucidrainsGAN, network)))
 
 # %% ../../nbs/reference/generators/26_lucidrains.ipynb #e8afd8a0
 def beside(

@@ -272,7 +272,8 @@ def _of_the_later_program(record: Record) -> bool:
 RELATIVES = [  # names of tensors, what has them, and what this kit lacks for it
     (r"mapping\.embed_proj\..+|.+_filter(4|16)", "a StyleGAN-XL",
      "its layers change with the stages of its training, and it has a mean style for every class"),
-    (r"mapping\.clip\..+|.+\.affine\.proj\.weight", "a StyleGAN-T", "it draws what a text says, by CLIP's text encoder"),
+    (r"mapping\.clip\..+|.+\.affine\.proj\.weight", "a StyleGAN-T",
+     "it draws what a text says, by CLIP's text encoder"),
     (r"synthesis\.(init\.init|feat_8|se_64)\..+", "a FastGAN, as Projected GAN trains it",
      "its layers are others than a StyleGAN's"),
     (r".*transformer.*|mapping\.pos|.+\.(ltnt|grid)_pos", "a GANformer", "its latents attend to each other"),

@@ -9,7 +9,6 @@ __all__ = ['WHOLE', 'UNUSED', 'MAPPING', 'Design', 'rotation_design', 'check_des
 # %% ../../nbs/reference/generators/23_stylegan3.ipynb #c8318fed
 import math
 from collections.abc import Mapping as Dict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self, cast
 
@@ -25,7 +24,6 @@ from lagm.generators.stylegan2 import (
     Mapping,
     StyleGenerator,
     demodulation,
-    unit_power,
 )
 from .stylegan2_arguments import check_sizes
 from .stylegan2_ops import remembered, scale_and_shift, scale_channels
@@ -303,7 +301,7 @@ class StyleGAN3Layer(nn.Module):
 
 # %% ../../nbs/reference/generators/23_stylegan3.ipynb #baaf0cd5
 class StyleGAN3Synthesis(nn.Module):
-    """The synthesis network, `ws (B, num_ws, w_dim) -> Generated`: the last map of each sampling rate, without margins."""
+    """The synthesis network, `ws (B, num_ws, w_dim) -> Generated`: the last map of each rate, without margins."""
 
     def __init__(self, w_dim: int, img_resolution: int, img_channels: int, design: Design):
         super().__init__()

@@ -8,7 +8,7 @@ __all__ = ['nvidia_stylegan3', 'stylegan3_record']
 # %% ../../nbs/reference/generators/26_stylegan3_files.ipynb #bc110b9d
 from typing import Any
 
-from ..core.pickle_records import Record, Unreadable
+from ..core.pickle_records import Record
 from ..core.unpickling import module_tensors
 from .formats import FORMATS, Found, GeneratorFormat, check_classes, from_tensor, on_meta
 from .nvidia import constructor_arguments, ema_record, has_fourier_input, name_relative

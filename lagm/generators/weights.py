@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.pickle_records import quoted
 from ..core.tensors import all_finite, save_tensors
-from .stylegan1 import StyleGAN1
 from .lucidrains import LucidrainsGAN
+from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2
 from .stylegan2_classes import one_class
 from .stylegan3 import StyleGAN3
