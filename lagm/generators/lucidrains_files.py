@@ -6,11 +6,12 @@
 __all__ = ['averaged_weights', 'check_version_of', 'lucidrains', 'beside']
 
 # %% ../../nbs/reference/generators/26_lucidrains.ipynb #ad11d7a4
-import json
 import re
 from pathlib import Path
 from typing import Any, cast
 
+from ..core.errors import InputError
+from ..core.files import read_json
 from ..core.pickle_records import Unreadable
 from lagm.generators.formats import (
     FORMATS,
@@ -117,8 +118,8 @@ def beside(
         what is worth recording
     """
     config = path.parent / ".config.json"
-    try: said = json.loads(config.read_text("utf-8")) if config.is_file() and config.stat().st_size < 2**20 else {}
-    except (OSError, ValueError, RecursionError): said = {}
+    try: said = read_json(config) if config.is_file() else {}
+    except InputError: said = {}
     factor = said.get("lr_mlp", 0.1) if isinstance(said, dict) else 0.1
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
         raise Unreadable("has a .config.json beside it whose lr_mlp is no positive number", "mend it, or remove it")
