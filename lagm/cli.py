@@ -493,7 +493,7 @@ def add_data_commands(
              "run, 1 if something is missing or broken.")
     doctor = commands.add_parser("doctor", help="what is there, missing or broken", description=about)
     doctor.add_argument("name", nargs="?", metavar="NAME", help="an experiment, a stage or a pattern, as for "
-                        "`lagm run`, or a family, e.g. horse (default: the paper's 28)")
+                        "`lagm run`, or a family, e.g. horse, or a generator's file (default: the paper's 28)")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--deep", action="store_true", help="decode every picture")
     doctor.add_argument("--environment", default="", metavar="RECORD", help="instead: which packages differ from "

@@ -7,6 +7,7 @@ written.
 import argparse
 import contextlib
 import copy
+import json
 import math
 import pickle
 import sys
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-BUFFERS = ("w_avg", "noise_const", "resample_filter")
+BUFFERS = ("w_avg", "noise_const", "resample_filter", "transform", "freqs", "phases", "magnitude_ema", "up_filter",
+           "down_filter")
 SOURCE = "import pathlib\npathlib.Path({path!r}).write_text('executed')\nclass Generator: pass\n"
 
 
@@ -199,6 +201,24 @@ def rosinality(path: Path, network, mean: bool = True, zipped: bool = True, opti
     if mean: content["latent_avg"] = network.mapping.w_avg
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     return path
+
+
+def nvidia_stylegan3(path: Path, network: nn.Module, protocol: int = 4, **options) -> Path:
+    """A StyleGAN3 pickle: arguments of the synthesis network stand beside the others, and what is usual is unsaid."""
+    kwargs, usual = network.init_kwargs(), type(network)(network.img_resolution).init_kwargs()
+    kept = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels", "mapping_kwargs")
+    kwargs = {name: value for name, value in kwargs.items() if name in kept or value != usual[name]}
+    return nvidia_pytorch(path, network, protocol, kwargs=kwargs | {"num_fp16_res": 4, "magnitude_ema_beta": 0.9995},
+                          **options)
+
+
+def lucidrains(folder: Path, state: dict, lr_mlp: float = 0.1, number: int = 7) -> Path:
+    """What lucidrains' trainer leaves in the folder of a run; `state` has the running averages, SE and GE."""
+    plain = {{"SE": "S", "GE": "G"}[name.partition(".")[0]] + name[2:]: tensor * 2 for name, tensor in state.items()}
+    others = {"D.blocks.0.conv_res.weight": torch.zeros(4, 3, 1, 1), "D.to_logit.bias": torch.zeros(1)}
+    torch.save({"GAN": plain | others | state, "version": "1.9.0"}, folder / f"model_{number}.pt")
+    if lr_mlp != 0.1: (folder / ".config.json").write_text(json.dumps({"image_size": 16, "lr_mlp": lr_mlp}))
+    return folder / f"model_{number}.pt"
 
 
 def snapshot(path: Path, annotator: nn.Module, segmenter: nn.Module, protocol: int = 4, **annotator_kwargs) -> Path:

@@ -245,8 +245,8 @@ LUCIDRAINS = {"S.net.0.weight": 1, "G.initial_block": 1, "G.blocks.0.to_style1.w
 
 
 @pytest.mark.parametrize("content, words", [
-    ({"GAN": LUCIDRAINS, "version": "1.8.6"}, ["lucidrains' stylegan2-pytorch", "not read yet"]),
-    (LUCIDRAINS, ["lucidrains"]), ({"GAN": {"G.layers.0.0.0.weight": 1}, "version": "0.1"}, ["lightweight-gan"]),
+    ({"GAN": LUCIDRAINS, "version": "0.2"}, ["lucidrains' stylegan2-pytorch", "old version"]),
+    (LUCIDRAINS, ["lucidrains"]), ({"G.initial_block": 1}, ["a part of a checkpoint of lucidrains'"]), ({"GAN": {"G.layers.0.0.0.weight": 1}, "version": "0.1"}, ["lightweight-gan"]),
     ({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": 1, "first_stage_model.encoder.conv_in.weight": 1},
       "global_step": 3}, ["diffusion"]),
     ({"down_blocks.0.resnets.0.conv1.weight": 1, "time_embedding.linear_1.weight": 1}, ["diffusion"]),
@@ -273,10 +273,21 @@ def test_a_safetensors_file_of_another_program_is_named(tmp_path):
     refused(tmp_path / "unet.safetensors", "diffusion")
 
 
-def test_stylegan_xl_and_whole_objects_are_named(tmp_path):
-    module = official.persistent_module({"mapping.w_avg": torch.zeros(10, 3), "synthesis.input.freqs": torch.zeros(3)},
-                                        "Generator", "", _init_args=(), _init_kwargs={})
-    refused(official.dump(dict(G_ema=module), tmp_path / "xl.pkl", 4), "StyleGAN-XL")
+@pytest.mark.parametrize("tensors, words", [
+    ({"mapping.w_avg": (10, 3), "synthesis.input.freqs": (3,)}, ["a StyleGAN-XL", "mean style for every class"]),
+    ({"mapping.w_avg": (3,), "synthesis.input.freqs": (3,), "synthesis.L0_36_4.up_filter16": (12,)}, ["StyleGAN-XL"]),
+    ({"mapping.w_avg": (3,), "synthesis.input.freqs": (3,), "synthesis.b4.torgb.affine.proj.weight": (3, 3)},
+     ["a StyleGAN-T", "CLIP"]),
+    ({"synthesis.init.init.1.weight_orig": (3, 3, 4, 4), "synthesis.feat_8.0.weight": (3,)}, ["FastGAN", "Projected"]),
+    ({"mapping.w_avg": (3,), "synthesis.b8.conv0.transformer.to_queries.weight": (3, 3)}, ["GANformer"]),
+    ({"backbone.synthesis.b4.const": (3, 4, 4), "decoder.net.0.weight": (3, 3)}, ["EG3D", "camera"])])
+def test_what_was_built_on_nvidias_programs_is_named(tmp_path, tensors, words):
+    module = official.persistent_module({name: torch.zeros(shape) for name, shape in tensors.items()}, "Generator", "",
+                                        _init_args=(), _init_kwargs={})
+    refused(official.dump(dict(G_ema=module), tmp_path / "g.pkl", 4), "does not compute", *words)
+
+
+def test_whole_objects_are_named(tmp_path):
     with official.stand_ins({"network.program.Generator": type("Generator", (), {})}) as _:
         from network.program import Generator
         for name, content in (("whole.pt", Generator()), ("dict.pt", {"G_ema": Generator()})):

@@ -179,6 +179,10 @@ class Found(NamedTuple):
         whether the constant noise is in the file
     takes_mean
         whether another mean style may be given, as for formats that may lack it
+    mean_is_computed
+        whether its program keeps no mean style, and computes one, too
+    beside
+        takes what files beside it say into the network, and gives what is worth recording
     """
 
     kind: str  # in words
@@ -187,6 +191,9 @@ class Found(NamedTuple):
     mean: str = ""  # the name of the mean style if it is not in the file
     noise: bool = True  # whether the constant noise is in the file
     takes_mean: bool = False  # whether another mean style may be given, as for formats that may lack it
+    mean_is_computed: bool = False  # whether its program keeps no mean style, and computes one, too
+    # takes what files beside it say into the network, and gives what is worth recording
+    beside: Callable[[Path], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -345,8 +352,7 @@ OTHERS = [  # a key, what has it, and what to do
      "a generator of rosinality's program without its running average (g_ema)",
      "use a file that its training saved whole, or save the dict of weights by itself"),
     (r"GE?\.(initial_block|to_initial_block\..*|blocks\.\d+\.to_style1\..*)",
-     "a network of lucidrains' stylegan2-pytorch, whose layers are others than NVIDIA's: not read yet",
-     "use a checkpoint of NVIDIA's or rosinality's program; lucidrains' files belong to their own"),
+     "a part of a checkpoint of lucidrains' stylegan2-pytorch", "give model_N.pt as its training saved it"),
     (r"GE?\.(layers|sle_map|initial_conv|res_layers)\..*",
      "a network of lucidrains' lightweight-gan: not read yet",
      "use a checkpoint of NVIDIA's or rosinality's StyleGAN2"),
@@ -358,7 +364,7 @@ OTHERS = [  # a key, what has it, and what to do
     (r"synthesis\.b4\.const",
      "a StyleGAN2's state dict without the arguments it was built with", "give the pickle that it was taken from"),
     (r"synthesis\.input\..*",
-     "a StyleGAN3, which this kit does not compute", "use a StyleGAN2 checkpoint of the same pictures"),
+     "a StyleGAN3's state dict without the arguments it was built with", "give the pickle that it was taken from"),
     (
         r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
         r"cond_stage_model|betas|alphas_cumprod)(\..*)?",

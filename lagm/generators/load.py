@@ -29,8 +29,10 @@ from . import nvidia  # noqa: F401 (it registers its formats, and so do the next
 from .contract import FrozenGenerator, Sampling
 from .datasetgan import datasetgan  # noqa: F401
 from .formats import Found, fill_network, generator_in, name_other, recognise
+from .lucidrains_files import lucidrains  # noqa: F401
 from .rosinality import rosinality  # noqa: F401
 from .stylegan1 import StyleGAN1
+from .stylegan3_files import nvidia_stylegan3  # noqa: F401
 from .weights import generator_header, network_from_tensors, of_class
 
 # %% ../../nbs/reference/generators/26_load.ipynb #c2394c49
@@ -89,8 +91,9 @@ def set_mean_style(
     if avg_latent is None:
         mapping = network.g_mapping if isinstance(network, StyleGAN1) else network.mapping
         mean = mean_style(mapping, network.z_dim, network.w_dim)
-        warnings.warn(f"{path} lacks its mean style, which truncation needs: it was computed from {MEAN_OF:,} latents. "
-                      "If you have the original (a .npy file), give it as avg_latent", stacklevel=4)
+        if not found.mean_is_computed:
+            warnings.warn(f"{path} lacks its mean style, which truncation needs: it was computed from {MEAN_OF:,} "
+                          "latents. If you have the original (a .npy file), give it as avg_latent", stacklevel=4)
     else: mean = _read_mean(path, network, avg_latent)
     owner, leaf = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     setattr(owner, leaf, mean)
@@ -131,7 +134,7 @@ def read_generator(
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for formats that may lack it
     progress: bool = False,  # show a progress bar
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
-) -> tuple[nn.Module, dict[str, Any]]:  # StyleGAN1 or StyleGAN2, and a header that says what it is
+) -> tuple[nn.Module, dict[str, Any]]:  # of a class in `NETWORKS`, and a header that says what it is
     """Read a generator. Nothing in the file is executed.
 
     Raises `InputError` naming the file, what is wrong, and what to do.
@@ -150,7 +153,7 @@ def read_generator(
     Returns
     -------
     tuple[nn.Module, dict[str, Any]]
-        StyleGAN1 or StyleGAN2, and a header that says what it is
+        of a class in `NETWORKS`, and a header that says what it is
     """
     if Path(path).is_dir(): raise InputError(f"{path} is a folder; give the file of a generator")
     if not Path(path).is_file(): raise InputError(f"no such file: {path}")
@@ -177,9 +180,10 @@ def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | Non
     found = generator_in(path, data)
     if avg_latent is not None and not found.mean and not found.takes_mean:
         raise InputError(f"{path} has its own mean style: leave avg_latent out")
+    said = found.beside(Path(path)) if found.beside else {}
     fill_network(path, found.network, found.weights, data, progress)
     origin = set_mean_style(path, found, avg_latent)
-    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin)
+    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin, **said)
     if not found.noise:
         facts["constant_noise"] = "drawn from a fixed seed"
         warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, "

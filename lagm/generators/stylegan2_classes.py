@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.errors import InputError, printable
 from .stylegan2 import StyleGAN2, unit_power
+from .stylegan3 import StyleGAN3
 
 # %% ../../nbs/reference/generators/22_stylegan2_classes.ipynb #efff5007
 def class_vector(
@@ -50,9 +51,9 @@ def class_vector(
 # %% ../../nbs/reference/generators/22_stylegan2_classes.ipynb #1f28529a
 @torch.no_grad()
 def one_class(
-    network: StyleGAN2,  # conditional
+    network: StyleGAN2 | StyleGAN3,  # conditional
     label: int | Sequence[float],  # a class, counted from 0, or a weight for each
-) -> StyleGAN2:  # shares memory with it
+) -> StyleGAN2 | StyleGAN3:  # shares memory with it
     """A generator that draws one class of a conditional one. Raises `InputError`.
 
     Parameters
@@ -64,7 +65,7 @@ def one_class(
 
     Returns
     -------
-    StyleGAN2
+    StyleGAN2 | StyleGAN3
         shares memory with it
     """
     if not network.c_dim: raise InputError("this generator is not conditional: leave label out")
@@ -77,6 +78,6 @@ def one_class(
     state["mapping.fc0.bias"] = (state["mapping.fc0.bias"].double() + for_y @ y / math.sqrt(fan_in)).float()
     arguments = network.init_kwargs() | {"c_dim": 0}
     arguments["mapping_kwargs"].pop("embed_features", None)
-    with torch.device("meta"): alone = StyleGAN2.from_init_kwargs(arguments)
+    with torch.device("meta"): alone = type(network).from_init_kwargs(arguments)
     alone.load_state_dict({name: tensor for name, tensor in state.items() if ".embed." not in name}, assign=True)
     return alone

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.pickle_records import quoted
 from ..core.tensors import all_finite, save_tensors
+from .lucidrains import LucidrainsGAN
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2
 from .stylegan2_classes import one_class
+from .stylegan3 import StyleGAN3
 
 # %% ../../nbs/reference/generators/26_weights.ipynb #42b1c918
 FORMAT_VERSION = 1
-NETWORKS: dict[str, Any] = {"StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2}  # the classes a file may name
+NETWORKS: dict[str, Any] = {  # the classes a file may name
+    "StyleGAN1": StyleGAN1, "StyleGAN2": StyleGAN2, "StyleGAN3": StyleGAN3, "LucidrainsGAN": LucidrainsGAN}
 
 
 def generator_header(
@@ -46,7 +49,7 @@ def generator_header(
 
 def save_generator(
     path: str | Path,  # ends in .safetensors
-    network: nn.Module,  # a StyleGAN1 or StyleGAN2
+    network: nn.Module,  # of a class in NETWORKS
     provenance: dict | None = None,  # what the weights are: data, recipe, images seen, licence, commit
     half: bool = False,  # store floating-point numbers as float16
 ) -> None:
@@ -57,7 +60,7 @@ def save_generator(
     path
         ends in .safetensors
     network
-        a StyleGAN1 or StyleGAN2
+        of a class in NETWORKS
     provenance
         what the weights are: data, recipe, images seen, licence, commit
     half
@@ -242,7 +245,7 @@ def of_class(
         a network that draws this class only, and its header
     """
     if label is None: return network, header
-    if not isinstance(network, StyleGAN2) or not network.c_dim:
+    if not isinstance(network, StyleGAN2 | StyleGAN3) or not network.c_dim:
         raise InputError(f"{path} is no conditional generator: leave label out")
     try: network = one_class(network, label)
     except InputError as error: raise InputError(f"{path}: {error}") from error

@@ -67,16 +67,19 @@ def read_any(
         return networks, dict(kind=kind, format_version=FORMAT_VERSION, **about, provenance=origin)
     return {"generator": network}, header
 
-# %% ../../nbs/reference/models/27_convert.ipynb #8743f5c0
+# %% ../../nbs/reference/models/27_convert.ipynb #4f14a027
 LICENCES = {
     "NVIDIA": "NVIDIA's checkpoints come under NVIDIA's licences, most of which allow research and forbid "
               "commerce: see the page you got it from",
     "DatasetGAN": "DatasetGAN's checkpoints are converted from NVIDIA's and come under the same terms (CC BY-NC)",
+    "stylegan2-pytorch": "the program is under the MIT licence; weights carry the licence of whoever trained them, and "
+                         "of "
+                         "the pictures: ask where you got it from",
     "rosinality": "weights carry the licence of whoever trained them, and of the pictures: ask where you got it from",
 }
 UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained it, and of the pictures"
 
-
+# %% ../../nbs/reference/models/27_convert.ipynb #8743f5c0
 def inspect(
     path: str | Path,  # the file
     avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own
