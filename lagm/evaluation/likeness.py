@@ -172,7 +172,7 @@ class _Reference:
         if mirrored: chosen = torch.cat([chosen[::2], chosen[1::2].flip(3)])
         half = len(chosen) // 2
         self.group = half if self.held_out is None else len(self.held_out)
-        self._fit(_features(self.encoder, chosen), min(48, max(2, self.group // 2)))
+        self._fit(_features(self.encoder, chosen), min(48, max(8, self.group)))
         unseen = self.project(self.held_out) if self.held_out is not None else self.real[:half]
         if self.held_out is None: self.real = self.real[half:]
         self.floor, self.precision = frechet_distance(unseen, self.real), _within(unseen, self.real, 3)

@@ -49,7 +49,7 @@ class GeneratorSettings:
     Attributes
     ----------
     size
-        side of the pictures: 64, 128 or 256; 0: what they allow, without a GPU 64
+        side of the pictures: 64, 128 or 256 (16 and 32 for trials); 0: what they allow, without a GPU 64
     crop
         how they become squares: centre, fit or squash
     mirror
@@ -76,7 +76,7 @@ class GeneratorSettings:
         auto, cpu, cuda, cuda:N or mps
     """
 
-    size: int = 0  # side of the pictures: 64, 128 or 256; 0: what they allow, without a GPU 64
+    size: int = 0  # side of the pictures: 64, 128 or 256 (16 and 32 for trials); 0: what they allow, without a GPU 64
     crop: str = "centre"  # how they become squares: centre, fit or squash
     mirror: bool = True  # whether a mirrored picture is as good as the picture
     augment: bool = True  # adaptive augmentation, which few pictures need and many do not hurt
@@ -112,10 +112,10 @@ def _recipe(settings: GeneratorSettings, side: int, bfloat16: bool) -> AdaptiveR
 
 
 def _split(squares: Squares, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Pictures to learn from, and a tenth (4 to 500) held out; None held out of fewer than 20."""
+    """Pictures to learn from, and a tenth (10 to 500) held out; None held out of fewer than 40."""
     order = torch.randperm(len(squares.names), generator=random_generator(seed, "held out"))
-    if len(order) < 20: return squares.images[order], None
-    held = min(500, max(4, len(order) // 10))
+    if len(order) < 40: return squares.images[order], None
+    held = min(500, max(10, len(order) // 10))
     return squares.images[order[held:]].contiguous(), squares.images[order[:held]].contiguous()
 
 # %% ../../nbs/reference/training/70_from_folder.ipynb #7968b1d5
@@ -414,6 +414,13 @@ MADE = ("state.safetensors", "generator.safetensors", "pictures.json", "pictures
         "nearest.png", "grids")
 
 
+def _check_place(folder: Path, out: Path) -> None:
+    """`InputError` if the results would lie among the pictures, where the next run would take them for pictures."""
+    among = folder / "images" if (folder / "images").is_dir() else folder
+    if folder.is_dir() and out.resolve().is_relative_to(among.resolve()):
+        raise InputError(f"{out} lies among the pictures in {among}; choose a folder outside of it with -o")
+
+
 def _check_room(run: _Run) -> None:
     """`InputError` if the disk has no room for the run's files."""
     free = shutil.disk_usage(run.out).free
@@ -468,6 +475,7 @@ def train_generator(
         facts, as in quality.json
     """
     out = Path(out)
+    _check_place(Path(folder), out)
     tell: Callable[[str], Any] = say or (lambda text: None)
     with folder_lock(out):
         if fresh: set_aside([out / name for name in MADE], "begun anew")
