@@ -6,8 +6,6 @@
 __all__ = ['RandomEncoder', 'frechet_distance', 'precision_recall', 'nearest', 'Likeness']
 
 # %% ../../nbs/reference/evaluation/85_likeness.ipynb #63b8549c
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -162,7 +160,13 @@ def nearest(
 
 # %% ../../nbs/reference/evaluation/85_likeness.ipynb #e61ee94f
 class _Reference:
-    """The training pictures of a folder, their features, and what held-out pictures score."""
+    """The training pictures of a folder, their features, and what held-out pictures score.
+
+    Attributes
+    ----------
+    real
+        (N, directions) features of training pictures
+    """
 
     def __init__(self, training: Tensor, held_out: Tensor | None, mirrored: bool, seed: int, most: int):
         if len(training) < 4: raise InputError(f"{len(training)} training pictures; for a measure 4 or more are needed")
@@ -176,6 +180,8 @@ class _Reference:
         unseen = self.project(self.held_out) if self.held_out is not None else self.real[:half]
         if self.held_out is None: self.real = self.real[half:]
         self.floor, self.precision = frechet_distance(unseen, self.real), _within(unseen, self.real, 3)
+
+    real: Tensor  # (N, directions) features of training pictures
 
     def _fit(self, features: Tensor, directions: int) -> None:
         """The main directions in which the training pictures' features differ."""

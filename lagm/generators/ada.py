@@ -205,7 +205,8 @@ class AdaptiveTrainer(GANTrainer):
     def look_at(self, scores: Tensor) -> None:
         """Adjust `p` by the signs of the scores."""
         if not self.recipe.ada_target: return
-        signs, count = self.more.get("signs", 0.0) + scores.sign().sum().item(), self.more.get("scored", 0) + len(scores)
+        signs = self.more.get("signs", 0.0) + scores.sign().sum().item()
+        count = self.more.get("scored", 0) + len(scores)
         self.more |= {"signs": signs, "scored": count}
         if count < self.recipe.ada_interval * self.recipe.batch: return
         by = math.copysign(count / self.recipe.ada_images, signs / count - self.recipe.ada_target)

@@ -53,7 +53,7 @@ def _choices(arguments: argparse.Namespace) -> tuple[Path, Path, Any]:
     from lagm.labelling.project import read_settings
     from lagm.training.from_folder import GeneratorSettings
 
-    folder, given = Path(arguments.folder), {}
+    folder, given = Path(arguments.folder), dict[str, Any]()
     if (folder / "project.yaml").is_file():
         asked = read_settings(folder).size
         given = {"crop": "squash", "size": next((side for side in SIDES[1:] if side >= asked), SIDES[-1])}
@@ -69,8 +69,8 @@ def _choices(arguments: argparse.Namespace) -> tuple[Path, Path, Any]:
 def _told(facts: dict[str, Any], out: Path) -> list[str]:
     """What came of it, in sentences."""
     best, looks = facts["best"], facts["looks"]
-    said = [f"stopped after {facts['seen']:,} pictures: {facts['why']}; kept is the one of {best['seen']:,}, the best of "
-            f"{len(looks)} looks"]
+    said = [f"stopped after {facts['seen']:,} pictures: {facts['why']}; kept is the one of {best['seen']:,}, "
+            f"the best of {len(looks)} looks"]
     yardstick = f"that of {facts['held_out']} held-out ones" if facts["held_out"] else "that of one half to the other"
     said.append(f"distance to the training pictures {best['relative']:.2f} times {yardstick}; precision "
                 f"{best['precision']:.2f} (real ones {facts['held_out_precision']:.2f}), recall {best['recall']:.2f}")
@@ -122,7 +122,8 @@ def train_generator_command(
         inside = file.resolve().is_relative_to(folder.resolve())
         name = file.resolve().relative_to(folder.resolve()) if inside else file.resolve()
         before = name_generator(folder, name.as_posix())
-        print(f"project.yaml names {name.as_posix()}" + (f" instead of {before}" if before not in ("", str(name)) else ""))
+        instead = f" instead of {before}" if before not in ("", name.as_posix()) else ""
+        print(f"project.yaml names {name.as_posix()}{instead}")
     print(_next(folder, file))
 
 # %% ../../nbs/reference/labelling/86_train_command.ipynb #d8640b83
