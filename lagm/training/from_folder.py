@@ -303,6 +303,8 @@ def _quality_figure(looks: list[dict[str, float]], best: int, path: Path) -> Non
     left.plot(seen[best], looks[best]["relative"], "o", ms=9, mfc="none", color="tab:red", label="kept")
     left.axhline(1, color="grey", ls=":", lw=1, label="held-out pictures")
     left.set(xlabel="thousand pictures shown", ylabel="distance, times the floor", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     for name, style in (("precision", "-"), ("recall", "--"), ("augmentation", ":")):
         right.plot(seen, [look[name] for look in looks], style, label=name)
     right.set(xlabel="thousand pictures shown", ylim=(-0.03, 1.03))
