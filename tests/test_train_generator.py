@@ -1,4 +1,4 @@
-"""From a folder of pictures to a generator: what is read, what is measured, how a run is cut, and newcomers' mistakes."""
+"""From a folder of pictures to a generator: what is read, what is measured, how a run is cut, and mistakes."""
 
 import os
 import signal
@@ -106,7 +106,8 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, make, said):
     make(tmp_path / "photos")
     assert main(["train-generator", str(tmp_path / "photos"), "--nice", "0"]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and not (tmp_path / "photos-generator" / "state.safetensors").exists()
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "photos-generator" / "state.safetensors").exists()
 
 
 def test_ten_pictures_are_said_to_be_few(tmp_path):
@@ -184,8 +185,8 @@ def result(out):
 
 
 def same(a, b):
-    return (a[1:3] == b[1:3] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
-            and all(torch.equal(a[3][name], b[3][name]) for name in a[3]))
+    return a[1:3] == b[1:3] and all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+                                    for x, y in ((a[0], b[0]), (a[3], b[3])))
 
 
 def test_a_run_that_is_cut_ends_in_the_same_bits(folder, tmp_path, monkeypatch):
@@ -238,7 +239,8 @@ def test_it_stops_when_it_no_longer_improves_and_keeps_the_best(folder, tmp_path
                         lambda path, network, facts, half: (saved.update(seen=facts["images_seen"]),
                                                             writing(path, network, facts, half)))
     facts = quiet(folder, tmp_path / "out", replace(SMALL, every=16, patience=2))
-    assert facts["seen"] == 64 and facts["why"] == "it no longer improved" and facts["best"]["seen"] == saved["seen"] == 32
+    assert facts["seen"] == 64 and facts["why"] == "it no longer improved"
+    assert facts["best"]["seen"] == saved["seen"] == 32
     assert load_generator(tmp_path / "out" / "generator.safetensors").header["provenance"]["images_seen"] == 32
     assert quiet(folder, tmp_path / "out", replace(SMALL, every=16, patience=2))["seen"] == 64, "it stays stopped"
 
