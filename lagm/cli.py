@@ -23,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .labelling.train_command import add_train_generator_command
+
 # %% ../nbs/reference/experiments/92_cli.ipynb #b40f3501
 def list_command(
     arguments: argparse.Namespace,  # stages
@@ -673,8 +675,8 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("name", metavar="NAME", help="a name of `lagm list`, or of one stage, such as celeba_10/annotate")
     show.set_defaults(command=show_command)
 
-    for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands, add_predict_command,
-                add_serve_command):
+    for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands,
+                add_train_generator_command, add_predict_command, add_serve_command):
         add(commands)
     _add_everywhere(parser)
     return parser

@@ -309,8 +309,9 @@ def real_batch(
     images: Tensor,  # (N, 3, R, R) uint8
     batch: int,  # how many
     rng: torch.Generator,  # what draws them
+    mirrored: float = 0.5,  # share that is mirrored
 ) -> Tensor:  # (batch, 3, R, R) in [-1, 1]
-    """Real pictures, half of them mirrored.
+    """Real pictures, half of them (or another share) mirrored.
 
     Parameters
     ----------
@@ -320,6 +321,8 @@ def real_batch(
         how many
     rng
         what draws them
+    mirrored
+        share that is mirrored
 
     Returns
     -------
@@ -327,7 +330,7 @@ def real_batch(
         (batch, 3, R, R) in [-1, 1]
     """
     chosen = torch.randint(len(images), (batch,), generator=rng)
-    mirror = torch.rand(batch, 1, 1, 1, generator=rng) < 0.5
+    mirror = torch.rand(batch, 1, 1, 1, generator=rng) < mirrored
     real = images[chosen].float() / 127.5 - 1
     return torch.where(mirror, real.flip(3), real)
 
@@ -359,7 +362,8 @@ def fake_batch(
     Tensor
         (batch, 3, R, R), with gradients
     """
-    z = torch.randn(2, batch, generator.z_dim, generator=rng)
+    device = generator.mapping.w_avg.device
+    z = torch.randn(2, batch, generator.z_dim, generator=rng).to(device)
     mix = torch.rand((), generator=rng) < mixing
     crossover = int(torch.randint(1, generator.num_ws, (), generator=rng)) if mix else generator.num_ws
     w = generator.mapping(z[0])
@@ -380,28 +384,33 @@ class GANState:
         (N, 3, R, R) uint8, the real pictures
     recipe
         what to train, and how
+    device
+        where the networks are; random numbers are drawn by the processor
     """
 
     def __init__(
         self,
         images: Tensor,  # (N, 3, R, R) uint8, the real pictures
         recipe: GANRecipe = GANRecipe(),  # what to train, and how
+        device: str | torch.device = "cpu",  # where the networks are; random numbers are drawn by the processor
     ):
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, recipe.resolution, recipe.resolution):
             raise InputError(f"real pictures are {images.dtype} {tuple(images.shape)}: the recipe needs uint8 (N, 3, "
                              f"{recipe.resolution}, {recipe.resolution})")
-        self.images, self.recipe, self.seen = images, recipe, 0
+        self.images, self.recipe, self.device, self.seen = images, recipe, torch.device(device), 0
         self.dtype = torch.bfloat16 if recipe.bfloat16 else torch.float32
         self.rng = torch.Generator().manual_seed(recipe.seed)
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             self.generator, self.average = recipe.generator(), recipe.generator().requires_grad_(False)
             self.discriminator = Discriminator(recipe.resolution, recipe.discriminator_channels)
+        for network in (self.generator, self.average, self.discriminator): network.to(self.device)
         self.average.load_state_dict(self.generator.state_dict())
         adam: dict[str, Any] = dict(lr=recipe.learning_rate, betas=(0.0, 0.99), eps=1e-8, foreach=True)
         self.optimizers = {"generator": torch.optim.Adam(self.generator.parameters(), **adam),
                            "discriminator": torch.optim.Adam(self.discriminator.parameters(), **adam)}
         self.history: list[dict[str, float]] = []
+        self.more: dict[str, Any] = {}  # what else a run keeps in its file: plain values
         # versions, commit and hardware, of the start and of each continuation that differs
         self.origins = [provenance()]
 
@@ -419,23 +428,35 @@ class GANState:
 class GANTrainer(GANState):
     """A training run: `step()` until `finished`; `save_training` and `load_training` stop and continue it."""
 
+    def real(self) -> Tensor:
+        """The real pictures of a step, (batch, 3, R, R) in [-1, 1]."""
+        return real_batch(self.images, self.recipe.batch, self.rng).to(self.device)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """The pictures as the discriminator is shown them: as they are. A subclass may change them."""
+        return images
+
     def step(self) -> dict[str, float]:
         """One update of both networks; returns the losses."""
         for optimizer in self.optimizers.values(): optimizer.param_groups[0]["lr"] = self.learning_rate()
-        real = real_batch(self.images, self.recipe.batch, self.rng)
+        real = self.shown(self.real())
         fake = fake_batch(self.generator, self.recipe.batch, self.recipe.style_mixing, self.rng, self.dtype)
-        scores = self.discriminator(torch.cat([real, fake.detach()]), self.dtype)
+        scores = self.discriminator(torch.cat([real, self.shown(fake.detach())]), self.dtype)
         losses = dict(discriminator=discriminator_loss(*scores.chunk(2)))
+        self.look_at(scores[:len(real)].detach())
         total = losses["discriminator"]
         if (self.seen // self.recipe.batch) % self.recipe.r1_interval == 0:
             losses["r1"] = r1_penalty(self.discriminator, real)
             total = total + losses["r1"] * (self.recipe.r1_gamma / 2 * self.recipe.r1_interval)
         self._update("discriminator", total, list(self.discriminator.parameters()))
-        losses["generator"] = generator_loss(self.discriminator(fake, self.dtype))
+        losses["generator"] = generator_loss(self.discriminator(self.shown(fake), self.dtype))
         self._update("generator", losses["generator"], list(self.generator.parameters()))
         self.seen += self.recipe.batch
         self._average()
         return {name: loss.item() for name, loss in losses.items()}
+
+    def look_at(self, scores: Tensor) -> None:
+        """Told the scores of each step's real pictures. A subclass may learn from them."""
 
     def _update(self, name: str, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)): parameter.grad = gradient
@@ -495,7 +516,7 @@ def save_training(
         the file
     """
     header = dict(kind="gan-training", recipe=asdict(trainer.recipe), seen=trainer.seen, history=trainer.history,
-                  origins=trainer.origins)
+                  origins=trainer.origins, more=trainer.more)
     save_tensors(path, training_state(trainer), header)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #29dabcdd
@@ -525,7 +546,8 @@ def load_training(
             if key.startswith(f"adam.{name}."): slots.setdefault(int(key.split(".")[2]), {})[key.split(".")[3]] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     trainer.rng.set_state(tensors["rng"])
-    trainer.seen, trainer.history, now = header["seen"], header["history"], trainer.origins[0]
+    trainer.seen, trainer.history, trainer.more = header["seen"], header["history"], header.get("more", {})
+    now = trainer.origins[0]
     same = trainer.finished or all(now[key] == header["origins"][-1][key]
                                    for key in ("commit", "modified", "versions", "hardware"))
     trainer.origins = header["origins"] + ([] if same else [{**now, "from_image": trainer.seen}])
@@ -559,9 +581,10 @@ def sample_grid(
     Tensor
         (3, height, width) in [0, 1]
     """
-    z = torch.randn(count, network.z_dim, generator=torch.Generator().manual_seed(seed))
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(count, network.z_dim, generator=rng).to(network.mapping.w_avg.device)
     image = network(z, truncation_psi=psi, noise_mode="const").image
-    return make_grid(image.clamp(-1, 1) / 2 + 0.5, nrow=columns, padding=1, pad_value=1)
+    return make_grid(image.clamp(-1, 1).cpu() / 2 + 0.5, nrow=columns, padding=1, pad_value=1)
 
 # %% ../../nbs/reference/generators/24_train.ipynb #f64aeff4
 def train_gan(

@@ -255,7 +255,9 @@ def next_step(
     """
     name, lacks = shlex.quote(str(folder)), missing(folder)
     if lacks: return f"{'; '.join(lacks)}. Next: lagm label {name}"
-    if not (Path(folder) / "results" / "segmenter.safetensors").is_file(): return f"next: lagm run {name}"
+    if not (Path(folder) / "results" / "segmenter.safetensors").is_file():
+        first = f" (with some hundreds of pictures, lagm train-generator {name} before it)"
+        return f"next: lagm run {name}" + ("" if read_settings(folder).generator else first)
     return (f"next: lagm predict {name}/results/segmenter.safetensors PICTURES -o LABELLED, or label more: lagm label "
             f"{name}")
 
