@@ -22,10 +22,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, read_json, write_json
+from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import describe_tensors
 from ..core.values import check_fields
@@ -376,7 +376,7 @@ def _step(run: _Run) -> dict[str, float]:
 def _course(run: _Run, measure: Likeness, progress: bool) -> None:
     """Train to the end, or until it no longer improves; `KeyboardInterrupt` after the state is saved."""
     trainer, every = run.trainer, run.settings.every
-    with (_Interrupt() as interrupt, tqdm(total=trainer.recipe.images, initial=trainer.seen, unit="img", mininterval=5,
+    with (_Interrupt() as interrupt, progress_bar(total=trainer.recipe.images, initial=trainer.seen, unit="img", mininterval=5,
                                           disable=not progress) as bar):
         while not trainer.finished and not _stalled(run):
             before, losses = trainer.seen, _step(run)
