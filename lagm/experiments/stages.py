@@ -264,6 +264,7 @@ def open_generator(
     cutoff: int = 8,  # style vectors that are truncated; 0: all
     device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
     label: int | None = None,  # which class a generator of several draws, counted from 0
+    diffusion: Mapping[str, Any] | None = None,  # steps, blocks, times ... of a diffusion model
 ) -> FrozenGenerator:
     """The generator of a run.
 
@@ -281,9 +282,12 @@ def open_generator(
         cpu, cuda, cuda:N or mps
     label
         which class a generator of several draws, counted from 0
+    diffusion
+        steps, blocks, times ... of a diffusion model
     """
     sampling = Sampling(psi, cutoff or None)
-    return load_generator(generator or None, sampling, device=device, avg_latent=avg_latent or None, label=label)
+    return load_generator(generator or None, sampling, device=device, avg_latent=avg_latent or None, label=label,
+                          diffusion=diffusion)
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #88a00005
 def resize_policy(

@@ -322,7 +322,7 @@ class DiffusionNetwork(nn.Module):
             image = self.draw(z)
             return Generated(image, self.features_of(image))
 
-# %% ../../nbs/reference/generators/27_diffusion.ipynb #0cb0ca48
+# %% ../../nbs/reference/generators/27_diffusion.ipynb #c521cec7
 GROUP = 8  # latents of a pool whose pictures are computed together
 
 
@@ -338,9 +338,12 @@ class DiffusionGenerator(FrozenGenerator):
     def _name(self, z: Tensor) -> str:
         """A digest of latents, the weights, the choices that make a picture, and the kind of device."""
         if not self.own:
-            total = hashlib.sha256(f"{self.device.type} {self.dtype} {self.how.steps}".encode())
-            for name, value in self.network.unet.state_dict().items():
-                total.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            told, network = self.network.schedule, self.network
+            about = f"{self.device.type} {self.dtype} {self.how.steps} {told.kind} {told.clip} {told.last} {self.how.pool}"
+            total = hashlib.sha256(about.encode())
+            for name, value in [("alphas", network.alphas), *network.unet.state_dict().items()]:
+                content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+                total.update(name.encode() + content.numpy().tobytes())
             self.own = total.hexdigest()
         return hashlib.sha256(self.own.encode() + z.detach().cpu().float().numpy().tobytes()).hexdigest()[:32]
 
