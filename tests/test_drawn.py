@@ -150,7 +150,7 @@ def test_edited_and_damaged_folders(folder, tmp_path):
 
     for name, spoil, words in (
             ("one pixel", lambda p: edit(p / "images" / "0002.png"), "0002 was changed after it was drawn"),
-            ("swapped", lambda p: shutil.copy(p / "images" / "0001.png", p / "images" / "0004.png"), "0004 was changed"),
+            ("swapped", lambda p: shutil.copy(p / "images" / "0001.png", p / "images/0004.png"), "0004 was changed"),
             ("no masks", lambda p: [shutil.rmtree(p / "masks"), (p / "masks").mkdir()], "lagm label|no labelled"),
             ("no latents", lambda p: (p / LATENTS).unlink(), "lagm generate"),
             ("other file", lambda p: save_tensors(p / LATENTS, {"z": torch.zeros(5, 8)}, {"kind": "x"}), "damaged")):

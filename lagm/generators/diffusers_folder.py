@@ -24,7 +24,7 @@ from ..core.values import check_field_names
 from .diffusion import Diffusing, DiffusionGenerator, DiffusionNetwork, Schedule
 from .weights import as_weight, check_names
 
-# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #980deb97
+# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #245e89ff
 WANTED = "unconditional pipelines of pixels are read: DDPMPipeline or DDIMPipeline with a UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
@@ -51,7 +51,8 @@ def is_diffusers(
     path = Path(path)
     if not path.is_dir(): return False
     if (path / "model_index.json").is_file(): return True
-    return (path / "config.json").is_file() and "_diffusers_version" in (path / "config.json").read_text("utf-8", "replace")
+    config = path / "config.json"
+    return config.is_file() and "_diffusers_version" in config.read_text("utf-8", "replace")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _check_unet(path: Path, config: Mapping[str, Any]) -> int:  # side of its pi
                          "square")
     return size
 
-# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #e01d2b13
+# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #461b3f12
 def _weights_of(folder: Path) -> Path:
     """The file of a U-Net's weights; `InputError` if it is not a single safetensors file."""
     found = sorted(folder.glob("*.safetensors"))
@@ -111,8 +112,8 @@ def _weights_of(folder: Path) -> Path:
     if len(found) > 1:
         raise InputError(f"{folder} holds several files of weights ({found[0].name}, ...): keep one of them there")
     if any(folder.glob("*.bin")):
-        raise InputError(f"{folder} holds its weights as a pickle (.bin), which is not read; load it where you trust it, "
-                         "and save_pretrained(..., safe_serialization=True)")
+        raise InputError(f"{folder} holds its weights as a pickle (.bin), which is not read; load it where you trust "
+                         "it, and save_pretrained(..., safe_serialization=True)")
     raise InputError(f"{folder} has no weights (diffusion_pytorch_model.safetensors): get the folder again")
 
 
@@ -133,8 +134,9 @@ def describe_diffusers(
     """
     path = Path(path)
     if not (path / "model_index.json").is_file():
-        raise InputError(f"{path} is a part of a pipeline of diffusers, without the levels of noise; give the pipeline's "
-                         "folder, which has model_index.json: DDPMPipeline(unet, scheduler).save_pretrained(FOLDER)")
+        raise InputError(f"{path} is a part of a pipeline of diffusers, without the levels of noise; give the "
+                         "pipeline's folder, which has model_index.json: "
+                         "DDPMPipeline(unet, scheduler).save_pretrained(FOLDER)")
     index = _json(path / "model_index.json")
     _no_code(path, index)
     _check_kind(path, index)
@@ -145,10 +147,11 @@ def describe_diffusers(
     return dict(pipeline=index["_class_name"], resolution=size, unet=unet, scheduler=scheduler, weights=weights,
                 parameters=sum(torch.Size(shape).numel() for shape in shapes.values()))
 
-# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #dd54b0b8
+# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #3b6ac7da
 def _library() -> Any:
     """The library; `InputError` with what to install if it is not there."""
-    try: import diffusers
+    try:
+        import diffusers
     except ImportError as error:
         raise InputError(f"reading a diffusion model needs diffusers: {install_advice('diffusion')}") from error
     return diffusers
@@ -192,12 +195,12 @@ def read_unet(
     network.load_state_dict(state, assign=True)
     return network
 
-# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #1896c0de
+# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #ea7d9aff
 def read_schedule(
     folder: Path,  # named in errors
     config: Mapping[str, Any],  # of scheduler_config.json
 ) -> Schedule:
-    """The levels of noise of a scheduler, and the steps of its deterministic run. `InputError` if there are none such.
+    """The levels of noise of a scheduler, and the steps of its deterministic run. `InputError` if there are none.
 
     Parameters
     ----------
@@ -225,7 +228,7 @@ def read_schedule(
     return Schedule(scheduler.alphas_cumprod, float(scheduler.final_alpha_cumprod), steps, own.prediction_type,
                     float(own.clip_sample_range) if own.clip_sample else 0.0)
 
-
+# %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #a706d40c
 def diffusing(
     given: Mapping[str, Any] | Diffusing | None = None,  # as a parameter file has it; lists are fine
 ) -> Diffusing:
@@ -279,7 +282,8 @@ def load_diffusion(
         where the weights shall be
     """
     path, how, facts = Path(path), diffusing(given), describe_diffusers(path)
-    network = DiffusionNetwork(read_unet(path, facts), read_schedule(path, facts["scheduler"]), facts["resolution"], how)
+    schedule = read_schedule(path, facts["scheduler"])
+    network = DiffusionNetwork(read_unet(path, facts), schedule, facts["resolution"], how)
     origin = {"source": path.name, "format": f"diffusers {facts['pipeline']}, UNet2DModel",
               "written_by": f"diffusers {printable(facts['unet'].get('_diffusers_version'))}"}
     return DiffusionGenerator(network.to(device), dtype, {"kind": "generator", "provenance": origin})

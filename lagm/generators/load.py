@@ -300,7 +300,7 @@ def load_generator(
     place = generator_file(path)
     if is_diffusers(place):
         if avg_latent is None and label is None: return load_diffusion(place, diffusion, dtype, device)
-        raise InputError(f"{place} is a diffusion model, without mean style and classes: leave avg_latent and label out")
+        raise InputError(f"{place} is a diffusion model, which has neither: leave avg_latent and label out")
     if diffusion: raise InputError(f"{place} is no folder of diffusers: leave diffusion out")
     network, header = read_generator(place, avg_latent=avg_latent, label=label)
     classes = getattr(network, "c_dim", 0)

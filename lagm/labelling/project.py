@@ -131,7 +131,7 @@ def read_settings(
     if unknown: raise InputError(f"{path}: there is no setting {unknown[0]!r}; known are {', '.join(known)}")
     return Settings(**found)
 
-# %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
+# %% ../../nbs/reference/labelling/85_project.ipynb #a61d0008
 def _copy_pictures(found: Sequence[Path], images: Path, target: Path) -> dict[str, str]:
     """Copy the pictures that can be read; `InputError` if there is none, else why the others cannot."""
     bad = {}
@@ -147,7 +147,7 @@ def _copy_pictures(found: Sequence[Path], images: Path, target: Path) -> dict[st
     raise InputError(f"there is no picture in {images} that can be read"
                      + (f": {next(iter(bad.values()))}" if bad else ""))
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path | None,  # the folder of the pictures; None: only generated ones
@@ -546,7 +546,7 @@ def new_command(
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
     print(next_step(arguments.project))
 
-# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
+# %% ../../nbs/reference/labelling/85_project.ipynb #a61d0009
 def generate_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -568,7 +568,7 @@ def generate_command(
     print(f"next: lagm label {shlex.quote(str(folder))}{more}, then lagm run annotate -p drawn "
           f"{shlex.quote(str(folder))}")
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
 def proposals_for(
     album: Album,  # pictures and masks
     segmenter: str = "",  # file or folder; empty: none

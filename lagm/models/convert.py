@@ -78,20 +78,6 @@ LICENCES = {
 UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained it, and of the pictures"
 
 
-def _inspect_diffusers(path: Path) -> dict[str, Any]:
-    """What a folder of diffusers is; `InputError` with what is missing if it cannot be used."""
-    found = describe_diffusers(path)
-    unet, levels, weights = found["unet"], found["scheduler"], found["weights"]
-    facts: dict[str, Any] = {"file": path.name, "bytes": weights.stat().st_size, "sha256": checksum(weights)}
-    facts |= {"format": f"diffusers {found['pipeline']}, UNet2DModel", "kind": "diffusion model"}
-    facts["generator"] = {
-        "class": "UNet2DModel", "parameters": found["parameters"], "resolution": found["resolution"],
-        "z_dim": 3 * found["resolution"] ** 2, "channels": unet.get("block_out_channels"),
-        "levels": levels.get("num_train_timesteps", 1000), "says": levels.get("prediction_type", "epsilon")}
-    return facts | {"provenance": {"written_by": f"diffusers {unet.get('_diffusers_version')}"},
-                    "licence": UNKNOWN_LICENCE.replace("the file", "the folder")}
-
-
 def inspect(
     path: str | Path,  # the file
     avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own
@@ -192,6 +178,20 @@ def _in_words(name: str, value: Any) -> str:
     return (
         f"{value:,}" if isinstance(value, int) and name in ("bytes", "parameters") else printable(value, LONGEST_LINE)
     )
+
+# %% ../../nbs/reference/models/27_convert.ipynb #a61d0007
+def _inspect_diffusers(path: Path) -> dict[str, Any]:
+    """What a folder of diffusers is; `InputError` with what is missing if it cannot be used."""
+    found = describe_diffusers(path)
+    unet, levels, weights = found["unet"], found["scheduler"], found["weights"]
+    facts: dict[str, Any] = {"file": path.name, "bytes": weights.stat().st_size, "sha256": checksum(weights)}
+    facts |= {"format": f"diffusers {found['pipeline']}, UNet2DModel", "kind": "diffusion model"}
+    facts["generator"] = {
+        "class": "UNet2DModel", "parameters": found["parameters"], "resolution": found["resolution"],
+        "z_dim": 3 * found["resolution"] ** 2, "channels": unet.get("block_out_channels"),
+        "levels": levels.get("num_train_timesteps", 1000), "says": levels.get("prediction_type", "epsilon")}
+    return facts | {"provenance": {"written_by": f"diffusers {unet.get('_diffusers_version')}"},
+                    "licence": UNKNOWN_LICENCE.replace("the file", "the folder")}
 
 # %% ../../nbs/reference/models/27_convert.ipynb #1aede3b5
 def convert(
