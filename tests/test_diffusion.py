@@ -1,4 +1,4 @@
-"""A diffusion model as a generator: the arithmetic against closed forms, the folder, and the stages by parameter files."""
+"""A diffusion model as a generator: arithmetic against closed forms, the folder, and stages by parameters."""
 
 import json
 import math

@@ -22,7 +22,7 @@ from ..data.labels import LabelSet
 from ..evaluation.prediction import open_segmenter, predict_pictures
 from ..generators.contract import FrozenGenerator
 from .album import Album
-from ..training.drawn import Redrawn, draw_for_labelling, read_latents
+from ..training.drawn import Redrawn, read_latents
 
 # %% ../../nbs/reference/labelling/84_proposals.ipynb #c03e0d55
 def cluster(
