@@ -348,7 +348,8 @@ class DiffusionGenerator(FrozenGenerator):
 
     def name(self, z: Tensor) -> str:
         """What the pictures of latents are kept under."""
-        self.own = self.own or _digest(self.network, self.device.type, self.dtype)
+        network: Any = self.network
+        self.own = self.own or _digest(network, self.device.type, self.dtype)
         return hashlib.sha256(self.own + z.detach().cpu().float().numpy().tobytes()).hexdigest()[:32]
 
     def sample_z(self, n: int, rng: torch.Generator | None = None) -> Tensor:  # (n, z_dim)

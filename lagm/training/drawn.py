@@ -145,9 +145,9 @@ def read_latents(
         raise InputError(f"{folder} has no {LATENTS}: nothing is known of the latents of its pictures; draw some to "
                          "label with lagm generate")
     tensors, facts = load_tensors(path)
-    z, names, pictures = tensors.get("z"), facts.get("names"), facts.get("pictures")
-    lists = isinstance(names, list) and isinstance(pictures, list)
-    if facts.get("kind") != KIND or z is None or not lists or not len(z) == len(names) == len(pictures):
+    z, lists = tensors.get("z"), [facts.get(name) for name in ("names", "pictures")]
+    sizes = {len(found) if isinstance(found, list) else -1 for found in lists}
+    if facts.get("kind") != KIND or z is None or sizes != {len(z)}:
         raise InputError(f"{path} is damaged, or no file of lagm generate; draw the pictures again")
     return z, facts
 
@@ -208,9 +208,9 @@ class Drawn:
     def rows(self, chosen: Sequence[int]) -> "Drawn":
         """Those with these places, from 0."""
         chosen = list(chosen)
-        lists = {name: [getattr(self, name)[i] for i in chosen] for name in ("names", "numbers")}
-        tensors = {name: getattr(self, name)[chosen] for name in ("z", "images", "masks")}
-        return dataclasses.replace(self, **lists, **tensors)
+        names, numbers = [self.names[i] for i in chosen], [self.numbers[i] for i in chosen]
+        return dataclasses.replace(self, names=names, numbers=numbers, z=self.z[chosen], images=self.images[chosen],
+                                   masks=self.masks[chosen])
 
     def generated(self, generator: Generator, chosen: Sequence[int] | None = None) -> Generated:
         """What the generator draws for the latents: pictures and features of all, or of some places."""
