@@ -516,10 +516,16 @@ def _label(arguments: argparse.Namespace) -> Any:
     return label_command(arguments)
 
 
+def _generate(arguments: argparse.Namespace) -> Any:
+    from lagm.labelling.project import generate_command
+
+    return generate_command(arguments)
+
+
 def add_project_commands(
     commands: "argparse._SubParsersAction[Any]",  # where `lagm`'s commands are
 ) -> None:
-    """Declare `new` and `label`.
+    """Declare `new`, `generate` and `label`.
 
     Parameters
     ----------
@@ -529,15 +535,33 @@ def add_project_commands(
     about = "Make a project: a folder with copies of your pictures, a list of classes, and project.yaml."
     new = commands.add_parser("new", help="begin a project with pictures of your own", description=about)
     new.add_argument("project", metavar="PROJECT", help="the folder to make")
-    new.add_argument("--images", required=True, metavar="FOLDER", help="the pictures, also in folders below it")
+    new.add_argument("--images", metavar="FOLDER", help="the pictures, also in folders below it")
+    new.add_argument("--generated", type=at_least_one, default=0, metavar="N",
+                     help="so many pictures that the generator draws, whose latents are kept, with them or instead")
     new.add_argument("--classes", required=True, metavar="A,B,C",
                      help="the background first, then the parts, with commas")
     new.add_argument("--generator", default="", metavar="FILE", help="a generator of such pictures, if you have one")
     new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side in training (default: 64)")
     new.set_defaults(command=_new)
+    _add_generate(commands)
     _add_label(commands)
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #c2c3f7d3
+def _add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
+    about = ("Draw pictures to label, with their latents: the annotator then learns true labels of true features. "
+             "Next: `lagm label FOLDER`, and `lagm run annotate -p drawn FOLDER`.")
+    drawing = commands.add_parser("generate", help="draw pictures to label", description=about)
+    add = drawing.add_argument
+    add("generator", metavar="FILE", nargs="?", default="", help="a generator, or the name of one of the kit's")
+    add("--n", type=at_least_one, default=10, metavar="N", help="pictures (default: 10)")
+    add("-o", "--output", required=True, metavar="FOLDER", help="where images/ and the latents go")
+    add("--classes", default="", metavar="A,B,C", help="the background first, then the parts, for classes.txt")
+    add("--psi", type=float, default=0.7, metavar="NUMBER", help="truncation, 0 to 2 (default: 0.7)")
+    add("--seed", type=int, default=0, metavar="N", help="of latents and noise (default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    drawing.set_defaults(command=_generate)
+
+
 def _add_label(commands: "argparse._SubParsersAction[Any]") -> None:
     about = ("Paint part labels on the pictures of a folder, in a page of this machine. Every stroke is saved at once "
              "into masks/; called again, it goes on.")

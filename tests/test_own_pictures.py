@@ -27,8 +27,9 @@ from lagm.labelling.project import (
     run_project,
     settings_text,
 )
-from lagm.labelling.proposals import cluster, clusters_of_features, draw_for_labelling
+from lagm.labelling.proposals import cluster, clusters_of_features
 from lagm.labelling.template import write_notebook
+from lagm.training.drawn import draw_for_labelling
 
 CLASSES = Avatars().classes
 

@@ -704,7 +704,7 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    named = _name_problems(run) + _generator_problems(run)
+    named = _name_problems(run) + _generator_problems(run, root)
     return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
 
 
@@ -715,14 +715,17 @@ def _name_problems(run: Run) -> list[str]:
     return name_problems(run.parameters)
 
 
-def _generator_problems(run: Run) -> list[str]:
+def _generator_problems(run: Run, root: Path) -> list[str]:
     """Whether a generator that is given by a name, not as a file, is there; a comparison of methods takes that of its
     style.
     """
+    from lagm.generators.diffusers_folder import check_diffusers, is_diffusers
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
     given = run.parameters.get("generator") or run.parameters.get("style")
-    try: from_elsewhere(given) if is_outside(given) else generator_file(given)
+    try:
+        if given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
+        else: from_elsewhere(given) if is_outside(given) else generator_file(given)
     except InputError as error: return [f"generator: {error}"]
     return []
 

@@ -369,7 +369,7 @@ OTHERS = [  # a key, what has it, and what to do
         r"(.*\.)?(down_blocks|input_blocks|time_embed|time_embedding|unet|diffusion_model|first_stage_model|"
         r"cond_stage_model|betas|alphas_cumprod)(\..*)?",
         "a diffusion model, not a GAN",
-        "give a StyleGAN or StyleGAN2",
+        "a folder of diffusers is read, if it is an unconditional model of pixels: give the whole folder",
     ),
     (r"netG|netD|generator|G|G_state|g|state_dict|model",
      "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats"),

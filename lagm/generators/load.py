@@ -10,7 +10,7 @@ __all__ = ['MEAN_OF', 'AT_ONCE', 'mean_style', 'set_mean_style', 'read_safetenso
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..core.unpickling import read_arrays
 from . import nvidia  # noqa: F401 (it registers its formats, and so do the next two)
 from .contract import FrozenGenerator, Sampling
 from .datasetgan import datasetgan  # noqa: F401
+from .diffusers_folder import is_diffusers, load_diffusion
 from .formats import Found, fill_network, generator_in, name_other, recognise
 from .lucidrains_files import lucidrains  # noqa: F401
 from .rosinality import rosinality  # noqa: F401
@@ -271,6 +272,8 @@ def load_generator(
     *,
     avg_latent: str | Path | None = None,  # the mean style in a .npy file, for files that lack it
     label: int | Sequence[float] | None = None,  # one class of a conditional generator, from 0 on, or a weight for each
+    # of a diffusion model, a folder of diffusers: steps, blocks, times ... (`lagm.generators.diffusion.Diffusing`)
+    diffusion: Mapping[str, Any] | None = None,
 ) -> FrozenGenerator:
     """Read a generator: from the kit, from a file of any known format, or made by another package.
 
@@ -291,12 +294,19 @@ def load_generator(
         the mean style in a .npy file, for files that lack it
     label
         one class of a conditional generator, from 0 on, or a weight for each
+    diffusion
+        of a diffusion model, a folder of diffusers: steps, blocks, times ... (`lagm.generators.diffusion.Diffusing`)
     """
     if is_outside(path):
         made = from_elsewhere(str(path))
         return made if isinstance(made, FrozenGenerator) else FrozenGenerator(
             made.to(device), sampling, dtype, {"provenance": {"format": str(path)}})
-    network, header = read_generator(generator_file(path), avg_latent=avg_latent, label=label)
+    place = generator_file(path)
+    if is_diffusers(place):
+        if avg_latent is None and label is None: return load_diffusion(place, diffusion, dtype, device)
+        raise InputError(f"{place} is a diffusion model, which has neither: leave avg_latent and label out")
+    if diffusion: raise InputError(f"{place} is no folder of diffusers: leave diffusion out")
+    network, header = read_generator(place, avg_latent=avg_latent, label=label)
     classes = getattr(network, "c_dim", 0)
     if classes:
         raise InputError(f"{path} draws {classes} classes: choose one with label=, a whole number from 0 to "

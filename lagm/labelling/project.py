@@ -5,8 +5,9 @@
 
 # %% auto #0
 __all__ = ['MEANING', 'Settings', 'settings_text', 'read_settings', 'new_project', 'generator_of_project', 'missing',
-           'next_step', 'labelled_pictures', 'project_generator', 'train_project', 'cross_validated', 'disagreement',
-           'label_next', 'run_file', 'run_project', 'new_command', 'proposals_for', 'label_command', 'project_command']
+           'next_step', 'labelled_pictures', 'project_generator', 'drawn_pictures', 'train_project', 'cross_validated',
+           'disagreement', 'label_next', 'run_file', 'run_project', 'new_command', 'generate_command', 'proposals_for',
+           'label_command', 'project_command']
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #2d716e15
 import dataclasses
@@ -39,11 +40,12 @@ from ..generators.contract import Sampling
 from ..generators.load import is_outside, kit_generators, load_generator
 from .album import Album, Desk, check_parts, labelled_shares, pictures_in, unpainted_classes
 from .page import LabelServer, respond
-from .proposals import LATENTS, clusters_of_features, colour_regions, predictions
+from .proposals import clusters_of_features, colour_regions, predictions
 from .template import write_notebook
 from ..models.annotator import FPNAnnotator
 from ..models.segmenters import UNet
 from ..training.checkpoints import data_digest
+from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import get_recipe
 
@@ -131,6 +133,22 @@ def read_settings(
     if unknown: raise InputError(f"{path}: there is no setting {unknown[0]!r}; known are {', '.join(known)}")
     return Settings(**found)
 
+# %% ../../nbs/reference/labelling/85_project.ipynb #a61d0008
+def _copy_pictures(found: Sequence[Path], images: Path, target: Path) -> dict[str, str]:
+    """Copy the pictures that can be read; `InputError` if there is none, else why the others cannot."""
+    bad = {}
+    for path in found:
+        name = path.relative_to(images)
+        try: read_image(path)
+        except InputError as error:
+            bad[name.as_posix()] = str(error)
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target / name)
+    if len(bad) < len(found): return bad
+    raise InputError(f"there is no picture in {images} that can be read"
+                     + (f": {next(iter(bad.values()))}" if bad else ""))
+
 # %% ../../nbs/reference/labelling/85_project.ipynb #a2c390a0
 def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
     """Copy what `lagm label` painted in a folder of pictures; `InputError` if it was painted with other classes."""
@@ -144,9 +162,10 @@ def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
 # %% ../../nbs/reference/labelling/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
-    images: str | Path,  # the folder of the pictures
+    images: str | Path | None,  # the folder of the pictures; None: only generated ones
     classes: Sequence[str],  # the background first
     settings: Settings = Settings(),  # for project.yaml
+    generated: int = 0,  # so many pictures of its generator, with their latents, to label
 ) -> dict[str, str]:  # pictures that could not be read, and why
     """Make a project's folder; `InputError` if it exists, or if there is nothing to label in it.
 
@@ -155,41 +174,36 @@ def new_project(
     folder
         made; must not be there
     images
-        the folder of the pictures
+        the folder of the pictures; None: only generated ones
     classes
         the background first
     settings
         for project.yaml
+    generated
+        so many pictures of its generator, with their latents, to label
 
     Returns
     -------
     dict[str, str]
         pictures that could not be read, and why
     """
-    folder, images = Path(folder), Path(images)
+    folder, bad = Path(folder), {}
     if folder.exists():
         raise InputError(f"{folder} is there already; give another name, or go on with it: {next_step(folder)}"
                          if (folder / "project.yaml").is_file() else f"{folder} is there already; give another name")
     labels = make_labels(folder.name, list(classes))
     check_parts(labels)
-    if not images.is_dir(): raise InputError(f"there is no folder {images}; give the one with the pictures")
-    found, bad = pictures_in(images)[0], {}
+    if images is None and not generated: raise InputError(f"{folder} would be empty: give images, or generated")
+    if generated and not settings.generator: raise InputError("generated pictures need a generator; give one, too")
+    if images is not None and not Path(images).is_dir():
+        raise InputError(f"there is no folder {images}; give the one with the pictures")
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for path in found:
-            name = path.relative_to(images)
-            try: read_image(path)
-            except InputError as error:
-                bad[name.as_posix()] = str(error)
-                continue
-            (half / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, half / "images" / name)
-        if len(bad) == len(found):
-            raise InputError(f"there is no picture in {images} that can be read"
-                             + (f": {next(iter(bad.values()))}" if bad else ""))
+        if images is not None: bad = _copy_pictures(pictures_in(Path(images))[0], Path(images), half / "images")
+        if generated: draw_for_labelling(_generator(folder, settings), half, generated, settings.seed, "drawn/")
         write_classes(half, labels)
-        _take_masks(images, half, labels)
+        if images is not None: _take_masks(Path(images), half, labels)
         (half / "project.yaml").write_text(settings_text(settings), encoding="utf-8")
         Album(half)
         half.chmod(0o755)
@@ -215,8 +229,8 @@ def generator_of_project(
         as in project.yaml: a file, the name of one of the kit's, or package.module:name
     """
     beside = Path(folder) / generator
-    if beside.is_file(): return beside
-    if Path(generator).is_file() or is_outside(generator): return generator
+    if beside.exists(): return beside
+    if Path(generator).exists() or is_outside(generator): return generator
     return generator if generator in kit_generators() else None
 
 
@@ -296,9 +310,33 @@ def project_generator(
     device
         where it goes
     """
-    if not settings.generator: return None
-    where = generator_of_project(folder, settings.generator) or settings.generator
-    return load_generator(where, Sampling(settings.psi), device=device)
+    return _generator(folder, settings, device) if settings.generator else None
+
+
+def _generator(folder: str | Path, settings: Settings, device: str | torch.device = "cpu") -> Any:
+    return load_generator(generator_of_project(folder, settings.generator) or settings.generator, Sampling(settings.psi),
+                          device=device)
+
+
+def drawn_pictures(
+    folder: str | Path,  # of the project
+    settings: Settings,  # of project.yaml
+    data: Folder,  # what is labelled
+) -> Drawn | None:
+    """What is labelled of the pictures that its generator drew, with latents; None: nothing. `InputError` if edited.
+
+    Parameters
+    ----------
+    folder
+        of the project
+    settings
+        of project.yaml
+    data
+        what is labelled
+    """
+    if not settings.generator or not (Path(folder) / LATENTS).is_file(): return None
+    known = set(read_latents(folder)[1]["names"]) & set(data.names)
+    return read_drawn(folder, data.labels) if known else None
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
 def train_project(
@@ -306,6 +344,7 @@ def train_project(
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
     masks: Tensor,  # (n, size, size)
     settings: Settings,  # of project.yaml
+    drawn: Drawn | None = None,  # labelled pictures of its generator, with their latents
     **options: Any,  # of the run: progress, checkpoint, labels ...
 ) -> Any:  # what the trainer returns
     """Train as a project says: by matching if it has a generator, else on the labels alone.
@@ -320,6 +359,8 @@ def train_project(
         (n, size, size)
     settings
         of project.yaml
+    drawn
+        labelled pictures of its generator, with their latents
     **options
         of the run: progress, checkpoint, labels ...
 
@@ -338,7 +379,7 @@ def train_project(
                                 **options)
     annotator = FPNAnnotator(generator.feature_channels, n_classes)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
-                      **options)
+                      drawn=drawn, **options)
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #95af6a45
 def cross_validated(
@@ -347,6 +388,7 @@ def cross_validated(
     masks: Tensor,  # (n, size, size)
     settings: Settings,  # of project.yaml
     folds: int,  # 2 or more, at most the number of labelled pictures
+    drawn: Drawn | None = None,  # labelled pictures of its generator, with their latents
     **options: Any,
 ) -> dict[str, Any]:
     """FG-mIoU of labelled pictures that a training did not see, each once; `InputError` for an impossible number of
@@ -364,16 +406,21 @@ def cross_validated(
         of project.yaml
     folds
         2 or more, at most the number of labelled pictures
+    drawn
+        labelled pictures of its generator, with their latents
     """
-    if not 2 <= folds <= len(images):
-        raise InputError(f"{folds} folds of {len(images)} labelled pictures cannot be; give 2 to {len(images)}, "
+    every, truth = joined(images, masks, drawn)
+    if not 2 <= folds <= len(every):
+        raise InputError(f"{folds} folds of {len(every)} labelled pictures cannot be; give 2 to {len(every)}, "
                          "or label more pictures")
     matrix = ConfusionMatrix(options["labels"].n_classes)
     for fold in range(folds):
-        held = torch.arange(fold, len(images), folds)
-        rest = torch.tensor([i for i in range(len(images)) if i not in held])
-        trained = train_project(folder, images[rest], masks[rest], settings, **options)
-        matrix.update(predict(trained.segmenter, images[held]), masks[held])
+        held = torch.arange(fold, len(every), folds)
+        rest = [i for i in range(len(every)) if i not in held]
+        real, own = [i for i in rest if i < len(images)], [i - len(images) for i in rest if i >= len(images)]
+        known = drawn.rows(own) if drawn is not None and own else None
+        trained = train_project(folder, images[real], masks[real], settings, known, **options)
+        matrix.update(predict(trained.segmenter, every[held]), truth[held])
     scores = matrix.compute()
     return {"folds": folds, "fg_miou": scores.fg_miou, "iou": scores.iou}
 
@@ -482,16 +529,22 @@ def run_project(
     lacks = [what for what in missing(folder) if "nothing can be learnt" not in what]
     if lacks: raise InputError(f"{folder}: {next_step(folder)}")
     images, masks, data = labelled_pictures(folder, settings.size)
+    drawn = drawn_pictures(folder, settings, data)
+    if drawn is not None:
+        real = [i for i, name in enumerate(data.names) if name not in drawn.names]
+        images, masks = images[real], masks[real]
+    every, truth = joined(images, masks, drawn)
     options = {"labels": data.labels, "progress": progress}
-    facts = {"labelled": data.names, "generator": settings.generator or None, "settings": dataclasses.asdict(settings)}
+    facts = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
+             "generator": settings.generator or None, "settings": dataclasses.asdict(settings)}
     results = folder / "results"
     results.mkdir(exist_ok=True)
-    if folds: facts["cross_validation"] = cross_validated(folder, images, masks, settings, folds, **options)
-    trained = train_project(folder, images, masks, settings, checkpoint=run_file(results, settings, images, masks),
-                            **options)
+    if folds: facts["cross_validation"] = cross_validated(folder, images, masks, settings, folds, drawn, **options)
+    trained = train_project(folder, images, masks, settings, drawn,
+                            checkpoint=run_file(results, settings, every, truth), **options)
     names, unsure = label_next(trained.segmenter, folder, settings.size)
     facts["label_next"] = names
-    shown = torch.cat([images[:4], unsure])
+    shown = torch.cat([every[:4], unsure])
     figure = labelled_grid(shown, predict(trained.segmenter, shown), data.labels,
                            title="labelled pictures, then those to label next")
     with atomic_path(results / "look.png") as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
@@ -515,12 +568,35 @@ def new_command(
     if generator and generator_of_project(".", generator) is None:
         raise InputError(f"there is no generator {generator}: give a file, or one of the kit's: "
                          f"{', '.join(kit_generators())}")
-    if Path(generator).is_file(): generator = str(Path(generator).resolve())
+    if generator and Path(generator).exists(): generator = str(Path(generator).resolve())
     settings = Settings(size=arguments.size, generator=generator)
     classes = [name.strip() for name in arguments.classes.split(",")]
-    for why in new_project(arguments.project, arguments.images, classes, settings).values(): print(f"left out: {why}")
+    bad = new_project(arguments.project, arguments.images, classes, settings, arguments.generated)
+    for why in bad.values(): print(f"left out: {why}")
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
     print(next_step(arguments.project), f"(or open {arguments.project}/road.ipynb)", sep="\n")
+
+# %% ../../nbs/reference/labelling/85_project.ipynb #a61d0009
+def generate_command(
+    arguments: Any,  # of the command line
+) -> None:
+    """`lagm generate`: draw pictures to label, with their latents.
+
+    Parameters
+    ----------
+    arguments
+        of the command line
+    """
+    generator = load_generator(arguments.generator or None, Sampling(arguments.psi),
+                               device=choose_device(arguments.device))
+    classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else []
+    labels = check_parts(make_labels(Path(arguments.output).name, classes)) if classes else None
+    folder = draw_for_labelling(generator, arguments.output, arguments.n, arguments.seed)
+    if labels: write_classes(folder, labels)
+    print(f"{arguments.n} pictures in {folder / 'images'}, their latents in {folder / LATENTS}")
+    more = "" if classes else " --classes background,PART,..."
+    print(f"next: lagm label {shlex.quote(str(folder))}{more}, then lagm run annotate -p drawn "
+          f"{shlex.quote(str(folder))}")
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3s1
 def proposals_for(
@@ -539,8 +615,11 @@ def proposals_for(
     generator
         file; empty: none
     """
-    drawn = generator and (album.folder / LATENTS).is_file()
-    found = {"clusters": clusters_of_features(load_generator(generator)) if drawn else colour_regions()}
+    drawn = read_latents(album.folder)[1]["names"] if generator and (album.folder / LATENTS).is_file() else []
+    regions = colour_regions()
+    clusters = clusters_of_features(load_generator(generator)) if drawn else regions
+    found: dict[str, Callable] = {
+        "clusters": lambda album, index: (clusters if album.names[index] in drawn else regions)(album, index)}
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)
     return found
 
@@ -559,7 +638,9 @@ def label_command(
     album = Album(folder, [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None)
     trained = folder / "results" / "segmenter.safetensors"
     segmenter = arguments.segmenter or (str(trained) if trained.is_file() else "")
-    desk = Desk(album, proposals_for(album, segmenter, arguments.generator))
+    own = read_settings(folder).generator if (folder / "project.yaml").is_file() else ""
+    generator = arguments.generator or (str(generator_of_project(folder, own) or "") if own else "")
+    desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
     print(f"{len(album)} pictures, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"

@@ -21,6 +21,7 @@ from ..core.progress import progress_bar
 from ..core.tensors import save_tensors
 from ..data.labels import LabelSet
 from ..generators.contract import FrozenGenerator, Sampling
+from ..generators.diffusers_folder import describe_diffusers, is_diffusers
 from ..generators.load import read_generator, read_safetensors
 from ..generators.weights import FORMAT_VERSION, network_from_tensors
 from .results import load_results
@@ -101,6 +102,7 @@ def inspect(
     dict[str, Any]
         plain values
     """
+    if is_diffusers(path): return _inspect_diffusers(Path(path))
     networks, header = read_any(path, avg_latent, progress)
     origin = header.get("provenance") or {}
     form = printable(origin["format"]) if isinstance(origin.get("format"), str) else None
@@ -179,6 +181,20 @@ def _in_words(name: str, value: Any) -> str:
     return (
         f"{value:,}" if isinstance(value, int) and name in ("bytes", "parameters") else printable(value, LONGEST_LINE)
     )
+
+# %% ../../nbs/reference/models/27_convert.ipynb #a61d0007
+def _inspect_diffusers(path: Path) -> dict[str, Any]:
+    """What a folder of diffusers is; `InputError` with what is missing if it cannot be used."""
+    found = describe_diffusers(path)
+    unet, levels, weights = found["unet"], found["scheduler"], found["weights"]
+    facts: dict[str, Any] = {"file": path.name, "bytes": weights.stat().st_size, "sha256": checksum(weights)}
+    facts |= {"format": f"diffusers {found['pipeline']}, UNet2DModel", "kind": "diffusion model"}
+    facts["generator"] = {
+        "class": "UNet2DModel", "parameters": found["parameters"], "resolution": found["resolution"],
+        "z_dim": 3 * found["resolution"] ** 2, "channels": unet.get("block_out_channels"),
+        "levels": levels.get("num_train_timesteps", 1000), "says": levels.get("prediction_type", "epsilon")}
+    return facts | {"provenance": {"written_by": f"diffusers {unet.get('_diffusers_version')}"},
+                    "licence": UNKNOWN_LICENCE.replace("the file", "the folder")}
 
 # %% ../../nbs/reference/models/27_convert.ipynb #1aede3b5
 def convert(

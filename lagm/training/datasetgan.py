@@ -31,6 +31,7 @@ from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
 from ..models.contracts import Generator
 from ..models.modes import eval_mode, resting_modules, train_mode
+from .drawn import Drawn, check_drawn, joined
 from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
@@ -665,13 +666,27 @@ def train_on_pairs(
         return train_lagm(source, Readout(n_classes), segmenter, images, masks, own, seed=seed, device=device,
                           match=False, **options)
 
+# %% ../../nbs/reference/training/68_datasetgan.ipynb #a61d0001
+def _what_is_known(generator: Generator, images: Tensor, masks: Tensor, drawn: Drawn | None, seed: int
+                   ) -> tuple[FeatureStore, Tensor]:
+    """Features of labelled, generated pictures, and their masks; `InputError` if the generator does not draw them."""
+    if drawn is not None:
+        check_drawn(drawn, generator)
+        return FeatureStore(drawn.generated(generator).features, drawn.masks.shape[1:]), drawn.masks
+    again, store = draw_to_label(generator, len(images), seed)
+    if images.shape == again.shape and (images.to(again) - again).abs().max() <= 0.01: return store, masks
+    raise InputError("DatasetGAN learns from labels on generated pictures, but these are not the ones that the "
+                     "generator draws; label those of draw_to_label(generator, k, seed), or give drawn=")
+
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #c8c12441
 def train_datasetgan(
     segmenter: nn.Module,  # trained in place
     generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
-    images: Tensor,  # (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
+    # (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives; with `drawn` any other labelled ones, or none
+    images: Tensor,
     masks: Tensor,  # (k, H, W) class indices, 255 = ignored
     *,
+    drawn: Drawn | None = None,  # labelled pictures with latents: what the ensemble learns from; None: `images`
     setting: DatasetGAN = DatasetGAN(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # what the run computes
     seed: int = 0,  # of everything random
@@ -691,9 +706,11 @@ def train_datasetgan(
     generator
         G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
     images
-        (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives
+        (k, 3, H, W): what `draw_to_label(generator, k, seed)` gives; with `drawn` any other labelled ones, or none
     masks
         (k, H, W) class indices, 255 = ignored
+    drawn
+        labelled pictures with latents: what the ensemble learns from; None: `images`
     setting
         the numbers that only this method has
     recipe
@@ -708,13 +725,11 @@ def train_datasetgan(
         of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
     """
     check_options(options, recipe, train_datasetgan)
-    check_labelled(images, masks, segmenter.n_classes)
-    drawn, store = draw_to_label(generator, len(images), seed)
-    if images.shape != drawn.shape or (images.to(drawn) - drawn).abs().max() > 0.01:
-        raise InputError("DatasetGAN learns from labels on generated pictures, but these are not the ones that the "
-                         "generator draws; label those of draw_to_label(generator, k, seed)")
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
+    store, known = _what_is_known(generator, images, masks, drawn, seed)
+    images, masks = joined(images, masks, drawn, recipe.wide_crop)
     ensemble = new_ensemble(store.channels, segmenter.n_classes, setting.members, seed)
-    train_pixels(ensemble, store, masks, setting.pixel_steps, seed=seed, device=device,
+    train_pixels(ensemble, store, known, setting.pixel_steps, seed=seed, device=device,
                  progress=told(options).progress)
     return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
                           folder=folder, **options)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'descend', 'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff',
-           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'descend', 'read_kept', 'keep', 'Inverted', 'invert', 'invert_labelled', 'HandsOff', 'learn_pixels',
+           'train_handsoff', 'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -43,6 +43,7 @@ from lagm.training.datasetgan import (
     train_on_pairs,
     train_pixels,
 )
+from .drawn import Drawn, check_drawn, joined
 from .lagm import check_labelled, train_lagm
 from .loop import Trained, check_options
 from .recipe import FAST, Recipe
@@ -413,6 +414,51 @@ def invert(
             keep(path, "inversion", identity, {"v": v, "losses": losses})
     return _drawn(space, v, losses, plan.batch)
 
+# %% ../../nbs/reference/training/69_inversion.ipynb #a61d0002
+def invert_labelled(
+    generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside, unless all pictures are drawn ones
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]; to be inverted
+    masks: Tensor,  # (n, H, W) class indices, 255 = ignored
+    drawn: Drawn | None,  # more labelled pictures, whose latents are known; None: none
+    plan: Inversion = Inversion(),  # how the descent goes
+    wide: bool = False,  # cut the central 4:3 band
+    **shared: Any,  # seed, folder, progress
+) -> tuple[Inverted, Tensor]:  # and all masks in the form of the generator's maps
+    """Latents and features of all labelled pictures. Raises `InputError` as `invert` and `check_drawn` do.
+
+    Parameters
+    ----------
+    generator
+        with a StyleGAN1 or StyleGAN2 inside, unless all pictures are drawn ones
+    images
+        (n, 3, H, W) in [-1, 1]; to be inverted
+    masks
+        (n, H, W) class indices, 255 = ignored
+    drawn
+        more labelled pictures, whose latents are known; None: none
+    plan
+        how the descent goes
+    wide
+        cut the central 4:3 band
+    **shared
+        seed, folder, progress
+
+    Returns
+    -------
+    tuple[Inverted, Tensor]
+        and all masks in the form of the generator's maps
+    """
+    if drawn is not None: check_drawn(drawn, generator)
+    found = invert(generator, images, plan, wide=wide, **shared) if len(images) or drawn is None else None
+    known = as_generated(masks, generator.resolution, wide)
+    if drawn is None: return cast(Inverted, found), known
+    image, features = drawn.generated(generator)
+    height, width = known.shape[1:]
+    known = torch.cat([known, resize_nearest(drawn.masks, (height, width)).to(known)])
+    if found is None: return Inverted(drawn.z, image, features, image.new_zeros(len(image), 0)), known
+    both = [torch.cat(pair) for pair in zip(found.features, features, strict=True)]
+    return dataclasses.replace(found, images=torch.cat([found.images, image]), features=both), known
+
 # %% ../../nbs/reference/training/69_inversion.ipynb #ea4b9739
 @dataclass(frozen=True)
 class HandsOff:
@@ -497,6 +543,7 @@ def train_handsoff(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
+    drawn: Drawn | None = None,  # more labelled pictures, of the generator and with their latents: not inverted
     setting: HandsOff = HandsOff(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # what the run computes
     seed: int = 0,  # of everything random
@@ -518,6 +565,8 @@ def train_handsoff(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    drawn
+        more labelled pictures, of the generator and with their latents: not inverted
     setting
         the numbers that only this method has
     recipe
@@ -532,11 +581,11 @@ def train_handsoff(
         of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
     """
     check_options(options, recipe, train_handsoff)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
-    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
-    drawn = as_generated(masks, generator.resolution, recipe.wide_crop)
-    ensemble = learn_pixels(inverted, drawn, segmenter.n_classes, setting, device=device, **shared)
+    inverted, known = invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
+    images, masks = joined(images, masks, drawn, recipe.wide_crop)
+    ensemble = learn_pixels(inverted, known, segmenter.n_classes, setting, device=device, **shared)
     return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
                           folder=folder, **options)
 
@@ -676,6 +725,7 @@ def train_prototypes(
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     *,
+    drawn: Drawn | None = None,  # more labelled pictures, of the generator and with their latents: not inverted
     setting: Prototyping = Prototyping(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # what the run computes
     seed: int = 0,  # of everything random
@@ -697,6 +747,8 @@ def train_prototypes(
         x_l: (n, 3, H, W) in [-1, 1]
     masks
         y_l: (n, H, W) class indices, 255 = ignored
+    drawn
+        more labelled pictures, of the generator and with their latents: not inverted
     setting
         the numbers that only this method has
     recipe
@@ -711,12 +763,13 @@ def train_prototypes(
         as in `train_handsoff`
     """
     check_options(options, recipe, train_prototypes)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
     device = choose_device(device)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
-    inverted = invert(generator, images, setting.inversion, wide=recipe.wide_crop, **shared)
-    drawn, layers = as_generated(masks, generator.resolution, recipe.wide_crop), setting.layers(generator)
-    annotator = prototypes_of(inverted.features, drawn, segmenter.n_classes, layers, setting.temperature)
+    inverted, known = invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
+    images, masks = joined(images, masks, drawn, recipe.wide_crop)
+    annotator = prototypes_of(inverted.features, known, segmenter.n_classes, setting.layers(generator),
+                              setting.temperature)
     source: Any = Annotated(generator, annotator, setting)
     own = dataclasses.replace(recipe, warm_annotator=0, finish=0.0)
     return train_lagm(source, annotator, segmenter, images, masks, own, seed=seed, device=device, match=False,

@@ -26,6 +26,7 @@ from ..models.contracts import Generator
 from ..models.segmenters import matched_parameter_names
 from .batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
 from .checkpoints import Identity, data_digest, generator_digest
+from .drawn import Drawn, DrawnBatches, joined, truth_step
 from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
 from .processes import check_shares, launch
@@ -228,6 +229,8 @@ class Sources:
         y_l: (n, H, W) class indices, 255 = ignored
     seed
         of everything random
+    drawn
+        those of the pictures whose latents are known; None: none
     """
 
     def __init__(
@@ -237,6 +240,7 @@ class Sources:
         images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
         masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
         seed: int,  # of everything random
+        drawn: Drawn | None = None,  # those of the pictures whose latents are known; None: none
     ):
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
@@ -245,13 +249,15 @@ class Sources:
         self.plain, self.changed = [
             SyntheticBatches(generator, recipe.batch_synthetic // recipe.parts, size, seed, augment, recipe.wide_crop,
                              state.arrange, recipe.clip) for augment in (None, recipe.augment)]
+        count = self.plain.batch
+        self.drawn = DrawnBatches(drawn, generator, count, seed, state.arrange) if drawn is not None else None
 
 
 def warm_stages(
     state: TrainState,  # networks, optimisers and averages
     sources: Sources,  # where its batches come from
 ) -> list[Stage]:
-    """The warm start of the segmenter, and the annotator's.
+    """The warm start of the segmenter, and the annotator's: on true labels where drawn pictures have them.
 
     Parameters
     ----------
@@ -270,6 +276,7 @@ def warm_stages(
         return supervised_step(state, in_parts(sources.labelled, step, "warm", parts))
 
     def annotator(step: int) -> dict[str, Tensor]:
+        if sources.drawn is not None: return truth_step(state, in_parts(sources.drawn, step, "warm", parts))
         return imitation_step(state, in_parts(sources.plain, step, "warm", parts), factors())
 
     return [Stage("warm segmenter", recipe.warm_segmenter, segmenter, {"segmenter": recipe.lr_warm}),
@@ -394,6 +401,7 @@ def lagm_loop(
     device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
     match: bool = True,  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True,  # False: no class weights on the annotator's labels
+    drawn: Drawn | None = None,  # labelled pictures of the generator, with their latents
     options: RunOptions | None = None,  # what it leaves behind and tells
     **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
@@ -421,18 +429,21 @@ def lagm_loop(
         False: the annotator stays as its warm start left it
     weigh_labels
         False: no class weights on the annotator's labels
+    drawn
+        labelled pictures of the generator, with their latents
     options
         what it leaves behind and tells
     **changes
         fields of `RunOptions`
     """
+    images, masks = joined(images, masks, drawn, recipe.wide_crop)
     check_lagm(annotator, segmenter, images, masks, recipe, changes)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights, weigh_labels)
-    sources = Sources(state, generator, images, masks, seed)
+    sources = Sources(state, generator, images, masks, seed, drawn)
     stages = [*warm_stages(state, sources), match_stage(state, sources, match), finish_stage(state, sources)]
     arm = ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights")
-    arm += frozen_note(state)
+    arm += frozen_note(state) + (drawn.note() if drawn is not None else "")
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))
     size = size_of(images)
     to_show = SyntheticBatches(generator, 4, size, seed, None, recipe.wide_crop, state.arrange, recipe.clip)
@@ -453,6 +464,9 @@ def train_lagm(
     match: bool = True,  # False: the annotator stays as its warm start left it, all else is the same
     # False: no class weights on the annotator's labels; for one that is not matched but imitates S, which has them
     weigh_labels: bool = True,
+    # labelled pictures of the generator, with their latents (`lagm.training.drawn.read_drawn`): they count among the
+    # labelled ones, of which there may then be none else, and the annotator is warmed on the truth about them
+    drawn: Drawn | None = None,
     # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more need Fabric and a checkpoint
     processes: int = 1,
     options: RunOptions | None = None,  # what the run leaves behind and tells; see `RunOptions`
@@ -490,6 +504,9 @@ def train_lagm(
         False: the annotator stays as its warm start left it, all else is the same
     weigh_labels
         False: no class weights on the annotator's labels; for one that is not matched but imitates S, which has them
+    drawn
+        labelled pictures of the generator, with their latents (`lagm.training.drawn.read_drawn`): they count among the
+        labelled ones, of which there may then be none else, and the annotator is warmed on the truth about them
     processes
         so many share the recipe's parts: of GPUs one each, of a CPU its cores; more need Fabric and a checkpoint
     options
@@ -500,12 +517,13 @@ def train_lagm(
         fields of `RunOptions`
     """
     if processes != 1:
-        check_lagm(annotator, segmenter, images, masks, recipe, changes)
+        check_lagm(annotator, segmenter, *joined(images, masks, drawn, recipe.wide_crop), recipe, changes)
         check_processes(recipe, processes, run_options(options, changes))
         launch(processes, train_lagm, (generator, annotator, segmenter, images, masks, recipe), device,
-               recipe.precision, seed=seed, match=match, weigh_labels=weigh_labels, options=options, **changes)
+               recipe.precision, seed=seed, match=match, weigh_labels=weigh_labels, drawn=drawn, options=options,
+               **changes)
     loop = lagm_loop(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device, match=match,
-                     weigh_labels=weigh_labels, options=options, **changes)
+                     weigh_labels=weigh_labels, drawn=drawn, options=options, **changes)
     return run_or_estimate(loop, dry_run, "estimate_lagm")
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #bc8e5a7c
