@@ -268,7 +268,6 @@ class Attends(nn.Module):
 
 
 def test_attention_is_put_together_where_it_is_trained():
-    assert tangent_problem(Attends()) is not None  # PyTorch's fused one
     around = LibrarySegmenter(Attends(), 3)
     assert tangent_problem(around, 8) is None and tangent_error(around, 8) < 1e-11
     images = torch.randn(1, 3, 8, 8)

@@ -261,7 +261,7 @@ def _log_softmax(operation: Any, arguments: Any, keywords: Any, result: Any) -> 
     return apply
 
 
-@rule(aten._softmax)
+@rule(aten._softmax, aten._safe_softmax)
 def _softmax(operation: Any, arguments: Any, keywords: Any, result: Any) -> _Tangent:
     dim = arguments[1]
     return lambda dx: aten._softmax_backward_data(dx.to(result.dtype), result, dim, result.dtype)
@@ -333,7 +333,8 @@ IN_PLACE = {aten.add_, aten.sub_, aten.mul_, aten.div_, aten.relu_, aten.silu_, 
 # of these the rule needs what was there before
 OVERWRITTEN = {aten.mul_, aten.silu_, aten.hardswish_, aten.hardsigmoid_, aten.hardtanh_}
 # of these autograd keeps a detached copy of the result, at once; of group norm, of its other results
-SAVE_RESULT = {aten.relu, aten.relu_, aten.sigmoid, aten.tanh, aten._softmax, aten._log_softmax, aten.native_group_norm}
+SAVE_RESULT = {aten.relu, aten.relu_, aten.sigmoid, aten.tanh, aten._softmax, aten._safe_softmax, aten._log_softmax,
+               aten.native_group_norm}
 
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor | None]:
