@@ -413,6 +413,29 @@ class _Numbers:
             if passive: self.known[_key(r)] = 0
             elif not any(r is t for t in tensors): self.known.pop(_key(r), None)  # another's place in memory before
 
+# %% ../../nbs/reference/matching/48_tangents.ipynb #48a0000e
+def _kept(tape: "Tape", operation: Any, arguments: Any, inputs: Any) -> Any:
+    """The arguments for a rule: with a copy of what is about to be overwritten, if the rule will need it."""
+    packet, cloned, tape.cloned = operation.overloadpacket, tape.cloned, None
+    if not any(inputs) or (packet is aten.mul_ and not any(inputs[1:])): return arguments
+    if packet is aten.as_strided_ and not _same_places(*arguments):
+        tape.problem = f"no tangent rule for {operation} that moves numbers{tape.where()}"
+    if packet not in OVERWRITTEN: return arguments
+    at_hand = cloned is not None and cloned[0] == _key(arguments[0])  # autograd needs a copy, too
+    return (cloned[1] if cloned and at_hand else arguments[0].clone(), *arguments[1:])
+
+
+def _append(tape: "Tape", operation: Any, arguments: Any, keywords: Any, inputs: Any, result: Any) -> None:
+    """Record an operation that has a rule."""
+    packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
+    if packet in SEVERAL:
+        for i, one in enumerate(results):
+            tape.records.append((inputs, tape.numbers.give([one]), _nth(operation, arguments, keywords, i)))
+        return
+    if packet in SAVE_RESULT: tape.expected = [_key(r) for r in results]
+    if packet is aten.clone: tape.cloned = _key(arguments[0]), result
+    tape.records.append((inputs, tape.numbers.give(results), RULES[packet](operation, arguments, keywords, result)))
+
 # %% ../../nbs/reference/matching/48_tangents.ipynb #4799f200
 class Tape(TorchDispatchMode):
     """Records, as a context around a forward pass, how tangents of `parameters` travel to its results.
@@ -450,20 +473,10 @@ class Tape(TorchDispatchMode):
         tensors = _tensors([*arguments, *keywords.values()]) if self.problem is None else []
         inputs = [self.numbers.of(tensor) for tensor in tensors]
         if None in inputs: self.problem = "a tensor depends on parameters in a way that was not seen"
-        kept = self._keep(operation, arguments, inputs)
+        kept = _kept(self, operation, arguments, inputs)
         result = operation(*arguments, **keywords)
         if self.problem is None: self._note(operation, kept, keywords, tensors, inputs, result)
         return result
-
-    def _keep(self, operation: Any, arguments: Any, inputs: Any) -> Any:
-        """The arguments for a rule: with a copy of what is about to be overwritten, if the rule will need it."""
-        packet, cloned, self.cloned = operation.overloadpacket, self.cloned, None
-        if not any(inputs) or (packet is aten.mul_ and not any(inputs[1:])): return arguments
-        if packet is aten.as_strided_ and not _same_places(*arguments):
-            self.problem = f"no tangent rule for {operation} that moves numbers{self.where()}"
-        if packet not in OVERWRITTEN: return arguments
-        at_hand = cloned is not None and cloned[0] == _key(arguments[0])  # autograd needs a copy, too
-        return (cloned[1] if cloned and at_hand else arguments[0].clone(), *arguments[1:])
 
     def _note(self, operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any) -> None:
         """Record one operation, if it matters."""
@@ -473,13 +486,7 @@ class Tape(TorchDispatchMode):
         if not _has_rule(operation, tensors, results[0], self.viewed):
             self.problem = f"no tangent rule for {operation}{self.where()}"
             return
-        if packet in SEVERAL:
-            for i, one in enumerate(results):
-                self.records.append((inputs, self.numbers.give([one]), _nth(operation, arguments, keywords, i)))
-            return
-        if packet in SAVE_RESULT: self.expected = [_key(r) for r in results]
-        if packet is aten.clone: self.cloned = _key(tensors[0]), result
-        self.records.append((inputs, self.numbers.give(results), RULES[packet](operation, arguments, keywords, result)))
+        _append(self, operation, arguments, keywords, inputs, result)
 
     def tangent(
         self,
