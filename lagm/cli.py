@@ -85,7 +85,7 @@ def _show_run(name: str, run: Any, root: Path) -> None:
 def show_command(
     arguments: argparse.Namespace,  # name
 ) -> None:
-    """`lagm show`: what an experiment is, needs and gives, and its parameters, those of its files marked.
+    """`lagm show`: what an experiment is, needs and gives, and its parameters; or what a network is, by its name.
 
     Raises `InputError` if there is none of that name.
 
@@ -95,8 +95,12 @@ def show_command(
         name
     """
     from lagm.experiments.catalogue import choose_runs, paper_numbers, project_folder, read_catalogue
+    from lagm.experiments.networks import is_network, network_lines
     from lagm.experiments.notebooks import list_experiments
 
+    if is_network(arguments.name):
+        print(*network_lines(arguments.name), sep="\n")
+        return
     catalogue = read_catalogue()
     if arguments.name in list_experiments() or arguments.name.endswith(".ipynb"): return _show_notebook(arguments.name)
     runs, root = choose_runs(catalogue, [arguments.name]), project_folder()
@@ -694,9 +698,11 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--stages", action="store_true", help="a line for each stage of an experiment")
     listing.set_defaults(command=list_command)
 
-    about = "Show what an experiment is, needs and lacks, and its parameters; * marks those its files set."
-    show = commands.add_parser("show", help="show one experiment", description=about)
-    show.add_argument("name", metavar="NAME", help="a name of `lagm list`, or of one stage, such as celeba_10/annotate")
+    about = ("Show what an experiment is, needs and lacks, and its parameters (* marks those its files set); or what a "
+             "network is, and what of it is matched.")
+    show = commands.add_parser("show", help="show one experiment, or one network", description=about)
+    show.add_argument("name", metavar="NAME", help="a name of `lagm list`, of one stage, such as celeba_10/annotate, "
+                                                   "or of a network, such as smp:Unet:resnet34")
     show.set_defaults(command=show_command)
 
     for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands,

@@ -9,8 +9,9 @@ import torch
 # tests/test_kill.py
 SLOW = """
     avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
-    fetch_limits gan inversion kill methods mutate numbers odd_files odd_inputs parts pickle_budget quickstart
-    reader_fuzz report requests runs site stylegan2 sweep synthetic table tangents templates training unpickling
+    fetch_limits gan inversion kill libraries methods mutate numbers odd_files odd_inputs parts pickle_budget
+    quickstart reader_fuzz report requests runs site stylegan2 sweep synthetic table tangents templates training
+    unpickling
     weak_to_strong wheel winograd""".split()
 
 

@@ -590,6 +590,7 @@ def test_other_unets_are_named(tmp_path, capsys, state, message):
 
 def test_a_deeplab_is_built_without_memory(monkeypatch):
     assert all(p.is_meta for p in saved.build_empty("f", "DeepLabV3", {"n_classes": 255}).parameters())
-    assert {*saved.network_classes()} == {"UNet", "DeepLabV3", "EncoderSegmenter", "TimmSegmenter", "FPNAnnotator"}
+    assert {*saved.network_classes()} == {"UNet", "DeepLabV3", "EncoderSegmenter", "TimmSegmenter", "SmpSegmenter",
+                                          "TorchvisionSegmenter", "FPNAnnotator", "MLPAnnotator", "AttentionAnnotator"}
     with pytest.raises(InputError, match="DeepLabV4"): saved.build_empty("f", "DeepLabV4", {})
     assert saved.segmenter_options(DeepLabV3(4)) == {"name": "deeplabv3", "n_classes": 4}

@@ -78,14 +78,18 @@ class Registry(_Entries[Entry]):
         what an entry is, for messages: "dataset"
     accept
         (name, what it stands for) -> an entry; None: it cannot be one
+    qualify
+        (entry, what follows its name and a colon) -> the entry for that; None: nothing can follow this one
     """
 
     def __init__(
         self,
         what: str,  # what an entry is, for messages: "dataset"
         accept: Callable[[str, Any], Entry | None],  # (name, what it stands for) -> an entry; None: it cannot be one
+        # (entry, what follows its name and a colon) -> the entry for that; None: nothing can follow this one
+        qualify: Callable[[Entry, str], Entry | None] = lambda entry, rest: None,
     ):
-        self.what, self._accept = what, accept
+        self.what, self._accept, self._qualify = what, accept, qualify
         super().__init__()
 
     def register(self, name: str, entry: Entry) -> Entry:
@@ -103,10 +107,13 @@ class Registry(_Entries[Entry]):
     def get(self, name: str) -> Entry:
         """The entry of this name, which a person gave: `package.module:name` is imported. Raises `InputError`."""
         if name in self or ":" not in name: return self.known(name)
+        first, _, rest = name.partition(":")
+        if first in self._entries and (special := self._qualify(self._entries[first], rest)): return special
         try: found = self._accept(name, from_package(name))
         except InputError as error:
             absent = error.__cause__
-            top = name.partition(":")[0].partition(".")[0]
+            top = first.partition(".")[0]
+            if absent is None and ":" in rest: raise InputError(self._none_such(name)) from error
             if not isinstance(absent, ModuleNotFoundError) or absent.name != top: raise
             raise InputError(f"{self._none_such(name)}; nor is there a package {top!r}") from error
         if found is None: raise InputError(f"{name} is there, but cannot be a {self.what}")

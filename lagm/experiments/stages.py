@@ -6,8 +6,9 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_validation', 'read_with_drawn', 'splits_of',
            'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter', 'make_recipe',
-           'without_finish', 'use_entries', 'name_problems', 'load_networks', 'load_any_segmenter', 'hasty_networks',
-           'restore_best', 'simple_values', 'write_metrics', 'check_size', 'start_stage']
+           'without_finish', 'matched_by_default', 'annotator_problem', 'use_entries', 'name_problems', 'load_networks',
+           'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values', 'write_metrics', 'check_size',
+           'start_stage']
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #fbd94275
 import dataclasses
@@ -15,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from ..generators.formats import FORMATS
 from ..generators.load import load_generator
 from ..generators.weights import check_version
 from ..models.annotator import FPNAnnotator
+from ..models.annotators import ANNOTATORS
 from ..models.results import Results, load_results
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import set_aside
@@ -304,40 +306,40 @@ def resize_policy(
 
 
 def segmenter_arguments(
-    segmenter: str,  # a name of `SEGMENTERS`, or package.module:Class
+    segmenter: str,  # unet, deeplabv3, smp:Unet:resnet34, torchvision:fcn_resnet50, or package.module:Class
     width: int = 64,  # of the U-Net
     levels: int = 4,  # of the U-Net
-    backbone: str = "none",  # of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
+    backbone: str = "none",  # its encoder's weights: "imagenet" (downloaded once), a file, or "none": random ones
 ) -> dict[str, Any]:
     """Constructor arguments of a segmenter, besides the number of classes; `InputError` if there is none such.
 
     Parameters
     ----------
     segmenter
-        a name of `SEGMENTERS`, or package.module:Class
+        unet, deeplabv3, smp:Unet:resnet34, torchvision:fcn_resnet50, or package.module:Class
     width
         of the U-Net
     levels
         of the U-Net
     backbone
-        of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
+        its encoder's weights: "imagenet" (downloaded once), a file, or "none": random ones
     """
     return SEGMENTERS.get(segmenter).options(width, levels, backbone)
 
 
 def new_segmenter(
-    segmenter: str,  # unet, deeplabv3 or package.module:Class
+    segmenter: str,  # as in `segmenter_arguments`
     n_classes: int,  # number of classes
     width: int = 64,  # channels of the U-Net's first layer
     levels: int = 4,  # of the U-Net
-    backbone: str = "none",  # of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
+    backbone: str = "none",  # its encoder's weights: "imagenet" (downloaded once), a file, or "none": random ones
 ) -> nn.Module:
     """A fresh segmenter; its random weights depend on torch's seed.
 
     Parameters
     ----------
     segmenter
-        unet, deeplabv3 or package.module:Class
+        as in `segmenter_arguments`
     n_classes
         number of classes
     width
@@ -345,7 +347,7 @@ def new_segmenter(
     levels
         of the U-Net
     backbone
-        of DeepLabV3: "imagenet" (downloaded once), a file, or "none": random weights
+        its encoder's weights: "imagenet" (downloaded once), a file, or "none": random ones
     """
     return build_segmenter(segmenter, n_classes, **segmenter_arguments(segmenter, width, levels, backbone))
 
@@ -388,6 +390,38 @@ def without_finish(
     """
     return dataclasses.replace(recipe, finish=0.0)
 
+# %% ../../nbs/reference/experiments/88_stages.ipynb #88a00012
+def matched_by_default(
+    segmenter: str,  # as in `segmenter_arguments`
+) -> dict[str, str]:  # {"matched": its group}; nothing for the kit's own, of which the recipe knows
+    """Changes of a recipe that a segmenter asks for. `InputError` if there is none such.
+
+    Parameters
+    ----------
+    segmenter
+        as in `segmenter_arguments`
+
+    Returns
+    -------
+    dict[str, str]
+        {"matched": its group}; nothing for the kit's own, of which the recipe knows
+    """
+    entry = SEGMENTERS.get(segmenter)
+    return {"matched": entry.default_group} if entry.bound else {}
+
+
+def annotator_problem(
+    annotator: str,  # fpn, mlp, attention, or package.module:Class
+) -> None:
+    """Raise `InputError` if there is no such annotator.
+
+    Parameters
+    ----------
+    annotator
+        fpn, mlp, attention, or package.module:Class
+    """
+    ANNOTATORS.get(annotator)
+
 # %% ../../nbs/reference/experiments/88_stages.ipynb #88b00002
 def use_entries(
     names: Sequence[str],  # package.module:NAME, of entries or classes
@@ -401,16 +435,16 @@ def use_entries(
     """
     for name in names:
         found, problems = False, []
-        for registry in (FORMATS, SEGMENTERS, DATASETS):
+        for registry in (FORMATS, SEGMENTERS, DATASETS, ANNOTATORS):
             try: found = bool(registry.get(name)) or found
             except InputError as error: problems.append(str(error))
-        if not found: raise InputError(f"uses: {problems[0]}; nor a segmenter, nor a dataset")
+        if not found: raise InputError(f"uses: {problems[0]}; nor a segmenter, a dataset or an annotator")
 
 
 def name_problems(
     parameters: Mapping[str, Any],  # of a run
 ) -> list[str]:  # a line each
-    """What is wrong with the names in `uses` and `segmenter`.
+    """What is wrong with the names in `uses`, `segmenter` and `annotator`.
 
     Parameters
     ----------
@@ -423,10 +457,11 @@ def name_problems(
         a line each
     """
     found = []
-    checks: tuple[tuple[Callable[..., Any], str], ...] = (use_entries, "uses"), (segmenter_arguments, "segmenter")
-    for check, name in checks:
-        try: check(parameters.get(name) or ([] if name == "uses" else "unet"))
-        except InputError as error: found.append(str(error) if name == "uses" else f"segmenter: {error}")
+    checks: dict[str, tuple[Callable[..., Any], Any]] = {
+        "uses": (use_entries, []), "segmenter": (segmenter_arguments, "unet"), "annotator": (annotator_problem, "fpn")}
+    for name, (check, usual) in checks.items():
+        try: check(parameters.get(name) or usual)
+        except InputError as error: found.append(str(error) if name == "uses" else f"{name}: {error}")
     return found
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #54acb032
@@ -509,7 +544,7 @@ def hasty_networks(
     )
     trained = train_lagm(generator, annotator, segmenter, images, masks, without_finish(make_recipe("fast", 2, 2)),
                          seed=seed, device=device, progress=False)
-    return Results(cast(FPNAnnotator, trained.annotator), trained.segmenter, {"hasty": True})
+    return Results(trained.annotator, trained.segmenter, {"hasty": True})
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #27caf7c7
 def restore_best(

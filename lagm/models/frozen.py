@@ -295,9 +295,17 @@ def _encoder_arguments(network: nn.Module) -> dict[str, Any]:
         width=trunk["width"], levels=trunk["levels"], outputs=trunk["n_classes"])
 
 
+def _timm_options(width: int, levels: int, backbone: str) -> dict[str, Any]:
+    """Arguments from a parameter file. Raises `InputError` for weights of a file."""
+    if backbone in ("", "none", "imagenet"): return {"pretrained": True} if backbone == "imagenet" else {}
+    raise InputError(f"backbone is {printable(repr(backbone), 100)}; an encoder of timm takes its own weights: give "
+                     "imagenet or none")
+
+
 SEGMENTERS.register("encoder", NetworkEntry(
     EncoderSegmenter, {"n_classes": CLASSES, "width": (1, 4096), "levels": (1, 8), "outputs": (1, 16384), **HEAD},
     _encoder_arguments))
 SEGMENTERS.register("timm", NetworkEntry(
     TimmSegmenter, {"n_classes": CLASSES, "model": re.compile(r"[\w.]{1,100}", re.ASCII), "side": (1, 4096), **HEAD},
-    lambda network: _head_arguments(network) | dict(model=network.model, side=network.side)))
+    lambda network: _head_arguments(network) | dict(model=network.model, side=network.side),
+    options=_timm_options, from_name=lambda rest: {"model": rest}))  # timm:resnet50

@@ -16,7 +16,6 @@ from ..core.errors import InputError, printable
 from ..core.pickle_records import LazyTensor, Record, Unreadable, reading
 from ..core.unpickling import module_tensors
 from ..generators.formats import Weight, fill_network, from_tensor, lazy_tensor, read_value, recognise
-from .annotator import FPNAnnotator
 from .saved import annotator_from_shapes, build_empty, read_networks, segmenter_from_shapes
 
 # %% ../../nbs/reference/models/43_results.ipynb #eda7204e
@@ -33,7 +32,7 @@ class Results(NamedTuple):
         what the file says besides: class names, arguments of the networks and of the data
     """
 
-    annotator: FPNAnnotator | None  # None: the file holds none
+    annotator: nn.Module | None  # None: the file holds none
     segmenter: nn.Module | None  # None: the file holds none
     facts: dict[str, Any]  # what the file says besides: class names, arguments of the networks and of the data
 

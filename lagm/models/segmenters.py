@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.registry import Registry
 from .deeplab import DEEPLABV3
-from .entries import CLASSES, NetworkEntry, as_network_entry, unet_arguments, unet_from_shapes
+from lagm.models.entries import (
+    CLASSES,
+    NetworkEntry,
+    as_network_entry,
+    build_network,
+    named_entry,
+    unet_arguments,
+    unet_from_shapes,
+)
+from .libraries import SMP, TORCHVISION
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #116f8b7e
 class ConvBlock(nn.Module):
@@ -213,7 +222,7 @@ class UNet(_UNetMaps):
         return self.outc(self.features(x)[-1])
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #ae01d6ff
-SEGMENTERS: Registry[NetworkEntry] = Registry("segmenter", as_network_entry)
+SEGMENTERS: Registry[NetworkEntry] = Registry("segmenter", as_network_entry, named_entry)
 SEGMENTERS.register("unet", NetworkEntry(
     UNet, {"n_classes": CLASSES, "in_channels": (1, 64), "width": (1, 4096), "levels": (1, 8)},
     unet_arguments, unet_from_shapes, lambda width, levels, backbone: dict(width=width, levels=levels),
@@ -225,10 +234,12 @@ SEGMENTERS.register("unet", NetworkEntry(
     deepest=lambda network: network.get_submodule(f"down{network.levels}")))
 SEGMENTERS.register("deeplabv3", DEEPLABV3)
 SEGMENTERS.register("deeplab", DEEPLABV3)  # another word for it
+SEGMENTERS.register("smp", SMP)
+SEGMENTERS.register("torchvision", TORCHVISION)
 
 # %% ../../nbs/book/05_the_segmenter.ipynb #f2a2aab8
 def build_segmenter(
-    name: str,  # a name of `SEGMENTERS`: "unet", "deeplabv3"; or package.module:Class
+    name: str,  # "unet", "deeplabv3", "smp:Unet:resnet34", "torchvision:fcn_resnet50"; or package.module:Class
     n_classes: int,  # classes, background included
     **options: Any,  # passed on to its class
 ) -> nn.Module:
@@ -237,14 +248,14 @@ def build_segmenter(
     Parameters
     ----------
     name
-        a name of `SEGMENTERS`: "unet", "deeplabv3"; or package.module:Class
+        "unet", "deeplabv3", "smp:Unet:resnet34", "torchvision:fcn_resnet50"; or package.module:Class
     n_classes
         classes, background included
     **options
         passed on to its class
     """
     entry = SEGMENTERS.get(name)
-    try: return entry.build(n_classes=n_classes, **options)
+    try: return build_network(entry, n_classes=n_classes, **options)
     except TypeError as error:
         raise InputError(f"segmenter {name!r} does not take these options: {options} ({error})") from error
 

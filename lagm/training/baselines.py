@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.registry import Registry
 from ..core.values import check_fields
-from ..models.annotator import FPNAnnotator
+from ..models.annotators import build_annotator
 from ..models.contracts import Generator
 from .datasetgan import DatasetGAN, train_datasetgan
 from .encoders import FrozenEncoder, train_frozen_encoder
@@ -127,6 +127,8 @@ class Matching:
 
     Attributes
     ----------
+    annotator
+        a name of `lagm.models.annotators`
     channels
         of the annotator
     match
@@ -134,6 +136,7 @@ class Matching:
     weigh_labels
         False: its labels get no class weights
     """
+    annotator: str = "fpn"  # a name of `lagm.models.annotators`
     channels: int = 32  # of the annotator
     match: bool = True  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True  # False: its labels get no class weights
@@ -148,7 +151,8 @@ def train_matching(
     """`lagm.training.lagm.train_lagm` with a new annotator, whose weights follow from the seed. Raises as it does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        annotator = FPNAnnotator(generator.feature_channels, segmenter.n_classes, channels=setting.channels)
+        annotator = build_annotator(setting.annotator, generator.feature_channels, segmenter.n_classes,
+                                    channels=setting.channels)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device,
                       match=setting.match, weigh_labels=setting.weigh_labels, **options)
 
