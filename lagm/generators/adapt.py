@@ -611,6 +611,39 @@ def tried(
     return network
 
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ad280021
+def _range(module: nn.Module, calling: Calling, z: Tensor, drawn: Tensor) -> tuple[float, float]:
+    """What black and white are: told by a last layer that is a tanh, or by the values of pictures."""
+    with Taps(module, [name for name, layer in module.named_modules() if isinstance(layer, nn.Tanh)]) as taps:
+        last = _picture(module, calling, z)
+    tanh = any(maps.shape == last.shape and torch.equal(maps, last) for _, maps in taps.found)
+    return (-1.0, 1.0) if tanh else value_range(drawn)
+
+
+def _two(values: Sequence[float]) -> tuple[float, float]:
+    """Black and white as a person gave them. `InputError` unless these are two numbers, the smaller first."""
+    if isinstance(values, tuple | list) and len(values) == 2 and values[0] < values[1]: return values[0], values[1]
+    raise InputError(f"values is {printable(repr(values), 60)}; give two numbers, what black and what white is: "
+                     "(0, 1)")
+
+
+def _classes(module: nn.Module) -> int | None:
+    """How many classes a module says that it has."""
+    said = (getattr(module, name, None) for name in ("n_classes", "num_classes", "c_dim"))
+    return next((number for number in said if isinstance(number, int) and number > 0), None)
+
+
+def _picture(module: nn.Module, calling: Calling, z: Tensor) -> Tensor:
+    """The module's pictures. `InputError` if they have another number of channels than 1 or 3, or are no numbers."""
+    drawn: Any = first_maps(module(*calling.arguments(z)))
+    if drawn.shape[1] not in (1, 3):
+        raise InputError(f"{type(module).__name__} gives {tuple(drawn.shape)}: pictures have 1 or 3 channels; wrap it "
+                         "in a module that returns those")
+    if not torch.isfinite(drawn).all():
+        raise InputError(f"{type(module).__name__} draws NaN or infinite numbers: its weights are damaged, or they "
+                         "were not read into it")
+    return drawn
+
+# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280023
 @torch.no_grad()
 def adapt(
     module: nn.Module,  # latents, perhaps a class, to pictures; stays as it is
@@ -665,35 +698,10 @@ def adapt(
     drawn = [_picture(own, calling, part) for part in z.split(4)]
     maps = layer_maps(own, lambda: own(*calling.arguments(z[:1])))
     taps = chosen_layers(maps, layers, drawn[0].shape[-2:])
-    black, white = value_range(torch.cat(drawn)) if values is None else _two(values)
+    black, white = _range(own, calling, z[:2], torch.cat(drawn)) if values is None else _two(values)
     mean = None if mapping is None else mean_of_styles(own, mapping, mean_style, calling)
     network = tried(Adapted(own, calling, taps, (float(black), float(white)), full, mapping, mean))
     network.layers, network.img_resolution = LayerTable(maps, taps), max(drawn[0].shape[-2:])
     if mapping is None: sampling = Sampling(1.0, None, sampling.noise)
     about = {"format": "adapted module", "class": f"{type(own).__module__}.{type(own).__qualname__}"}
     return FrozenGenerator(network, sampling, dtype, {"provenance": about} | (header or {}))
-
-
-def _two(values: Sequence[float]) -> tuple[float, float]:
-    """Black and white as a person gave them. `InputError` unless these are two numbers, the smaller first."""
-    if isinstance(values, tuple | list) and len(values) == 2 and values[0] < values[1]: return values[0], values[1]
-    raise InputError(f"values is {printable(repr(values), 60)}; give two numbers, what black and what white is: "
-                     "(0, 1)")
-
-
-def _classes(module: nn.Module) -> int | None:
-    """How many classes a module says that it has."""
-    said = (getattr(module, name, None) for name in ("n_classes", "num_classes", "c_dim"))
-    return next((number for number in said if isinstance(number, int) and number > 0), None)
-
-
-def _picture(module: nn.Module, calling: Calling, z: Tensor) -> Tensor:
-    """The module's pictures. `InputError` if they have another number of channels than 1 or 3, or are no numbers."""
-    drawn: Any = first_maps(module(*calling.arguments(z)))
-    if drawn.shape[1] not in (1, 3):
-        raise InputError(f"{type(module).__name__} gives {tuple(drawn.shape)}: pictures have 1 or 3 channels; wrap it "
-                         "in a module that returns those")
-    if not torch.isfinite(drawn).all():
-        raise InputError(f"{type(module).__name__} draws NaN or infinite numbers: its weights are damaged, or they "
-                         "were not read into it")
-    return drawn

@@ -6,7 +6,8 @@
 # %% auto #0
 __all__ = ['MEANING', 'Settings', 'settings_text', 'read_settings', 'new_project', 'missing', 'next_step',
            'labelled_pictures', 'project_generator', 'train_project', 'cross_validated', 'disagreement', 'label_next',
-           'run_file', 'run_project', 'new_command', 'proposals_for', 'label_command', 'project_command']
+           'run_file', 'run_project', 'named_generator', 'new_command', 'proposals_for', 'label_command',
+           'project_command']
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #2d716e15
 import dataclasses
@@ -35,7 +36,8 @@ from ..data.label_maps import make_labels, write_classes
 from ..evaluation.grids import labelled_grid
 from ..evaluation.metrics import ConfusionMatrix, predict
 from ..generators.contract import Sampling
-from ..generators.load import load_generator
+from ..generators.load import is_outside, load_generator
+from ..generators.modules import described_generator, module_generator
 from .album import Album, Desk, check_parts, labelled_shares, unpainted_classes
 from .page import LabelServer, respond
 from .proposals import LATENTS, clusters_of_features, colour_regions, predictions
@@ -55,7 +57,8 @@ class Settings:
     size
         pictures are brought to this height and width for training, a multiple of 8
     generator
-        a generator of such pictures: a file in any format that `lagm inspect` knows; empty: none
+        a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
+        weights: FILE ...}; empty: none
     psi
         truncation of the generator's pictures, 0 to 1
     steps
@@ -69,7 +72,9 @@ class Settings:
     """
 
     size: int = 64  # pictures are brought to this height and width for training, a multiple of 8
-    generator: str = ""  # a generator of such pictures: a file in any format that `lagm inspect` knows; empty: none
+    # a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
+    # weights: FILE ...}; empty: none
+    generator: str | dict = ""
     psi: float = 0.7  # truncation of the generator's pictures, 0 to 1
     steps: int = 1000  # of matching, or of training where there is no generator
     width: int = 16  # channels of the U-Net's first level
@@ -103,7 +108,7 @@ def settings_text(
         of project.yaml
     """
     rows = dataclasses.asdict(settings).items()
-    return "".join(f"{name}: {yaml.safe_dump(value, default_style=None).splitlines()[0]}  # {MEANING[name]}\n"
+    return "".join(f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}  # {MEANING[name]}\n"
                    for name, value in rows)
 
 
@@ -205,7 +210,7 @@ def missing(
         found.append(f"no mask shows {', '.join(lacking)}: nothing can be learnt about "
                      f"{'it' if len(lacking) == 1 else 'them'}")
     generator = read_settings(folder).generator
-    if generator and not (Path(folder) / generator).is_file() and not Path(generator).is_file():
+    if generator and not is_outside(generator) and not (Path(folder) / generator).is_file() and not Path(generator).is_file():
         found.append(f"the generator {generator} is not there")
     return found
 
@@ -262,8 +267,12 @@ def project_generator(
         where it goes
     """
     if not settings.generator: return None
+    how = Sampling(settings.psi)
+    if (what := described_generator(settings.generator)) is not None:
+        inside = (Path(folder) / what.weights).is_file()
+        return module_generator(what, how, device=device, folder=folder if inside else ".")
     beside = Path(folder) / settings.generator
-    return load_generator(beside if beside.is_file() else settings.generator, Sampling(settings.psi), device=device)
+    return load_generator(beside if beside.is_file() else settings.generator, how, device=device)
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
 def train_project(
@@ -466,6 +475,22 @@ def run_project(
     return facts
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3d4
+def named_generator(
+    given: str,  # on the command line
+) -> str | dict:
+    """A generator as project.yaml names it: a file by its whole path, a description as it is, a name as it is.
+
+    Parameters
+    ----------
+    given
+        on the command line
+    """
+    what = described_generator(given)
+    if what is None: return given if not given or is_outside(given) else str(Path(given).resolve())
+    weights = {"weights": str(Path(what.weights).resolve())} if what.weights else {}
+    return yaml.safe_load(given) | weights
+
+
 def new_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -477,7 +502,7 @@ def new_command(
         of the command line
     """
     settings = Settings(size=arguments.size,
-                        generator=str(Path(arguments.generator).resolve()) if arguments.generator else "")
+                        generator=named_generator(arguments.generator))
     classes = [name.strip() for name in arguments.classes.split(",")]
     for why in new_project(arguments.project, arguments.images, classes, settings).values(): print(f"left out: {why}")
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")

@@ -35,6 +35,7 @@ from ..core.files import decode_text, parse_json, read_json, write_json
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
+from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
@@ -573,6 +574,7 @@ def generate(
     _sweep(folder)
     arguments = (processes, generator, annotators, folder, plan, labels, list(devices), progress)
     if missing_shards(folder, plan):
+        check_generator(generator)
         if processes == 1: work(0, *arguments)
         else: torch.multiprocessing.spawn(work, arguments, processes)
     missing = missing_shards(folder, plan)
