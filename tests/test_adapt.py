@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
 from lagm.experiments.catalogue import missing_inputs
@@ -31,7 +33,6 @@ from lagm.training.recipe import get_recipe
 from lagm.training.shards import generate
 from lagm.training.synthetic import Plan
 from lagm.training.teachers import train_self_training
-from torch import nn
 
 FAST = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
 
@@ -154,7 +155,9 @@ class TestAdapt:
 
     def test_classes(self):
         class Named(DCGAN):
-            def __init__(self): super().__init__(); self.table = nn.Embedding(3, 6)
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(3, 6)
             def forward(self, z, c): return super().forward(z + self.table(c)[:, :, None, None])
 
         class OneHot(Named):
@@ -173,7 +176,9 @@ class TestAdapt:
 
     def test_truncation(self):
         class Styled(DCGAN):
-            def __init__(self): super().__init__(); self.mapping = nn.Linear(6, 6)
+            def __init__(self):
+                super().__init__()
+                self.mapping = nn.Linear(6, 6)
             def forward(self, z): return super().forward(self.mapping(z)[:, :, None, None])
 
         torch.manual_seed(0)
@@ -272,7 +277,9 @@ class TestDoor:
             def __init__(self):
                 super().__init__()
                 self.register_buffer("calls", torch.zeros(()))
-            def forward(self, maps): self.calls += 1; return maps
+            def forward(self, maps):
+                self.calls += 1
+                return maps
 
         state, counting = torch.get_rng_state(), Counting()
         with pytest.raises(InputError, match="changes when it is used"): check_generator(Own(network=counting))
@@ -367,7 +374,7 @@ class TestFiles:
 
     def test_mistakes_in_a_description(self, program):
         for given, match in (({"modul": "a:b"}, "did you mean module"), ({"weights": "a"}, "needs module"),
-                             ("{module: [", "cannot be read"), ({"module": "theirs:Generatr"}, "did you mean Generator"),
+                             ("{module: [", "cannot be read"), ({"module": "theirs:Generatr"}, "did you mean"),
                              ({"module": "theirs:Generator", "arguments": {"n": 2}}, "cannot be made"),
                              ({"module": "theirs:Generator", "layers": ["main.9"]}, "theirs:Generator: layers")):
             with pytest.raises(InputError, match=match): load_generator(given)
@@ -391,7 +398,8 @@ class TestFiles:
 
     def test_problems_before_a_run(self, program):
         from lagm.experiments.catalogue import Run
-        run = lambda **given: Run("x", "annotate", Path("annotate.ipynb"), dict(dataset="avatars:big-ears", **given), Path("x.ipynb"))
+        run = lambda **given: Run("x", "annotate", Path("annotate.ipynb"), dict(dataset="avatars:big-ears", **given),
+                                  Path("x.ipynb"))
         assert not missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gan.pth"}))
         assert any("gone.pth" in line for line in
                    missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gone.pth"})))
@@ -405,8 +413,8 @@ def test_from_the_command_line(program, tmp_path):
     import os
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     for command in (["annotate", "-f", "mine.yaml", "-o", "out"],
-                    ["evaluate", "-p", "networks", "out/results.safetensors", "-p", "size", "[16, 16]", "-p", "pictures",
-                     "2", "-o", "out2"]):
+                    ["evaluate", "-p", "networks", "out/results.safetensors", "-p", "size", "[16, 16]", "-p",
+                     "pictures", "2", "-o", "out2"]):
         done = subprocess.run([sys.executable, "-m", "lagm.cli", "run", *command], cwd=tmp_path, env=env,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

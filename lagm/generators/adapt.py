@@ -447,8 +447,8 @@ def seeded(network: nn.Module, noise_mode: str, rng: torch.Generator | None, dev
     """Torch's random state for one call, if the module draws noise of its own; the state before it comes back."""
     if not network.noisy or (noise_mode == "random" and rng is None): return _Off()
     if noise_mode == "none":
-        raise InputError(f"noise is 'none', but {type(network.module).__name__} draws noise that cannot be switched off; "
-                         "use random or const")
+        raise InputError(f"noise is 'none', but {type(network.module).__name__} draws noise that cannot be switched "
+                         "off; use random or const")
     seed = 0 if noise_mode == "const" else int(torch.randint(2**31, (1,), generator=rng))
     state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     torch.manual_seed(seed)
@@ -610,7 +610,7 @@ def tried(
                           "statistics?): the same latent looks otherwise in other company", stacklevel=3)
     return network
 
-# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280021
+# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280023
 def _range(module: nn.Module, calling: Calling, z: Tensor, drawn: Tensor) -> tuple[float, float]:
     """What black and white are: told by a last layer that is a tanh, or by the values of pictures."""
     with Taps(module, [name for name, layer in module.named_modules() if isinstance(layer, nn.Tanh)]) as taps:
@@ -643,7 +643,7 @@ def _picture(module: nn.Module, calling: Calling, z: Tensor) -> Tensor:
                          "were not read into it")
     return drawn
 
-# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280023
+# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280025
 @torch.no_grad()
 def adapt(
     module: nn.Module,  # latents, perhaps a class, to pictures; stays as it is

@@ -423,8 +423,8 @@ def find_generator(
     inner = (str(name) for part in weights.values() if isinstance(part, dict) for name in list(part)[:2000])
     name_other([*list(weights)[:2000], *inner])
     raise Unreadable(f"holds nothing that is known here (it begins with {', '.join(map(quoted, list(weights)[:3]))})",
-                     "give a StyleGAN or StyleGAN2 in one of the known formats, or, if these are the weights of a class "
-                     "that you have, generator: {module: package.module:Class, weights: FILE}")
+                     "give a StyleGAN or StyleGAN2 in one of the known formats, or, if these are the weights of a "
+                     "class that you have, generator: {module: package.module:Class, weights: FILE}")
 
 
 def _complain_of(value: Any) -> None:

@@ -8,7 +8,6 @@ __all__ = ['PREFIXES', 'ModuleGenerator', 'described_generator', 'make_module', 
            'save_adapted', 'adapted_facts', 'how_to_open']
 
 # %% ../../nbs/reference/generators/28_modules.ipynb #ad290003
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

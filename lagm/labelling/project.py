@@ -108,7 +108,9 @@ def settings_text(
         of project.yaml
     """
     rows = dataclasses.asdict(settings).items()
-    return "".join(f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}  # {MEANING[name]}\n"
+    def line(value: Any) -> str: return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+    return "".join(f"{name}: {line(value)}  # {MEANING[name]}\n"
                    for name, value in rows)
 
 
@@ -210,7 +212,8 @@ def missing(
         found.append(f"no mask shows {', '.join(lacking)}: nothing can be learnt about "
                      f"{'it' if len(lacking) == 1 else 'them'}")
     generator = read_settings(folder).generator
-    if generator and not is_outside(generator) and not (Path(folder) / generator).is_file() and not Path(generator).is_file():
+    there = not generator or is_outside(generator) or any((Path(at) / generator).is_file() for at in (folder, "."))
+    if not there:
         found.append(f"the generator {generator} is not there")
     return found
 

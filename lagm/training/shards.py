@@ -35,7 +35,7 @@ from ..core.files import decode_text, parse_json, read_json, write_json
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
-from ..generators.protocol import check_generator
+from ..generators.protocol import check_generator, modules_of
 from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
@@ -315,7 +315,7 @@ def describe_dataset(
         "format": "lagm-synthetic-1", "plan": dataclasses.asdict(plan),
         "label_set": labels.name, "classes": list(labels.classes),
         "palette": [list(colour) for colour in labels.palette],
-        "generator": weights_digest([getattr(generator, "network", generator)]),
+        "generator": weights_digest(modules_of(generator)),
         "sampling": dataclasses.asdict(cast(Any, sampling)) if dataclasses.is_dataclass(sampling) else None,
         "annotators": [weights_digest([annotator]) for annotator in annotators]}
 
