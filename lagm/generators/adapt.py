@@ -697,10 +697,10 @@ def adapt(
     z = torch.randn(16, *calling.latent, generator=random_generator(0, "adapt")).flatten(1).to(_like(own))
     drawn = [_picture(own, calling, part) for part in z.split(4)]
     maps = layer_maps(own, lambda: own(*calling.arguments(z[:1])))
-    taps = chosen_layers(maps, layers, drawn[0].shape[-2:])
+    taps = chosen_layers(maps, layers, (drawn[0].shape[2], drawn[0].shape[3]))
     black, white = _range(own, calling, z[:2], torch.cat(drawn)) if values is None else _two(values)
     mean = None if mapping is None else mean_of_styles(own, mapping, mean_style, calling)
-    network = tried(Adapted(own, calling, taps, (float(black), float(white)), full, mapping, mean))
+    network: Any = tried(Adapted(own, calling, taps, (float(black), float(white)), full, mapping, mean))
     network.layers, network.img_resolution = LayerTable(maps, taps), max(drawn[0].shape[-2:])
     if mapping is None: sampling = Sampling(1.0, None, sampling.noise)
     about = {"format": "adapted module", "class": f"{type(own).__module__}.{type(own).__qualname__}"}

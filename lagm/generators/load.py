@@ -236,7 +236,7 @@ def is_outside(
     """
     if not isinstance(given, Path) and described_generator(given) is not None: return True
     named = isinstance(given, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", given)
-    return bool(named) and not Path(given).exists()
+    return bool(named) and not Path(str(given)).exists()
 
 # %% ../../nbs/reference/generators/26_load.ipynb #ecb9806d
 def from_elsewhere(
@@ -262,7 +262,7 @@ def from_elsewhere(
         one class, if the description names none
     """
     what = described_generator(given) or described_generator({"module": str(given)})
-    if label is not None and what is not None: what = dataclasses.replace(what, label=label)
+    if label is not None and what is not None: what = dataclasses.replace(what, label=cast(Any, label))
     return module_generator(what, sampling, dtype, device)
 
 

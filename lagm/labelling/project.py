@@ -212,7 +212,7 @@ def missing(
         found.append(f"no mask shows {', '.join(lacking)}: nothing can be learnt about "
                      f"{'it' if len(lacking) == 1 else 'them'}")
     generator = read_settings(folder).generator
-    there = not generator or is_outside(generator) or any((Path(at) / generator).is_file() for at in (folder, "."))
+    there = not generator or is_outside(generator) or any((Path(at) / str(generator)).is_file() for at in (folder, "."))
     if not there:
         found.append(f"the generator {generator} is not there")
     return found
@@ -274,7 +274,7 @@ def project_generator(
     if (what := described_generator(settings.generator)) is not None:
         inside = (Path(folder) / what.weights).is_file()
         return module_generator(what, how, device=device, folder=folder if inside else ".")
-    beside = Path(folder) / settings.generator
+    beside = Path(folder) / str(settings.generator)
     return load_generator(beside if beside.is_file() else settings.generator, how, device=device)
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #56937bs1
