@@ -260,7 +260,8 @@ def split_problems(
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #c0c0ecc6
 def open_generator(
-    generator: str = "",  # a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
+    # a file, the name of one of the kit's, or a description, as `load_generator` reads it; empty: big-ears
+    generator: str | Mapping[str, Any] = "",
     avg_latent: str = "",  # file of the mean style, for StyleGAN1 files
     psi: float = 0.7,  # truncation, 0 to 2; 1: none
     cutoff: int = 8,  # style vectors that are truncated; 0: all
@@ -273,7 +274,7 @@ def open_generator(
     Parameters
     ----------
     generator
-        a file, or the name of one of the kit's, as `load_generator` reads it; empty: big-ears
+        a file, the name of one of the kit's, or a description, as `load_generator` reads it; empty: big-ears
     avg_latent
         file of the mean style, for StyleGAN1 files
     psi

@@ -372,7 +372,8 @@ OTHERS = [  # a key, what has it, and what to do
         "a folder of diffusers is read, if it is an unconditional model of pixels: give the whole folder",
     ),
     (r"netG|netD|generator|G|G_state|g|state_dict|model",
-     "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats"),
+     "a checkpoint of some other program", "give a StyleGAN or StyleGAN2 in one of the known formats, or name its "
+     "class: generator: {module: package.module:Class, weights: FILE}"),
 ]
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #ab78b4s0
@@ -428,7 +429,8 @@ def find_generator(
     inner = (str(name) for part in weights.values() if isinstance(part, dict) for name in list(part)[:2000])
     name_other([*list(weights)[:2000], *inner])
     raise Unreadable(f"holds nothing that is known here (it begins with {', '.join(map(quoted, list(weights)[:3]))})",
-                     "give a StyleGAN or StyleGAN2 in one of the known formats")
+                     "give a StyleGAN or StyleGAN2 in one of the known formats, or, if these are the weights of a "
+                     "class that you have, generator: {module: package.module:Class, weights: FILE}")
 
 
 def _complain_of(value: Any) -> None:

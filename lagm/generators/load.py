@@ -8,11 +8,12 @@ __all__ = ['MEAN_OF', 'AT_ONCE', 'mean_style', 'set_mean_style', 'read_safetenso
 
 # %% ../../nbs/reference/generators/26_load.ipynb #8de8143c
 import contextlib
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,16 +22,16 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.files import asset
 from ..core.pickle_records import GET_AGAIN, reading
-from ..core.registry import from_package
 from ..core.seeds import random_generator
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.unpickling import read_arrays
-from . import nvidia  # noqa: F401 (it registers its formats, and so do the next two)
+from . import nvidia  # noqa: F401 (it registers its formats, and so do the next ones)
 from .contract import FrozenGenerator, Sampling
 from .datasetgan import datasetgan  # noqa: F401
 from .diffusers_folder import is_diffusers, load_diffusion
 from .formats import Found, fill_network, generator_in, name_other, recognise
 from .lucidrains_files import lucidrains  # noqa: F401
+from .modules import adapted_facts, described_generator, how_to_open, module_generator
 from .rosinality import rosinality  # noqa: F401
 from .stylegan1 import StyleGAN1
 from .stylegan3_files import nvidia_stylegan3  # noqa: F401
@@ -171,6 +172,7 @@ def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Modu
     with contextlib.suppress(InputError):  # an unreadable one is named below
         names, header = describe_tensors(path)
         if not header: name_other(list(names))
+    if facts := adapted_facts(path): raise InputError(how_to_open(path, facts))
     tensors, header = read_safetensors(path)
     return network_from_tensors(path, tensors, header), header
 
@@ -228,44 +230,51 @@ def generator_file(
 
 
 def is_outside(
-    given: str | Path | None,  # a path or a name
+    given: str | Path | Mapping[str, Any] | None,  # a path, a name or a description
 ) -> bool:
-    """Whether it is a name of another package, and not a file.
+    """Whether it is a name of another package or a description of a module, and not a file.
 
     Parameters
     ----------
     given
-        a path or a name
+        a path, a name or a description
     """
+    if not isinstance(given, Path) and described_generator(given) is not None: return True
     named = isinstance(given, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", given)
-    return bool(named) and not Path(given).exists()
+    return bool(named) and not Path(str(given)).exists()
 
 # %% ../../nbs/reference/generators/26_load.ipynb #ecb9806d
 def from_elsewhere(
-    name: str,  # package.module:NAME, in a parameter file or an argument
-) -> FrozenGenerator | nn.Module:
-    """What a class or function of another package makes when it is called. `InputError` if that is no generator.
+    given: Any,  # package.module:NAME, or a description; see `lagm.generators.modules`
+    sampling: Sampling = Sampling(),  # truncation and noise
+    dtype: torch.dtype = torch.float32,  # of the convolutions
+    device: str | torch.device = "cpu",  # where the weights shall be
+    label: int | Sequence[float] | None = None,  # one class, if the description names none
+) -> FrozenGenerator:
+    """The generator that a class or function of another package makes. `InputError` if that is none.
 
     Parameters
     ----------
-    name
-        package.module:NAME, in a parameter file or an argument
+    given
+        package.module:NAME, or a description; see `lagm.generators.modules`
+    sampling
+        truncation and noise
+    dtype
+        of the convolutions
+    device
+        where the weights shall be
+    label
+        one class, if the description names none
     """
-    made = from_package(name)
-    try: made = made() if callable(made) and not isinstance(made, FrozenGenerator | nn.Module) else made
-    except Exception as error:
-        raise InputError(f"{name} cannot be made ({type(error).__name__}: {printable(error)}); it is called without "
-                         "arguments") from error
-    if isinstance(made, FrozenGenerator): return made
-    if isinstance(made, nn.Module) and hasattr(made, "z_dim") and hasattr(made, "img_resolution"): return made
-    raise InputError(
-        f"{name} is no generator: a network with z_dim and img_resolution, or a FrozenGenerator, is needed"
-    )
+    what = described_generator(given) or described_generator({"module": str(given)})
+    if label is not None and what is not None: what = dataclasses.replace(what, label=cast(Any, label))
+    return module_generator(what, sampling, dtype, device)
 
 
 def load_generator(
-    # a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
-    path: str | Path | None = None,
+    # a file of any format of `FORMATS`, a name of `kit_generators`, package.module:NAME, or a description with module,
+    # arguments and weights; None: big-ears
+    path: str | Path | Mapping[str, Any] | None = None,
     sampling: Sampling = Sampling(),  # truncation and noise
     dtype: torch.dtype = torch.float32,  # of the convolutions
     device: str | torch.device = "cpu",  # where the weights shall be
@@ -283,7 +292,8 @@ def load_generator(
     Parameters
     ----------
     path
-        a file of any format of `FORMATS`, a name of `kit_generators`, or package.module:NAME; None: big-ears
+        a file of any format of `FORMATS`, a name of `kit_generators`, package.module:NAME, or a description with
+        module, arguments and weights; None: big-ears
     sampling
         truncation and noise
     dtype
@@ -297,11 +307,8 @@ def load_generator(
     diffusion
         of a diffusion model, a folder of diffusers: steps, blocks, times ... (`lagm.generators.diffusion.Diffusing`)
     """
-    if is_outside(path):
-        made = from_elsewhere(str(path))
-        return made if isinstance(made, FrozenGenerator) else FrozenGenerator(
-            made.to(device), sampling, dtype, {"provenance": {"format": str(path)}})
-    place = generator_file(path)
+    if is_outside(path): return from_elsewhere(path, sampling, dtype, device, label)
+    place = generator_file(cast(Any, path))
     if is_diffusers(place):
         if avg_latent is None and label is None: return load_diffusion(place, diffusion, dtype, device)
         raise InputError(f"{place} is a diffusion model, which has neither: leave avg_latent and label out")

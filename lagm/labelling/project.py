@@ -6,8 +6,8 @@
 # %% auto #0
 __all__ = ['MEANING', 'Settings', 'settings_network', 'settings_text', 'read_settings', 'new_project',
            'generator_of_project', 'missing', 'next_step', 'labelled_pictures', 'project_generator', 'drawn_pictures',
-           'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file', 'run_project', 'new_command',
-           'generate_command', 'proposals_for', 'label_command', 'project_command']
+           'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file', 'run_project',
+           'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command', 'project_command']
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #2d716e15
 import dataclasses
@@ -38,6 +38,7 @@ from ..evaluation.grids import labelled_grid
 from ..evaluation.metrics import ConfusionMatrix, predict
 from ..generators.contract import Sampling
 from ..generators.load import is_outside, kit_generators, load_generator
+from ..generators.modules import described_generator, module_generator
 from .album import Album, Desk, check_parts, labelled_shares, pictures_in, unpainted_classes
 from .page import LabelServer, respond
 from .proposals import clusters_of_features, colour_regions, predictions
@@ -59,7 +60,8 @@ class Settings:
     size
         pictures are brought to this height and width for training, a multiple of 8
     generator
-        a generator of such pictures: a file in any format that `lagm inspect` knows; empty: none
+        a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
+        weights: FILE ...}; empty: none
     psi
         truncation of the generator's pictures, 0 to 1
     steps
@@ -79,7 +81,9 @@ class Settings:
     """
 
     size: int = 64  # pictures are brought to this height and width for training, a multiple of 8
-    generator: str = ""  # a generator of such pictures: a file in any format that `lagm inspect` knows; empty: none
+    # a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
+    # weights: FILE ...}; empty: none
+    generator: str | dict = ""
     psi: float = 0.7  # truncation of the generator's pictures, 0 to 1
     steps: int = 1000  # of matching, or of training where there is no generator
     segmenter: str = "unet"  # the network: unet, smp:Unet:resnet34, torchvision:fcn_resnet50, package.module:Class
@@ -139,7 +143,9 @@ def settings_text(
         of project.yaml
     """
     rows = dataclasses.asdict(settings).items()
-    return "".join(f"{name}: {yaml.safe_dump(value, default_style=None).splitlines()[0]}  # {MEANING[name]}\n"
+    def line(value: Any) -> str: return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+    return "".join(f"{name}: {line(value)}  # {MEANING[name]}\n"
                    for name, value in rows)
 
 
@@ -249,8 +255,8 @@ def new_project(
 # %% ../../nbs/reference/labelling/85_project.ipynb #c9a26555
 def generator_of_project(
     folder: str | Path,  # of the project
-    generator: str,  # as in project.yaml: a file, the name of one of the kit's, or package.module:name
-) -> Path | str | None:
+    generator: Any,  # as in project.yaml: a file, the name of one of the kit's, package.module:name, or a description
+) -> Any:
     """What `load_generator` takes: a file beside project.yaml, one from where we are, or a name; None: not there.
 
     Parameters
@@ -258,12 +264,12 @@ def generator_of_project(
     folder
         of the project
     generator
-        as in project.yaml: a file, the name of one of the kit's, or package.module:name
+        as in project.yaml: a file, the name of one of the kit's, package.module:name, or a description
     """
-    beside = Path(folder) / generator
+    if is_outside(generator): return generator
+    beside = Path(folder) / str(generator)
     if beside.exists(): return beside
-    if Path(generator).exists() or is_outside(generator): return generator
-    return generator if generator in kit_generators() else None
+    return generator if Path(str(generator)).exists() or generator in kit_generators() else None
 
 
 def missing(
@@ -346,8 +352,11 @@ def project_generator(
 
 
 def _generator(folder: str | Path, settings: Settings, device: str | torch.device = "cpu") -> Any:
-    return load_generator(generator_of_project(folder, settings.generator) or settings.generator, Sampling(settings.psi),
-                          device=device)
+    how, given = Sampling(settings.psi), settings.generator
+    if (what := described_generator(given)) is None:
+        return load_generator(generator_of_project(folder, given) or given, how, device=device)
+    inside = (Path(folder) / what.weights).is_file()
+    return module_generator(what, how, device=device, folder=folder if inside else ".")
 
 
 def drawn_pictures(
@@ -588,6 +597,26 @@ def run_project(
     return facts
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #d7c6c3d4
+def named_generator(
+    given: str,  # on the command line
+) -> str | dict:
+    """A generator as project.yaml names it: a file by its whole path, a description as it is, a name as it is.
+
+    Parameters
+    ----------
+    given
+        on the command line
+    """
+    what = described_generator(given)
+    if what is None:
+        if not given or is_outside(given) or given in kit_generators(): return given
+        if Path(given).exists(): return str(Path(given).resolve())
+        known = ', '.join(kit_generators())
+        raise InputError(f"there is no generator {given}: give a file, or one of the kit's: {known}")
+    weights = {"weights": str(Path(what.weights).resolve())} if what.weights else {}
+    return yaml.safe_load(given) | weights
+
+
 def new_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -598,12 +627,7 @@ def new_command(
     arguments
         of the command line
     """
-    generator = arguments.generator
-    if generator and generator_of_project(".", generator) is None:
-        raise InputError(f"there is no generator {generator}: give a file, or one of the kit's: "
-                         f"{', '.join(kit_generators())}")
-    if generator and Path(generator).exists(): generator = str(Path(generator).resolve())
-    settings = Settings(size=arguments.size, generator=generator)
+    settings = Settings(size=arguments.size, generator=named_generator(arguments.generator))
     classes = [name.strip() for name in arguments.classes.split(",")]
     bad = new_project(arguments.project, arguments.images, classes, settings, arguments.generated)
     for why in bad.values(): print(f"left out: {why}")
@@ -673,7 +697,7 @@ def label_command(
     trained = folder / "results" / "segmenter.safetensors"
     segmenter = arguments.segmenter or (str(trained) if trained.is_file() else "")
     own = read_settings(folder).generator if (folder / "project.yaml").is_file() else ""
-    generator = arguments.generator or (str(generator_of_project(folder, own) or "") if own else "")
+    generator = arguments.generator or (generator_of_project(folder, own) if own else "")
     desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
     print(f"{len(album)} pictures, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "

@@ -23,6 +23,7 @@ from ..data.labels import LabelSet
 from ..generators.contract import FrozenGenerator, Sampling
 from ..generators.diffusers_folder import describe_diffusers, is_diffusers
 from ..generators.load import read_generator, read_safetensors
+from ..generators.modules import adapted_facts, how_to_open
 from ..generators.weights import FORMAT_VERSION, network_from_tensors
 from .results import load_results
 from .saved import save_networks, stored
@@ -103,6 +104,7 @@ def inspect(
         plain values
     """
     if is_diffusers(path): return _inspect_diffusers(Path(path))
+    if said := adapted_facts(path): return _adapted(path, said)
     networks, header = read_any(path, avg_latent, progress)
     origin = header.get("provenance") or {}
     form = printable(origin["format"]) if isinstance(origin.get("format"), str) else None
@@ -118,14 +120,7 @@ def inspect(
         if role != "generator":
             facts[role] |= header[role]["arguments"]
             continue
-        facts[role] |= {
-            "resolution": network.img_resolution,
-            "z_dim": network.z_dim,
-            "style_vectors": network.num_ws,
-            "arguments": network.init_kwargs(),
-            "feature_maps": [f"{c} × {h} × {w}" for c, h, w in network.feature_shapes],
-        }
-        if getattr(network, "c_dim", 0): facts[role]["classes"] = network.c_dim
+        facts[role] |= _of_generator(network)
     if header.get("labels"): facts["classes"] = list(header["labels"]["classes"])
     facts |= {name: header[name] for name in ("size", "policy", "step", "metrics") if header.get(name) is not None}
     facts["provenance"] = origin
@@ -146,6 +141,21 @@ def count_layers(
         whose layers are counted
     """
     return sum("weight" in module._parameters for module in network.modules())
+
+
+def _of_generator(network: Any) -> dict[str, Any]:
+    """What is told of a generator only."""
+    classes = getattr(network, "c_dim", 0)
+    return {"resolution": network.img_resolution, "z_dim": network.z_dim, "style_vectors": network.num_ws,
+            "arguments": network.init_kwargs(),
+            "feature_maps": [f"{c} × {h} × {w}" for c, h, w in network.feature_shapes],
+            } | ({"classes": classes} if classes else {})
+
+
+def _adapted(path: str | Path, said: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a file of `lagm.generators.modules.save_adapted`."""
+    about = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path)}
+    return about | said | {"to open it": how_to_open(path, said), "licence": UNKNOWN_LICENCE}
 
 
 LONGEST_LINE = 2000  # characters

@@ -29,6 +29,7 @@ from ..core.seeds import choose_device, random_generator
 from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
+from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from ..models.modes import eval_mode, resting_modules, train_mode
 from .drawn import Drawn, check_drawn, joined
@@ -453,6 +454,7 @@ def draw_to_label(
         pictures (k, 3, H, W), as a person is shown them; their features
     """
     if k < 1: raise InputError(f"k is {k}; label at least one picture")
+    check_generator(generator)
     images, store = [], cast(FeatureStore, None)
     for i in range(k):
         rng = random_generator(seed, "pictures to label", i)
@@ -502,6 +504,7 @@ class PairSource:
 
     z is the number of a pair, the only feature map is its label, one-hot (B, C, H, W).
     """
+    checked = True  # it is no generator, and keeps no more of the contract than the loop asks for
 
     def __init__(self, pairs: Any, n_classes: int, device: str | torch.device = "cpu"):
         if not len(pairs): raise InputError("there are no pairs to draw from")
@@ -532,8 +535,10 @@ class Annotated:
 
     So a checkpoint that was made with other labels is refused.
     """
+    checked = True  # as its source was when it was made
 
     def __init__(self, source: Any, annotator: nn.Module, note: Any):
+        check_generator(source)
         networks = [getattr(source, "network", None), annotator]
         self.source, self.network = source, nn.ModuleList(n for n in networks if isinstance(n, nn.Module))
         self.sampling, self.dtype = (getattr(source, "sampling", None), note), getattr(source, "dtype", None)

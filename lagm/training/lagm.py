@@ -22,6 +22,7 @@ from ..core.errors import InputError
 from ..core.seeds import choose_device
 from ..data.checks import check_pictures
 from ..data.labels import IGNORE
+from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from ..models.segmenters import matched_parameter_names
 from .batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
@@ -242,6 +243,7 @@ class Sources:
         seed: int,  # of everything random
         drawn: Drawn | None = None,  # those of the pictures whose latents are known; None: none
     ):
+        check_generator(generator, images)
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
         self.labelled = LabelledBatches(images, masks, recipe.batch_labelled // recipe.parts, seed, recipe.augment,

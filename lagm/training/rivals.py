@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.seeds import choose_device
+from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from .batches import LabelledBatches, SyntheticBatches, balanced_weights, in_parts
 from .checkpoints import Identity, data_digest
@@ -101,6 +102,7 @@ class Batches:
         seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
+        check_generator(generator, images)
         recipe, self.parts = state.recipe, state.recipe.parts
         size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
         self._labelled = LabelledBatches(images, masks, count, seed, recipe.augment, state.device)

@@ -35,6 +35,7 @@ from ..core.progress import progress_bar
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
+from ..generators.protocol import check_generator, modules_of
 from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
 from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
@@ -314,7 +315,7 @@ def describe_dataset(
         "format": "lagm-synthetic-1", "plan": dataclasses.asdict(plan),
         "label_set": labels.name, "classes": list(labels.classes),
         "palette": [list(colour) for colour in labels.palette],
-        "generator": weights_digest([getattr(generator, "network", generator)]),
+        "generator": weights_digest(modules_of(generator)),
         "sampling": dataclasses.asdict(cast(Any, sampling)) if dataclasses.is_dataclass(sampling) else None,
         "annotators": [weights_digest([annotator]) for annotator in annotators]}
 
@@ -573,6 +574,7 @@ def generate(
     _sweep(folder)
     arguments = (processes, generator, annotators, folder, plan, labels, list(devices), progress)
     if missing_shards(folder, plan):
+        check_generator(generator)
         if processes == 1: work(0, *arguments)
         else: torch.multiprocessing.spawn(work, arguments, processes)
     missing = missing_shards(folder, plan)

@@ -1,0 +1,423 @@
+"""Modules of anybody as generators: what is found, what is refused, and what a file may say."""
+
+import copy
+import json
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, stack
+from lagm.experiments.catalogue import missing_inputs
+from lagm.generators.adapt import LayerMap, adapt, proposed, value_range
+from lagm.generators.contract import FrozenGenerator, Sampling
+from lagm.generators.load import is_outside, load_generator
+from lagm.generators.modules import described_generator, module_generator, read_weights, save_adapted
+from lagm.generators.protocol import Generator, check_generator
+from lagm.labelling.project import Settings, named_generator, project_generator, settings_text
+from lagm.models.annotator import FPNAnnotator
+from lagm.models.convert import inspect
+from lagm.models.segmenters import UNet
+from lagm.training.checkpoints import generator_digest
+from lagm.training.datasetgan import draw_to_label
+from lagm.training.lagm import train_finish, train_lagm
+from lagm.training.recipe import get_recipe
+from lagm.training.shards import generate
+from lagm.training.synthetic import Plan
+from lagm.training.teachers import train_self_training
+
+FAST = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
+
+
+class DCGAN(nn.Module):
+    """Latents (B, z, 1, 1) to pictures of 16 pixels; `last` is the last layer."""
+
+    def __init__(self, z=6, width=8, colours=3, last="tanh"):
+        super().__init__()
+        self.last = {"tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}[last]
+        self.main = nn.Sequential(
+            nn.ConvTranspose2d(z, 2 * width, 4), nn.BatchNorm2d(2 * width), nn.ReLU(True),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(True),
+            nn.ConvTranspose2d(width, colours, 4, 2, 1))
+
+    def forward(self, z): return self.last(self.main(z))
+
+
+class Own:
+    """A generator by hand; `after` is done to what it draws."""
+    feature_channels, feature_sizes = [4, 4], [8, 16]
+
+    def __init__(self, after=lambda image, maps, rng: (image, maps), network=None):
+        self.after, self.network = after, network
+
+    def sample_z(self, n, rng=None): return torch.randn(n, 4, generator=rng)
+
+    def __call__(self, z, rng=None):
+        maps = [z[:, :, None, None].expand(-1, 4, size, size) * 0.3 for size in (8, 16)]
+        if self.network is not None: maps[1] = self.network(maps[1])
+        return self.after(maps[1][:, :3].tanh(), maps, rng)
+
+
+def module(**options):
+    torch.manual_seed(0)
+    return DCGAN(**options)
+
+
+def labelled(n=2, size=16):
+    images, masks = stack(Avatars("big-ears", "train"), range(n))
+    step = 64 // size
+    return images[:, :, ::step, ::step].contiguous(), masks[:, ::step, ::step].contiguous()
+
+
+def train(generator, images=None, recipe=FAST):
+    own, masks = labelled()
+    networks = FPNAnnotator([4, 4], 8, channels=4), UNet(8, width=4, levels=2)
+    return train_lagm(generator, *networks, own if images is None else images, masks, recipe, progress=False)
+
+
+class TestAdapt:
+    def test_what_is_found(self):
+        generator = adapt(module(last="sigmoid"))
+        assert isinstance(generator, FrozenGenerator) and isinstance(generator, Generator)
+        assert generator.network.taps == ["main.2", "main.5"] and generator.z_dim == 6
+        assert generator.feature_channels == [16, 8, 11] and generator.feature_sizes == [4, 8, 16]
+        image = generator(generator.sample_z(8, torch.Generator().manual_seed(0))).image
+        assert image.min() < 0 < image.max() and image.abs().max() <= 1
+        check_generator(generator)
+
+    def test_pictures_and_maps_are_those_of_the_module(self):
+        own = module().eval()
+        generator, z = adapt(own), torch.randn(3, 6)
+        made, maps = generator(z), {}
+        with torch.no_grad():
+            own.main[2].register_forward_hook(lambda layer, given, value: maps.update(coarse=value.clone()))
+            expected = own(z[:, :, None, None])
+        assert torch.equal(made.image, expected) and torch.equal(made.features[0], maps["coarse"])
+
+    def test_the_module_stays_as_it_is(self):
+        own = module()
+        before = {name: value.clone() for name, value in own.state_dict().items()}
+        generator = adapt(own)
+        generator(torch.randn(4, 6))
+        assert own.training and all(p.requires_grad for p in own.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+        assert not generator.network.module.training and not own.main[0]._forward_hooks
+        with torch.no_grad(): own.main[0].weight.zero_()
+        assert generator.network.module.main[0].weight.any()
+
+    def test_an_inplace_layer_behind_a_tapped_one(self):
+        generator = adapt(module(), layers=["main.1"])
+        assert generator(torch.randn(4, 6)).features[0].min() < 0, "the ReLU worked on what was kept"
+
+    @pytest.mark.parametrize("last, values", [("tanh", (-1, 1)), ("sigmoid", (0, 1))])
+    def test_ranges(self, last, values):
+        assert adapt(module(last=last)).network.values == values
+
+    def test_range_of_bytes_grey_and_unclear(self):
+        assert value_range(torch.randint(0, 256, (2, 3, 4, 4)).byte()) == (0, 255)
+        generator = adapt(module(colours=1))
+        assert generator(torch.randn(2, 6)).image.shape == (2, 3, 16, 16)
+        with pytest.raises(InputError, match=r"values=\(low, high\)"): value_range(torch.tensor([-2.5, 2.6]))
+        with pytest.raises(InputError, match="two numbers"): adapt(module(), values=[1, 0])
+
+    def test_own_noise_comes_from_rng(self):
+        class Noisy(DCGAN):
+            def forward(self, z): return super().forward(z) + 0.3 * torch.randn(3, 16, 16)
+
+        generator, z = adapt(Noisy()), torch.randn(2, 6)
+        draw = lambda seed: generator(z, torch.Generator().manual_seed(seed)).image
+        state = torch.get_rng_state()
+        assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+        assert torch.equal(torch.get_rng_state(), state)
+        check_generator(generator)
+
+    def test_noise_that_is_not_torchs(self):
+        class Loud(DCGAN):
+            def forward(self, z): return super().forward(z) * random.random()
+
+        with pytest.raises(InputError, match="its noise is not torch's"): adapt(Loud())
+
+    def test_batch_norm_without_statistics_is_said(self):
+        own = module()
+        for layer in own.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean = layer.running_var = None
+                layer.track_running_stats = False
+        with pytest.warns(UserWarning, match="depends on the others of its batch"): adapt(own)
+
+    def test_classes(self):
+        class Named(DCGAN):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(3, 6)
+            def forward(self, z, c): return super().forward(z + self.table(c)[:, :, None, None])
+
+        class OneHot(Named):
+            def forward(self, z, c): return DCGAN.forward(self, z + (c @ self.table.weight)[:, :, None, None])
+
+        torch.manual_seed(0)
+        named, one_hot = Named(), OneHot()
+        one_hot.load_state_dict(named.state_dict())
+        z = torch.randn(2, 6)
+        pictures = [adapt(named, label=label)(z).image for label in (0, 2)]
+        assert not torch.equal(*pictures)
+        assert torch.allclose(adapt(one_hot, label=2, classes=3)(z).image, pictures[1], atol=1e-6)
+        assert torch.allclose(adapt(one_hot, label=[0.0, 0.0, 1.0])(z).image, pictures[1], atol=1e-6)
+        with pytest.raises(InputError, match="label= if it draws"): adapt(named)
+        with pytest.raises(InputError, match="from 0 to 2"): adapt(one_hot, label=3, classes=3)
+
+    def test_truncation(self):
+        class Styled(DCGAN):
+            def __init__(self):
+                super().__init__()
+                self.mapping = nn.Linear(6, 6)
+            def forward(self, z): return super().forward(self.mapping(z)[:, :, None, None])
+
+        torch.manual_seed(0)
+        styled, z = Styled(), torch.randn(2, 6)
+        mean = adapt(styled, mapping="mapping", sampling=Sampling(0.0, None))(z).image
+        assert torch.allclose(mean[0], mean[1], atol=1e-6)
+        assert torch.allclose(adapt(styled, mapping="mapping", mean_style="mapping.bias").network.mean,
+                              styled.mapping.bias)
+        assert torch.equal(adapt(styled, sampling=Sampling(0.0, None))(z).image, adapt(styled)(z).image)
+        with pytest.raises(InputError, match="there is no layer 'maping'"): adapt(styled, mapping="maping")
+
+    def test_a_layer_that_is_called_again(self):
+        class Shared(DCGAN):
+            def __init__(self):
+                super().__init__()
+                self.relu = nn.ReLU()
+            def forward(self, z):
+                first = self.relu(self.main[0](z))
+                return self.main[6](self.relu(self.main[3](first))).tanh()
+
+        assert adapt(Shared()).network.taps == ["relu:0", "relu:1"]
+
+    def test_layers_by_name_and_pattern(self):
+        assert adapt(module(), layers="*.[14]").network.taps == ["main.1", "main.4"]
+        assert adapt(module(), layers=["main.4", "main.1"]).network.taps == ["main.1", "main.4"]
+        for layers in ("conv*", ["main.44"], "main"):
+            if layers != "main":
+                with pytest.raises(InputError, match="layers: no layer"): adapt(module(), layers=layers)
+        maps = [LayerMap("a", "Conv2d", 8, 4, 4), LayerMap("b", "Conv2d", 3, 8, 8), LayerMap("c", "Conv2d", 8, 4, 4)]
+        assert proposed(maps, (8, 8)) == ["c"]
+
+    @pytest.mark.parametrize("wrong, match", [
+        (DCGAN, "call it first"), (torch.zeros(1), "takes a torch.nn.Module"), (nn.ReLU(), "z_dim="),
+        (nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (3, 2, 2))), "no|none of the module"),
+        (nn.Sequential(nn.ConvTranspose2d(4, 8, 4), nn.ConvTranspose2d(8, 5, 4, 2, 1)), "1 or 3 channels")])
+    def test_what_cannot_be_adapted(self, wrong, match):
+        with pytest.raises(InputError, match=match): adapt(wrong)
+
+    def test_digest_and_pickle(self):
+        one, other = adapt(module()), adapt(module(), layers=["main.5"])
+        assert generator_digest(one) == generator_digest(adapt(module())) != generator_digest(other)
+        again, z = pickle.loads(pickle.dumps(one)), torch.randn(2, 6)
+        assert torch.equal(again(z).image, one(z).image)
+
+
+MISTAKES = {
+    "training mode": (lambda: Own(network=nn.BatchNorm2d(4)), "is in training mode"),
+    "0..1": (lambda: Own(lambda image, maps, rng: ((image + 1) / 2, maps)), "never below 0"),
+    "0..255": (lambda: Own(lambda image, maps, rng: (127.5 * (image + 1), maps)), "pictures / 127.5"),
+    "picture alone": (lambda: Own(lambda image, maps, rng: image), "returns a Tensor"),
+    "bytes": (lambda: Own(lambda image, maps, rng: ((100 * image).int(), maps)), "floating-point"),
+    "grey": (lambda: Own(lambda image, maps, rng: (image[:, :1], maps)), "floating-point"),
+    "NaN feature": (lambda: Own(lambda image, maps, rng: (image, [maps[0] / 0 * 0, maps[1]])), "features hold NaN"),
+    "other maps": (lambda: Own(lambda image, maps, rng: (image, maps[:1])), "make them say what it gives"),
+    "own noise": (lambda: Own(lambda image, maps, rng: (image + torch.randn(1), maps)), "same latents and rng"),
+    "bare module": (lambda: module(), "bare module"),
+    "fails": (lambda: Own(lambda image, maps: None), "fails when it is used"),
+}
+
+
+class TestDoor:
+    @pytest.mark.parametrize("mistake", MISTAKES)
+    def test_every_mistake_is_answered_where_training_begins(self, mistake):
+        make, match = MISTAKES[mistake]
+        with pytest.raises(InputError, match=match): train(make())
+
+    @pytest.mark.parametrize("name", ["sample_z", "feature_sizes", "feature_channels"])
+    def test_a_name_is_missing(self, name):
+        near = type("Near", (), {key: value for key, value in vars(Own).items()
+                                if key not in (name, "__dict__", "__weakref__")})
+        with pytest.raises(InputError, match=f"has no {name}"): train(near())
+
+    def test_all_doors(self, tmp_path):
+        wrong, (images, masks) = MISTAKES["0..1"][0](), labelled()
+        segmenter = UNet(8, width=4, levels=2)
+        annotator = FPNAnnotator([4, 4], 8, channels=4)
+        for door in (lambda: train_self_training(segmenter, wrong, images, masks, recipe=FAST, progress=False),
+                     lambda: train_finish(segmenter, wrong, images, masks, get_recipe("fast", steps=1, finish=2.0),
+                                          progress=False),
+                     lambda: draw_to_label(wrong, 1),
+                     lambda: generate(wrong, annotator, tmp_path / "pairs", Plan(2, size=(16, 16)), progress=False)):
+            with pytest.raises(InputError, match="never below 0"): door()
+
+    def test_labelled_pictures_in_another_range(self):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(InputError, match="both must be in"):
+            train(Own(), (labelled()[0] + 1) / 2)
+
+    def test_larger_labels_are_said(self):
+        images, masks = labelled(size=32)
+        with pytest.warns(UserWarning, match="the generator draws 16 × 16"):
+            train_lagm(Own(), FPNAnnotator([4, 4], 8, channels=4), UNet(8, width=4, levels=2), images, masks, FAST,
+                       progress=False)
+
+    def test_nothing_is_changed(self):
+        class Counting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(()))
+            def forward(self, maps):
+                self.calls += 1
+                return maps
+
+        state, counting = torch.get_rng_state(), Counting()
+        with pytest.raises(InputError, match="changes when it is used"): check_generator(Own(network=counting))
+        check_generator(load_generator())
+        assert counting.calls == 0 and torch.equal(torch.get_rng_state(), state)
+
+    def test_a_run_with_the_check_is_the_run_without_it(self):
+        def weights(checked):
+            torch.manual_seed(0)
+            source = adapt(module(), layers=["main.5"], full=False)
+            source.checked = checked
+            annotator, segmenter = FPNAnnotator(source.feature_channels, 8, channels=4), UNet(8, width=4, levels=2)
+            images, masks = labelled()
+            trained = train_lagm(source, annotator, segmenter, images, masks, FAST, progress=False)
+            return torch.cat([p.flatten() for p in trained.annotator.parameters()])
+
+        assert torch.equal(weights(False), weights(True))
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A package of somebody else's, with weights beside it."""
+    (tmp_path / "theirs.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Generator(nn.Module):\n"
+        "    def __init__(self, nz=6, width=8):\n"
+        "        super().__init__()\n"
+        "        self.main = nn.Sequential(nn.ConvTranspose2d(nz, width, 4), nn.BatchNorm2d(width), nn.ReLU(True),\n"
+        "                                  nn.ConvTranspose2d(width, 3, 4, 4), nn.Sigmoid())\n"
+        "    def forward(self, z): return self.main(z)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("theirs", None)
+    import theirs
+    torch.manual_seed(1)
+    state = theirs.Generator().state_dict()
+    torch.save({"netD": {"a.weight": torch.zeros(2)}, "netG": {f"module.{k}": v for k, v in state.items()}},
+               "gan.pth")
+    yield state
+    sys.modules.pop("theirs", None)
+
+
+class TestFiles:
+    def test_a_description_in_every_form(self, program):
+        mapping = {"module": "theirs:Generator", "weights": "gan.pth"}
+        for given in (mapping, json.dumps(mapping), "{module: theirs:Generator, weights: gan.pth}"):
+            generator = load_generator(given)
+            assert torch.equal(generator.network.module.main[0].weight, program["main.0.weight"])
+            assert generator.header["provenance"]["key"] == "netG" and is_outside(given)
+        assert load_generator("theirs:Generator").resolution == 16
+        assert load_generator("big-ears").resolution == 64 and described_generator(Path("x")) is None
+
+    def test_weights_that_do_not_fit(self, program):
+        with pytest.raises(InputError, match="of shape .* the module of"):
+            load_generator({"module": "theirs:Generator", "arguments": {"width": 4}, "weights": "gan.pth"})
+        torch.save({"other": {"x": torch.zeros(2)}}, "other.pth")
+        with pytest.raises(InputError, match="does not fit Generator: it lacks main.0.bias"):
+            load_generator({"module": "theirs:Generator", "weights": "other.pth"})
+        with pytest.raises(InputError, match="under the name netX"):
+            load_generator({"module": "theirs:Generator", "weights": "gan.pth", "key": "netX"})
+        with pytest.raises(InputError, match="no such file"):
+            load_generator({"module": "theirs:Generator", "weights": "gone.pth"})
+        broken = {name: value * float("nan") if name == "main.0.weight" else value for name, value in program.items()}
+        torch.save(broken, "broken.pth")
+        with pytest.raises(InputError, match="NaN or infinite numbers in main.0.weight"):
+            load_generator({"module": "theirs:Generator", "weights": "broken.pth"})
+
+    def test_a_file_names_no_code(self, program, tmp_path):
+        class Evil:
+            def __reduce__(self): return (Path.touch, (tmp_path / "was run",))
+
+        torch.save({"netG": dict(program), "more": Evil()}, "evil.pth")
+        with pytest.raises(InputError): module_generator({"module": "theirs:Generator", "weights": "evil.pth"})
+        generator = load_generator({"module": "theirs:Generator", "weights": "gan.pth"})
+        save_adapted("mine.safetensors", generator)
+        sys.modules.pop("theirs")
+        with pytest.raises(InputError, match="a file cannot bring along.*module: theirs:Generator"):
+            load_generator("mine.safetensors")
+        facts = inspect("mine.safetensors")
+        assert facts["kind"] == "adapted generator" and facts["class"] == "theirs:Generator"
+        assert facts["feature_maps"] == ["8 × 4²", "11 × 16²"] and "to open it" in facts
+        assert "theirs" not in sys.modules and not (tmp_path / "was run").exists()
+        again = load_generator({"module": "theirs:Generator", "weights": "mine.safetensors"})
+        z = torch.randn(2, 6)
+        assert torch.equal(again(z).image, generator(z).image)
+
+    def test_a_whole_object_is_refused(self, program):
+        import theirs
+        torch.save(theirs.Generator(), "whole.pth")
+        with pytest.raises(InputError, match="whole object|no weights|state_dict"):
+            read_weights("whole.pth", theirs.Generator())
+
+    def test_mistakes_in_a_description(self, program):
+        for given, match in (({"modul": "a:b"}, "did you mean module"), ({"weights": "a"}, "needs module"),
+                             ("{module: [", "cannot be read"), ({"module": "theirs:Generatr"}, "did you mean"),
+                             ({"module": "theirs:Generator", "arguments": {"n": 2}}, "cannot be made"),
+                             ({"module": "theirs:Generator", "layers": ["main.9"]}, "theirs:Generator: layers")):
+            with pytest.raises(InputError, match=match): load_generator(given)
+
+    def test_a_module_beside_that_python_does_not_see(self, tmp_path, monkeypatch):
+        (tmp_path / "lonely.py").write_text("")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+        with pytest.raises(InputError, match="PYTHONPATH=."): load_generator("lonely:Generator")
+
+    def test_in_a_project(self, program, tmp_path):
+        given = "{module: theirs:Generator, weights: gan.pth}"
+        settings = Settings(generator=named_generator(given))
+        assert settings.generator["weights"] == str(tmp_path / "gan.pth")
+        text = settings_text(settings)
+        import yaml
+        assert Settings(**yaml.safe_load(text)) == settings
+        generator = project_generator(tmp_path, settings, torch.device("cpu"))
+        assert torch.equal(generator.network.module.main[0].weight, program["main.0.weight"])
+        assert named_generator("") == "" and named_generator("theirs:Generator") == "theirs:Generator"
+
+    def test_problems_before_a_run(self, program):
+        from lagm.experiments.catalogue import Run
+        run = lambda **given: Run("x", "annotate", Path("annotate.ipynb"), dict(dataset="avatars:big-ears", **given),
+                                  Path("x.ipynb"))
+        assert not missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gan.pth"}))
+        assert any("gone.pth" in line for line in
+                   missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gone.pth"})))
+
+
+def test_from_the_command_line(program, tmp_path):
+    """One parameter file through annotate, and the result through evaluate."""
+    (tmp_path / "mine.yaml").write_text(
+        "generator: {module: theirs:Generator, weights: gan.pth}\nsize: [16, 16]\niterations: 1\nwarm_up: 1\n"
+        "width: 4\nlevels: 2\nchannels: 8\nvalidation_pictures: 2\nfinish: false\n")
+    import os
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in (["annotate", "-f", "mine.yaml", "-o", "out"],
+                    ["evaluate", "-p", "networks", "out/results.safetensors", "-p", "size", "[16, 16]", "-p",
+                     "pictures", "2", "-o", "out2"]):
+        done = subprocess.run([sys.executable, "-m", "lagm.cli", "run", *command], cwd=tmp_path, env=env,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "segmenter.safetensors").is_file()
+    assert np.isfinite(json.loads((tmp_path / "out2" / "metrics.json").read_text())["metrics"]["segmenter"]["fg_miou"])
+    assert copy.copy(program)
