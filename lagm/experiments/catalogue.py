@@ -176,7 +176,7 @@ def _single(notebook: Path) -> Run:
     name = experiment_name(notebook)
     return Run(name, "", notebook, values, Path("outputs", name, f"{name}.ipynb"), purpose(notebook), file)
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #e3d9fcc6
 def connect(
     runs: Iterable[Run],  # in any order
 ) -> dict[str, Run]:  # by name; a run comes after those it needs
@@ -199,27 +199,19 @@ def connect(
         other = makers.setdefault(PurePosixPath(run.folder), run)
         if other is not run:
             raise InputError(f"{run.name} and {other.name} both write to {run.folder}; give one another out_dir")
-    found = {
-        run.name: replace(
-            run,
-            needs=tuple(
-                sorted(
-                    {
-                        _maker(run, path, makers).name
-                        for path in named_paths(run.parameters).values()
-                        if path.startswith("outputs/")
-                    }
-                )
-            ),
-        )
-        for run in runs
-    }
+    found = {run.name: replace(run, needs=_makers(run, makers)) for run in runs}
     try: order = list(graphlib.TopologicalSorter({name: run.needs for name, run in found.items()}).static_order())
     except graphlib.CycleError as error:
         raise InputError(f"these runs wait for each other: {' -> '.join(error.args[1])}") from error
     place = {name: i for i, name in enumerate(order)}
     first = {run.experiment: i for i, run in reversed(list(enumerate(runs)))}
     return {name: found[name] for name in sorted(found, key=lambda name: (first[found[name].experiment], place[name]))}
+
+
+def _makers(run: Run, makers: Mapping[PurePosixPath, Run]) -> tuple[str, ...]:
+    """The names of the runs whose results a run reads, sorted."""
+    read = (path for path in named_paths(run.parameters).values() if path.startswith("outputs/"))
+    return tuple(sorted({_maker(run, path, makers).name for path in read}))
 
 
 def _maker(run: Run, path: str, makers: Mapping[PurePosixPath, Run]) -> Run:
@@ -643,28 +635,18 @@ def change_runs(
         everything = sorted({name for parameters in known.values() for name in parameters})
         close = difflib.get_close_matches(nobody[0], everything, n=1)
         where = f"{', '.join(list(runs)[:3])}{' ...' * (len(runs) > 3)}"
-        raise InputError(
-            f"there is no parameter {nobody[0]!r} in {where}"
-            + (f"; did you mean {close[0]!r}?" if close else f" (there are {', '.join(everything)})")
-        )
+        hint = f"; did you mean {close[0]!r}?" if close else f" (there are {', '.join(everything)})"
+        raise InputError(f"there is no parameter {nobody[0]!r} in {where}{hint}")
     found = []
     for name, run in runs.items():
         own = {key: value for key, value in values.items() if key in known[name]}
-        changed = (
-            dict(run.parameters)
-            | (SMALL.get(run.stage, {}) if small else {})
-            | fit_parameters(known[name], own, run.name)
-        )
+        changed = dict(run.parameters) | (SMALL.get(run.stage, {}) if small else {})
+        changed |= fit_parameters(known[name], own, run.name)
         for experiment, folder in (moves or {}).items():
             changed = {key: _moved(value, f"outputs/{experiment}/", f"{folder}/") for key, value in changed.items()}
-        output = Path(
-            _moved(
-                run.output.as_posix(),
-                f"outputs/{run.experiment}/",
-                f"{(moves or {}).get(run.experiment, 'outputs/' + run.experiment)}/",
-            )
-        )
-        found.append(replace(run, parameters=changed, output=output))
+        folder = (moves or {}).get(run.experiment, f"outputs/{run.experiment}")
+        output = _moved(run.output.as_posix(), f"outputs/{run.experiment}/", f"{folder}/")
+        found.append(replace(run, parameters=changed, output=Path(output)))
     return {run.name: run for run in found}
 
 
@@ -726,7 +708,7 @@ def _generator_problems(run: Run) -> list[str]:
     except InputError as error: return [f"generator: {error}"]
     return []
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #b5efb573
 def _source_problem(path: Path, name: str) -> str | None:
     """What is wrong with one of the files that `lagm fetch` knows; nothing of others."""
     source = next((source for source in SOURCES.values() if source.path == name), None)

@@ -255,7 +255,7 @@ class Comparison:
         if self.ends is None: return "–"
         return "above" if self.ends[0] > 0 else "below" if self.ends[1] < 0 else "level"
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #3af01758
 def best_rival(
     methods: Methods,  # scores by method and seed, of one cell
     ours: Mapping[str, Score],  # by seed

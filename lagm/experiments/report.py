@@ -526,7 +526,7 @@ def group_minutes(
             if isinstance(value, int | float): found.setdefault((_group(result), method), []).append(value / 60)
     return {key: statistics.fmean(values) for key, values in found.items()}
 
-
+# %% ../../nbs/reference/experiments/94_report.ipynb #6530550f
 def _mean(values: Sequence[float]) -> str:
     return number(statistics.fmean(values), 1) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
@@ -545,18 +545,11 @@ def own_table(
         from `group_minutes`
     """
     table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
-    return table + [
-        [
-            group,
-            method,
-            _mean(values),
-            number(min(values), 1),
-            number(max(values), 1),
-            str(len(values)),
-            number(minutes.get((group, method)), 1),
-        ]
-        for (group, method), values in sorted(groups.items())
-    ]
+    for (group, method), values in sorted(groups.items()):
+        ends = number(min(values), 1), number(max(values), 1)
+        cost = number(minutes.get((group, method)), 1)
+        table.append([group, method, _mean(values), *ends, str(len(values)), cost])
+    return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #d22888cc
 DOMAINS = {"": "big-ears", "toon_head": "toon-head", "micah": "micah"}  # in the name of an experiment: its style

@@ -631,8 +631,33 @@ class StyleHalves(nn.Module):
         image, features = self.g_synthesis(ws, dtype=dtype, noise_mode=noise_mode, rng=rng)
         return Generated(limited(image, self.largest), [limited(feature, self.largest) for feature in features])
 
+# %% ../../nbs/reference/generators/23_stylegan1.ipynb #ee1402a5
+class _OwnArguments:
+    """What a network was made with, so that its file can say it and the same be made again."""
+    _kwargs: dict[str, Any]
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """The constructor's arguments, JSON-able."""
+        return dict(self._kwargs)
+
+    @classmethod
+    def from_init_kwargs(
+        cls,
+        kwargs: dict,  # as a released checkpoint names them
+    ) -> Self:
+        """A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know.
+
+        Parameters
+        ----------
+        kwargs
+            as a released checkpoint names them
+        """
+        try: return cls(**kwargs)
+        except TypeError:
+            raise InputError(f"not the arguments of a StyleGAN: {', '.join(sorted(map(str, kwargs)))}") from None
+
 # %% ../../nbs/reference/generators/23_stylegan1.ipynb #93d1de10
-class StyleGAN1(StyleHalves):
+class StyleGAN1(_OwnArguments, StyleHalves):
     """The generator of StyleGAN (Karras et al., 2019), `z (B, z_dim) -> Generated(image, features)`.
 
     `state_dict` names are those of DatasetGAN's released checkpoints. `features` holds two maps per resolution (the
@@ -685,23 +710,3 @@ class StyleGAN1(StyleHalves):
     def feature_shapes(self) -> list[tuple[int, int, int]]:
         """Channels, height and width of each feature map, coarse to fine."""
         return [(c, min(r, self.largest), min(r, self.largest)) for r, c in self.channels.items() for _ in range(2)]
-
-    def init_kwargs(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able."""
-        return dict(self._kwargs)
-
-    @classmethod
-    def from_init_kwargs(
-        cls,
-        kwargs: dict,  # as a released checkpoint names them
-    ) -> Self:
-        """A network with the arguments that `init_kwargs` gave. Raises `InputError` on those that it does not know.
-
-        Parameters
-        ----------
-        kwargs
-            as a released checkpoint names them
-        """
-        try: return cls(**kwargs)
-        except TypeError:
-            raise InputError(f"not the arguments of a StyleGAN: {', '.join(sorted(map(str, kwargs)))}") from None

@@ -76,7 +76,7 @@ LICENCES = {
 }
 UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained it, and of the pictures"
 
-
+# %% ../../nbs/reference/models/27_convert.ipynb #6f1b53b8
 def inspect(
     path: str | Path,  # the file
     avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own

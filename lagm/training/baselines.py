@@ -34,7 +34,7 @@ from .weak_to_strong import WEAK_TO_STRONG, train_weak_to_strong
 CHOICES = {"needs": ("nothing", "pictures", "features", "latents"), "labels_on": ("real", "generated"),
            "warm_up": ("none", "segmenter", "both"), "finish": ("none", "network", "annotator"), "recipe": (*RECIPES,)}
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #ec5a8f7d
 @dataclass(frozen=True)
 class Baseline:
     """One way to use a few labels and a generator. Raises `InputError` on what cannot be one.

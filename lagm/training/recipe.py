@@ -162,9 +162,7 @@ def labels_say(
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #826ed822
 @dataclass(frozen=True)
 class Recipe(RecipeWithAdditions):
-    """Every choice of a training run; the defaults are the paper's.
-
-    Raises `InputError` on values that make no sense.
+    """All choices of a training run; the defaults are the paper's. Raises `InputError` on values that make no sense.
 
     Attributes
     ----------

@@ -122,7 +122,7 @@ def temporary_beside(path: Path) -> Path:
     """A name in the folder of `path` that nobody else uses."""
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #a4715785
 def _abandoned(claim_file: Path) -> bool:
     """Whether the claim's process, on this machine, lives no more."""
     try:
