@@ -159,7 +159,7 @@ class OldModules(MetaPathFinder, Loader):
         vars(module).update({"__doc__": "Its names have moved.", "__getattr__": forward(module.__name__, self.table)})
         if isinstance(homes, Mapping): vars(module)["__all__"] = sorted(homes)
 
-
+# %% ../nbs/reference/core/01_moved.ipynb #4dc14946
 def install(
     table: Table = MOVED,  # where names went
 ) -> None:

@@ -126,7 +126,7 @@ def decode_text(
         what = f"{name} is not text in UTF-8 (byte {error.start} of {len(content)})"
         raise InputError(f"{what}; save it as UTF-8, or get it again") from error
 
-
+# %% ../../nbs/reference/core/02_files.ipynb #538aa5ff
 def read_text(
     path: str | Path,  # of the file
     most: int = MAX_TEXT,  # bytes; a larger file is refused before it is read
@@ -153,7 +153,7 @@ def read_text(
         raise InputError(f"{path} is larger than {most:,} bytes; this is no text that is expected here")
     return decode_text(content, path)
 
-
+# %% ../../nbs/reference/core/02_files.ipynb #14e012d3
 def read_lines(
     path: str | Path,  # of the file
     most: int = MAX_TEXT,  # bytes, as in `read_text`
@@ -243,7 +243,7 @@ def _json_lines(value: Any, levels: int, depth: int = 1) -> str:
     lines = ",\n".join(" " * depth + key + item for key, item in zip(keys, items, strict=True))
     return f"{begin}\n{lines}\n{' ' * (depth - 1)}{end}"
 
-
+# %% ../../nbs/reference/core/02_files.ipynb #30cf57ff
 def write_json(
     path: str | Path,  # the file to make or replace, atomically
     value: Any,  # dicts, lists, numbers, strings, arrays, tensors; numbers that are not finite become null

@@ -53,7 +53,7 @@ def _version(path: str | Path) -> tuple[int, int, int]:
     except FileNotFoundError as error: raise InputError(f"no such file: {path}") from error
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
-
+# %% ../../nbs/reference/core/02_tensors.ipynb #a1fb29ba
 MOST_LEVELS = 64  # of lists and dictionaries in a header
 
 

@@ -99,7 +99,7 @@ def part_files(
     if not found: raise InputError(f"face {number} has no part masks in {below}. {remedy}")
     return found
 
-
+# %% ../../nbs/reference/data/14_celeba.ipynb #184b7242
 def check_images(names: Sequence[str], split: str, folder: Path, remedy: str) -> None:
     """Raise `InputError` if pictures of a split are not in the folder."""
     there = {path.name for path in folder.iterdir()}

@@ -47,7 +47,7 @@ def _tag(name: str, attributes: Mapping[str, str], inner: str = "") -> str:
     written = "".join(f" {key}={quoteattr(value)}" for key, value in attributes.items())
     return f"<{name}{written}>{inner}</{name}>"
 
-
+# %% ../../nbs/reference/data/12_draw_avatars.ipynb #4d0a200f
 def _piece_svg(piece: Piece, flat: bool) -> str:
     """One piece as SVG; flat: in its part's colour."""
     attributes = dict(piece.attributes)
@@ -167,7 +167,7 @@ def avatar_svg(
     """
     return draw_svg(get_avatar_recipe(style), seed, {}, flat, layers)
 
-
+# %% ../../nbs/reference/data/12_draw_avatars.ipynb #6a5f1cb7
 def draw_svg(
     recipe: AvatarRecipe,  # the style and its changes
     seed: int,  # decides the face
@@ -250,7 +250,7 @@ def decode_flat(
                          "of the recipe keeps an opacity or a soft edge")
     return red // 32
 
-
+# %% ../../nbs/reference/data/12_draw_avatars.ipynb #b9e23517
 def reduce_labels(
     labels: np.ndarray,  # (H * factor, W * factor) class indices
     factor: int,  # side of the block that becomes one pixel
@@ -444,7 +444,7 @@ def renderer() -> dict[str, str]:
     """
     return {**{name: metadata.version(name) for name in ("dicebear-styles", "resvg-py")}, "machine": platform.machine()}
 
-
+# %% ../../nbs/reference/data/12_draw_avatars.ipynb #b5e98bda
 def style_metadata(
     style: str,  # "big-ears", "toon-head" or "micah"
 ) -> dict:  # what a user of the pictures must be told

@@ -57,7 +57,7 @@ def read_classes(
     given = [tuple(bytes.fromhex(match[1])) for match in colours if match]
     return make_labels(name, [row[0].strip() for row in rows], given if len(given) == len(rows) else None)
 
-
+# %% ../../nbs/reference/data/15_folder.ipynb #aca9a2af
 def _need_folder(folder: Path) -> Path:
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}. A folder of your own needs {LAYOUT}")
     return folder
@@ -127,7 +127,7 @@ def _paired(root: Path, split: str | None) -> tuple[dict[str, Path], dict[str, P
     raise InputError(f"{len(lonely)} masks in {root / 'masks'} have no image of the same name, e.g. "
                      f"{masks[lonely[0]].name}; file names must agree up to the suffix")
 
-
+# %% ../../nbs/reference/data/15_folder.ipynb #bb4de827
 def _chosen(root: Path, split: str | None, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[str]:
     """The names of a split; `InputError` if there is no list of it, or it lists what has no mask."""
     if split is None: return sorted(masks)

@@ -55,7 +55,7 @@ def describe_bytes(
              b"\xff\xd8\xff": "a JPEG picture", b"\x93NUMPY": "a numpy array", b"\x80": "a pickle"}
     return next((what for magic, what in known.items() if start.startswith(magic)), "of an unknown kind")
 
-
+# %% ../../nbs/reference/data/13_images.ipynb #10cff569
 def describe_file(
     path: str | Path,  # of the file
 ) -> str:
@@ -409,7 +409,7 @@ def _same_shape(size: tuple[int, int], mask: np.ndarray, scaled: bool) -> bool:
     if not scaled: return (width, height) == (columns, rows)
     return abs(width * rows - height * columns) <= max(width, height, rows, columns)
 
-
+# %% ../../nbs/reference/data/13_images.ipynb #2baee817
 def check_same_shape(
     image: Image.Image,  # the picture
     mask: np.ndarray,  # (H, W)
@@ -536,7 +536,7 @@ def to_item(
     pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
     return (pixels.float() / 127.5 - 1).contiguous(), torch.from_numpy(mask.astype(np.int64))
 
-
+# %% ../../nbs/reference/data/13_images.ipynb #4f2a5ab0
 def unlabelled_item(
     path: str | Path,  # a picture
     size: Sequence[int] | None = None,  # (width, height); None: as it is

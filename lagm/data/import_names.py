@@ -44,7 +44,7 @@ def without_suffix(
     stem, _, suffix = key.rpartition(".")
     return stem if stem and "/" not in suffix else key
 
-
+# %% ../../nbs/reference/data/15_import_names.ipynb #e7f9a6a2
 def path_ends(
     key: str,  # of `name_key`
 ) -> list[str]:

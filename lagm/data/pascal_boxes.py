@@ -190,7 +190,7 @@ def square_around(
     left, top = starts
     return max(left, 0), max(top, 0), min(left + side, size[0]), min(top + side, size[1])
 
-
+# %% ../../nbs/reference/data/17_pascal_boxes.ipynb #c57f1755
 def cut_square(
     pixels: np.ndarray,  # (H, W) or (H, W, 3)
     box: Box,  # left, top, right, bottom

@@ -40,7 +40,7 @@ def need_pascal_extra() -> None:
     for name in ("scipy.io", "pycocotools.mask"):
         _extra(name)
 
-
+# %% ../../nbs/reference/data/17_pascal_files.ipynb #42e4cd57
 def picture_place(
     folder: str | Path,  # with pictures of VOC
     name: str,  # of a picture, from a list or another file
@@ -81,7 +81,7 @@ def _unpack(content: bytes, order: str) -> bytes:
         place += 8 + size
     return b"".join(pieces)
 
-
+# %% ../../nbs/reference/data/17_pascal_files.ipynb #103f2756
 def _walk(elements: bytes, order: str) -> None:
     """Go through all elements; raises `Unusable` if one is longer than what holds it, or nested too deeply."""
     ends, place = [len(elements)], 0
@@ -138,7 +138,7 @@ def _binary(mask: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
         raise Unusable(f"a mask of {mask.shape[1]} x {mask.shape[0]} beside one of {shape[1]} x {shape[0]}")
     return (mask > 0).astype(np.uint8)
 
-
+# %% ../../nbs/reference/data/17_pascal_files.ipynb #ae1a3995
 def read_annotation(
     path: str | Path,  # a file of Annotations_Part
 ) -> list[dict[str, Any]]:  # objects: class, class_ind, mask (H, W) and parts, a list of (name, mask)
@@ -190,7 +190,7 @@ def encode_mask(
     runs = _extra("pycocotools.mask").encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
 
-
+# %% ../../nbs/reference/data/17_pascal_files.ipynb #41e56bda
 def decode_mask(
     runs: dict[str, Any],  # {"size": [H, W], "counts": text}
     shape: tuple[int, int] | None = None,  # what the size should be, (H, W)

@@ -72,7 +72,7 @@ class Report:
             lines.append(f"  ... and {len(self.skipped) - 20} more")
         return "\n".join(lines + [f"  {printable(what)}: {count} times" for what, count in self.notes.most_common(10)])
 
-
+# %% ../../nbs/reference/data/17_prepare_pascal.ipynb #6489f06f
 def _fresh(outputs: Sequence[Path], sources: Sequence[Path]) -> bool:
     """Whether all outputs exist and are not older than the sources."""
     try: return min(path.stat().st_mtime_ns for path in outputs) >= max(path.stat().st_mtime_ns for path in sources)
@@ -261,7 +261,7 @@ def listed(
         raise InputError(f"the list {path} has the line {line!r}; each line needs the name of a picture and 1, 0 or -1")
     return [row[0] for row in rows if row[1] == "1"]
 
-
+# %% ../../nbs/reference/data/17_prepare_pascal.ipynb #00713672
 def part_presence(
     mask: np.ndarray,  # (H, W) part numbers
     n_parts: int,  # the background included

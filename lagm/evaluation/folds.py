@@ -39,7 +39,7 @@ class Fold:
     selection: list[str]  # choose the checkpoint
     test: list[str]  # give the number
 
-
+# %% ../../nbs/reference/evaluation/72_folds.ipynb #f19a2238
 def make_folds(
     names: Iterable[str],  # file names, in any order
     n_folds: int = 5,  # number of folds, 2 or more

@@ -139,7 +139,7 @@ def declared_parameters(
     """
     return _declared(notebook, notebook.stat().st_mtime_ns)
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #eb29ad15
 def read_run(
     path: str | Path,  # .../STAGE/EXPERIMENT.yaml, beside STAGE.ipynb
 ) -> Run:  # without `needs`
@@ -207,7 +207,7 @@ def connect(
     first = {run.experiment: i for i, run in reversed(list(enumerate(runs)))}
     return {name: found[name] for name in sorted(found, key=lambda name: (first[found[name].experiment], place[name]))}
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #22ec562d
 def _makers(run: Run, makers: Mapping[PurePosixPath, Run]) -> tuple[str, ...]:
     """The names of the runs whose results a run reads, sorted."""
     read = (path for path in named_paths(run.parameters).values() if path.startswith("outputs/"))
@@ -257,7 +257,7 @@ def _natural(name: str) -> list:
     """A key that puts celeba_2 before celeba_10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.replace("_", " _ ").split()]
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #772e61ee
 def project_folder(
     start: str | Path = ".",
 ) -> Path:  # absolute; it need not be there yet
@@ -307,7 +307,7 @@ def _drawn(e: "Experiment") -> dict[str, Any]:
     crop = dict(wide_crop=True) if e.wide_crop else {}
     return {"generator": SOURCES[e.generator].path, **latent, "psi": 0.7, "cutoff": e.cutoff, **crop}
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #379ff577
 def _student(e: "Experiment") -> dict[str, Any]:
     """Parameters of S."""
     if e.segmenter == "unet": return dict(segmenter="unet", width=64, levels=4)
@@ -340,7 +340,7 @@ def _five_fold(e: "Experiment") -> dict[str, dict[str, Any]]:
     return {"annotate": annotate, "downstream": downstream,
             "evaluate": _tested(e, "downstream/segmenters", protocol="five-fold")}
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #7638d647
 def _cross_domain(e: "Experiment") -> dict[str, dict[str, Any]]:
     """The stages of cgpart_car: labels from renderings, a generator of photographs; the result is a figure."""
     look = {"validation_dataset": f"cgpart-real:{e.object_class}", "validation_pictures": 0}
@@ -399,7 +399,7 @@ def parameter_text(
     lines = [line(name, value) for name, value in parameters.items()]
     return "\n".join([f"# {about}", *lines, ""])
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #a136608f
 def write_parameter_files(
     experiments: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]],  # as `paper_experiments` gives them
     folder: str | Path,  # nbs/experiments
@@ -484,7 +484,7 @@ def _demo_downstream(k: int) -> dict[str, tuple[str, dict[str, dict[str, Any]]]]
             "out_dir": f"outputs/{finished}/evaluate"}
     return {name: (after, stages), finished: (f"{after}, finished", {"evaluate": test})}
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #c198df83
 def _faces(k: int) -> str:
     """So many labelled pictures, in words."""
     return f"{k} labelled face{'s' * (k > 1)}"
@@ -689,7 +689,7 @@ def missing_inputs(
     named = _name_problems(run) + _generator_problems(run)
     return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
 
-
+# %% ../../nbs/reference/experiments/91_catalogue.ipynb #84862a22
 def _name_problems(run: Run) -> list[str]:
     """What is wrong with the names of a segmenter and of entries of other packages."""
     from lagm.experiments.stages import name_problems

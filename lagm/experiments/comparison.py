@@ -81,7 +81,7 @@ def _score(result: Result, method: str, value: float) -> Score:
     if not known: return Score(value, drawn, minutes=minutes)
     return Score(value, drawn, tuple(100 * v for v in iou), tuple(classes), minutes)
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #f9c45d74
 def read_cells(
     results: Iterable[Result],  # of `lagm.experiments.report.find_results`
 ) -> dict[tuple[str, int], dict[str, dict[str, Score]]]:  # `Cells`, by domain and number of labels
@@ -211,7 +211,7 @@ def is_rival(
     """
     return "match" not in method
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #42bd0b87
 @dataclass(frozen=True)
 class Comparison:
     """Ours against the best rival, in one cell or over a whole domain.
@@ -408,7 +408,7 @@ def labels_needed(
         if high >= quality: return k * (next_k / k)**((quality - low) / (high - low)), ""
     return float(points[-1][0]), ">"
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #1e4fb40b
 def labels_saved(
     cells: Cells,  # of `read_cells`
 ) -> dict[str, dict[int, tuple[float, str]]]:  # domain -> labels of ours -> labels alone, as `labels_needed` gives them
@@ -433,7 +433,7 @@ def labels_saved(
         if alone and ours: found[domain] = {k: labels_needed(alone, value) for k, value in ours.items()}
     return found
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #33e29f91
 def better_of(
     methods: Methods,  # scores by method and seed, of one cell
     name: str,  # without ", finished"
@@ -534,7 +534,7 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
         ax.text(0.98, 0.03, plain_label(f"below: {below}"), transform=ax.transAxes, ha="right", fontsize=8, color=MUTED)
     return ends
 
-
+# %% ../../nbs/reference/experiments/95_comparison.ipynb #191dc540
 @mpl.rc_context(STYLE)
 def quality_figure(
     cells: Cells,  # of `read_cells`

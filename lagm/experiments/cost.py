@@ -360,7 +360,7 @@ class OurStep:
         fresh = None if self.recipe.shared_batch else [batches(step, "match, phase S")]
         return matching_step(self.state, self.names, [(images, masks)], [batches(step)], fresh)
 
-
+# %% ../../nbs/reference/experiments/67_cost.ipynb #615cf9b2
 def make_step(
     work: Workload,  # what is to be trained
     variant: str,  # one of VARIANTS
@@ -479,7 +479,7 @@ def run_variant(
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     return together([row | dict(convolution_peak=convolution_peak(dtype))])
 
-
+# %% ../../nbs/reference/experiments/67_cost.ipynb #a19f2536
 def in_own_process(
     work: str,  # one of WORKLOADS
     variant: str,  # one of VARIANTS

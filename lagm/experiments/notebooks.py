@@ -78,7 +78,7 @@ def _as_nodes(value: Any) -> Any:
 def _need(condition: bool, what: str) -> None:
     if not condition: raise ValueError(what)
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #c3120fd8
 def _checked(notebook: Node) -> Node:
     """The notebook, if everything that is looked at here has its proper type; `ValueError` otherwise."""
     cells, metadata = notebook.get("cells"), notebook.get("metadata")
@@ -129,7 +129,7 @@ def _parse(source: str, where: str) -> list[ast.stmt]:
     except (ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{where} is not plain Python: {error or 'it is nested too deeply'}") from error
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #fe539f98
 def _type_names(cells: list[str]) -> dict[str, str]:
     """What names such as `Recipe = Literal["fast", "paper"]` in these cells stand for; other cells are passed over."""
     found = {}
@@ -279,7 +279,7 @@ def _parse_text(text: str) -> Any:
     try: return parse_yaml(text)
     except InputError: raise _Misfit from None
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #b7275f94
 def _fit_number(value: Any, kind: str) -> int | float:
     """`value` as an int or float without losing anything."""
     if isinstance(value, bool) or not isinstance(value, str | int | float): raise _Misfit
@@ -306,7 +306,7 @@ def _fit_scalar(value: Any, kind: str) -> Any:
     if kind == "None" and (value is None or text in ("none", "null")): return None
     raise _Misfit
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #a088ed55
 def _fit_sequence(value: Any, kind: str, items: list[ast.expr]) -> list[Any]:
     """`value` as a list whose items fit; papermill writes lists, so tuples become lists too."""
     if isinstance(value, str): value = _parse_text(value)
@@ -385,7 +385,7 @@ def fit_parameters(
     names = f"its parameters: {', '.join(known)}" if known else "no cell of it is tagged 'parameters'"
     raise InputError(f"{where}: {'; '.join(complaints)}" + (f" ({names})" if not set(given) <= set(known) else ""))
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #5027132d
 def _annotation_of(default: str) -> str:
     """The type of a literal default, for a parameter declared without one."""
     with contextlib.suppress(*_NO_LITERAL):
@@ -621,7 +621,7 @@ def working_folder(
     checkout = folder.parent.parent
     return checkout if folder == checkout / "nbs" / "experiments" and here.is_relative_to(checkout) else here
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #0ccee9ca
 def default_output(
     notebook: str | Path,  # an experiment
     start: str | Path = ".",  # the folder one is in
@@ -656,7 +656,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in (dict(values) | flat).items()
             if isinstance(value, str) and value and name not in ("out_dir", *SPEED)}
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #18c6d71d
 def named_paths(
     values: Mapping[str, Any],  # parameters
 ) -> dict[str, str]:  # by parameter name, items of lists as "name[0]"; without out_dir
@@ -728,7 +728,7 @@ def _marks(files: Files) -> str | None:
     lines = (f"{name}\0{f.st_size} {f.st_ino} {f.st_mtime_ns} {f.st_ctime_ns}\n" for name, _, f in files)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #62850564
 _SUMS: dict[str, str] = {}  # marks -> sum, of folders that this process, or the one that started it, has read
 
 
@@ -794,7 +794,7 @@ def describe_inputs(
         if record: found[name] = record
     return found
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #a0162914
 def reads_all_results(
     values: Mapping[str, Any],  # parameters
     cwd: str | Path = ".",  # what relative paths start from
@@ -824,7 +824,7 @@ def _unchanged(path: Path, record: Mapping[str, Any], below: Sequence[str], skip
     now = _describe(path, below, skip)
     return now is not None and all(now.get(key) == value for key, value in record.items() if key != "marks")
 
-
+# %% ../../nbs/reference/experiments/90_notebooks.ipynb #6fe8f47a
 def inputs_unchanged(
     inputs: Mapping[str, Mapping[str, Any]],  # from the record of a run
     values: Mapping[str, Any],  # the parameters

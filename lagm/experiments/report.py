@@ -165,7 +165,7 @@ class Result:
         )
         return None if found is None or not math.isfinite(found) else 100 * found
 
-
+# %% ../../nbs/reference/experiments/94_report.ipynb #2d887a87
 def find_results(
     outputs: str | Path,  # the folder outputs/
 ) -> tuple[list[Result], list[str]]:  # results sorted by folder; complaints about files that cannot be read
@@ -340,7 +340,7 @@ def number(
     """
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
-
+# %% ../../nbs/reference/experiments/94_report.ipynb #059d297c
 def paper_table(
     rows: Iterable[Row],  # of `paper_rows`
 ) -> list[list[str]]:  # the head first
@@ -589,7 +589,7 @@ def _benchmark(groups: Mapping[tuple[str, str], Any], domain: str = FIRST_DOMAIN
     # the comparison of methods first
     return {name: found[one, name] for one, name in sorted(found, key=lambda key: key[0])}
 
-
+# %% ../../nbs/reference/experiments/94_report.ipynb #6aabee2d
 def benchmark_table(
     groups: Mapping[tuple[str, str], Sequence[float]],  # scores by experiment and method
     minutes: Mapping[tuple[str, str], float] = {},  # by experiment and method
@@ -915,7 +915,7 @@ def write_pages(
         with atomic_path(folder / name) as temporary: temporary.write_text(text, encoding="utf-8")
     return folder / "report.md", folder / "report.html"
 
-
+# %% ../../nbs/reference/experiments/94_report.ipynb #d7ce9409
 def _relative(path: Path, folder: Path) -> str:
     """A path as a page in `folder` should call it."""
     path, folder = path.resolve(), folder.resolve()

@@ -36,7 +36,7 @@ def _load_forward_rules() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
-
+# %% ../../nbs/book/11_the_same_in_one_pass.ipynb #8c7f68ef
 @torch.no_grad()
 def directional_derivative(
     segmenter: nn.Module,  # its parameters, statistics and mode are left as they are

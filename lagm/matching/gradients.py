@@ -45,7 +45,7 @@ def log_probabilities(
     """
     return F.log_softmax(at_least_float32(segmenter(images)), dim=1)
 
-
+# %% ../../nbs/book/09_matching_backward_twice.ipynb #77a92df1
 def soft_cross_entropy(
     log_probs: Tensor,  # log softmax S(x), (B, C, H, W)
     # q: probabilities, (B, C, H, W); a pixel whose q is all zero adds nothing (it still counts in N)

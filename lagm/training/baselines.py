@@ -140,7 +140,7 @@ class Matching:
 
     def __post_init__(self) -> None: check_fields(self, "matching")
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #5942292b
 def train_matching(
     segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Matching = Matching(),
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
@@ -152,7 +152,7 @@ def train_matching(
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device,
                       match=setting.match, weigh_labels=setting.weigh_labels, **options)
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #7738c4f6
 def train_alone(
     segmenter: nn.Module, generator: Any, images: Tensor, masks: Tensor, *, setting: None = None,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,

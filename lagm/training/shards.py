@@ -66,7 +66,7 @@ def pair_files(
     if soft: files["soft.png"] = png(as_bytes(pair.probabilities).flatten(0, 1).numpy())
     return files | {"json": json.dumps(pair.record()).encode()}
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #74c92a3f
 def add_to_tar(
     tar: tarfile.TarFile,  # open for writing
     key: str,  # what stands before the first dot of the names
@@ -221,7 +221,7 @@ def one_thread() -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #ff35a175
 def work(
     worker: int,  # the number of this process, from 0
     workers: int,  # how many there are
@@ -337,7 +337,7 @@ def _settle(folder: Path, description: dict[str, Any]) -> None:
         set_aside([folder])
         _settle(folder, description)
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #181b266a
 def _flat(about: dict[str, Any]) -> dict[str, Any]:
     """A description whose plan is no level of its own."""
     plan = {f"plan.{name}": value for name, value in about.get("plan", {}).items()}
@@ -374,7 +374,7 @@ def _description(path: Path) -> tuple[Plan, LabelSet]:
         raise InputError(text) from error
     return plan, labels
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #b4b56cc9
 def _lacking(folder: Path, shards: range) -> tuple[int, str]:
     """How many shards are not there, and the name of the first; only the files that are there are counted."""
     there = {path.name for path in folder.glob("shard-*.tar") if path.is_file()}
@@ -605,7 +605,7 @@ class Selection:
     added: list[int]  # those among them that are only there to fill a quota
     short: dict[int, int]  # class -> how many pictures its quota lacks
 
-
+# %% ../../nbs/reference/training/63_shards.ipynb #c172aa56
 def select(
     records: Sequence[Mapping[str, Any]],  # of a `SyntheticDataset`
     keep: float = 0.9,  # the share of the pictures to keep, the most certain ones

@@ -114,7 +114,7 @@ def uncertainty(
     if members == 1: return (total / math.log(max(classes, 2))).clamp(0, 1)
     return ((total - entropy(probabilities).mean(0)) / math.log(max(min(members, classes), 2))).clamp(0, 1)
 
-
+# %% ../../nbs/reference/training/62_synthetic.ipynb #9b13b786
 def decide(
     probabilities: Tensor,  # (M, C, H, W)
     vote: str = "mean",  # or "majority": the most frequent label; a tie goes to the higher mean probability
@@ -168,7 +168,7 @@ class Pair:
         counts = torch.bincount(self.label.flatten().long(), minlength=len(self.probabilities))
         return {"index": self.index, "uncertainty": round(self.uncertainty, 7), "pixels": counts.tolist()}
 
-
+# %% ../../nbs/reference/training/62_synthetic.ipynb #034678d8
 @torch.no_grad()
 def make_pair(
     generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`; see lagm.generators.contract
