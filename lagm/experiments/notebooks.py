@@ -576,7 +576,7 @@ def find_experiment(
 def purpose(
     notebook: str | Path,  # a path
 ) -> str:  # "" if it has none
-    """A notebook's subtitle: the first quoted line (`> ...`) of its first markdown cells.
+    """A notebook's subtitle: the first quoted line (`> ...`) of its markdown cells, up to the end of its sentence.
 
     Parameters
     ----------
@@ -589,8 +589,11 @@ def purpose(
         "" if it has none
     """
     texts = (cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "markdown")
-    quoted = (line for text in texts for line in text.splitlines() if line.startswith(">"))
-    return next((line.lstrip("> ").strip() for line in quoted), "")
+    found: list[str] = []
+    for line in (line for text in texts for line in text.splitlines()):
+        if line.startswith(">"): found.append(line.lstrip("> ").strip())
+        if found and (not line.startswith(">") or found[-1].endswith((".", "?", "!"))): break
+    return " ".join(found)
 
 # %% ../../nbs/reference/experiments/90_notebooks.ipynb #19ae815d
 def working_folder(

@@ -293,6 +293,22 @@ class _Numbers:
             if passive: self.known[_key(r)] = 0
             elif not any(r is t for t in tensors): self.known.pop(_key(r), None)  # another's place in memory before
 
+# %% ../../nbs/reference/matching/48_tangents.ipynb #9695dca3
+def _note(
+    tape: "Tape", operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any
+) -> None:
+    """Record one operation, if it matters."""
+    packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
+    expected, tape.expected = tape.expected, None
+    if packet is aten.detach and any(inputs) and _key(tensors[0]) == expected: return
+    if not any(inputs) or packet in CONSTANT: return tape.numbers.stand_still(results, tensors)
+    if not _has_rule(operation, tensors, results[0], tape.viewed):
+        tape.problem = f"no tangent rule for {operation}"
+        return
+    number = tape.numbers.give(results)
+    if packet in SAVE_RESULT: tape.expected = _key(results[0])
+    tape.records.append((inputs, number, RULES[packet](operation, arguments, keywords, result)))
+
 # %% ../../nbs/reference/matching/48_tangents.ipynb #4799f200
 class Tape(TorchDispatchMode):
     """Records, as a context around a forward pass, how tangents of `parameters` travel to its results.
@@ -326,21 +342,8 @@ class Tape(TorchDispatchMode):
         inputs = [self.numbers.of(tensor) for tensor in tensors]
         if None in inputs: self.problem = "a tensor depends on parameters in a way that was not seen"
         result = operation(*arguments, **keywords)
-        if self.problem is None: self._note(operation, arguments, keywords, tensors, inputs, result)
+        if self.problem is None: _note(self, operation, arguments, keywords, tensors, inputs, result)
         return result
-
-    def _note(self, operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any) -> None:
-        """Record one operation, if it matters."""
-        packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
-        expected, self.expected = self.expected, None
-        if packet is aten.detach and any(inputs) and _key(tensors[0]) == expected: return
-        if not any(inputs) or packet in CONSTANT: return self.numbers.stand_still(results, tensors)
-        if not _has_rule(operation, tensors, results[0], self.viewed):
-            self.problem = f"no tangent rule for {operation}"
-            return
-        number = self.numbers.give(results)
-        if packet in SAVE_RESULT: self.expected = _key(results[0])
-        self.records.append((inputs, number, RULES[packet](operation, arguments, keywords, result)))
 
     def tangent(
         self,
