@@ -10,8 +10,8 @@ import torch
 SLOW = """
     avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
     fetch_limits gan generator_files inversion kill methods mutate numbers odd_files odd_inputs own_pictures parts
-    pickle_budget quickstart reader_fuzz report requests runs stylegan2 sweep synthetic table tangents templates
-    training unpickling weak_to_strong wheel winograd""".split()
+    pickle_budget quickstart reader_fuzz registries registry_baseline report requests runs saved stylegan2 sweep
+    synthetic table tangents templates training unpickling weak_to_strong wheel winograd""".split()
 
 
 def pytest_configure(config):
