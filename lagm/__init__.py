@@ -38,7 +38,7 @@ import sys
 from typing import Any
 
 # %% ../nbs/reference/core/02_public.ipynb #bc17f9bd
-from ._moved import install
+from .core.moved import install
 
 # %% ../nbs/reference/core/02_public.ipynb #90440aae
 _PUBLIC = {

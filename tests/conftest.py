@@ -9,10 +9,10 @@ import torch
 # tests/test_kill.py
 SLOW = """
     avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
-    fetch_limits gan inversion kill libraries methods mutate numbers odd_files odd_inputs parts pickle_budget
-    quickstart reader_fuzz report requests runs site stylegan2 sweep synthetic table tangents templates training
-    unpickling
-    weak_to_strong wheel winograd""".split()
+    fetch_limits gan generator_files inversion kill libraries methods mutate numbers odd_files odd_inputs
+    own_pictures parts pickle_budget quickstart reader_fuzz registries registry_baseline report requests runs
+    saved site stylegan2 sweep synthetic table tangents templates training unpickling weak_to_strong wheel
+    winograd""".split()
 
 
 def pytest_configure(config):

@@ -7,10 +7,10 @@ The groups of notebooks: nbs/book and nbs/reference or, while those do not exist
 
 first_output    Lines of code that stand in front of the first cell that shows something, median over the notebooks.
 first_figure    The same for the first cell that shows a figure, over the notebooks that have one.
-run_cells       The most exported cells in a row with nothing shown between them.
-run_lines       The most lines of exported code in a row with nothing shown between them.
-cell_median     Lines of an exported cell, median.
-cell_longest    Lines of the longest exported cell.
+run_cells       The most exported cells in a row with no output and no figure between them.
+run_lines       The height of them: the most lines of exported cells in a row, as the reader sees them.
+cell_median     Lines of code of an exported cell, median.
+cell_longest    The height of the highest exported cell.
 unshown         Exported public functions and classes with nothing shown in the cell itself or in the next three.
 figures         Chapters without a figure.
 links           Chapters that lack the line of links which lagm.experiments.readme writes: previous, next, what they
@@ -27,12 +27,12 @@ arrows          Pairs of rooms of which one imports from the other.
 floors          The longest chain of rooms that stand on each other. A circle is one floor.
 circles         Groups of rooms that import each other in a circle.
 
-Lines of code are lines that are neither blank nor one of nbdev's directives. A cell *shows* something if it has a
-stored output, if its code asserts something (a check that would catch a breakage, `test_eq` and `pytest.raises`
-too), or if it is prose with an image. An *exported* cell has the directive `export`. An exercise is *answered* by a
-`<details>` block after it and before the next exercise, in the same cell or in the next ones of the notebook; or by a
-heading such as `### 09_matching, 3` (the chapter's file and the exercise's number) in a notebook whose name holds
-`answers`.
+Lines of code are lines that are neither blank nor one of nbdev's directives; the *height* of a cell is all of its
+lines, blank ones and directives too. A cell *shows* something if it has a stored output, if its code asserts
+something (a check that would catch a breakage, `test_eq` and `pytest.raises` too), or if it is prose with an image.
+An *exported* cell has the directive `export`. An exercise is *answered* by a `<details>` block after it and before
+the next exercise, in the same cell or in the next ones of the notebook; or by a heading such as `### 09_matching, 3`
+(the chapter's file and the exercise's number) in a notebook whose name holds `answers`.
 """
 
 import argparse
@@ -77,6 +77,11 @@ class Cell:
         """Lines of code."""
         if self.kind != "code": return 0
         return sum(bool(line.strip()) and not DIRECTIVE.match(line) for line in self.source.splitlines())
+
+    @cached_property
+    def height(self) -> int:
+        """Lines of the page that its code takes."""
+        return len(self.source.splitlines()) if self.kind == "code" else 0
 
     @cached_property
     def figure(self) -> bool:
@@ -134,22 +139,22 @@ def first(paths: Iterable[Path], sort: str) -> Found:
 
 
 def runs(paths: Iterable[Path], sort: str) -> Found:
-    """Every run of exported cells with nothing shown: its first cell, and its length in cells or lines."""
+    """Every run of exported cells without an output or a figure: its first cell, and its length in cells or lines."""
     found = []
     for path in paths:
         run = []
         for cell in [*read(path), None]:
             if cell is not None and cell.exported and not cell.outputs: run.append(cell)
-            elif run and (cell is None or cell.shows):
-                found.append((run[0].notebook, run[0].id, len(run) if sort == "cells" else sum(c.lines for c in run)))
+            elif run and (cell is None or cell.outputs or cell.figure):
+                found.append((run[0].notebook, run[0].id, len(run) if sort == "cells" else sum(c.height for c in run)))
                 run = []
     return found
 
 
-def exported(paths: Iterable[Path]) -> Found:
-    """Every exported cell that holds code, and its lines."""
-    return [(cell.notebook, cell.id, cell.lines) for path in paths for cell in read(path)
-            if cell.exported and cell.lines]
+def exported(paths: Iterable[Path], sort: str) -> Found:
+    """Every exported cell that holds code, and its lines of code or its height."""
+    return [(cell.notebook, cell.id, cell.lines if sort == "lines" else cell.height) for path in paths
+            for cell in read(path) if cell.exported and cell.lines]
 
 
 def definitions(paths: Iterable[Path], shown: bool | None = None) -> Found:
@@ -349,9 +354,10 @@ OF_NOTEBOOKS = {
                             _middle),
     "first_figure": Measure("lines of code before the first figure, median", "", lambda p: first(p, "figure"), _middle),
     "run_cells": Measure("exported cells in a row, nothing shown", "2 (3)", lambda p: runs(p, "cells"), _most),
-    "run_lines": Measure("lines of them", "50 (90)", lambda p: runs(p, "lines"), _most),
-    "cell_median": Measure("lines of an exported cell, median", "12 (15)", exported, _middle),
-    "cell_longest": Measure("lines of an exported cell, longest", "35 (45)", exported, _most),
+    "run_lines": Measure("height of them", "50 (90)", lambda p: runs(p, "lines"), _most),
+    "cell_median": Measure("lines of code of an exported cell, median", "12 (15)", lambda p: exported(p, "lines"),
+                           _middle),
+    "cell_longest": Measure("height of the highest exported cell", "35 (45)", lambda p: exported(p, "height"), _most),
     "unshown": Measure("public definitions without an example or check within three cells", "0",
                        lambda p: definitions(p, False), _sum, definitions),
     "figures": Measure("chapters without a figure", "0", without_figure, len, lambda p: list(p)),

@@ -431,7 +431,9 @@ from pathlib import Path
 torch.set_num_threads(1)
 import lagm.generators.formats
 from lagm.generators.load import load_generator
-def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
+def kilobytes(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1])
 before = kilobytes("VmRSS")
 G = load_generator(sys.argv[1])
 print((kilobytes("VmHWM") - before) * 1024 / Path(sys.argv[1]).stat().st_size)"""

@@ -92,6 +92,9 @@ def test_experiments_are_found_by_name_from_any_folder_of_the_checkout(toy, tmp_
     write_experiment(tmp_path / "nbs" / "experiments" / "_draft.ipynb")
     assert experiments.list_experiments() == {"toy": toy}
     assert experiments.purpose(toy) == "Does little."
+    title = "# Toy\n\n> Goes on\n> in a second line.\n> And more.\n"
+    wrapped = write_experiment(tmp_path / "wrapped.ipynb", title=title)
+    assert experiments.purpose(wrapped) == "Goes on in a second line."
     (tmp_path / "nbs" / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "nbs" / "deep")
     assert experiments.find_experiment("toy") == toy and experiments.find_experiment(str(toy)) == toy

@@ -166,11 +166,11 @@ def test_folders_of_modules_say_what_they_hold(tmp_path):
     for name in ("data/celeba.py", "core/errors.py"):
         (package / name).parent.mkdir(parents=True)
         (package / name).write_text("")
-    (package / "_moved.py").write_text("MOVED = {'lagm.core': {}}\n")
+    (package / "core/moved.py").write_text("MOVED = {'lagm.core': {}}\n")
     rooms = {"data": "Pictures.", "core": "Errors.", "training": "Not there yet."}
     for _ in range(2): write_rooms(package, rooms)
     assert (package / "data/__init__.py").read_text().splitlines()[0] == '"""Pictures."""'
-    assert "_moved" not in (package / "data/__init__.py").read_text()
+    assert "moved" not in (package / "data/__init__.py").read_text()
     assert "__getattr__ = forward(__name__)" in (package / "core/__init__.py").read_text()
     assert not (package / "training").exists() and not (package / "__init__.py").exists()
     with pytest.raises(ValueError, match="core/ holds modules: say which"): write_rooms(package, {"data": "Pictures."})

@@ -40,7 +40,8 @@ for line in sys.stdin:
     if child == 0:
         os.fsync = slow_flush
         random.seed(0)  # a fork begins with a random state of its own
-        t.run(recipe, nets=t.networks(seed), checkpoint=folder + "/run.safetensors", checkpoint_every=1, validation=t.labelled(), validate_every=3,
+        t.run(recipe, nets=t.networks(seed), checkpoint=folder + "/run.safetensors", checkpoint_every=1,
+              validation=t.labelled(), validate_every=3,
               record_every=1, watch=Watch(folder))
         os._exit(0)
     print(child, flush=True)

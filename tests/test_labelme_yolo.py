@@ -4,9 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shell import lagm
 
 from lagm.core.errors import InputError
 from lagm.core.files import read_yaml
@@ -377,12 +375,6 @@ def test_any_yaml_is_read_or_becomes_a_sentence(fresh, content):
 
 
 # ---- the commands
-
-
-def lagm(*words):
-    code = "import sys; from lagm.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
 
 
 def test_the_commands(tmp_path):

@@ -35,7 +35,8 @@ def page_faults(mib):
 page_faults(1)
 seen = {"start": resident(), "usual faults": page_faults(40)}
 with contextlib.suppress(ZeroDivisionError), kept_memory() as seen["works"]:
-    for mib in (40, 100): page_faults(mib), page_faults(mib)  # until every hole that such a block leaves behind has its size
+    # until every hole that such a block leaves behind has its size
+    for mib in (40, 100): page_faults(mib), page_faults(mib)
     seen["faults"] = [page_faults(mib) for mib in (40, 100)]
     blocks = [torch.ones(MIB // 4) for _ in range(300)]
     seen["full"] = resident()

@@ -1,11 +1,9 @@
 """The comparison of all methods, as it runs from the command line at its small size."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from shell import lagm
 
 from lagm.models.saved import load_segmenter
 
@@ -17,9 +15,7 @@ SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
 
 def call(folder, **parameters):
     words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run",
-                           "methods", "--small", "-o", str(folder), *words],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return lagm("run", "methods", "--small", "-o", folder, *words)
 
 
 def test_a_row_for_each_method(tmp_path):

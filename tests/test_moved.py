@@ -9,11 +9,11 @@ import warnings
 import pytest
 from export import write_rooms
 
-from lagm._moved import MOVED
+from lagm.core.moved import MOVED
 
 # A package of two versions in one: `annotator` is gone, `training` is a package now.
 FILES = {
-    "__init__.py": "from {package}._moved import install\ninstall()\n",
+    "__init__.py": "from {package}.core.moved import install\ninstall()\n",
     "models/annotator.py": "class FPNAnnotator: pass\n",
     "training/recipe.py": "class Recipe: pass\n",
     "training/steps.py": "class TrainState: pass\n",
@@ -28,14 +28,14 @@ TABLE = {
 def toy(tmp_path, monkeypatch):
     """The package, importable, and away again afterwards."""
     package = tmp_path / "toy"
-    ours = importlib.util.find_spec("lagm._moved").origin
+    ours = importlib.util.find_spec("lagm.core.moved").origin
     with open(ours, encoding="utf-8") as file: source = file.read()
     empty = "MOVED: Table = {"
     line = next(line for line in source.splitlines() if line.startswith(empty))
-    for name, text in {**FILES, "_moved.py": source.replace(line, f"MOVED: Table = {TABLE!r}")}.items():
+    for name, text in {**FILES, "core/moved.py": source.replace(line, f"MOVED: Table = {TABLE!r}")}.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text.replace("{package}", "toy"), encoding="utf-8")
-    write_rooms(package, {"models": "Networks.", "training": "Recipes and steps."})
+    write_rooms(package, {"core": "Old names.", "models": "Networks.", "training": "Recipes and steps."})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     yield package

@@ -100,7 +100,8 @@ def a(p): return np.load(p)
 class B:
     def c(self, p):
         with open(p, "rb") as f, tarfile.open(p) as t, Image.open(p) as i: return json.loads(f.read())
-def d(p): return read_text(p), p.read_text(), ElementTree.parse(p), loadmat(p), parse(p), load(p), json.loads(json.dumps(p))
+def d(p): return read_text(p), p.read_text(), ElementTree.parse(p), loadmat(p), parse(p), load(p), \\
+    json.loads(json.dumps(p))
 def e(p):
     with open(p, "w") as f, tarfile.open(p, "w", format=1) as t, p.open("a") as g: f.write("")
 '''

@@ -1,12 +1,11 @@
 """From a folder of pictures to a folder of masks by the commands a newcomer types, and the mistakes on that road."""
 
 import json
-import subprocess
-import sys
 
 import nbformat
 import numpy as np
 import pytest
+import shell
 import torch
 import yaml
 from nbclient import NotebookClient
@@ -35,9 +34,7 @@ CLASSES = Avatars().classes
 
 
 def lagm(folder, *words, code=0):
-    done = subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())",
-                           *map(str, words)], cwd=folder,
-                          capture_output=True, text=True, timeout=300)
+    done = shell.lagm(*words, cwd=folder)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

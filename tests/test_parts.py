@@ -185,7 +185,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     path = Path({path!r})
     result = run(PARTS, checkpoint=path, checkpoint_every=3, processes=2)
-    save_tensors(path.parent / "result.safetensors", result.annotator.state_dict(), dict(step=result.step, losses=len({{r["stage"] for r in result.history["losses"]}})))
+    save_tensors(path.parent / "result.safetensors", result.annotator.state_dict(),
+                 dict(step=result.step, losses=len({{r["stage"] for r in result.history["losses"]}})))
 """
 
 

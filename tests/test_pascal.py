@@ -225,7 +225,8 @@ def test_boxes(tmp_path):
     (tmp_path / "a.xml").write_text(
         "<annotation>"
         + "".join(
-            f"<object><name>{name}</name><part><bndbox><xmin>0</xmin></bndbox></part><bndbox><xmin>{x}</xmin><ymin>2.0</ymin><xmax>40.6</xmax><ymax>50</ymax></bndbox></object>"
+            f"<object><name>{name}</name><part><bndbox><xmin>0</xmin></bndbox></part>"
+            f"<bndbox><xmin>{x}</xmin><ymin>2.0</ymin><xmax>40.6</xmax><ymax>50</ymax></bndbox></object>"
             for name, x in (("horse", "3"), ("person", "1"), ("horse", "7.9"))
         )
         + "</annotation>"

@@ -112,11 +112,16 @@ def test_damaged_parsed_annotations_cost_one_picture(voc, tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [
-    "<annotation><object><name>horse</name><bndbox><xmin>inf</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
-    "<annotation><object><name>horse</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
-    "<annotation><object><name>horse</name><bndbox><xmin>1e999</xmin></bndbox></object></annotation>", '<?xml version="1.0" encoding="utf-33"?><a/>', '<?xml version="1.0" encoding="utf-7"?><a/>',
+    "<annotation><object><name>horse</name>"
+    "<bndbox><xmin>inf</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
+    "<annotation><object><name>horse</name>"
+    "<bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
+    "<annotation><object><name>horse</name><bndbox><xmin>1e999</xmin></bndbox></object></annotation>",
+    '<?xml version="1.0" encoding="utf-33"?><a/>', '<?xml version="1.0" encoding="utf-7"?><a/>',
     "<annotation><object><name>horse</name></object></annotation>", "\x00", "",
-    '<!DOCTYPE a [<!ENTITY a "' + "x" * 1000 + '">' + "".join(f'<!ENTITY {b} "{f"&{a};" * 50}">' for a, b in zip("abcdefg", "bcdefgh")) + "]><annotation>&h;</annotation>"])
+    '<!DOCTYPE a [<!ENTITY a "' + "x" * 1000 + '">'
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 50}">' for a, b in zip("abcdefg", "bcdefgh"))
+    + "]><annotation>&h;</annotation>"])
 def test_damaged_boxes(tmp_path, content):
     (tmp_path / "a.xml").write_text(content)
     with pytest.raises(Unusable, match="a.xml"): read_boxes(tmp_path / "a.xml", "horse")

@@ -3,14 +3,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shell import lagm
 from tiny import LABELS, tiny_pictures, tiny_segmenter
 from torch import nn
 
@@ -125,11 +124,7 @@ def test_folder_mistakes(pictures, tmp_path):
 
 def test_on_the_command_line(pictures, tmp_path):
     save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS, (16, 16))
-    call = lambda *words: subprocess.run([sys.executable, "-c",
-                                          "import sys; from lagm.cli import main; sys.exit(main())", "predict",
-                                          *map(str, words)],
-                                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    done = call(tmp_path / "s.safetensors", pictures, "-o", tmp_path / "out", "--device", "cpu")
+    done = lagm("predict", tmp_path / "s.safetensors", pictures, "-o", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0 and "2 pictures labelled" in done.stdout, done.stderr
     segmenter, labels, size = open_segmenter(tmp_path / "s.safetensors")
     assert labels == LABELS and size == (16, 16)

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: real processes, real files, tiny sizes."""
+"""The main job as a user runs it: real kernels, real files, tiny sizes."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from PIL import Image
+from shell import lagm
 from sync import ROOT
 
 from lagm.cli import main
@@ -23,15 +24,13 @@ from lagm.models.convert import inspect
 SIZES = dict(iterations=3, warm_up=2, supervised_steps=3, test_pictures=12, width=4, threads=1)
 
 
-def command(folder, *extra, **parameters):
-    words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "quickstart", "-o",
-            str(folder), *words, *extra]
+def words(folder, **parameters):
+    values = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
+    return ["run", "quickstart", "-o", str(folder), *values]
 
 
-def call(folder, *extra, **parameters):
-    return subprocess.run(command(folder, *extra, **parameters), capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def call(folder, **parameters):
+    return lagm(*words(folder, **parameters))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,9 @@ def test_a_second_call_keeps_the_result(finished):
 
 def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_path):
     folder = tmp_path / "killed"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    code = "import sys; from lagm.cli import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *words(folder)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL,
                                start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (folder / "warm.safetensors").exists() and process.poll() is None:
@@ -130,17 +131,17 @@ def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_
     assert results(folder) == results(finished[0])
 
 
-@pytest.mark.parametrize("change, words", [
+@pytest.mark.parametrize("change, sentence", [
     (dict(iteration=3), "iterations"), (dict(iterations="many"), "iterations"),
     (dict(k=0), "give a whole number from 1 to 40"),
     (dict(recipe="slow"), "slow"), (dict(style="manga"), "manga"),
     (dict(generator="no/such.safetensors"), "no/such.safetensors"),
     (dict(iterations=0), "iterations is 0")])
-def test_a_mistake_gives_one_line_and_no_results(tmp_path, change, words):
+def test_a_mistake_gives_one_line_and_no_results(tmp_path, change, sentence):
     done = call(tmp_path / "run", **change)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and words in lines[0], done.stderr
+    assert len(lines) == 1 and sentence in lines[0], done.stderr
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 

@@ -37,7 +37,8 @@ MAT = (Path(__file__).parent / "golden" / "datasets" / "data" / "VOC2010" / "par
 XML = (
     "<annotation><filename>1.jpg</filename><size><width>12</width><height>10</height></size>"
     + "".join(
-        f"<object><name>horse</name><bndbox><xmin>{x}</xmin><ymin>2</ymin><xmax>{x + 4}</xmax><ymax>9</ymax></bndbox></object>"
+        "<object><name>horse</name>"
+        f"<bndbox><xmin>{x}</xmin><ymin>2</ymin><xmax>{x + 4}</xmax><ymax>9</ymax></bndbox></object>"
         for x in (1, 6)
     )
     + "</annotation>"
@@ -296,7 +297,8 @@ def test_little_memory(tmp_path):
         import resource, sys
         from lagm.data.datasetgan import read_array_mask
         from lagm.data.pascal_files import read_annotation
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 2**40
+        used = 2**40
+        if sys.platform == "linux": used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
         for reader, name in ((read_array_mask, "image_mask1.npy"), (read_annotation, "a.mat")):
             try: reader(name)

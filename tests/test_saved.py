@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from shell import lagm
 from tiny import LABELS, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.cli import main
@@ -157,12 +156,6 @@ def test_converting_keeps_what_the_file_says(tmp_path):
 
 
 # ---- from training to masks, on the command line
-
-
-def lagm(*words, cwd=None):
-    return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())",
-                           *map(str, words)], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -471,8 +464,9 @@ def changed(draw, header):
         match draw(st.sampled_from(["replace", "remove", "add"])):
             case "replace": at[last] = draw(VALUES)
             case "remove": del at[last]
-            case "add" if isinstance(at, dict): at[draw(st.text(max_size=6)
-                                                        | st.sampled_from(["pretrained_backbone", "backbone_path", "kind", "networks", "classes"]))] = draw(VALUES)
+            case "add" if isinstance(at, dict):
+                known = st.sampled_from(["pretrained_backbone", "backbone_path", "kind", "networks", "classes"])
+                at[draw(st.text(max_size=6) | known)] = draw(VALUES)
     return header
 
 

@@ -145,7 +145,9 @@ from pathlib import Path
 from lagm.core.errors import InputError
 from lagm.generators.load import load_generator
 import lagm.generators.formats
-def kilobytes(what): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(what)).split()[1])
+def kilobytes(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1])
 before = kilobytes("VmHWM")
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try: load_generator(path)

@@ -164,8 +164,10 @@ place = experiment_folder()
 assert place.parts[-2:] == ("lagm", "_experiments") and (place / "Snakefile").is_file(), place
 lines = check(["list"], 0, "quickstart", "celeba_10", "demo_k1").splitlines()
 assert len(lines) > 50
-check(["show", "celeba_10"], 0, "outputs/celeba_10/annotate", "there is no checkpoints/stylegan2/celeba0-28k-paper256-ada.pkl", "the paper's fg_miou")
-check(["run", "celeba_10", "--dry-run"], 2, "celeba_10/annotate", "blocked", "there is no checkpoints/torchvision/resnet101-63fe2227.pth")
+check(["show", "celeba_10"], 0, "outputs/celeba_10/annotate",
+      "there is no checkpoints/stylegan2/celeba0-28k-paper256-ada.pkl", "the paper's fg_miou")
+check(["run", "celeba_10", "--dry-run"], 2, "celeba_10/annotate", "blocked",
+      "there is no checkpoints/torchvision/resnet101-63fe2227.pth")
 check(["run", "demo_k1", "--dry-run"], 0, "to do")
 check(["run", "quickstart", "--dry-run"], 0, "to do")
 check(["doctor", "celeba_10"], 1, "there is no data/CelebAMask-HQ", "lagm fetch resnet101")

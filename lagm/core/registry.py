@@ -43,7 +43,8 @@ Entry = TypeVar("Entry")
 class _Entries(Generic[Entry]):
     """What a registry holds, to look through."""
 
-    def __init__(self):
+    def __init__(self, what: str):
+        self.what = what  # an entry is, for messages
         self._entries: dict[str, Entry] = {}
         self._outside: dict[str, Entry] = {}  # of other packages, once somebody has asked for them
 
@@ -58,6 +59,12 @@ class _Entries(Generic[Entry]):
     def values(self) -> list[Entry]:
         """The entries of `items`."""
         return [entry for _, entry in self.items()]
+
+    def _none_such(self, name: str) -> str:
+        """What to say of a name that is no entry."""
+        near = difflib.get_close_matches(name.partition(":")[0], self._entries, 1)
+        hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
+        return f"there is no {self.what} {printable(name, 100)!r}{hint} {', '.join(self._entries)}"
 
 # %% ../../nbs/reference/core/01_registry.ipynb #a5d2e701
 def same_definition(a: Any, b: Any) -> bool:
@@ -89,8 +96,8 @@ class Registry(_Entries[Entry]):
         # (entry, what follows its name and a colon) -> the entry for that; None: nothing can follow this one
         qualify: Callable[[Entry, str], Entry | None] = lambda entry, rest: None,
     ):
-        self.what, self._accept, self._qualify = what, accept, qualify
-        super().__init__()
+        self._accept, self._qualify = accept, qualify
+        super().__init__(what)
 
     def register(self, name: str, entry: Entry) -> Entry:
         """Add an entry; `InputError` if it is none, or there is another of this name.
@@ -124,8 +131,3 @@ class Registry(_Entries[Entry]):
         """The entry of this name, wherever the name is from: nothing is imported. `InputError` says what there is."""
         if name in self: return {**self._outside, **self._entries}[name]
         raise InputError(self._none_such(name))
-
-    def _none_such(self, name: str) -> str:
-        near = difflib.get_close_matches(name.partition(":")[0], self._entries, 1)
-        hint = f"; did you mean {near[0]!r}? There are" if near else "; there are"
-        return f"there is no {self.what} {printable(name, 100)!r}{hint} {', '.join(self._entries)}"

@@ -82,7 +82,7 @@ def check_field_names(fields: Mapping[str, Any], kind: type, what: str) -> Mappi
         raise InputError(f"{what} has no field {printable(name)}; {hint} {', '.join(known)}")
     return fields
 
-
+# %% ../../nbs/reference/core/01_values.ipynb #70ab0dec
 def check_fields(
     record: Any,  # a dataclass, frozen or not; its fields are changed in place
     what: str,  # for the error message, e.g. "recipe"

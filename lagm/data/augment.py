@@ -140,7 +140,7 @@ def colour_matrices(
     rotated = angle.cos() * (torch.eye(3, device=hue.device) - grey) + angle.sin() * turn
     return brightness[:, None, None] * (saturation[:, None, None] * rotated + grey)
 
-
+# %% ../../nbs/book/07_augmentation.ipynb #843bb489
 def recolour(
     images: Tensor,  # (B, 3, H, W), about [-1, 1]
     matrices: Tensor,  # (B, 3, 3), from `colour_matrices`
@@ -274,6 +274,18 @@ class Augment:
         transform = self.draw(images, rng)
         return transform.pictures(images), transform.labels(labels)
 
+# %% ../../nbs/book/07_augmentation.ipynb #14f35f66
+def _check_ranges(ranges: Augment) -> None:
+    """Raise `InputError` for ranges that make no sense."""
+    check_fields(ranges, "Augment")
+    for name in ("scale", "saturation", "brightness"):
+        low, high = getattr(ranges, name)
+        if not 0 <= low <= high or (name == "scale" and low == 0):
+            raise InputError(f"Augment.{name} is {(low, high)}: give a smallest and a largest positive factor")
+    for name, known in (("outside", OUTSIDE), ("soft_labels", ("bilinear", "nearest"))):
+        if getattr(ranges, name) not in known:
+            raise InputError(f"Augment.{name} is {getattr(ranges, name)!r}: choose one of {', '.join(known)}")
+
 # %% ../../nbs/book/07_augmentation.ipynb #06639ec4
 def _transform(ranges: Augment, u: Tensor, images: Tensor) -> Transform:
     """The transform that eight numbers in [0, 1) a picture, `u` (B, 8), choose from the ranges."""
@@ -286,18 +298,6 @@ def _transform(ranges: Augment, u: Tensor, images: Tensor) -> Transform:
                                between(*ranges.brightness, 7))
     return Transform(maps.to(images.device), matrices.to(images.device), ranges.outside, ranges.soft_labels,
                      ranges.clip)
-
-
-def _check_ranges(ranges: Augment) -> None:
-    """Raise `InputError` for ranges that make no sense."""
-    check_fields(ranges, "Augment")
-    for name in ("scale", "saturation", "brightness"):
-        low, high = getattr(ranges, name)
-        if not 0 <= low <= high or (name == "scale" and low == 0):
-            raise InputError(f"Augment.{name} is {(low, high)}: give a smallest and a largest positive factor")
-    for name, known in (("outside", OUTSIDE), ("soft_labels", ("bilinear", "nearest"))):
-        if getattr(ranges, name) not in known:
-            raise InputError(f"Augment.{name} is {getattr(ranges, name)!r}: choose one of {', '.join(known)}")
 
 # %% ../../nbs/book/07_augmentation.ipynb #2f5b55d5
 def wide_crop(
@@ -323,7 +323,7 @@ def wide_crop(
     top = (height - kept) // 2
     return maps[..., top:top + kept, :]
 
-
+# %% ../../nbs/book/07_augmentation.ipynb #c5606fdb
 def resize_nearest(
     maps: Tensor,  # (B, C, H, W), or class indices (B, H, W)
     size: tuple[int, int],  # new height and width

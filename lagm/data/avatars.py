@@ -170,7 +170,7 @@ def face_colours(rng: np.random.RandomState) -> dict[str, str]:
         "nose": mix(skin, "#8a3a1c", 0.30), "nose_line": mix(skin, "#4a1c0c", 0.58),
     }
 
-
+# %% ../../nbs/reference/data/12_avatars.ipynb #86bcc1c9
 def clothed_colours(rng: np.random.RandomState) -> dict[str, str]:
     """`face_colours` and the colour of the clothes, for the styles that have shoulders."""
     colours = face_colours(rng)
@@ -263,7 +263,7 @@ def _start_y(path: str) -> float:
     """The y coordinate at which a path begins."""
     return float(re.findall(r"-?\d*\.?\d+", path)[1])
 
-
+# %% ../../nbs/reference/data/12_avatars.ipynb #80c9711a
 def _edit_big_ears_eyes(shape: Piece, colours: dict) -> list[Piece]:
     """Eyes and eyebrows of big-ears share a component, and at times a path."""
     fill = shape.attributes.get("fill", "none")
@@ -466,7 +466,7 @@ def get_avatar_recipe(
         raise InputError(f"there is no avatar style {style!r}; use one of {', '.join(AVATAR_RECIPES)}")
     return AVATAR_RECIPES[style]
 
-
+# %% ../../nbs/reference/data/12_avatars.ipynb #b2a01bd3
 def resolve_colour(
     value: object,  # of an attribute in a definition
     colours: Mapping[str, str],  # of one face

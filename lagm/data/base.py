@@ -98,7 +98,7 @@ def need_path(
     if path.exists(): return path
     raise InputError(f"{what} not found: there is no {path}. Expected layout:\n  {layout}\n{remedy}")
 
-
+# %% ../../nbs/reference/data/14_base.ipynb #9b5b3d3b
 def listed_names(
     path: Path,  # a text, one name a line
     folder: Path,  # where the files are that it names

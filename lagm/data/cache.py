@@ -144,23 +144,15 @@ class Cached(Dataset):
         return item if self.transforms is None else self.transforms(*item)
 
     def _packed(self, index: int) -> dict[str, Tensor]:
+        """An item from memory, from disk, or else decoded, and put there."""
         if index in self._items:
             self.hits["memory"] += 1
             return self._items[index]
-        packed = self._made(index)
-        if self.in_memory:
-            self._items[index] = packed
-        return packed
-
-    def _made(self, index: int) -> dict[str, Tensor]:
-        """An item from disk, or else decoded and put there."""
         path = None if self.folder is None else _place(self.folder, item_key(self.dataset, index))
         packed = None if path is None else _from_disk(path)
         self.hits["decoded" if packed is None else "disk"] += 1
-        if packed is not None: return packed
-        packed = pack(*self.dataset[index])
-        if path is not None:
-            save_tensors(path, packed, {"format": FORMAT, "settings": self.dataset.settings()})
+        if packed is None: packed = _decoded(self.dataset, index, path)
+        if self.in_memory: self._items[index] = packed
         return packed
 
 # %% ../../nbs/reference/data/16_cache.ipynb #9308b6c8
@@ -174,6 +166,13 @@ def _check_cachable(dataset: Any, folder: str | Path | None) -> None:
                          "cached in memory only")
 
 
+def _decoded(dataset: Any, index: int, path: Path | None) -> dict[str, Tensor]:
+    """An item of a data set, packed, and put into a file if there is a place for it."""
+    packed = pack(*dataset[index])
+    if path is not None: save_tensors(path, packed, {"format": FORMAT, "settings": dataset.settings()})
+    return packed
+
+# %% ../../nbs/reference/data/16_cache.ipynb #9c5005f7
 def _place(folder: Path, key: str) -> Path:
     """Where the item of a key is kept."""
     return folder / key[:2] / f"{key}.safetensors"

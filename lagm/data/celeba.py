@@ -16,9 +16,8 @@ from torch import Tensor
 from ..core.errors import InputError, printable
 from ..core.files import read_lines
 from .base import PartDataset, choose_split, find_map, need_path
-from .images import read_image, read_pair, to_item
+from .images import read_image, read_pair, to_item, unlabelled_item
 from .label_maps import CELEBA_19
-from .labels import IGNORE
 
 # %% ../../nbs/reference/data/14_celeba.ipynb #d2ba4fb8
 def merge_parts(
@@ -100,7 +99,7 @@ def part_files(
     if not found: raise InputError(f"face {number} has no part masks in {below}. {remedy}")
     return found
 
-
+# %% ../../nbs/reference/data/14_celeba.ipynb #184b7242
 def check_images(names: Sequence[str], split: str, folder: Path, remedy: str) -> None:
     """Raise `InputError` if pictures of a split are not in the folder."""
     there = {path.name for path in folder.iterdir()}
@@ -153,12 +152,11 @@ class CelebAMaskHQ(PartDataset):
 
     def sources(self, index: int) -> list[Path]:
         """The image and the masks of its parts."""
-        parts = [] if self.split == "unlabelled" else self._numbered(index)
-        return [self._images / f"{self.names[index]}.jpg", *(path for _, path in parts)]
+        return [self._images / f"{self.names[index]}.jpg", *(path for _, path in self._numbered(index))]
 
     def _numbered(self, index: int) -> list[tuple[int, Path]]:
-        """Class number and mask file of each part of an item."""
-        return part_files(self._parts, self.names[index], self.remedy)
+        """Class number and mask file of each part of an item; none of an unlabelled one."""
+        return [] if self.split == "unlabelled" else part_files(self._parts, self.names[index], self.remedy)
 
     def settings(self) -> dict[str, Any]:
         """See `PartDataset`; unlabelled pictures have other masks."""
@@ -167,9 +165,7 @@ class CelebAMaskHQ(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         path = self._images / f"{self.names[index]}.jpg"
-        if self.split == "unlabelled":
-            image = read_image(path, upright=True)
-            return to_item(image, np.full(image.size[::-1], IGNORE, np.uint8), self.size)
+        if self.split == "unlabelled": return unlabelled_item(path, self.size)
         name = f"the mask of face {self.names[index]}"
         image, mask = read_pair(path, merge_parts(self._numbered(index)), name, scaled=True)
         return to_item(image, self._map(mask) if self._map else mask, self.size or mask.shape[::-1])

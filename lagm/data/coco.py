@@ -57,7 +57,7 @@ def _coco_labels(categories: Sequence[Any], name: str, notes: list[str]) -> tupl
     numbers = {key: 0 for key in ordered} | {key: i for i, key in enumerate(named, 1)}
     return make_labels(name, ["background", *(found[key] for key in named)]), numbers
 
-
+# %% ../../nbs/reference/data/15_coco.ipynb #bf25c8eb
 def _category(item: Mapping, numbers: Mapping[int | str, int], what: str) -> int:
     """The class of an annotation or segment; `InputError` if its category is not listed."""
     crowd = item.get("iscrowd") or 0

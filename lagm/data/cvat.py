@@ -175,7 +175,7 @@ def import_cvat(
     done.skipped = {name: why.replace(str(folder), str(export)) for name, why in done.skipped.items()}
     return done
 
-
+# %% ../../nbs/reference/data/15_cvat.ipynb #59decf88
 def _check_cvat(folder: Path, export: str | Path, images: str | Path | None) -> None:
     """Raise `InputError` unless the folder has masks, and pictures, if none are given."""
     if not (folder / "SegmentationClass").is_dir():

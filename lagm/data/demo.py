@@ -37,7 +37,7 @@ def _content_hash(array: np.ndarray) -> str:
     """SHA-256 of an array's type, shape and values, as `lagm.data.draw_avatars.array_hash` wrote it."""
     return sha256(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
-
+# %% ../../nbs/reference/data/10_demo.ipynb #fbb4df59
 def _metadata(folder: Path, style: str) -> dict:
     """The description of one style's set; `InputError` if the folder has none."""
     there = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
@@ -63,7 +63,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         raise InputError(f"its array {name} claims {size:,} bytes, more than the {MOST_BYTES:,} allowed")
     with archive.open(f"{name}.npy") as file: return read_npy(file.read(size))
 
-
+# %% ../../nbs/reference/data/10_demo.ipynb #a73bc24d
 def _arrays(folder: Path, style: str, split: str, metadata: dict) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) and masks (n, H, W), both uint8; `InputError` if they are missing, damaged or not the ones
     described.
@@ -202,7 +202,7 @@ def _whole_number(value: Any, name: str, low: int, high: int) -> int:
         raise InputError(f"{name} must be a whole number {low}..{high}, got {value!r}")
     return number
 
-
+# %% ../../nbs/reference/data/10_demo.ipynb #7c48d3a7
 def choose_labelled(
     dataset: Sized,  # the pool, e.g. `Avatars(style, "train")`
     k: int,  # how many pictures get to show their labels, 1..len(dataset)

@@ -23,11 +23,11 @@ from lagm.data.images import (
     MASK_SUFFIXES,
     by_name,
     list_files,
-    read_image,
     read_mask,
     read_pair,
     save_mask,
     to_item,
+    unlabelled_item,
 )
 from .label_maps import make_labels, write_classes
 from .labels import IGNORE, LabelSet, warn_of_absent
@@ -57,7 +57,7 @@ def read_classes(
     given = [tuple(bytes.fromhex(match[1])) for match in colours if match]
     return make_labels(name, [row[0].strip() for row in rows], given if len(given) == len(rows) else None)
 
-
+# %% ../../nbs/reference/data/15_folder.ipynb #aca9a2af
 def _need_folder(folder: Path) -> Path:
     if not folder.is_dir(): raise InputError(f"there is no folder {folder}. A folder of your own needs {LAYOUT}")
     return folder
@@ -127,7 +127,7 @@ def _paired(root: Path, split: str | None) -> tuple[dict[str, Path], dict[str, P
     raise InputError(f"{len(lonely)} masks in {root / 'masks'} have no image of the same name, e.g. "
                      f"{masks[lonely[0]].name}; file names must agree up to the suffix")
 
-
+# %% ../../nbs/reference/data/15_folder.ipynb #bb4de827
 def _chosen(root: Path, split: str | None, images: Mapping[str, Path], masks: Mapping[str, Path]) -> list[str]:
     """The names of a split; `InputError` if there is no list of it, or it lists what has no mask."""
     if split is None: return sorted(masks)
@@ -152,8 +152,7 @@ class Folder(PartDataset):
     """Pictures of your own: `images/`, `masks/` and `classes.txt`. Items are in alphabetical order.
 
     `split="unlabelled"` gives the images without masks, with masks of 255 only (none, if all have one); another name
-    takes
-    the stems listed in `<split>.txt`.
+    takes the stems listed in `<split>.txt`.
 
     Parameters
     ----------
@@ -202,9 +201,7 @@ class Folder(PartDataset):
     def decode(self, index: int) -> tuple[Tensor, Tensor]:
         """Item `index` before `transforms`."""
         image_path, *mask_path = self.sources(index)
-        if not mask_path:
-            image = read_image(image_path, upright=True)
-            return to_item(image, np.full(image.size[::-1], IGNORE, np.uint8), self.size)
+        if not mask_path: return unlabelled_item(image_path, self.size)
         image, mask = read_pair(image_path, read_mask(mask_path[0], self.n_classes), mask_path[0], as_seen=True)
         self._looked.at(self.names[index], mask)
         return to_item(image, mask, self.size)

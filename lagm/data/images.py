@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'FILTERS', 'IMAGE_SUFFIXES', 'MASK_SUFFIXES', 'describe_bytes', 'describe_file',
            'open_picture', 'decode_picture', 'to_rgb', 'read_image', 'picture_from_bytes', 'read_mask', 'check_classes',
-           'save_mask', 'png', 'check_same_shape', 'read_pair', 'turned_like', 'to_item', 'check_size', 'list_files',
-           'by_name']
+           'save_mask', 'png', 'check_same_shape', 'read_pair', 'turned_like', 'to_item', 'unlabelled_item',
+           'check_size', 'list_files', 'by_name']
 
 # %% ../../nbs/reference/data/13_images.ipynb #1b72c7af
 import io
@@ -55,7 +55,7 @@ def describe_bytes(
              b"\xff\xd8\xff": "a JPEG picture", b"\x93NUMPY": "a numpy array", b"\x80": "a pickle"}
     return next((what for magic, what in known.items() if start.startswith(magic)), "of an unknown kind")
 
-
+# %% ../../nbs/reference/data/13_images.ipynb #10cff569
 def describe_file(
     path: str | Path,  # of the file
 ) -> str:
@@ -436,7 +436,7 @@ def _same_shape(size: tuple[int, int], mask: np.ndarray, scaled: bool) -> bool:
     if not scaled: return (width, height) == (columns, rows)
     return abs(width * rows - height * columns) <= max(width, height, rows, columns)
 
-
+# %% ../../nbs/reference/data/13_images.ipynb #2baee817
 def check_same_shape(
     image: Image.Image,  # the picture
     mask: np.ndarray,  # (H, W)
@@ -563,7 +563,29 @@ def to_item(
     pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
     return (pixels.float() / 127.5 - 1).contiguous(), torch.from_numpy(mask.astype(np.int64))
 
+# %% ../../nbs/reference/data/13_images.ipynb #4f2a5ab0
+def unlabelled_item(
+    path: str | Path,  # a picture
+    size: Sequence[int] | None = None,  # (width, height); None: as it is
+) -> tuple[Tensor, Tensor]:  # image float32 (3, H, W) in [-1, 1], mask int64 (H, W) of 255
+    """A picture without a mask, as tensors: no pixel of it has a class.
 
+    Parameters
+    ----------
+    path
+        a picture
+    size
+        (width, height); None: as it is
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        image float32 (3, H, W) in [-1, 1], mask int64 (H, W) of 255
+    """
+    image = read_image(path, upright=True)
+    return to_item(image, np.full(image.size[::-1], IGNORE, np.uint8), size)
+
+# %% ../../nbs/reference/data/13_images.ipynb #71aeec98
 def check_size(
     size: int | Sequence[int] | None,  # (width, height), one number for both, or None
 ) -> tuple[int, int] | None:

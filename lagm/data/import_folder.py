@@ -131,7 +131,7 @@ def need_field(
     if not isinstance(value, kind): raise InputError(f"the {key} of {what} is {shown(value)}; it cannot be used")
     return value
 
-
+# %% ../../nbs/reference/data/15_import_folder.ipynb #859104d8
 def identity(
     value: Any,  # of a JSON file
     what: str,  # the record, for the error message
@@ -280,7 +280,7 @@ def _drawn(
             done.skip(record.name, f"another entry has the labels of its picture {key}")
     return bool(good) or not labelled, mask
 
-
+# %% ../../nbs/reference/data/15_import_folder.ipynb #8a07a1a3
 def _fitting(mask: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
     """The mask, turned as the picture is; `InputError` if they differ in size."""
     if size != mask.shape[::-1]:
@@ -304,7 +304,7 @@ def _others(work: Import) -> list[Path]:
         work.done.notes.append(f"not taken along, since the export names others whose paths end alike: {shown}")
     return [path for path in rest if path not in copies]
 
-
+# %% ../../nbs/reference/data/15_import_folder.ipynb #7b1b7c1b
 def _give_up(work: Import, made: Path) -> None:
     """Without any labels the other pictures are of no use: they are left out."""
     why = "it has no labels, and no other picture has any that can be used"

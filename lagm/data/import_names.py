@@ -44,7 +44,7 @@ def without_suffix(
     stem, _, suffix = key.rpartition(".")
     return stem if stem and "/" not in suffix else key
 
-
+# %% ../../nbs/reference/data/15_import_names.ipynb #e7f9a6a2
 def path_ends(
     key: str,  # of `name_key`
 ) -> list[str]:
@@ -235,10 +235,7 @@ class Finder:
         if is_from_elsewhere(name):
             path = without_address(name)
             root = folder.resolve().as_posix() + "/"
-            if path.startswith(root):
-                found = self._look(path.removeprefix(root))
-            else:
-                found = self.pictures.ending(path)
+            found = self._look(path.removeprefix(root)) if path.startswith(root) else self.pictures.ending(path)
             if found is None: raise InputError(f"there is no picture {printable(name)} in {folder}")
             return found, path.startswith(root)
         parts = inside(folder, name).relative_to(folder).parts

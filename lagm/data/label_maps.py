@@ -36,7 +36,7 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
                        [0.0259040371, 0.7827717662, -0.8086757660]])
     return np.cbrt(linear @ to_cones.T) @ to_lab.T
 
-
+# %% ../../nbs/reference/data/06_label_maps.ipynb #826cc7a8
 @functools.cache
 def distinct_colours(
     n: int,  # how many, 1 to 255
@@ -84,7 +84,7 @@ def make_labels(
     palette: Any = tuple(map(tuple, colours)) if colours is not None else distinct_colours(len(classes))
     return LabelSet(name, tuple(classes), palette)
 
-
+# %% ../../nbs/reference/data/06_label_maps.ipynb #2a83b166
 def write_classes(
     root: str | Path,  # the folder
     labels: LabelSet,  # names and colours of the classes
@@ -390,7 +390,7 @@ def pascal_part_id(
     ids = _part_ids(object_class)
     return ids.get(part, ids.get(re.sub(r"_\d+$", "_*", part)))
 
-
+# %% ../../nbs/reference/data/06_label_maps.ipynb #7c4d86c1
 def pascal_n_parts(
     object_class: str,  # e.g. horse
 ) -> int:  # the background included

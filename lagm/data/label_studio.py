@@ -64,7 +64,7 @@ def _labels_of(result: Mapping, kind: str) -> list:
     labels = need_field(result, "value", dict, f"a result of the tool {kind}").get(kind, [])
     return labels if isinstance(labels, list) else [labels]
 
-
+# %% ../../nbs/reference/data/15_label_studio.ipynb #94b24822
 def _group(results: Sequence[Any]) -> tuple[list[tuple[dict, str, list]], dict[Any, list], dict[Any, int]]:
     """Results with shapes (with tool and labels), labels that other results give by id, and the shapes of each id."""
     shapes, given, times = [], {}, Counter()
@@ -93,7 +93,7 @@ def _check_upright(results: Sequence[dict]) -> None:
                 raise InputError(f"its picture was turned in Label Studio ({turn} {shown(where[turn])}); turn the file "
                                  "itself, and label it upright")
 
-
+# %% ../../nbs/reference/data/15_label_studio.ipynb #0c991761
 def _studio_shapes(results: Any) -> list[_Shape]:
     """The regions of an annotation; `InputError` if one of them cannot be drawn, or has no label, or several."""
     if not isinstance(results, list):

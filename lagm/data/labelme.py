@@ -65,7 +65,7 @@ def _points(
     return [(number(x, "a coordinate of a shape", -across, 2 * across),
              number(y, "a coordinate of a shape", -down, 2 * down)) for x, y in found]
 
-
+# %% ../../nbs/reference/data/15_labelme.ipynb #d1b874a7
 def _polygon(columns: np.ndarray, shape: Any, value: int) -> None:
     flat = [value for point in _points(shape, 3, None, columns.shape) for value in point]
     paint(columns, polygon_runs([flat], *columns.shape), value)
@@ -110,7 +110,7 @@ def _mask_pixels(
         raise InputError(f"its mask is a picture of the kind {image.mode}; it must be grey, 0 where nothing is")
     return np.asarray(image) > 0
 
-
+# %% ../../nbs/reference/data/15_labelme.ipynb #a2b51f06
 def _painted(columns: np.ndarray, shape: Any, value: int) -> None:
     """A mask and the corners of its box, the last pixel included; it may leave the picture."""
     mask = _mask_pixels(need_field(shape, "mask", str, "it"), 4 * columns.size).T
@@ -155,7 +155,7 @@ class _File:
         """The labels of shapes that have an area."""
         return [label for label, kind, _ in self.shapes if kind in DRAWN]
 
-
+# %% ../../nbs/reference/data/15_labelme.ipynb #272d405e
 def _shape(shape: Any, where: str) -> tuple[str, str, dict]:
     label = class_name(need_field(shape, "label", str, where), f"the label of {where}")
     kind = "polygon" if shape.get("shape_type") is None else need_field(shape, "shape_type", str, where)
@@ -239,7 +239,7 @@ def _read_files(folder: Path) -> tuple[dict[str, _File], dict[str, str]]:
         except InputError as error: bad[name] = str(error)
     return good, bad
 
-
+# %% ../../nbs/reference/data/15_labelme.ipynb #e0486e51
 def _class_list(
     files: Mapping[str, _File],
     classes: Sequence[str] | None,

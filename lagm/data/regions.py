@@ -52,7 +52,7 @@ def number(
         raise InputError(f"{what} is {shown(value)}; it must lie between {least:g} and {most:g}")
     return float(value)
 
-
+# %% ../../nbs/reference/data/15_regions.ipynb #97fdf6eb
 def whole(
     value: Any,  # from a file
     what: str,  # for the message
@@ -115,7 +115,7 @@ def paint(
     for start, end in runs.tolist():
         flat[start:end] = value
 
-
+# %% ../../nbs/reference/data/15_regions.ipynb #532ed1fb
 def _merged(pieces: Sequence[np.ndarray]) -> np.ndarray:
     """The union of several regions' runs."""
     if len(pieces) == 1: return pieces[0]

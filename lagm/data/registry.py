@@ -61,7 +61,7 @@ class Request:
     models: tuple[str, ...] = ()  # of rendered CGPart; none: all
     seed: int = 0  # chooses the k of rendered CGPart
 
-
+# %% ../../nbs/reference/data/16_registry.ipynb #b4ab7ef5
 class Resized:
     """A joint transform to a fixed size: pictures bilinear (antialiased), masks nearest.
 
@@ -268,7 +268,7 @@ def _differing(data: Path) -> list[str]:
     try: return [s for s in own if celeba_numbers(data, s) != [str(number) for number in CELEBA_SPLITS[s]]]
     except InputError: return own
 
-
+# %% ../../nbs/reference/data/16_registry.ipynb #6d09a081
 def _examine_celeba(doctor: Examiner, item: Experiment) -> list:
     """The first k of train, all of val and test."""
     source, data = doctor.raw("celebamask-hq"), doctor.data
@@ -336,7 +336,7 @@ def _examine_datasetgan(doctor: Examiner, item: Experiment) -> list:
         findings.append(doctor.items(f"DatasetGAN {name} {split}", base, mend, make, least, first))
     return findings
 
-
+# %% ../../nbs/reference/data/16_registry.ipynb #64b465ec
 def _five_fold(family: str, title: str, k: int | None, side: int, cutoff: int, n: int, generators: tuple[str, str],
                wide: bool = False) -> list[Experiment]:
     """Two generators, StyleGAN2 and the first StyleGAN, and two segmenters."""
@@ -371,7 +371,7 @@ def _real(asked: Request) -> Dataset:
     """Photographs, stretched to a size."""
     return CGPartReal(asked.data, asked.object_class, asked.split, asked.labels, None, Resized(asked.size), asked.k)
 
-
+# %% ../../nbs/reference/data/16_registry.ipynb #9b12f5b2
 def _examine_cgpart(doctor: Examiner, item: Experiment) -> list:
     """Rendered cars of four models, and the real ones for validation."""
     def rendered() -> Dataset: return CGPartRendered(doctor.data, "car", _CARS["models"], _CARS["labels"])
@@ -452,7 +452,7 @@ def open_dataset(
     if isinstance(getattr(opened, "labels", None), LabelSet) and hasattr(opened, "__len__"): return opened
     raise InputError(f"{dataset} is no labelled dataset: it has no `labels` (a LabelSet), or no length")
 
-
+# %% ../../nbs/reference/data/16_registry.ipynb #ab03b3dc
 def read_below(
     datasets: list[str],  # names that a person gave
 ) -> list[str]:  # folders below `data`; [""]: all of it

@@ -34,7 +34,7 @@ def _names(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not value: raise InputError(f"{where} has no names of classes")
     return [class_name(name, f"class {i} of {where}") for i, name in enumerate(value)]
 
-
+# %% ../../nbs/reference/data/15_yolo.ipynb #8986efe9
 def yolo_classes(folder: Path, classes: Sequence[str] | None = None) -> list[str]:
     """The names of the classes, without the background: as given, of data.yaml, or of classes.txt.
 
@@ -92,7 +92,7 @@ def yolo_polygons(
         found.append((int(number), values))
     return found
 
-
+# %% ../../nbs/reference/data/15_yolo.ipynb #fc2f24ee
 def _drawn(text: str, values: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """The mask of a label file, (H, W); `values` are those of the classes' numbers."""
     columns = np.zeros(size, np.uint8)
@@ -114,7 +114,7 @@ def _label_files(folder: Path) -> tuple[dict[str, Path], bool]:
         names = {name: path for name, path in names.items() if "labels" in parts[name][:-1]}
     return {_image_name(parts[name]): path for name, path in names.items()}, False
 
-
+# %% ../../nbs/reference/data/15_yolo.ipynb #0112c80d
 def _image_name(parts: Sequence[str]) -> str:
     """The path of a label file with the last folder `labels` renamed to `images`."""
     *folders, stem = parts

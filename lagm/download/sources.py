@@ -234,7 +234,7 @@ def _zip_problem(path: Path) -> str | None:
         else f"it is not a zip archive but {describe_file(path)}"
     )
 
-
+# %% ../../nbs/reference/download/11_sources.ipynb #7fbddd0a
 def _torch_problem(path: Path) -> str | None:
     with open(path, "rb") as file: first = file.read(1)
     # before torch 1.6 files were several pickles and raw numbers in a row
@@ -327,7 +327,7 @@ def picture_problem(
         return "is damaged or cut off" if what.endswith("picture") else f"is {what}"
     return None
 
-
+# %% ../../nbs/reference/download/11_sources.ipynb #37119ee2
 def array_problem(path: Path) -> str | None:
     """What is wrong with a .npy file."""
     from lagm.core.unpickling import read_arrays

@@ -42,7 +42,7 @@ def borders(
     edge = count > 0
     return edge[:, None] & (middle[:, None] == torch.arange(n_classes, device=masks.device).view(-1, 1, 1))
 
-
+# %% ../../nbs/reference/evaluation/71_boundary.ipynb #0d8d6cea
 def within(
     points: Tensor,  # (B, C, H, W) bool
     radius: int,  # in pixels

@@ -43,7 +43,7 @@ def plain_label(
     """
     return text.replace("$", r"\$")
 
-
+# %% ../../nbs/reference/evaluation/80_figures.ipynb #e9be3c3d
 def text_width(
     text: str,  # of a label
     size: float = 10,  # of the letters, in points

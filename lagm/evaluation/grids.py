@@ -165,7 +165,7 @@ def _write(ax: Axes, names: Iterable, heads: Iterable, title: str, head: float) 
     if title:
         ax.text(0, -head - 9, plain_label(title), ha="left", va="bottom", fontsize=11, fontweight="bold")
 
-
+# %% ../../nbs/reference/evaluation/81_grids.ipynb #48a0c857
 def _legend(labels: LabelSet, room: float) -> tuple[list[Patch], int, float]:
     """A patch per class, how many stand in a row of `room` pixels, and the width this takes."""
     entries = [Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="#999999", linewidth=0.6,

@@ -117,10 +117,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(n_classes, n_classes, dtype=torch.int64)
 
     def update(self, predictions: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
-        """Add pixels.
-
-        Raises `InputError` for unequal shapes, scores instead of classes, or predictions beyond the last class.
-        """
+        """Add pixels. Raises `InputError` for unequal shapes, scores for classes, or predictions beyond the last."""
         predictions, labels = as_classes(predictions, "predictions"), as_classes(labels, "labels")
         if predictions.shape != labels.shape:
             raise InputError(f"predictions have the shape {tuple(predictions.shape)} but labels {tuple(labels.shape)}; "

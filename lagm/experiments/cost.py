@@ -242,7 +242,7 @@ def usual_pictures(
     images, features = usual_generator(generator.network, z, generator.sampling, rng)
     return F.interpolate(images, setting.images.shape[2:], mode="nearest"), features
 
-
+# %% ../../nbs/reference/experiments/67_cost.ipynb #63a428cc
 def soft_loss(
     segmenter: nn.Module,  # the network
     images: Tensor,  # (B, 3, H, W)
@@ -260,6 +260,21 @@ def soft_loss(
         (B, C, H, W) probabilities
     """
     return -(q * F.log_softmax(segmenter(images), dim=1)).sum(1).mean()
+
+
+def _released_distance(gradients: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """One minus the cosine, per output channel of weights of two dimensions or more; its mean over all parameters."""
+    pairs = [(s.flatten(1), l.flatten(1)) for s, l in zip(gradients, target) if s.ndim > 1]
+    total: Any = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs)
+    return total / len(gradients)
+
+
+def _descend(optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor) -> None:
+    """One optimiser step of a network; numbers that are none become 0 or large, as in the released program."""
+    optimizer.zero_grad()
+    loss.backward()
+    for parameter in network.parameters(): torch.nan_to_num(parameter.grad, 0.0, 1e5, -1e5, out=parameter.grad)
+    optimizer.step()
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #19e6f639
 class PlainStep:
@@ -296,40 +311,17 @@ class PlainStep:
         q = F.interpolate(annotator.train()(features).softmax(1), size, mode="nearest")
         synthetic_loss = soft_loss(segmenter, images, q)
         gradients = torch.autograd.grad(synthetic_loss, matched, create_graph=True)
-        pairs = [(s.flatten(1), l.flatten(1)) for s, l in zip(gradients, target) if s.ndim > 1]
-        distance: Any = sum((1 - F.cosine_similarity(s, l, dim=1, eps=1e-6)).mean() for s, l in pairs) / len(gradients)
-        self.move(0, annotator, distance)
+        distance = _released_distance(gradients, target)
+        _descend(self.optimizers[0], annotator, distance)
         self.annotator_gradients = [parameter.grad for parameter in annotator.parameters()]
 
         images, features = usual_pictures(self.setting, seed, step, "match, phase S")
         with torch.no_grad(): q = F.interpolate(annotator.eval()(features).softmax(1), size, mode="nearest")
         segmenter.requires_grad_(True).zero_grad()  # the matching loss has left second derivatives there
-        segmenter_loss = soft_loss(segmenter, images, q)
-        self.move(1, segmenter, segmenter_loss)
-        losses = dict(loss_label=labelled_loss, loss_gm=distance, loss_syn=synthetic_loss, loss_s=segmenter_loss)
+        loss = soft_loss(segmenter, images, q)
+        _descend(self.optimizers[1], segmenter, loss)
+        losses = dict(loss_label=labelled_loss, loss_gm=distance, loss_syn=synthetic_loss, loss_s=loss)
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def move(
-        self,
-        which: int,  # 0: A, 1: S
-        network: nn.Module,  # A or S
-        loss: Tensor,  # to descend
-    ) -> None:
-        """One optimiser step of a network.
-
-        Parameters
-        ----------
-        which
-            0: A, 1: S
-        network
-            A or S
-        loss
-            to descend
-        """
-        self.optimizers[which].zero_grad()
-        loss.backward()
-        for parameter in network.parameters(): torch.nan_to_num(parameter.grad, 0.0, 1e5, -1e5, out=parameter.grad)
-        self.optimizers[which].step()
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #aa0d86af
 class OurStep:
@@ -368,7 +360,7 @@ class OurStep:
         fresh = None if self.recipe.shared_batch else [batches(step, "match, phase S")]
         return matching_step(self.state, self.names, [(images, masks)], [batches(step)], fresh)
 
-
+# %% ../../nbs/reference/experiments/67_cost.ipynb #615cf9b2
 def make_step(
     work: Workload,  # what is to be trained
     variant: str,  # one of VARIANTS
@@ -487,7 +479,7 @@ def run_variant(
     dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
     return together([row | dict(convolution_peak=convolution_peak(dtype))])
 
-
+# %% ../../nbs/reference/experiments/67_cost.ipynb #a19f2536
 def in_own_process(
     work: str,  # one of WORKLOADS
     variant: str,  # one of VARIANTS

@@ -219,7 +219,7 @@ def _splits(doctor: Doctor, item: Experiment) -> list[Finding]:
         found.append(doctor.items(f"{item.dataset} {split}", folder, entry.about, make, least))
     return found
 
-
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #640af354
 def examine(
     item: Experiment,  # of the paper
     doctor: Doctor,  # with the folders to look at
@@ -364,7 +364,7 @@ def _said_once(findings: Iterable[Finding]) -> list[str]:
     return [str(replace(group[0], need=", ".join(dict.fromkeys(finding.need for finding in group))))
             for group in groups.values()]
 
-
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #0df6ce43
 def as_text(
     content: dict[str, Any],  # of `report`
 ) -> str:

@@ -31,7 +31,7 @@ def _is_address(target: str) -> bool:
     """Whether a link leads elsewhere than to a file: to a site, or to an anchor of the same page."""
     return target.startswith("#") or bool(re.match(r"[a-z][a-z0-9+.-]*:|//", target))
 
-
+# %% ../../nbs/reference/experiments/95_readme.ipynb #7dc86896
 def _move_links(
     text: str,  # markdown
     folder: Path,  # the folder the links are relative to
@@ -177,7 +177,7 @@ def _needs(
     return [path for path in dict.fromkeys(homes.values())
             if path != chapter and any(homes[module] == path for module in modules & homes.keys())]
 
-
+# %% ../../nbs/reference/experiments/95_readme.ipynb #2f551045
 def _homes(paths: Sequence[Path]) -> dict[str, Path]:  # in the order of `paths`
     """Which notebook exports which module, named without `lagm.`.
 
@@ -203,7 +203,7 @@ def _title(path: Path) -> str:
     number = re.match(r"\d+", path.stem)
     return f"{number[0]} {title}" if number and path.parent.name == "book" else title
 
-
+# %% ../../nbs/reference/experiments/95_readme.ipynb #74875bfa
 def link_lines(
     root: str | Path,  # the project's folder
 ) -> dict[Path, str]:  # notebook -> markdown
@@ -243,7 +243,7 @@ def _with_links(text: str, line: str) -> str:
     notebook["cells"] = [*cells, cell]
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
-
+# %% ../../nbs/reference/experiments/95_readme.ipynb #3b89f7fd
 def write_links(
     root: str | Path,  # the project's folder
     check: bool = False,  # write nothing

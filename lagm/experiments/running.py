@@ -173,7 +173,7 @@ def _link_or_copy(source: str, target: str) -> None:
             return
     shutil.copy2(source, target)
 
-
+# %% ../../nbs/reference/experiments/90_running.ipynb #a5eda6d0
 def _keep(output: Path) -> Path:
     """Keep the results of a finished run; the hidden folder they are in."""
     kept = output.with_name(f".{output.stem}.before")
@@ -224,7 +224,7 @@ def _write_record(output: Path, name: str, notebook: Path, **record: Any) -> Non
     done.metadata.setdefault("papermill", {}).update(input_path=notebook.name, output_path=name)
     with atomic_path(output) as temporary: nbformat.write(done, temporary)
 
-
+# %% ../../nbs/reference/experiments/90_running.ipynb #abcd9f6e
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """With variables in the environment, for the processes that are started meanwhile."""

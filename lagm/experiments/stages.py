@@ -77,7 +77,7 @@ def read_labelled(
     if not entry.says_absent: warn_of_absent(masks.unique().tolist(), opened.labels, dataset)
     return images, masks, opened.labels, [names[i] for i in chosen] if names else chosen
 
-
+# %% ../../nbs/reference/experiments/88_stages.ipynb #80081594
 def read_split(
     dataset: str,  # as in a parameter file
     split: str,  # train, val or test
@@ -327,7 +327,7 @@ def segmenter_arguments(
     """
     return SEGMENTERS.get(segmenter).options(width, levels, backbone)
 
-
+# %% ../../nbs/reference/experiments/88_stages.ipynb #7460fed6
 def new_segmenter(
     segmenter: str,  # as in `segmenter_arguments`
     n_classes: int,  # number of classes
@@ -378,7 +378,7 @@ def make_recipe(
     )
     return get_recipe(recipe, **(steps | dict(changes or {})))
 
-
+# %% ../../nbs/reference/experiments/88_stages.ipynb #c735446c
 def without_finish(
     recipe: Recipe,  # any
 ) -> Recipe:
@@ -441,7 +441,7 @@ def use_entries(
             except InputError as error: problems.append(str(error))
         if not found: raise InputError(f"uses: {problems[0]}; nor a segmenter, a dataset or an annotator")
 
-
+# %% ../../nbs/reference/experiments/88_stages.ipynb #df0cdff3
 def name_problems(
     parameters: Mapping[str, Any],  # of a run
 ) -> list[str]:  # a line each
@@ -668,7 +668,7 @@ def _asked(parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     decisive = {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}
     return json.loads(json.dumps({"parameters": decisive, "inputs": inputs}))
 
-
+# %% ../../nbs/reference/experiments/88_stages.ipynb #d3dc1de6
 def start_stage(
     parameters: Mapping[str, Any],  # of the run; `size`, `levels`, `threads` and `out_dir` are looked at
     resumable: Sequence[str] = (),  # patterns of the files that a stopped run goes on from

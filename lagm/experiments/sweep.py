@@ -141,7 +141,7 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent: time.sleep(0.5)
     os._exit(1)
 
-
+# %% ../../nbs/reference/experiments/93_sweep.ipynb #aca4043d
 def child(order: str) -> int:
     """What a started process does; `order` is the JSON of `order_of`."""
     task = json.loads(order)
@@ -154,7 +154,7 @@ def child(order: str) -> int:
         return code
     return 0
 
-
+# %% ../../nbs/reference/experiments/93_sweep.ipynb #685ca122
 def order_of(
     run: Run,  # one stage of an experiment
     root: str | Path,  # what relative paths start from
@@ -229,7 +229,7 @@ def end_all(
         except subprocess.TimeoutExpired: process.kill()
         log.close()
 
-
+# %% ../../nbs/reference/experiments/93_sweep.ipynb #e3578912
 def last_error(
     log: str | Path,  # run.log
 ) -> str:  # "" if it has none

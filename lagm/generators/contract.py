@@ -125,13 +125,18 @@ class _FrozenNetwork:
         """
         return torch.randn(n, self.z_dim, generator=rng).to(self.device)
 
+# %% ../../nbs/book/02_a_frozen_generator.ipynb #20a00001
+def _check_latents(z: Tensor, z_dim: int) -> None:
+    """Raise `InputError` unless latents are (batch, z_dim)."""
+    if z.ndim == 2 and z.shape[1] == z_dim: return
+    raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {z_dim})")
+
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #da33b2af
 class FrozenGenerator(_FrozenNetwork):
     """A generator that is only ever used: `G(z) -> Generated(image, features)`, without gradients.
 
-    `image` is (B, 3, R, R) float32 as the network gives it, and not clipped; `features` are float32 maps (B, C_i, H_i,
-    W_i), coarse to fine. `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it; `header` holds what
-    its file says about itself. Raises `InputError` for latents of another width.
+    `image` is (B, 3, R, R) float32 as the network gives it; `features` are float32 maps (B, C_i, H_i, W_i), coarse to
+    fine. `z_dim`, `resolution`, `feature_channels` and `feature_sizes` describe it, `header` what its file says.
 
     Parameters
     ----------
@@ -154,8 +159,7 @@ class FrozenGenerator(_FrozenNetwork):
     ):
         super().__init__(network)
         self.sampling, self.dtype, self.header = sampling, dtype, header or {}
-        self.resolution = network.img_resolution
-        shapes = _feature_shapes(self)
+        self.resolution, shapes = network.img_resolution, _feature_shapes(self)
         self.feature_channels: Sequence[int] = [c for c, _, _ in shapes]
         self.feature_sizes: Sequence[int] = [h for _, h, _ in shapes]
 
@@ -165,7 +169,7 @@ class FrozenGenerator(_FrozenNetwork):
         z: Tensor,  # (B, z_dim)
         rng: torch.Generator | None = None,  # source of the noise per pixel
     ) -> Generated:
-        """Pictures, not clipped, and feature maps of the latents `z`.
+        """Pictures, not clipped, and feature maps of latents `z`. Raises `InputError` for latents of another width.
 
         Parameters
         ----------
@@ -182,13 +186,7 @@ class FrozenGenerator(_FrozenNetwork):
 
     def __repr__(self) -> str: return _in_words(self)
 
-# %% ../../nbs/book/02_a_frozen_generator.ipynb #20a00001
-def _check_latents(z: Tensor, z_dim: int) -> None:
-    """Raise `InputError` unless latents are (batch, z_dim)."""
-    if z.ndim == 2 and z.shape[1] == z_dim: return
-    raise InputError(f"latents have shape {tuple(z.shape)}: this generator takes (batch, {z_dim})")
-
-
+# %% ../../nbs/book/02_a_frozen_generator.ipynb #0863f65d
 def _feature_shapes(generator: FrozenGenerator) -> Sequence[Sequence[int]]:
     """Channels, height and width of the feature maps: what the network says, or else shows for one latent."""
     # a forward pass takes a while at 1024 pixels

@@ -79,10 +79,10 @@ def respond(
         return 200, "application/octet-stream", desk.propose(found[1], int(found[2])).tobytes(), {}
     return 404, "text/plain; charset=utf-8", b"there is nothing here", {}
 
-# %% ../../nbs/reference/labelling/83_page.ipynb #17a54d0c
+# %% ../../nbs/reference/labelling/83_page.ipynb #abeef375
 MOST_BYTES = 256_000_000  # of a mask that is sent: 16,000 x 16,000 pixels
 
-
+# %% ../../nbs/reference/labelling/83_page.ipynb #17a54d0c
 class _Handler(http.server.BaseHTTPRequestHandler):
     """One request: checked, answered, or refused with a sentence."""
 

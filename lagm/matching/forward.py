@@ -9,7 +9,6 @@ __all__ = ['directional_derivative', 'SyntheticPass', 'match_forward_mode']
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def _load_forward_rules() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
-
+# %% ../../nbs/book/11_the_same_in_one_pass.ipynb #8c7f68ef
 @torch.no_grad()
 def directional_derivative(
     segmenter: nn.Module,  # its parameters, statistics and mode are left as they are
@@ -86,11 +85,12 @@ def _say_fallback(network: str, reason: str) -> None:
 
 
 def _forward(
-    segmenter: nn.Module, images: Tensor, names: Sequence[str] | None, moving: Literal[False] | Sequence[str] | None
+    segmenter: nn.Module, images: Tensor, names: Sequence[str] | None, tangents: bool | Sequence[str]
 ) -> tuple[Tensor, Tape | None]:
-    """The log-probabilities, and the tape of this pass; `moving`: the parameters it tells of, or False for no tape."""
+    """The log-probabilities, and the tape of this pass, of `names` or of those given; none without."""
     with graph_of(segmenter, names), uncompiled(segmenter):
-        if moving is False: return log_probabilities(segmenter, images), None
+        if not tangents: return log_probabilities(segmenter, images), None
+        moving = names if isinstance(tangents, bool) else tangents
         return record(segmenter, lambda: log_probabilities(segmenter, images), moving)
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #77618455
@@ -106,7 +106,7 @@ class SyntheticPass:
     names
         parameters it will be asked about; None: all
     tangents
-        parameters that directional derivatives may move; True: those of `names`, False: nothing is recorded
+        which may move; True: those of `names`, False: nothing is recorded
     """
 
     def __init__(
@@ -114,13 +114,11 @@ class SyntheticPass:
         segmenter: nn.Module,  # runs in the mode it is in; batch norm in train mode updates its statistics, once
         images: Tensor,  # x: (B, 3, H, W) in [-1, 1]
         names: Sequence[str] | None = None,  # parameters it will be asked about; None: all
-        # parameters that directional derivatives may move; True: those of `names`, False: nothing is recorded
-        tangents: bool | Sequence[str] = True,
+        tangents: bool | Sequence[str] = True,  # which may move; True: those of `names`, False: nothing is recorded
     ):
         self.segmenter, self.images = segmenter, images
         self.random_state = torch.get_rng_state()  # for dropout; see `directional_derivative`
-        moving = names if tangents is True else tangents or False
-        self.log_probs, self.tape = _forward(segmenter, images, names, moving)  # (B, C, H, W), with its graph
+        self.log_probs, self.tape = _forward(segmenter, images, names, tangents)  # (B, C, H, W), with its graph
 
     def gradient(
         self,

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..data.labels import IGNORE
 from .distances import distance
 
 # %% ../../nbs/book/09_matching_backward_twice.ipynb #5589b66a
@@ -45,7 +44,7 @@ def log_probabilities(
     """
     return F.log_softmax(at_least_float32(segmenter(images)), dim=1)
 
-
+# %% ../../nbs/book/09_matching_backward_twice.ipynb #77a92df1
 def soft_cross_entropy(
     log_probs: Tensor,  # log softmax S(x), (B, C, H, W)
     # q: probabilities, (B, C, H, W); a pixel whose q is all zero adds nothing (it still counts in N)
@@ -115,9 +114,10 @@ def labelled_gradient(
     segmenter: nn.Module,  # runs in the mode it is in; batch norm in train mode updates its statistics
     names: Sequence[str],  # the matched parameters
     images: Tensor,  # x_l: (B, 3, H, W) in [-1, 1]
-    masks: Tensor,  # y_l: (B, H, W) class indices, 255 = ignored
+    masks: Tensor,  # y_l: (B, H, W) class indices
     # (C,): how much a pixel of each class counts; None: all alike, as in the paper
     class_weights: Tensor | None = None,
+    ignored: int = 255,  # what stands in `masks` for pixels without a label
 ) -> tuple[list[Tensor], Tensor]:  # g_l, one tensor per name; the loss, detached
     """g_l: the gradient of the cross-entropy on labelled pictures; `InputError` for a name that is unknown.
 
@@ -130,9 +130,11 @@ def labelled_gradient(
     images
         x_l: (B, 3, H, W) in [-1, 1]
     masks
-        y_l: (B, H, W) class indices, 255 = ignored
+        y_l: (B, H, W) class indices
     class_weights
         (C,): how much a pixel of each class counts; None: all alike, as in the paper
+    ignored
+        what stands in `masks` for pixels without a label
 
     Returns
     -------
@@ -141,7 +143,7 @@ def labelled_gradient(
     """
     parameters = named_parameters(segmenter, names)
     with graph_of(segmenter, names): logits = segmenter(images)
-    loss = F.cross_entropy(at_least_float32(logits), masks, weight=class_weights, ignore_index=IGNORE)
+    loss = F.cross_entropy(at_least_float32(logits), masks, weight=class_weights, ignore_index=ignored)
     return list(torch.autograd.grad(loss, parameters)), loss.detach()
 
 # %% ../../nbs/book/09_matching_backward_twice.ipynb #6bb2c658

@@ -413,6 +413,19 @@ class _Numbers:
             if passive: self.known[_key(r)] = 0
             elif not any(r is t for t in tensors): self.known.pop(_key(r), None)  # another's place in memory before
 
+# %% ../../nbs/reference/matching/48_tangents.ipynb #9695dca3
+def _note(
+    tape: "Tape", operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any
+) -> None:
+    """Record one operation, if it matters."""
+    packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
+    tape.expected = []
+    if not any(inputs) or packet in CONSTANT: return tape.numbers.stand_still(results, tensors)
+    if not _has_rule(operation, tensors, results[0], tape.viewed):
+        tape.problem = f"no tangent rule for {operation}{tape.where()}"
+        return
+    _append(tape, operation, arguments, keywords, inputs, result)
+
 # %% ../../nbs/reference/matching/48_tangents.ipynb #48a0000e
 def _kept(tape: "Tape", operation: Any, arguments: Any, inputs: Any) -> Any:
     """The arguments for a rule: with a copy of what is about to be overwritten, if the rule will need it."""
@@ -475,18 +488,8 @@ class Tape(TorchDispatchMode):
         if None in inputs: self.problem = "a tensor depends on parameters in a way that was not seen"
         kept = _kept(self, operation, arguments, inputs)
         result = operation(*arguments, **keywords)
-        if self.problem is None: self._note(operation, kept, keywords, tensors, inputs, result)
+        if self.problem is None: _note(self, operation, kept, keywords, tensors, inputs, result)
         return result
-
-    def _note(self, operation: Any, arguments: Any, keywords: Any, tensors: Any, inputs: Any, result: Any) -> None:
-        """Record one operation, if it matters."""
-        packet, results = operation.overloadpacket, [r for r in _tensors([result]) if r is not None]
-        self.expected = []
-        if not any(inputs) or packet in CONSTANT: return self.numbers.stand_still(results, tensors)
-        if not _has_rule(operation, tensors, results[0], self.viewed):
-            self.problem = f"no tangent rule for {operation}{self.where()}"
-            return
-        _append(self, operation, arguments, keywords, inputs, result)
 
     def tangent(
         self,

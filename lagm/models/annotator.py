@@ -46,6 +46,12 @@ def check_features(
     if any(b[0] < a[0] or b[1] < a[1] for a, b in itertools.pairwise(sizes)):
         raise InputError(f"feature maps must come coarse to fine but have the sizes {sizes}; reverse the list")
 
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, C, h, w) at another size (H, W), by bilinear interpolation."""
+    if x.shape[-2:] == size: return x
+    return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
+
 # %% ../../nbs/book/04_the_annotator.ipynb #c07e3037
 class FPNAnnotator(nn.Module):
     """Feature pyramid network from a generator's feature maps to part logits (LAGM, ICLR 2022, section 3).
@@ -93,7 +99,5 @@ class FPNAnnotator(nn.Module):
         for i, f in enumerate(features):
             lateral = self.get_submodule(f"lateral{i}")(f)
             if self.factor != 1.0: lateral = lateral * self.factor
-            if total is not None and total.shape[-2:] != lateral.shape[-2:]:
-                total = F.interpolate(total, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-            total = lateral if total is None else total + lateral
+            total = lateral if total is None else _resized(total, lateral.shape[-2:]) + lateral
         return self.to_logit(total)

@@ -76,7 +76,7 @@ def _in_one_piece(gradient: Tensor) -> Tensor:
         memory_format=torch.channels_last if gradient.stride(1) == 1 else torch.contiguous_format
     )
 
-
+# %% ../../nbs/book/05_the_segmenter.ipynb #89a9a97d
 def upsample_beside(
     x: Tensor,  # (B, C, h, w), the map from below
     skip: Tensor,  # (B, D, H, W), the map of the way down

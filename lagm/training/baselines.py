@@ -34,7 +34,7 @@ from .weak_to_strong import WEAK_TO_STRONG, train_weak_to_strong
 CHOICES = {"needs": ("nothing", "pictures", "features", "latents"), "labels_on": ("real", "generated"),
            "warm_up": ("none", "segmenter", "both"), "finish": ("none", "network", "annotator"), "recipe": (*RECIPES,)}
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #ec5a8f7d
 @dataclass(frozen=True)
 class Baseline:
     """One way to use a few labels and a generator. Raises `InputError` on what cannot be one.
@@ -143,7 +143,7 @@ class Matching:
 
     def __post_init__(self) -> None: check_fields(self, "matching")
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #5942292b
 def train_matching(
     segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Matching = Matching(),
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
@@ -156,7 +156,7 @@ def train_matching(
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device,
                       match=setting.match, weigh_labels=setting.weigh_labels, **options)
 
-
+# %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #7738c4f6
 def train_alone(
     segmenter: nn.Module, generator: Any, images: Tensor, masks: Tensor, *, setting: None = None,
     recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,

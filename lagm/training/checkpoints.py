@@ -58,7 +58,7 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors, and
     tensors["random.python"] = torch.tensor(words)
     return tensors, {"numpy": [name, *rest], "python": [version, gauss]}
 
-
+# %% ../../nbs/reference/training/57_checkpoints.ipynb #b85c74a6
 def restore_random_states(
     tensors: Mapping[str, Tensor],  # as `random_states` gave them; others in it are left alone
     plain: Mapping[str, Any],  # as they lie in the header
@@ -91,7 +91,7 @@ def digest(tensors: Sequence[Tensor]) -> str:
         total.update(content)
     return total.hexdigest()[:16]
 
-
+# %% ../../nbs/reference/training/57_checkpoints.ipynb #cae4293d
 def data_digest(images: Tensor, masks: Tensor) -> str:
     """Sixteen hexadecimal digits that depend on every pixel and label."""
     return digest([images, masks])
@@ -322,7 +322,7 @@ def folder_lock(
             return
     with folder_lock(folder, name): yield
 
-
+# %% ../../nbs/reference/training/57_checkpoints.ipynb #4d9f8e0e
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
 ) -> contextlib.AbstractContextManager[None]:
@@ -381,7 +381,7 @@ def pack_state(state: TrainState) -> dict[str, Tensor]:
                         if isinstance(value, Tensor)}
     return tensors
 
-
+# %% ../../nbs/reference/training/57_checkpoints.ipynb #a55f8783
 @torch.no_grad()
 def unpack_state(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `pack_state` gave, into a state that has begun the same stage."""
@@ -422,7 +422,7 @@ def describe_run(
     networks = {role: describe_network(network) for role, network in ours.items()}
     return {"networks": networks, "labels": labels and dataclasses.asdict(labels), "size": size}
 
-
+# %% ../../nbs/reference/training/57_checkpoints.ipynb #7efae65e
 History = dict[str, list[dict[str, Any]]]
 
 

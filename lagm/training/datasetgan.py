@@ -154,7 +154,7 @@ class EnsembleLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight.mT)
 
-
+# %% ../../nbs/reference/training/68_datasetgan.ipynb #7eb67239
 class EnsembleNorm(nn.Module):
     """M batch norms side by side: (M, P, features), each over its own pixels."""
 
@@ -334,7 +334,7 @@ def check_masks(
     if len(known) and known.min() >= 0 and known.max() < n_classes: return
     raise InputError(f"the masks must name classes 0..{n_classes - 1}, and at least one pixel must have a label")
 
-
+# %% ../../nbs/reference/training/68_datasetgan.ipynb #95509223
 def new_ensemble(
     feature_channels: Sequence[int],  # of each map
     n_classes: int,  # classes, the background included
@@ -465,7 +465,7 @@ def draw_to_label(
         else: store.add(features)
     return torch.cat(images), store
 
-
+# %% ../../nbs/reference/training/68_datasetgan.ipynb #76fc5fbb
 @torch.no_grad()
 def label_generated(
     generator: Generator,  # G(z, rng) -> (image, features)

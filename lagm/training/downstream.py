@@ -151,7 +151,7 @@ def epoch_batches(
     order = torch.randperm(n, generator=random_generator(seed, "downstream order", epoch)).tolist()
     return [order[start:start + batch][rank::processes] for start in range(0, n - batch + 1, batch)]
 
-
+# %% ../../nbs/reference/training/64_downstream.ipynb #836d992d
 def change_batch(
     augment: Augment | None,  # random transforms; None: none
     batch: Sequence[Tensor],  # this process's pictures, targets[, weights]
@@ -303,7 +303,7 @@ def network_file(
     """
     return Path(folder) / f"epoch-{epoch:03d}.safetensors"
 
-
+# %% ../../nbs/reference/training/64_downstream.ipynb #b79de883
 class Epochs(Appointment):
     """After each epoch: its mean loss, the scores, and a file for the network.
 

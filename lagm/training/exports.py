@@ -24,7 +24,7 @@ def _empty_folder(folder: str | Path) -> Path:
     if any(folder.iterdir()): raise InputError(f"{folder} is not empty; choose another folder for the export")
     return folder
 
-
+# %% ../../nbs/reference/training/63_exports.ipynb #b3f8a3c2
 def export_folder(
     dataset: SyntheticDataset,  # the pairs to write
     folder: str | Path,  # new or empty

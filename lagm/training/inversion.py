@@ -120,7 +120,7 @@ class Inversion:
             value = getattr(self, name)
             if value < 0: raise InputError(f"inversion: {name} is {value}; give a number, 0 or more")
 
-
+# %% ../../nbs/reference/training/69_inversion.ipynb #52e54724
 def pyramid(images: Tensor, scales: int) -> list[Tensor]:
     """The pictures (B, 3, H, W) at full, half, quarter size ..., down to a single pixel at most."""
     levels = [images]
@@ -300,7 +300,7 @@ def read_kept(
     set_aside([path])
     return None
 
-
+# %% ../../nbs/reference/training/69_inversion.ipynb #897ce33a
 def keep(path: Path | None, kind: str, identity: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write them, if there is a path."""
     if path is None: return
@@ -354,7 +354,7 @@ def _found(
     if fits and all_finite([v, losses]): return v.to(space.mean), losses.to(space.mean)
     raise InputError(f"{path} is damaged: delete it, and the inversion begins anew")
 
-
+# %% ../../nbs/reference/training/69_inversion.ipynb #47ab0619
 @torch.no_grad()
 def _drawn(space: StyleSpace, v: Tensor, losses: Tensor, batch: int) -> Inverted:
     """The pictures and features at the points."""

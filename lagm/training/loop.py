@@ -118,7 +118,7 @@ def check_options(
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
         raise InputError(f"{function.__name__} has no option {name}; {hint}")
 
-
+# %% ../../nbs/reference/training/59_loop.ipynb #c6086203
 def run_options(
     options: RunOptions | None,  # None: the usual ones
     changes: Mapping[str, Any],  # fields of `RunOptions` given by name
@@ -282,7 +282,7 @@ class Appointment:
     def after(self, loop: "Loop", moment: Moment) -> None:
         """Called after each step, with the loop's `step` counted up."""
 
-
+# %% ../../nbs/reference/training/59_loop.ipynb #ff35b45e
 def validated(
     segmenter: nn.Module,  # pictures -> logits
     images: Tensor,  # (n, 3, H, W)
@@ -307,7 +307,7 @@ def validated(
     metrics = evaluate(segmenter, images, masks, segmenter.n_classes, batch_size=32)
     return {"fg_miou": float(metrics.fg_miou), "miou": float(metrics.miou)}
 
-
+# %% ../../nbs/reference/training/59_loop.ipynb #2d8c67f9
 class Validation(Appointment):
     """Scores the segmenter, and keeps its state if it is the best so far."""
 
@@ -340,7 +340,7 @@ class Records:
         self.history.setdefault(kind, []).append(record)
         if self.watcher: self.watcher.add(kind, record)
 
-
+# %% ../../nbs/reference/training/59_loop.ipynb #15d8cab4
 class Cosines(Appointment):
     """Each layer's cosine between the two gradients, every so many steps."""
 

@@ -45,7 +45,7 @@ def check_shares(
     raise InputError(f"{processes} processes cannot share {parts} parts evenly: "
                      f"set the recipe's parts to a multiple of {processes}")
 
-
+# %% ../../nbs/reference/training/58_processes.ipynb #f52c2fd5
 def own_parts(parts: int) -> list[int]:
     """The parts that this process does. Raises `InputError` if they cannot be shared evenly."""
     rank, processes = this_process()
@@ -119,7 +119,7 @@ def mean_over_parts(
     *totals, weight = sum_over_processes([*totals, whole])
     return [total / weight for total in totals]
 
-
+# %% ../../nbs/reference/training/58_processes.ipynb #af360e3f
 @contextlib.contextmanager
 def kept_statistics(network: nn.Module) -> Iterator[None]:
     """While in this context the network's statistics (buffers) may change; afterwards they are what they were."""

@@ -162,9 +162,7 @@ def labels_say(
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #826ed822
 @dataclass(frozen=True)
 class Recipe(RecipeWithAdditions):
-    """Every choice of a training run; the defaults are the paper's.
-
-    Raises `InputError` on values that make no sense.
+    """All choices of a training run; the defaults are the paper's. Raises `InputError` on values that make no sense.
 
     Attributes
     ----------
@@ -280,7 +278,7 @@ def make_optimizer(
     if recipe.optimizer == "adam": return torch.optim.Adam(parameters, lr=lr, fused=fused)
     return torch.optim.SGD(parameters, lr=lr, momentum=recipe.momentum, fused=fused)
 
-
+# %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #2bb462b1
 def learning_rate(
     base: float,  # the recipe's
     step: int,  # of the stage, from 0

@@ -60,7 +60,7 @@ def set_up(
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     return TrainState(segmenter, None, recipe, choose_device(device), weights)
 
-
+# %% ../../nbs/reference/training/65_rivals.ipynb #190c8594
 def told(
     options: dict[str, Any],  # fields of `RunOptions` by name, or `options`, a `RunOptions`, and such fields
 ) -> RunOptions:

@@ -37,7 +37,7 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
     contiguous = winograd and not (recipe.compile_convolutions and can_compile())
     return {"segmenter": usual, "annotator": torch.contiguous_format if contiguous else usual}
 
-
+# %% ../../nbs/reference/training/53_state.ipynb #2d469731
 @contextlib.contextmanager
 def surroundings(recipe: Recipe) -> Iterator[None]:
     """What a recipe wants around its steps: memory that is kept, convolutions that are compiled."""
@@ -134,7 +134,7 @@ class Stage:
     start: Callable[[], None] = lambda: None  # called before the first step
     fused: bool = True  # the optimisers' form, see `make_optimizer`
 
-
+# %% ../../nbs/reference/training/53_state.ipynb #db4815fa
 def locate(
     stages: Sequence[Stage],  # of a run, in their order
     step: int,  # of the whole run, from 0

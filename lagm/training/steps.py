@@ -58,7 +58,7 @@ def labelled_gradients(
 
     return gradient_of_parts(state.segmenter, len(labelled), vote, weigh_one=weigh_one)
 
-
+# %% ../../nbs/reference/training/54_steps.ipynb #d040842a
 def supervised_step(
     state: TrainState,  # networks, optimisers and averages
     labelled: Sequence[Pair],  # the parts of a batch

@@ -87,7 +87,6 @@ class Teaching:
         t = min(1.0, step / (self.ramp * steps)) if self.ramp and steps else 1.0
         return self.weight * math.exp(-5 * (1 - t)**2)
 
-
     def views(
         self,
         state: TrainState,  # networks, optimisers and averages

@@ -82,7 +82,7 @@ def palette_for(
                         for i in range(n_classes - 1)]
     return LabelSet(f"{n_classes} classes", tuple(f"class {i}" for i in range(n_classes)), ((0, 0, 0), *wheel))
 
-
+# %% ../../nbs/reference/training/56_watching.ipynb #13314629
 def sure_labels(
     probabilities: Tensor,  # (B, C, H, W)
     labels: LabelSet,  # what the classes mean
@@ -109,7 +109,7 @@ def sure_labels(
     coloured[(highest < threshold).numpy()] = 255
     return coloured
 
-
+# %% ../../nbs/reference/training/56_watching.ipynb #9b78024c
 def snapshot_grid(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
     annotator: Tensor,  # its probabilities, (B, C, H, W)
@@ -260,7 +260,7 @@ class Cost:
     seconds: float
     peak_bytes: int | None  # of memory above what the process held before; None: the system does not say
 
-
+# %% ../../nbs/reference/training/56_watching.ipynb #98bcf88f
 def measure(
     function: Callable[[], Any],  # called once
     device: torch.device = torch.device("cpu"),  # whose memory is looked at
@@ -324,7 +324,7 @@ class Estimate:
         held = _resident("VmRSS")
         return "what the process holds" if held is None else f"the {held / 2**20:.0f} MiB that the process holds"
 
-
+# %% ../../nbs/reference/training/56_watching.ipynb #ee035dea
 def duration(seconds: float) -> str:
     """In words: 45 s, 12 min, 3 h 20 min, 2 days 4 h."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)

@@ -61,7 +61,7 @@ def cutmix_boxes(
     inside: Tensor = lines[0][:, :, None] & lines[1][:, None] & (u[:, 0] < probability)[:, None, None]
     return inside[:, None]
 
-
+# %% ../../nbs/reference/training/66_weak_to_strong.ipynb #b30897ba
 def mix_neighbours(
     boxes: Tensor,  # (B, 1, H, W) bool
     maps: Tensor,  # (B, C, H, W): pictures, or their labels
@@ -102,7 +102,7 @@ def deepest_maps(
     if network == "unet": return segmenter.get_submodule(f"down{segmenter.levels}")
     return segmenter.get_submodule("main_net.backbone.layer4") if network == "deeplabv3" else None
 
-
+# %% ../../nbs/reference/training/66_weak_to_strong.ipynb #24ea555f
 @contextlib.contextmanager
 def dropped_channels(
     segmenter: nn.Module,  # any network of the kit
