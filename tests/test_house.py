@@ -30,7 +30,7 @@ LIMITS = {
     "reference": {"first_output": 40, "first_figure": 156, "run_cells": 3, "run_lines": 90, "cell_median": 18,
                   "cell_longest": 45, "unshown": 0, "figures": 50, "links": 0, "long_lines": 0, "exercises": 0},
     "others": {"long_lines": 0},
-    "package": {"public": 1325, "rooms": 13, "arrows": 47, "floors": 8, "circles": 0},
+    "package": {"public": 1365, "rooms": 13, "arrows": 47, "floors": 8, "circles": 0},
     "tests": {"long_lines": 28},
 }
 NOTEBOOKS = groups()
