@@ -415,8 +415,8 @@ def test_from_the_command_line(program, tmp_path):
     for command in (["annotate", "-f", "mine.yaml", "-o", "out"],
                     ["evaluate", "-p", "networks", "out/results.safetensors", "-p", "size", "[16, 16]", "-p",
                      "pictures", "2", "-o", "out2"]):
-        done = subprocess.run([sys.executable, "-m", "lagm.cli", "run", *command], cwd=tmp_path, env=env,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", "import lagm.cli; lagm.cli.main()", "run", *command],
+                              cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "segmenter.safetensors").is_file()
     assert np.isfinite(json.loads((tmp_path / "out2" / "metrics.json").read_text())["metrics"]["segmenter"]["fg_miou"])
