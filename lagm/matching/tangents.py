@@ -358,8 +358,10 @@ def _has_rule(operation: Any, tensors: Sequence[Tensor | None], result: Tensor, 
     packet, changed, storage = operation.overloadpacket, _writes(operation), result.untyped_storage().data_ptr()
     if packet not in RULES and packet not in SEVERAL: return False
     if changed and (packet not in IN_PLACE or storage in viewed): return False
+    if changed: return True
     shares = any(t is not None and t.numel() and t.untyped_storage().data_ptr() == storage for t in tensors)
-    if shares and not changed: viewed.add(storage)
+    if shares: viewed.add(storage)
+    else: viewed.discard(storage)  # new memory; what had views there before is gone
     return True
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #1e402fce
