@@ -94,16 +94,18 @@ def show_command(
     arguments
         name
     """
+    from lagm.core.errors import InputError
     from lagm.experiments.catalogue import choose_runs, paper_numbers, project_folder, read_catalogue
-    from lagm.experiments.networks import is_network, network_lines
     from lagm.experiments.notebooks import list_experiments
 
-    if is_network(arguments.name):
-        print(*network_lines(arguments.name), sep="\n")
-        return
     catalogue = read_catalogue()
     if arguments.name in list_experiments() or arguments.name.endswith(".ipynb"): return _show_notebook(arguments.name)
-    runs, root = choose_runs(catalogue, [arguments.name]), project_folder()
+    try: runs, root = choose_runs(catalogue, [arguments.name]), project_folder()
+    except InputError:
+        from lagm.experiments.stages import about_network
+
+        if lines := about_network(arguments.name): return print(*lines, sep="\n")
+        raise
     for name, run in runs.items(): _show_run(name, run, root)
     number = paper_numbers().get(arguments.name, {})
     if "value" not in number: return

@@ -16,7 +16,6 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
 from lagm.evaluation.prediction import predict_pictures
-from lagm.experiments.networks import COMMON, network_lines, tangent_error, tangent_problem
 from lagm.experiments.notebooks import experiment_folder
 from lagm.experiments.stages import matched_by_default, name_problems
 from lagm.generators.weights import save_generator
@@ -30,6 +29,7 @@ from lagm.models.libraries import LibrarySegmenter, TorchvisionSegmenter, unused
 from lagm.models.saved import load_segmenter, read_networks, save_segmenter
 from lagm.models.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
 from lagm.training.lagm import estimate_lagm
+from lagm.training.networks import COMMON, network_lines, tangent_error, tangent_problem
 from lagm.training.recipe import get_recipe
 
 SMALL = {"torchvision": "torchvision:lraspp_mobilenet_v3_large", "smp": "smp:Unet:tu-mobilenetv3_small_050"}

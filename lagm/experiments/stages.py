@@ -6,9 +6,9 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_validation', 'read_with_drawn', 'splits_of',
            'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter', 'make_recipe',
-           'without_finish', 'matched_by_default', 'annotator_problem', 'use_entries', 'name_problems', 'load_networks',
-           'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values', 'write_metrics', 'check_size',
-           'start_stage']
+           'without_finish', 'matched_by_default', 'about_network', 'annotator_problem', 'use_entries', 'name_problems',
+           'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values', 'write_metrics',
+           'check_size', 'start_stage']
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #fbd94275
 import dataclasses
@@ -41,6 +41,7 @@ from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import set_aside
 from ..training.drawn import Drawn, read_drawn
 from ..training.lagm import train_lagm
+from ..training.networks import is_network, network_lines
 from ..training.recipe import Recipe, get_recipe
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #1e48307b
@@ -409,6 +410,24 @@ def matched_by_default(
     """
     entry = SEGMENTERS.get(segmenter)
     return {"matched": entry.default_group} if entry.bound else {}
+
+
+def about_network(
+    name: str,  # on the command line
+) -> list[str]:  # a line each; none: it is no name of a network
+    """What a segmenter or an annotator is, for `lagm show`. `InputError` for a name that is nearly one.
+
+    Parameters
+    ----------
+    name
+        on the command line
+
+    Returns
+    -------
+    list[str]
+        a line each; none: it is no name of a network
+    """
+    return network_lines(name) if is_network(name) else []
 
 
 def annotator_problem(

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 def name_generator(
     project: str | Path,  # the folder with project.yaml
     generator: str,  # the file, as the project names it
-) -> str:  # what stood there before; empty: nothing
+) -> Any:  # what stood there before; empty: nothing
     """Write `generator:` into project.yaml. `InputError` if it is no project, or holds a wrong setting.
 
     Parameters
@@ -31,7 +31,7 @@ def name_generator(
 
     Returns
     -------
-    str
+    Any
         what stood there before; empty: nothing
     """
     from lagm.core.files import atomic_path, read_text

@@ -356,9 +356,12 @@ def _writes(operation: Any) -> bool:
 def _has_rule(operation: Any, tensors: Sequence[Tensor | None], result: Tensor, viewed: set[int]) -> bool:
     """Whether there is a rule, and nothing is written where views look on; notes in `viewed` what has views now."""
     packet, changed, storage = operation.overloadpacket, _writes(operation), result.untyped_storage().data_ptr()
-    if (packet not in RULES and packet not in SEVERAL) or (changed and (packet not in IN_PLACE or storage in viewed)): return False
+    if packet not in RULES and packet not in SEVERAL: return False
+    if changed and (packet not in IN_PLACE or storage in viewed): return False
+    if changed: return True
     shares = any(t is not None and t.numel() and t.untyped_storage().data_ptr() == storage for t in tensors)
-    if shares and not changed: viewed.add(storage)
+    if shares: viewed.add(storage)
+    else: viewed.discard(storage)  # new memory; what had views there before is gone
     return True
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #1e402fce

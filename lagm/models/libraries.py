@@ -257,7 +257,7 @@ def nearest(
     lower = {other.lower(): other for other in known}
     near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, 4, 0.5)]
     names = ", ".join(near or sorted(known)[:30])
-    return InputError(f"{kind} {printable(repr(name), 100)}; " + (f"near are {names}" if near else f"there are {names}"))
+    return InputError(f"{kind} {printable(repr(name), 100)}; {'near' if near else 'there'} are {names}")
 
 
 @contextlib.contextmanager

@@ -104,7 +104,8 @@ def check_arguments(
                              f"it takes {', '.join(rules)}")
         if not is_allowed(value, rules[key]):
             raise InputError(f"{path} describes a {name} of impossible size: {key} is {quoted(value)}")
-    missing = [key for key in ("n_classes", "feature_channels", "model", "architecture", "encoder") if key in rules and key not in arguments]
+    needed = "n_classes", "feature_channels", "model", "architecture", "encoder"
+    missing = [key for key in needed if key in rules and key not in arguments]
     if missing: raise InputError(f"{path} does not say the {missing[0]} of its {name}: its header is damaged")
     return arguments
 
@@ -473,7 +474,8 @@ def _filled(path: str | Path, part: Part, shapes: dict[str, tuple[int, ...]], de
     tensors = {name.removeprefix(part.prefix): tensor for name, tensor in tensors.items()}
     tensors = check_tensors(path, network, tensors)
     if any(buffer.is_meta for name, buffer in network.named_buffers() if name not in own):
-        network = build_filled(network_classes()[part.name], **part.arguments).to(device)  # tables that no file holds: of a transformer's places
+        # tables that no file holds: of a transformer's places
+        network = build_filled(network_classes()[part.name], **part.arguments).to(device)
     network.load_state_dict(tensors, assign=True)
     return network.eval()
 
