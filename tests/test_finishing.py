@@ -27,8 +27,8 @@ CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
 def test_length_and_share_by_hand():
     recipe = get_recipe("fast", steps=1000, finish=2.5, finish_anchor=4)
-    assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [500, 833, 1250, 1500, 2250]
-    assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 1250
+    assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [100, 278, 625, 900, 2025]
+    assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 625
     assert labels_say(2, 6) == 0.25 and labels_say(3, 0) == 1
     assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
     assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4

@@ -154,7 +154,7 @@ def same(first, second):
 
 RECIPES = {
     "fast": FAST,
-    "fast, finished": dataclasses.replace(FAST, finish=2.0, finish_anchor=2.0),
+    "fast, finished": dataclasses.replace(FAST, finish=4.0, finish_anchor=2.0),
     "paper": PAPER,
     "paper, augmented and resized": dataclasses.replace(PAPER, augment=Augment(), wide_crop=True),
     "double backward, shared": dataclasses.replace(FAST, gradients="double"),

@@ -243,7 +243,6 @@ class Sources:
         seed: int,  # of everything random
         drawn: Drawn | None = None,  # those of the pictures whose latents are known; None: none
     ):
-        check_generator(generator, images)
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
         self.labelled = LabelledBatches(images, masks, recipe.batch_labelled // recipe.parts, seed, recipe.augment,
@@ -442,6 +441,7 @@ def lagm_loop(
     check_lagm(annotator, segmenter, images, masks, recipe, changes)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights, weigh_labels)
+    check_generator(generator, images)
     sources = Sources(state, generator, images, masks, seed, drawn)
     stages = [*warm_stages(state, sources), match_stage(state, sources, match), finish_stage(state, sources)]
     arm = ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights")
@@ -606,6 +606,7 @@ def finish_loop(
                          "give the recipe finish=2.5, say")
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights)
+    if recipe.finish_anchor: check_generator(generator, images)
     stage = finish_stage(state, Sources(state, generator, images, masks, seed))
     arm = "finish" + ("" if annotator is None else " of matching") + frozen_note(state)
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))

@@ -143,7 +143,7 @@ def labels_say(
     labelled: int,  # k, the number of labelled pictures
     anchor: float,  # a: the matched networks count as so many
 ) -> float:  # k / (k + a), from 0 to 1
-    """The labelled pictures' share of the loss, and of the steps, of the finish.
+    """The labelled pictures' share of the loss of the finish; its square is that of the steps.
 
     Parameters
     ----------
@@ -204,14 +204,14 @@ class Recipe(RecipeWithAdditions):
         self,
         labelled: int,  # k, the number of labelled pictures
     ) -> int:
-        """Steps of the finish: `finish * steps`, times the labelled pictures' say in it, k / (k + finish_anchor).
+        """Steps of the finish: `finish * steps`, times the square of the labels' say in it, k / (k + finish_anchor).
 
         Parameters
         ----------
         labelled
             k, the number of labelled pictures
         """
-        return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor))
+        return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 2)
 
     def total_steps(
         self,
@@ -233,7 +233,7 @@ FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam",
     lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all", schedule="cosine", shared_batch=True,
     label_weight=1.0, balance=0.5, average=0.98, augment=Augment(), warm_segmenter=300, warm_annotator=300, align=20.0,
-    finish=2.0, channels_last=True, keep_memory=True)
+    finish=2.4, channels_last=True, keep_memory=True)
 
 RECIPES = {"paper": PAPER, "fast": FAST}
 
