@@ -705,8 +705,9 @@ def _generator_problems(run: Run, root: Path) -> list[str]:
 
     given = run.parameters.get("generator") or run.parameters.get("style")
     try:
-        if given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
-        else: from_elsewhere(given) if is_outside(given) else generator_file(given)
+        if is_outside(given): from_elsewhere(given)
+        elif given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
+        else: generator_file(given)
     except InputError as error: return [f"generator: {error}"]
     return []
 
