@@ -437,7 +437,7 @@ def lagm_loop(
     **changes
         fields of `RunOptions`
     """
-    images, masks = joined(images, masks, drawn, recipe.wide_crop)
+    if isinstance(recipe, Recipe): images, masks = joined(images, masks, drawn, recipe.wide_crop)
     check_lagm(annotator, segmenter, images, masks, recipe, changes)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights, weigh_labels)
