@@ -99,6 +99,14 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor.detach()), name
 
 
+def test_where_tensors_lie_does_not_hang_on_the_header(tmp_path):
+    """A network computes other last bits with weights that begin elsewhere than torch puts its own."""
+    for extra in range(0, 64, 8):
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.arange(5.0), "b": torch.arange(3.0)}, {"note": "x" * extra})
+        found, _ = load_tensors(tmp_path / "a.safetensors")
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
+
+
 def test_load_tensors_of_other_programs_and_of_damaged_files(tmp_path):
     from safetensors.torch import save_file
     save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")

@@ -70,6 +70,14 @@ def _header(path: str | Path, file: Any) -> dict[str, Any]:
     raise InputError(f"the header of {path} is nested too deeply; the file is damaged")
 
 # %% ../../nbs/reference/core/02_tensors.ipynb #c19285a9
+_ALIGNMENT = 64  # bytes, as torch's own memory
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, moved if it begins where the header's length happened to put it: sums would be rounded otherwise."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
 def load_tensors(
     path: str | Path,  # a safetensors file; it need not be one of ours
     device: str | torch.device = "cpu",  # where the tensors go
@@ -98,7 +106,8 @@ def load_tensors(
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             header = _header(path, file)
-            content = {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}, header
+            wanted = [name for name in file.keys() if names is None or name in names]
+            content = {name: _aligned(file.get_tensor(name)) for name in wanted}, header
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         if _version(path) != version: return load_tensors(path, device, names)
         if isinstance(error, RuntimeError | InputError): raise
