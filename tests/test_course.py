@@ -135,7 +135,7 @@ def test_the_right_answer_is_accepted_and_wrong_ones_are_explained(lesson, capsy
         for answer in (-7, "nonsense", None, [], {}):
             assert check.judge(i, answer) == (False, f"Not yet. {exercise.hint}")
         assert not check.judge(i)[0] and "three dots" in check.judge(i)[1]
-        assert str(exercise.right) not in exercise.hint.split(), "the hint gives the answer away"
+        if len(str(exercise.right)) > 1: assert str(exercise.right) not in exercise.hint, "it gives the answer away"
         check(i, exercise.right)
         assert capsys.readouterr().out.startswith("Right.")
 
