@@ -314,7 +314,8 @@ def widgets_of(
     Any
         a VBox of ipywidgets, its picture last; None without ipywidgets
     """
-    try: import ipywidgets as kit
+    try:
+        import ipywidgets as kit
     except ImportError: return None
     sliders = {name: _slider(kit, name, values, explorer.start[name]) for name, values in explorer.ranges.items()}
     picture = kit.Image(value=explorer.png(), format="png", layout=kit.Layout(width="max-content"))
