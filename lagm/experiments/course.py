@@ -174,7 +174,7 @@ _LESSON_2 = (
               "c": "Size can be changed. Something else is missing."}),
 )
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50012
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50013
 _LESSON_3 = (
     Exercise(0, "They point the same way; the cosine does not ask how long a gradient is.",
              "What is the angle between the two arrows?",
@@ -201,7 +201,7 @@ _LESSON_4 = (
              {1: "Two networks learn, each by a loss of its own.", 3: "The generator is frozen."}),
 )
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50013
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50014
 _LESSON_5 = (
     Exercise(1 / 3, "2 pixels in common, 4 + 4 - 2 = 6 in either: 2 / 6.",
              "Intersection over union: pixels in both, divided by pixels in either.",
@@ -227,7 +227,7 @@ _LESSON_6 = (
 )
 EXERCISES = {1: _LESSON_1, 2: _LESSON_2, 3: _LESSON_3, 4: _LESSON_4, 5: _LESSON_5, 6: _LESSON_6}
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50016
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50017
 def as_png(
     figure: Figure,  # closed afterwards
 ) -> bytes:
@@ -243,7 +243,7 @@ def as_png(
     plt.close(figure)
     return target.getvalue()
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50017
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50019
 Range = tuple[float, float, float] | list[Any]  # low, high and step; or a list of choices
 
 
@@ -293,7 +293,7 @@ class Explorer:
         """Show the figures that need no widgets."""
         for values in self.stills: display(Image(self.png(**values)))
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50019
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50022
 def _slider(kit: types.ModuleType, name: str, values: Range, start: Any) -> Any:
     """A slider of ipywidgets for a range, or a choice for a list."""
     look = {"description": name.replace("_", " "), "style": {"description_width": "9em"},
@@ -325,7 +325,7 @@ def widgets_of(
     for slider in sliders.values(): slider.observe(follow, names="value")
     return kit.VBox([*sliders.values(), picture])
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50020
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50023
 def explore(
     draw: Callable[..., Figure],  # of the values, by name
     start: Mapping[str, Any] | None = None,  # value at first; not given: the lowest, or the first of a list
@@ -352,7 +352,7 @@ def explore(
     else: display(widgets)
     return explorer
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50024
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50027
 def stacked(
     features: Sequence[Tensor],  # (B, C_i, H_i, W_i), coarse to fine
 ) -> Tensor:  # (B, sum of C_i, H, W) at the size of the last
@@ -422,7 +422,7 @@ class VotingReader(nn.Module):
         shares = (self.read.weight[:, :, 0, 0] * pixel).split(self.channels, 1)
         return torch.stack([*(share.sum(1) for share in shares), self.read.bias]).detach()
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50026
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50029
 def learn_reader(
     features: Sequence[Tensor],  # of the labelled drawings: (k, C_i, H_i, W_i)
     masks: Tensor,  # (k, H, W) class indices
@@ -466,7 +466,7 @@ def descend(
     loss.backward()
     optimizer.step()
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50029
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50032
 class LittleWorld:
     """The three networks, the labelled faces, and the two losses of the segmenter.
 
@@ -519,7 +519,7 @@ class LittleWorld:
         assert self.weights is not None
         return -(self.weights[:, None, None] * q * self.S(x).log_softmax(1)).sum(1).mean()
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50030
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50033
 class LittleLoop(LittleWorld):
     """Gradient matching, one step at a time: `loop.start()`, then `loop.step()` as often as you like."""
 
@@ -558,7 +558,7 @@ class LittleLoop(LittleWorld):
         descend(self.adam_S, self.generated_loss(x, q) + self.labelled_loss())
         return D.item()
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50033
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50036
 RUN = "course/run.npz"  # below lagm/assets
 
 
@@ -599,7 +599,7 @@ def write_run(
     with atomic_path(Path(target)) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, distances=np.array(distances, np.float32), **kept)
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50034
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50037
 class StoredRun:
     """A run that `write_run` wrote; the kit's own if no file is named.
 
@@ -671,7 +671,7 @@ class StoredRun:
         if name not in self._kept: raise InputError(f"no {name!r} was kept; steps that were: {self.steps}")
         return self._kept[name]
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50039
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50042
 METHODS = ("labels alone", "DatasetGAN", "gradient matching")
 RECORDED: dict[int, tuple[tuple[float, ...], ...]] = {  # labelled faces -> of each method, FG-mIoU of seeds 0, 1, 2
     1: ((47.96, 49.44, 35.60), (67.62, 67.00, 67.56), (71.70, 71.72, 73.29)),
@@ -681,7 +681,7 @@ RECORDED: dict[int, tuple[tuple[float, ...], ...]] = {  # labelled faces -> of e
     30: ((87.19, 86.59, 87.57), (78.86, 79.53, 79.90), (82.87, 82.64, 83.44)),
 }
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50042
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50045
 HEAD, INSTALL = "lesson-badges", "lesson-install"  # the ids of the two cells
 INSTALL_CODE = """\
 import importlib.util
@@ -718,7 +718,7 @@ def badges(
         f"(https://kaggle.com/kernels/welcome?src={git_url}/blob/{branch}/{page})",
         f"[![Binder](https://mybinder.org/badge_logo.svg)]({binder})"))
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50044
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50047
 def lessons(
     root: str | Path,  # the project's folder
 ) -> list[Path]:
@@ -753,7 +753,7 @@ def with_head(
     notebook["cells"] = [title, head, code, *rest]
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50045
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50048
 def write_heads(
     root: str | Path,  # the project's folder, with settings.ini
     check: bool = False,  # write nothing
@@ -786,6 +786,6 @@ def write_heads(
         with atomic_path(path) as temporary: temporary.write_text(wanted, encoding="utf-8")
     return stale
 
-# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50047
+# %% ../../nbs/reference/experiments/96_course.ipynb #c0a50050
 if __name__ == "__main__" and "__file__" in globals():
     print("wrote the heads of", *(path.name for path in write_heads(sys.argv[1] if len(sys.argv) > 1 else ".")))
