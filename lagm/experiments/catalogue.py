@@ -654,6 +654,7 @@ def change_runs(
 def _moved(value: Any, before: str, after: str) -> Any:
     """A value with the beginning of a path replaced."""
     if isinstance(value, list): return [_moved(item, before, after) for item in value]
+    if isinstance(value, dict): return {name: _moved(item, before, after) for name, item in value.items()}
     return after + value.removeprefix(before) if isinstance(value, str) and value.startswith(before) else value
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #5afd0762
@@ -706,8 +707,9 @@ def _generator_problems(run: Run, root: Path) -> list[str]:
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
     given = run.parameters.get("generator") or run.parameters.get("style")
+    label = run.parameters.get("generator_class", -1)
     try:
-        if is_outside(given): from_elsewhere(given)
+        if is_outside(given): from_elsewhere(given, label=label if label >= 0 else None, folder=root)
         elif given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
         else: generator_file(given)
     except InputError as error: return [f"generator: {error}"]

@@ -654,16 +654,20 @@ SPEED = ("device", "threads", "workers", "processes", "evaluation_batch", "check
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """The texts among the values of parameters, items of lists as "name[0]"; without out_dir and what is no input."""
+    """The texts among the values of parameters, items of lists as "name[0]", weights of a description as
+    "name.weights"; without out_dir and what is no input.
+    """
     flat = {f"{name}[{i}]": item for name, value in values.items() if isinstance(value, list)
             for i, item in enumerate(value)}
+    flat |= {f"{name}.weights": value.get("weights") for name, value in values.items() if isinstance(value, dict)}
     return {name: value for name, value in (dict(values) | flat).items()
             if isinstance(value, str) and value and name not in ("out_dir", *SPEED)}
 
 # %% ../../nbs/reference/experiments/90_notebooks.ipynb #18c6d71d
 def named_paths(
     values: Mapping[str, Any],  # parameters
-) -> dict[str, str]:  # by parameter name, items of lists as "name[0]"; without out_dir
+    # by parameter name, items of lists as "name[0]", weights of a description as "name.weights"; without out_dir
+) -> dict[str, str]:
     """The paths among the values of parameters, by their looks: texts with a slash in them, or that end like the name
     of a file.
 
@@ -675,7 +679,7 @@ def named_paths(
     Returns
     -------
     dict[str, str]
-        by parameter name, items of lists as "name[0]"; without out_dir
+        by parameter name, items of lists as "name[0]", weights of a description as "name.weights"; without out_dir
     """
     return {name: value for name, value in _texts(values).items()
             if "/" in value or re.fullmatch(r"\S+\.[A-Za-z][A-Za-z0-9]{1,11}", value)}
