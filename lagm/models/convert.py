@@ -189,6 +189,8 @@ def as_lines(
 def _in_words(name: str, value: Any) -> str:
     """A fact on one line."""
     if isinstance(value, tuple): return " x ".join(map(str, value))
+    if isinstance(value, dict) and isinstance(value.get("packages"), str):
+        return printable(f"{len(value['packages'].split())} packages, sha256 {value.get('sha256')}", 100)
     if isinstance(value, dict | list): return printable(json.dumps(value, ensure_ascii=False), LONGEST_LINE)
     return (
         f"{value:,}" if isinstance(value, int) and name in ("bytes", "parameters") else printable(value, LONGEST_LINE)
