@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.seeds import random_generator
 from ..data.labels import LabelSet
-from ..evaluation.prediction import open_segmenter, predict_pictures
+from ..evaluation.prediction import open_segmenter, predict_pictures, settings_of
 from ..generators.contract import FrozenGenerator
 from .album import Album
 from ..training.drawn import Redrawn, read_latents
@@ -158,11 +158,12 @@ def predictions(
         (H, W) uint8
     """
     network, found, size = open_segmenter(segmenter, device=device)
+    policy = settings_of(segmenter)[3] if size else "fit"  # as `lagm predict`
     if found.classes != labels.classes[: found.n_classes]:
         raise InputError(f"{segmenter} labels {', '.join(found.classes)}, and here the classes are "
                          f"{', '.join(labels.classes)}; "
                          "give a segmenter that was trained on these")
 
     def propose(album: Album, index: int) -> np.ndarray:
-        return np.asarray(predict_pictures(network, [album.image(index)], "fit", size, device)[0], np.uint8)
+        return np.asarray(predict_pictures(network, [album.image(index)], policy, size, device)[0], np.uint8)
     return propose
