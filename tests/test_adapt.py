@@ -34,6 +34,21 @@ from lagm.training.shards import generate
 from lagm.training.synthetic import Plan
 from lagm.training.teachers import train_self_training
 
+SEVERAL = """
+import torch
+
+
+class Generator(torch.nn.Module):
+    z_dim, n_classes = 4, 3
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.wide = torch.nn.Embedding(3, 4), torch.nn.Linear(4, 128)
+        self.rest = torch.nn.Sequential(torch.nn.ConvTranspose2d(8, 8, 4, 2, 1), torch.nn.ReLU(),
+                                        torch.nn.ConvTranspose2d(8, 3, 4, 2, 1), torch.nn.Tanh())
+
+    def forward(self, z, labels): return self.rest(self.wide(z + self.names(labels)).reshape(-1, 8, 4, 4))
+"""
 FAST = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
 
 
@@ -403,6 +418,34 @@ class TestFiles:
         assert not missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gan.pth"}))
         assert any("gone.pth" in line for line in
                    missing_inputs(run(generator={"module": "theirs:Generator", "weights": "gone.pth"})))
+
+    def test_its_weights_are_an_input_of_a_run(self, program, tmp_path):
+        from lagm.experiments.catalogue import Run, change_runs
+        from lagm.experiments.notebooks import describe_inputs, find_experiment, inputs_unchanged, named_paths
+        given = {"generator": {"module": "theirs:Generator", "weights": "gan.pth"}}
+        record = describe_inputs(given, tmp_path)
+        assert named_paths(given) == {"generator.weights": "gan.pth"} and list(record) == ["generator.weights"]
+        assert inputs_unchanged(record, given, tmp_path)
+        (tmp_path / "gan.pth").write_bytes(b"others")
+        assert not inputs_unchanged(record, given, tmp_path)
+        made = {"module": "theirs:Generator", "weights": "outputs/x/g/gan.pth"}
+        run = Run("x", "annotate", find_experiment("annotate"), {"generator": made, "out_dir": "outputs/x/annotate"},
+                  Path("outputs/x/annotate/annotate.ipynb"))
+        moved = change_runs({"x/annotate": run}, {}, {"x": "outputs/y"})
+        assert [r.parameters["generator"]["weights"] for r in moved.values()] == ["outputs/y/g/gan.pth"]
+
+    def test_a_class_that_a_parameter_names(self, tmp_path, monkeypatch):
+        from lagm.experiments.catalogue import Run
+        (tmp_path / "several.py").write_text(SEVERAL)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        run = lambda **given: Run("x", "annotate", Path("annotate.ipynb"), dict(dataset="avatars:big-ears", **given),
+                                  Path("x.ipynb"))
+        for given in ("several:Generator", {"module": "several:Generator"}):
+            assert not missing_inputs(run(generator=given, generator_class=1))
+            assert "label=" in missing_inputs(run(generator=given, generator_class=-1))[0]
+            for useless in ({"diffusion": {"steps": 2}}, {"avg_latent": "mean.npy"}):
+                with pytest.raises(InputError, match="leave avg_latent and diffusion out"):
+                    load_generator(given, label=1, **useless)
 
 
 def test_from_the_command_line(program, tmp_path):

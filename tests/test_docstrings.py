@@ -59,3 +59,8 @@ def test_every_parameter_of_public_names_is_explained(module):
             text = own if part.name == "__init__" else ast.get_docstring(part) or ""
             found += unexplained(part, text, f"{node.name}.{part.name}")
     assert not found, "say in a comment beside it what it is: " + ", ".join(found)
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in MODULES])
+def test_what_a_module_says_of_itself_is_whole(path):
+    assert (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").endswith((".", "!", "?"))

@@ -125,3 +125,11 @@ def test_the_containers_use_the_constraints():
 def test_installed_packages_are_those_that_import():
     for name in ("numpy", "torch", "papermill"):
         assert installed_packages()[name] == importlib.metadata.version(name)
+
+
+def test_inspect_says_how_many_packages_not_which():
+    from lagm.models.convert import as_lines
+
+    said = "\n".join(as_lines({"provenance": provenance()}))
+    assert re.search(r"environment +\d+ packages, sha256 [0-9a-f]{64}$", said, re.M)
+    assert max(map(len, said.splitlines())) < 400

@@ -26,8 +26,10 @@ from lagm.labelling.project import (
     run_project,
     settings_text,
 )
-from lagm.labelling.proposals import cluster, clusters_of_features
+from lagm.labelling.proposals import cluster, clusters_of_features, predictions
 from lagm.labelling.template import write_notebook
+from lagm.models.saved import save_segmenter
+from lagm.models.segmenters import UNet
 from lagm.training.drawn import draw_for_labelling
 
 CLASSES = Avatars().classes
@@ -203,3 +205,15 @@ def test_clusters_of_drawn_pictures(tmp_path):
     points = torch.cat([torch.randn(50, 3) * 0.01 + c for c in torch.eye(3)])
     found = cluster(points, 3)
     assert all(len(found[50 * i:50 * i + 50].unique()) == 1 for i in range(3)) and len(found.unique()) == 3
+
+
+def test_the_painter_brings_pictures_to_size_as_predict_does(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (60, 24)).save(tmp_path / "images" / "wide.png")
+    album, said = Album(tmp_path, ["background", "face"]), []
+    monkeypatch.setattr("lagm.labelling.proposals.predict_pictures",
+                        lambda network, pictures, policy, size, device: said.append((policy, size)) or [[[0]]])
+    for policy in ("fit", "stretch"):
+        save_segmenter(tmp_path / "s.safetensors", UNet(2, width=4, levels=2), album.labels, (32, 32), policy)
+        predictions(tmp_path / "s.safetensors", album.labels)(album, 0)
+    assert said == [("fit", (32, 32)), ("stretch", (32, 32))]

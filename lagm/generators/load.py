@@ -249,7 +249,8 @@ def from_elsewhere(
     sampling: Sampling = Sampling(),  # truncation and noise
     dtype: torch.dtype = torch.float32,  # of the convolutions
     device: str | torch.device = "cpu",  # where the weights shall be
-    label: int | Sequence[float] | None = None,  # one class, if the description names none
+    label: int | Sequence[float] | None = None,  # one class, instead of the description's
+    folder: str | Path = ".",  # what a relative path of weights starts from
 ) -> FrozenGenerator:
     """The generator that a class or function of another package makes. `InputError` if that is none.
 
@@ -264,11 +265,13 @@ def from_elsewhere(
     device
         where the weights shall be
     label
-        one class, if the description names none
+        one class, instead of the description's
+    folder
+        what a relative path of weights starts from
     """
     what = described_generator(given) or described_generator({"module": str(given)})
     if label is not None and what is not None: what = dataclasses.replace(what, label=cast(Any, label))
-    return module_generator(what, sampling, dtype, device)
+    return module_generator(what, sampling, dtype, device, folder)
 
 
 def load_generator(
@@ -307,7 +310,9 @@ def load_generator(
     diffusion
         of a diffusion model, a folder of diffusers: steps, blocks, times ... (`lagm.generators.diffusion.Diffusing`)
     """
-    if is_outside(path): return from_elsewhere(path, sampling, dtype, device, label)
+    if is_outside(path):
+        if not diffusion and avg_latent is None: return from_elsewhere(path, sampling, dtype, device, label)
+        raise InputError(f"generator: {printable(str(path), 60)} is a module: leave avg_latent and diffusion out")
     place = generator_file(cast(Any, path))
     if is_diffusers(place):
         if avg_latent is None and label is None: return load_diffusion(place, diffusion, dtype, device)

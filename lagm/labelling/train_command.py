@@ -8,14 +8,21 @@ __all__ = ['name_generator', 'train_generator_command', 'add_train_generator_com
 # %% ../../nbs/reference/labelling/86_train_command.ipynb #5256dedd
 import argparse
 import os
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..core.errors import InputError
 
 # %% ../../nbs/reference/labelling/86_train_command.ipynb #503ea6d4
+def _end(node: yaml.Node) -> int:
+    """Where a value of a YAML file ends: a mapping written in several lines with its last word."""
+    last = node.value[-1] if isinstance(node, yaml.CollectionNode) and not node.flow_style else None
+    return _end(last[-1] if isinstance(last, tuple) else last) if last else node.end_mark.index
+
+
 def name_generator(
     project: str | Path,  # the folder with project.yaml
     generator: str,  # the file, as the project names it
@@ -38,12 +45,13 @@ def name_generator(
     from lagm.labelling.project import read_settings
 
     before, path = read_settings(project).generator, Path(project) / "project.yaml"
-    text = read_text(path)
-    line = f"generator: {generator!r}" if re.search(r"[^\w./-]", generator) else f"generator: {generator}"
-    text, found = re.subn(r"^generator:[^#\n]*?([ \t]*#[^\n]*)?$", lambda m: line + (m[1] or ""), text, count=1,
-                          flags=re.M)
-    if not found: text = f"{text.rstrip()}\n{line}\n"
-    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    text, line = read_text(path), yaml.safe_dump({"generator": generator}, width=10**6, allow_unicode=True).strip()
+    whole = yaml.compose(text, yaml.SafeLoader)
+    places = [(name.start_mark.index, _end(value)) for name, value in (whole.value if whole else [])
+              if name.value == "generator"]
+    start, end = places[0] if places else (len(text), len(text))
+    if not places: line = f"{line}\n" if not text or text.endswith("\n") else f"\n{line}\n"
+    with atomic_path(path) as temporary: temporary.write_text(text[:start] + line + text[end:], encoding="utf-8")
     return before
 
 # %% ../../nbs/reference/labelling/86_train_command.ipynb #de48e39e
