@@ -15,7 +15,7 @@ from lagm.core.errors import InputError
 from lagm.data.demo import Avatars
 from lagm.experiments.notebooks import check_parameters, read_parameters
 
-ENDS = re.compile(r"\b(\d[\d.]*) (?:to (\d[\d.]*)|or more)\b")  # in the comment of a parameter
+ENDS = re.compile(r"(?<![\w.-])(-?\d[\d.]*) (?:to (\d[\d.]*)|or more)\b")  # in the comment of a parameter
 NUMBERS = ("int", "float", "list[int]")
 
 
