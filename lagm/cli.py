@@ -427,7 +427,7 @@ def _add_pascal(kinds: "argparse._SubParsersAction[Any]") -> None:
     add("--workers", type=at_least_one, metavar="N", help="processes (default: one per core)")
     pascal.set_defaults(command=_prepare_pascal)
 
-
+# %% ../nbs/reference/experiments/92_cli.ipynb #c650dc99
 EXPORTS = {  # as `lagm.data.importers.IMPORTS`, and auto
     "coco": "COCO instances or panoptic, a JSON file",
     "cvat": "CVAT 'Segmentation mask 1.1' or 'CVAT for images 1.1', the zip, a folder or the XML file",

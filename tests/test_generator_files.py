@@ -246,7 +246,8 @@ LUCIDRAINS = {"S.net.0.weight": 1, "G.initial_block": 1, "G.blocks.0.to_style1.w
 
 @pytest.mark.parametrize("content, words", [
     ({"GAN": LUCIDRAINS, "version": "0.2"}, ["lucidrains' stylegan2-pytorch", "old version"]),
-    (LUCIDRAINS, ["lucidrains"]), ({"G.initial_block": 1}, ["a part of a checkpoint of lucidrains'"]), ({"GAN": {"G.layers.0.0.0.weight": 1}, "version": "0.1"}, ["lightweight-gan"]),
+    (LUCIDRAINS, ["lucidrains"]), ({"G.initial_block": 1}, ["a part of a checkpoint of lucidrains'"]),
+    ({"GAN": {"G.layers.0.0.0.weight": 1}, "version": "0.1"}, ["lightweight-gan"]),
     ({"state_dict": {"model.diffusion_model.input_blocks.0.0.weight": 1, "first_stage_model.encoder.conv_in.weight": 1},
       "global_step": 3}, ["diffusion"]),
     ({"down_blocks.0.resnets.0.conv1.weight": 1, "time_embedding.linear_1.weight": 1}, ["diffusion"]),

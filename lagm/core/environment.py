@@ -96,7 +96,8 @@ def read_environment(
     path = Path(path)
     if path.is_dir(): path = path / "metrics.json"
     if not path.is_file():
-        raise InputError(f"there is no file {path}; give a record (metrics.json or its folder), or a file of constraints")
+        raise InputError(f"there is no file {path}; give a record (metrics.json or its folder), or a file of "
+                         "constraints")
     lines = _packages_of_record(path) if path.suffix == ".json" else read_text(path).splitlines()
     found = dict(pin for pin in map(_pinned, lines) if pin)
     if not found: raise InputError(f"{path} names no package with its version (name==version)")

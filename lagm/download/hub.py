@@ -104,7 +104,7 @@ def _hub_name(name: str) -> str:
     if re.fullmatch(f"{part}/{part}", name) and ".." not in name: return name
     raise InputError(f"{printable(name)!r} is neither a folder here nor a name on a hub, such as somebody/faces")
 
-
+# %% ../../nbs/reference/download/19_hub.ipynb #cc76e678
 def from_pretrained(
     source: str | Path,  # a folder, a safetensors file, or a name on a hub, such as somebody/faces
     revision: str | None = None,  # of a hub: a branch, tag or commit; None: the newest

@@ -137,7 +137,7 @@ def _dragged(left: np.ndarray, right: np.ndarray, names: Sequence[str], split: f
 
 def _there(name: str) -> bool: return importlib.util.find_spec(name) is not None
 
-
+# %% ../../nbs/reference/evaluation/77_compare.ipynb #023c7eb7
 def compare(
     segmenter: str | Path | nn.Module,  # a file as for `lagm predict`, or a network
     image: str | Path | Image.Image | np.ndarray | Tensor,  # as for `as_picture`

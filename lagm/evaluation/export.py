@@ -214,8 +214,8 @@ def _limits(n_classes: int, report: dict[str, Any] | None) -> list[str]:
     """What nobody should expect."""
     measured = "" if report else "- nothing was measured: look at predictions before you rely on them\n"
     return ["", "## Limits", "", f"{measured}- it gives each pixel one of its {n_classes} classes, on any picture: "
-            "what is none of them gets one, too\n- on pictures of another kind than those it learnt from it may be wrong "
-            "everywhere"]
+            "what is none of them gets one, too\n- on pictures of another kind than those it learnt from it may be "
+            "wrong everywhere"]
 
 # %% ../../nbs/reference/evaluation/76_export.ipynb #119cb77d
 def write_model_card(

@@ -165,7 +165,7 @@ def read_generator(
         else: network, header = _read_other(path, data, avg_latent, progress)
     return of_class(network, header, label, path)
 
-
+# %% ../../nbs/reference/generators/26_load.ipynb #88581ab3
 def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
     """A generator in a safetensors file."""
     if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")

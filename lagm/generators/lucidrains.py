@@ -260,6 +260,15 @@ def check_arguments(
     if not listed or not isinstance(no_const, bool):
         raise InputError("attention must be a list of numbers of blocks, and no_const true or false")
 
+
+def _known_arguments(kwargs: dict) -> dict[str, Any]:
+    """A header's arguments. `InputError` on those that are not known."""
+    known = {"widths", "z_dim", "mapping_layers", "mapping_lr", "attention", "no_const"}
+    if unknown := sorted(str(name) for name in kwargs.keys() - known):
+        raise InputError(f"unknown generator argument(s): {printable(', '.join(unknown[:5]), 200)}")
+    if "widths" not in kwargs: raise InputError("the generator's arguments lack widths")
+    return kwargs
+
 # %% ../../nbs/reference/generators/23_lucidrains.ipynb #38a4ccc1
 class LucidrainsGAN(StyleGenerator):
     """The generator of lucidrains' stylegan2-pytorch, `z (B, z_dim) -> Generated(image, features)`.
@@ -328,8 +337,4 @@ class LucidrainsGAN(StyleGenerator):
         kwargs
             as `init_kwargs` gave them
         """
-        known = {"widths", "z_dim", "mapping_layers", "mapping_lr", "attention", "no_const"}
-        if unknown := sorted(str(name) for name in kwargs.keys() - known):
-            raise InputError(f"unknown generator argument(s): {printable(', '.join(unknown[:5]), 200)}")
-        if "widths" not in kwargs: raise InputError("the generator's arguments lack widths")
-        return cls(**kwargs)
+        return cls(**_known_arguments(kwargs))

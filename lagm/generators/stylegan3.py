@@ -326,10 +326,6 @@ class StyleGAN3Synthesis(nn.Module):
         return Generated(x.float() * self.output_scale, features)
 
 # %% ../../nbs/reference/generators/23_stylegan3.ipynb #655959b0
-_UNUSED = {"": {"num_fp16_res", "magnitude_ema_beta"}, "mapping_kwargs": {"w_avg_beta", "freeze_layers", "freeze_embed"}}
-_MAPPING = {"num_layers": "mapping_layers", "lr_multiplier": "mapping_lr"}
-
-
 class StyleGAN3(StyleGenerator):
     """The StyleGAN3 generator (Karras et al., 2021), `z (B, z_dim) -> Generated(image, features)`.
 
@@ -394,6 +390,11 @@ class StyleGAN3(StyleGenerator):
         return cls(**_flat_arguments(kwargs))
 
 # %% ../../nbs/reference/generators/23_stylegan3.ipynb #56874c34
+_UNUSED = {"": {"num_fp16_res", "magnitude_ema_beta"},
+           "mapping_kwargs": {"w_avg_beta", "freeze_layers", "freeze_embed"}}  # of released checkpoints
+_MAPPING = {"num_layers": "mapping_layers", "lr_multiplier": "mapping_lr"}
+
+
 def _flat_arguments(
     kwargs: Dict[str, Any],  # as a released checkpoint names them
 ) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _check_counts(
     raise InputError(f"{kind} needs at least one feature map, and every count must be 1 or more; got "
                      f"feature_channels={list(feature_channels)}, {said}")
 
-
+# %% ../../nbs/reference/models/41_annotators.ipynb #75d28055
 class MLPAnnotator(nn.Module):
     """A perceptron that reads the features of each pixel by itself (DatasetGAN, CVPR 2021, section 3).
 

@@ -376,8 +376,8 @@ def _step(run: _Run) -> dict[str, float]:
 def _course(run: _Run, measure: Likeness, progress: bool) -> None:
     """Train to the end, or until it no longer improves; `KeyboardInterrupt` after the state is saved."""
     trainer, every = run.trainer, run.settings.every
-    with (_Interrupt() as interrupt, progress_bar(total=trainer.recipe.images, initial=trainer.seen, unit="img", mininterval=5,
-                                          disable=not progress) as bar):
+    told = dict(total=trainer.recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
+    with _Interrupt() as interrupt, progress_bar(**told) as bar:
         while not trainer.finished and not _stalled(run):
             before, losses = trainer.seen, _step(run)
             bar.update(trainer.seen - before)
