@@ -164,7 +164,7 @@ class _LabelMe(LabelWriter):
 
     def close(self) -> None: write_classes(self.out, self.labels)
 
-
+# %% ../../nbs/reference/data/15_writers.ipynb #5b96b505
 class _Yolo(LabelWriter):
     """images/, labels/NAME.txt and data.yaml; numbers count from the first class after the background."""
 

@@ -361,7 +361,7 @@ def value_range(
     raise InputError(f"the module's pictures go from {low:.4g} to {high:.4g}, which is none of [-1, 1], [0, 1] and "
                      "0 to 255; say what black and white are: values=(low, high)")
 
-
+# %% ../../nbs/reference/generators/28_adapt.ipynb #3d4ef78d
 def _to_kit(
     images: Tensor,  # (n, C, H, W), as the module gives them
     values: tuple[float, float],  # what black and white are

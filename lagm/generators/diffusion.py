@@ -150,7 +150,7 @@ def decoder_blocks(
             found.append(attentions[i] if i < len(attentions) and attentions[i] is not None else resnet)
     return found
 
-
+# %% ../../nbs/reference/generators/27_diffusion.ipynb #6be4a8e9
 class _Listener:
     """Keeps what some modules say, while it is entered."""
 

@@ -31,7 +31,7 @@ class _ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight * self.factor, self.bias * self.factor)
 
-
+# %% ../../nbs/reference/generators/23_lucidrains.ipynb #cfd82d57
 class LucidrainsMapping(nn.Module):
     """The style vectoriser, `z (B, z_dim) -> w (B, z_dim)`."""
 

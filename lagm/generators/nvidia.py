@@ -103,7 +103,7 @@ def _kernel(array: LazyArray, flip: bool = False) -> Weight:
     )
     return from_tensor(array, turn, (outputs, inputs, height, width))
 
-
+# %% ../../nbs/reference/generators/26_nvidia.ipynb #bb5357e2
 def _transposed(array: LazyArray) -> Weight:
     """A matrix (in, out) as (out, in)."""
     return from_tensor(array, lambda t: t.t().contiguous(), array.shape[::-1])

@@ -112,7 +112,7 @@ def modules_of(
     if isinstance(generator, nn.Module): return [generator]
     return [value for value in getattr(generator, "__dict__", {}).values() if isinstance(value, nn.Module)]
 
-
+# %% ../../nbs/reference/generators/28_protocol.ipynb #21a31572
 def _check_mode(
     generator: Any,  # anything that has networks
     what: str = "the generator",  # how the message begins

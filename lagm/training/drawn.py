@@ -151,7 +151,7 @@ def read_latents(
         raise InputError(f"{path} is damaged, or no file of lagm generate; draw the pictures again")
     return z, facts
 
-
+# %% ../../nbs/reference/training/61_drawn.ipynb #dd4379de
 class Redrawn:
     """A generator as it was when it drew pictures to label: its sampling is that of the latents' file."""
 

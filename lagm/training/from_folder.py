@@ -372,7 +372,7 @@ def _step(run: _Run) -> dict[str, float]:
     raise FloatingPointError(f"a loss is not finite after {run.trainer.seen} pictures{kept}: begin anew (--fresh) with "
                              "another seed, or with --precision float32")
 
-
+# %% ../../nbs/reference/training/70_from_folder.ipynb #df8d9693
 def _course(run: _Run, measure: Likeness, progress: bool) -> None:
     """Train to the end, or until it no longer improves; `KeyboardInterrupt` after the state is saved."""
     trainer, every = run.trainer, run.settings.every

@@ -153,7 +153,7 @@ class _Trial:
     error: float  # relative difference to differentiating twice
     matched: float  # share of the numbers that are matched unless something else is said
 
-
+# %% ../../nbs/reference/training/69_networks.ipynb #b2cb8755
 def _try_network(
     name: str,  # of a segmenter
     seed: int = 0,  # of its weights
