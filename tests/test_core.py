@@ -102,7 +102,8 @@ def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
 def test_where_tensors_lie_does_not_hang_on_the_header(tmp_path):
     """A network computes other last bits with weights that begin elsewhere than torch puts its own."""
     for extra in range(0, 64, 8):
-        save_tensors(tmp_path / "a.safetensors", {"a": torch.arange(5.0), "b": torch.arange(3.0)}, {"note": "x" * extra})
+        tensors = {"a": torch.arange(5.0), "b": torch.arange(3.0)}
+        save_tensors(tmp_path / "a.safetensors", tensors, {"note": "x" * extra})
         found, _ = load_tensors(tmp_path / "a.safetensors")
         assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
 

@@ -12,7 +12,7 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.experiments.catalogue import Run, missing_inputs
 from lagm.experiments.notebooks import experiment_folder, find_experiment
-from lagm.generators.diffusers_folder import OLD_NAMES, describe_diffusers, is_diffusers
+from lagm.generators.diffusers_folder import _OLD_NAMES, describe_diffusers, is_diffusers
 from lagm.generators.diffusion import (
     Diffusing,
     DiffusionGenerator,
@@ -188,7 +188,7 @@ def test_old_names_of_attention(tmp_path):
     path = tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors"
     z, new = torch.randn(1, 768), load_file(path)
     before = load_generator(tmp_path / "p", diffusion=dict(steps=2, times=[5]))(z).image
-    for old, today in OLD_NAMES.items():
+    for old, today in _OLD_NAMES.items():
         new = {name.replace(today, old): value for name, value in new.items()}
     assert any(".query." in name for name in new)
     save_file(new, path, {"format": "pt"})

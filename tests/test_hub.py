@@ -13,7 +13,7 @@ import yaml
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_segmenter
 
 from lagm.core.errors import InputError
-from lagm.download.hub import CARD, WEIGHTS, from_pretrained, push_to_hub, save_pretrained
+from lagm.download.hub import _CARD, _WEIGHTS, from_pretrained, push_to_hub, save_pretrained
 from lagm.evaluation.export import card_header
 from lagm.evaluation.record import evaluation_report
 from lagm.models.saved import load_segmenter, save_networks, save_segmenter
@@ -23,7 +23,7 @@ TOKEN = "hf_" + "q" * 34
 
 
 def header_of(folder):
-    first, text, _ = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
+    first, text, _ = (folder / _CARD).read_text(encoding="utf-8").split("---\n", 2)
     assert first == ""
     return yaml.safe_load(text)
 
@@ -41,7 +41,7 @@ def test_a_folder_and_back(tmp_path):
     known = header_of(tmp_path / "f")
     assert known == {"library_name": "lagm", "pipeline_tag": "image-segmentation",
                      "tags": ["part-segmentation", "semantic-segmentation"]}  # no licence, no data, no numbers made up
-    text = (tmp_path / "f" / CARD).read_text()
+    text = (tmp_path / "f" / _CARD).read_text()
     assert "not said yet" in text and "nothing was measured" in text and all(name in text for name in LABELS.classes)
 
 
@@ -54,8 +54,8 @@ def test_the_card_says_what_the_record_says_and_no_names(tmp_path):
     report = evaluation_report(torch.randint(0, 3, (4, 16, 16), generator=g), masks, LABELS.classes)
     folder = save_pretrained(tmp_path / "f", tmp_path / "s.safetensors", licence="CC BY-SA 4.0", datasets=["me/faces"],
                              tags=["faces"], report=report, tested_on="4 random pictures")
-    assert (folder / WEIGHTS).read_bytes() == (tmp_path / "s.safetensors").read_bytes()
-    text, known = (folder / CARD).read_text(), header_of(folder)
+    assert (folder / _WEIGHTS).read_bytes() == (tmp_path / "s.safetensors").read_bytes()
+    text, known = (folder / _CARD).read_text(), header_of(folder)
     assert "2 labelled pictures" in text and "1,234 steps" in text and "recipe: fast" in text and "Schmidt" not in text
     assert known["license"] == "cc-by-sa-4.0" and known["datasets"] == ["me/faces"] and "faces" in known["tags"]
     (result,) = known["model-index"][0]["results"]
@@ -73,10 +73,10 @@ def test_results_of_a_run_lose_the_annotator_and_keep_the_record(tmp_path):
     network = tiny_segmenter()
     save_networks(tmp_path / "r.safetensors", annotator, network, labels=LABELS, size=(16, 16), learnt_from=["a"])
     folder = save_pretrained(tmp_path / "f", tmp_path / "r.safetensors")
-    found, header = load_segmenter(folder / WEIGHTS)
+    found, header = load_segmenter(folder / _WEIGHTS)
     assert same(found, network) and header["kind"] == "segmenter" and header["learnt_from"] == ["a"]
-    save_pretrained(folder, folder / WEIGHTS, title="Again")
-    assert "# Again" in (folder / CARD).read_text() and same(from_pretrained(folder)[0], network)
+    save_pretrained(folder, folder / _WEIGHTS, title="Again")
+    assert "# Again" in (folder / _CARD).read_text() and same(from_pretrained(folder)[0], network)
 
 
 class Trap:
@@ -87,7 +87,7 @@ class Trap:
 def test_nothing_but_safetensors_is_read(tmp_path, content, monkeypatch):
     monkeypatch.setattr("pickle.loads", lambda *_: pytest.fail("opened"))
     monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("opened"))
-    (tmp_path / WEIGHTS).write_bytes(content)
+    (tmp_path / _WEIGHTS).write_bytes(content)
     with pytest.raises(InputError): from_pretrained(tmp_path)
 
 
@@ -156,10 +156,10 @@ def test_to_a_hub_and_back(hub, tmp_path, capsys):
     (folder / "notes of the patients.txt").write_text("secret")
     said = push_to_hub(folder, "me/faces", endpoint=hub)
     assert said.startswith(f"{hub}/me/faces/commit/")
-    assert set(Hub.files) == {WEIGHTS, CARD} and Hub.files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert set(Hub.files) == {_WEIGHTS, _CARD} and Hub.files[_WEIGHTS] == (folder / _WEIGHTS).read_bytes()
     again, labels, size, policy = from_pretrained("me/faces", endpoint=hub, cache=tmp_path / "cache")
     assert same(again, network) and labels == LABELS and (size, policy) == ((16, 16), "fit")
-    Hub.files[WEIGHTS] = pickle.dumps(Trap())
+    Hub.files[_WEIGHTS] = pickle.dumps(Trap())
     with pytest.raises(InputError): from_pretrained("me/faces", endpoint=hub, cache=tmp_path / "other")
     told = capsys.readouterr()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -175,8 +175,8 @@ def test_what_a_hub_refuses(hub, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="would not make me/faces: it does not know you: log in") as caught:
         push_to_hub(folder, "me/faces", endpoint=hub)
     assert TOKEN[:-1] not in str(caught.value) and caught.value.__cause__ is None
-    (folder / CARD).unlink()
-    with pytest.raises(InputError, match=f"there is no {CARD}"): push_to_hub(folder, "me/faces", endpoint=hub)
+    (folder / _CARD).unlink()
+    with pytest.raises(InputError, match=f"there is no {_CARD}"): push_to_hub(folder, "me/faces", endpoint=hub)
     assert not Hub.files
 
 

@@ -25,11 +25,11 @@ from lagm.matching.gradients import log_probabilities
 from lagm.matching.tangents import record
 from lagm.models import libraries
 from lagm.models.annotators import build_annotator
-from lagm.models.libraries import LibrarySegmenter, TorchvisionSegmenter, unused_parameters
+from lagm.models.libraries import LibrarySegmenter, TorchvisionSegmenter, _unused_parameters
 from lagm.models.saved import load_segmenter, read_networks, save_segmenter
 from lagm.models.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
 from lagm.training.lagm import estimate_lagm
-from lagm.training.networks import COMMON, network_lines, tangent_error, tangent_problem
+from lagm.training.networks import _COMMON, network_lines, tangent_error, tangent_problem
 from lagm.training.recipe import get_recipe
 
 SMALL = {"torchvision": "torchvision:lraspp_mobilenet_v3_large", "smp": "smp:Unet:tu-mobilenetv3_small_050"}
@@ -64,7 +64,7 @@ def test_sides_normalisation_and_gradients(small):
     network, images = build_segmenter(small, 4).eval(), torch.rand(2, 3, 70, 45) * 2 - 1
     logits = network(images)
     assert logits.shape == (2, 4, 70, 45)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (libraries.MEAN, libraries.STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (libraries._MEAN, libraries._STD))
     ready = ((images + 1) / 2 - mean) / std
     below, right = (-side % network.multiple for side in images.shape[-2:])
     ready = F.pad(ready, (0, right, 0, below), mode="replicate")
@@ -77,7 +77,7 @@ def test_sides_normalisation_and_gradients(small):
 def test_unused_parameters_rest(smp):
     network = build_segmenter("smp:PSPNet:resnet18", 3)
     names = {name for name, p in network.named_parameters() if not p.requires_grad}
-    assert names == {f"main_net.{name}" for name in unused_parameters(network.main_net)}
+    assert names == {f"main_net.{name}" for name in _unused_parameters(network.main_net)}
     assert names and all(".layer3." in name or ".layer4." in name for name in names)
     network.requires_grad_(False).requires_grad_(True).train()
     network(torch.randn(2, 3, 32, 32)).sum().backward()
@@ -223,7 +223,7 @@ def test_a_header_is_not_believed(smp, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("name", _COMMON)
 def test_common_networks_run_on_tangents(name):
     if name.startswith("smp"): pytest.importorskip("segmentation_models_pytorch")
     network = build_segmenter(name, 3).to(memory_format=torch.channels_last)

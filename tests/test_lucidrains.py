@@ -17,7 +17,7 @@ from lagm.core.errors import InputError
 from lagm.core.seeds import random_generator
 from lagm.generators.contract import Sampling
 from lagm.generators.load import load_generator
-from lagm.generators.lucidrains import LucidrainsGAN, noise_picture
+from lagm.generators.lucidrains import LucidrainsGAN, _noise_picture
 from lagm.generators.weights import save_generator
 from lagm.models.convert import convert, inspect
 
@@ -46,7 +46,7 @@ def test_the_programs_pictures_and_maps(tmp_path, case):
     assert relative_error(G.network.mapping(tensors["z"]), tensors["w"]) < 1e-6
     network = G.network.synthesis
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lagm.generators.lucidrains.noise_picture", lambda *claims, **more: noise)
+        patch.setattr("lagm.generators.lucidrains._noise_picture", lambda *claims, **more: noise)
         mixed, image = network(tensors["ws"]).image, G(tensors["z"])
     assert relative_error(mixed, 2 * tensors["mixed"] - 1) < 1e-5
     assert relative_error(image.image, 2 * tensors["image"] - 1) < 1e-5
@@ -99,12 +99,12 @@ def test_the_config_beside_the_file_tells_the_mapping_factor(tmp_path, recwarn):
 def test_noise_modes():
     device = torch.device("cpu")
     rngs = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    first, same, other = (noise_picture("random", 2, 8, device, rng) for rng in rngs)
+    first, same, other = (_noise_picture("random", 2, 8, device, rng) for rng in rngs)
     assert torch.equal(first, same) and not torch.equal(first, other) and 0 <= first.min() and first.max() <= 1
-    constant = noise_picture("const", 2, 8, device)
-    assert torch.equal(constant[0], constant[1]) and torch.equal(constant, noise_picture("const", 2, 8, device))
+    constant = _noise_picture("const", 2, 8, device)
+    assert torch.equal(constant[0], constant[1]) and torch.equal(constant, _noise_picture("const", 2, 8, device))
     assert torch.equal(constant[0], torch.rand(8, 8, generator=random_generator(0, "noise picture")))
-    assert noise_picture("none", 1, 4, device).unique().tolist() == [0.5]
+    assert _noise_picture("none", 1, 4, device).unique().tolist() == [0.5]
 
 
 @pytest.mark.parametrize("change, words", [

@@ -19,7 +19,7 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.images import png
 from lagm.data.label_maps import make_labels
-from lagm.labelling.serve import Counter, most_pixels, open_page, respond
+from lagm.labelling.serve import _Counter, _most_pixels, open_page, respond
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 
@@ -57,7 +57,7 @@ def counter(files):
     from lagm.evaluation.prediction import settings_of
 
     segmenter, labels, size, policy = settings_of(files / "s.safetensors")
-    return Counter(segmenter.eval(), labels, size, policy, name="s.safetensors")
+    return _Counter(segmenter.eval(), labels, size, policy, name="s.safetensors")
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_masks_are_those_of_predict_byte_for_byte(files, counter):
 
 
 def test_limits(counter, monkeypatch):
-    assert most_pixels(250, "fit") * 4 * 250 <= 2**30 and most_pixels(2, "native") == 4_000_000
+    assert _most_pixels(250, "fit") * 4 * 250 <= 2**30 and _most_pixels(2, "native") == 4_000_000
     monkeypatch.setattr(counter, "most_pixels", 99)
     with pytest.raises(InputError, match="10 x 10 pixels, more than the 99"):
         counter.label(png(np.zeros((10, 10, 3), np.uint8)))

@@ -284,7 +284,7 @@ def test_the_command_on_a_folder(folder, tmp_path, capsys):
     said, out = capsys.readouterr().out, tmp_path / "photos-generator"
     assert f"next: lagm new PROJECT --images {folder} --classes" in said and "held-out" in said
     made = {path.name for path in out.iterdir()}
-    assert made == set(from_folder.MADE) and len(list((out / "grids").iterdir())) == 2
+    assert made == set(from_folder._MADE) and len(list((out / "grids").iterdir())) == 2
     assert main(["inspect", str(out / "generator.safetensors")]) == 0
     assert "StyleGAN2" in capsys.readouterr().out
     assert main(["new", str(tmp_path / "project"), "--images", str(folder), "--classes", "background,face",

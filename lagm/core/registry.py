@@ -118,8 +118,7 @@ class Registry(_Entries[Entry]):
         if first in self._entries and (special := self._qualify(self._entries[first], rest)): return special
         try: found = self._accept(name, from_package(name))
         except InputError as error:
-            absent = error.__cause__
-            top = first.partition(".")[0]
+            absent, top = error.__cause__, first.partition(".")[0]
             if absent is None and ":" in rest: raise InputError(self._none_such(name)) from error
             if not isinstance(absent, ModuleNotFoundError) or absent.name != top: raise
             raise InputError(f"{self._none_such(name)}; nor is there a package {top!r}") from error

@@ -143,7 +143,7 @@ class _Picture:
     left_out: dict[str, int] = field(default_factory=dict)  # kind of shape -> how many have no area
     job: str = ""  # the file that it is in, if there are several
 
-
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #aa61a508
 def _label(shape: Element) -> str:
     name = class_name(shape.get("label"), f"the label of a {shape.tag}")
     return "background" if name.lower() == "background" else name
@@ -174,7 +174,7 @@ def _listed(root: Element) -> dict[str, str]:
         found["background" if name.lower() == "background" else name] = label.findtext("color") or ""
     return found
 
-
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #22aae2ef
 def _label_set(listed: Mapping[str, str], used: Sequence[str], what: str) -> LabelSet:
     """The classes: those of the list, then those that only shapes name; `InputError` if there are too many."""
     names = [name for name in dict.fromkeys([*listed, *used]) if name not in ("background", *IGNORED)]
@@ -209,7 +209,7 @@ def holds_xml(
     except (zipfile.BadZipFile, NotImplementedError, ValueError): return False
     return any(name.lower().endswith(".xml") and "/" not in name for name in names)
 
-
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #b32930ea
 @contextlib.contextmanager
 def _opened(export: Path, beside: Path) -> Iterator[tuple[list[Path], Path, dict[str, str]]]:
     """The XML files of an export, the folder they lie in, and what of its archive could not be unpacked."""
@@ -231,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, str], list[_Picture]]:
         raise InputError(f"{path.name} is of a video; export the task as 'CVAT for images 1.1', not 'for video'")
     return _listed(root), [_picture(image) for image in root.iterfind("image")]
 
-
+# %% ../../nbs/reference/data/15_cvat_images.ipynb #7fefe109
 def _drawn(picture: _Picture, values: Mapping[str, int], size: tuple[int, int]) -> np.ndarray:
     """The shapes of a picture painted one over the other, (H, W); `InputError` names the shape that cannot be."""
     width, height = (_whole(side, f"its {name}", 10**6) for side, name in zip(picture.size, ("width", "height")))

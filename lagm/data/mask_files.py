@@ -51,7 +51,7 @@ def _meant(
     short = re.sub(f"{_WORDS}$", "", own, flags=re.I)
     return next((stem for stem in (own, short) if stem in stems and stems[stem] != path), None)
 
-
+# %% ../../nbs/reference/data/15_mask_files.ipynb #7ea39e90
 def masks_beside(
     folder: str | Path,  # of pictures and masks
     paths: Sequence[Path] | None = None,  # files in it to look at; None: all

@@ -24,8 +24,33 @@ from .label_maps import distinct_colours, write_classes
 from .labels import LabelSet
 from .outlines import outlines
 
+# %% ../../nbs/reference/data/15_writers.ipynb #15a00001
+class _Folder:
+    """A folder for one labelling program, and what goes into it in every layout.
+
+    Attributes
+    ----------
+    out
+        the folder to write into
+    tolerance
+        of polygons, in pixels
+    """
+
+    out: Path  # the folder to write into
+    labels: LabelSet
+    tolerance: float  # of polygons, in pixels
+
+    def copy(self, path: Path, target: str) -> None:
+        """Put a copy of the picture at `path` to `target` in the folder."""
+        with atomic_path(self.out / target) as temporary: shutil.copyfile(path, temporary)
+
+    def polygons(self, mask: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """The parts of a `mask` as class and corners (n, 2), in pixels."""
+        shown = [number for number in np.unique(mask).tolist() if 0 < number < self.labels.n_classes]
+        return [(number, polygon) for number in shown for polygon in outlines(mask == number, self.tolerance)]
+
 # %% ../../nbs/reference/data/15_writers.ipynb #00b791f2
-class LabelWriter:
+class LabelWriter(_Folder):
     """Writes masks in the layout of one labelling program. `InputError` if a picture or a name cannot be written.
 
     Parameters
@@ -80,15 +105,6 @@ class LabelWriter:
 
     def close(self) -> None:
         """Write what belongs to all pictures."""
-
-    def copy(self, path: Path, target: str) -> None:
-        """Put a copy of the picture at `path` to `target` in the folder."""
-        with atomic_path(self.out / target) as temporary: shutil.copyfile(path, temporary)
-
-    def polygons(self, mask: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """The parts of a `mask` as class and corners (n, 2), in pixels."""
-        shown = [number for number in np.unique(mask).tolist() if 0 < number < self.labels.n_classes]
-        return [(number, polygon) for number in shown for polygon in outlines(mask == number, self.tolerance)]
 
     def __enter__(self) -> "LabelWriter": return self
 
@@ -148,7 +164,7 @@ class _LabelMe(LabelWriter):
 
     def close(self) -> None: write_classes(self.out, self.labels)
 
-
+# %% ../../nbs/reference/data/15_writers.ipynb #5b96b505
 class _Yolo(LabelWriter):
     """images/, labels/NAME.txt and data.yaml; numbers count from the first class after the background."""
 

@@ -49,7 +49,7 @@ def as_picture(
     raise InputError(f"a {type(image).__name__} of the shape {tuple(getattr(image, 'shape', ()))} is no picture; give "
                      "a file, a PIL picture, an array (H, W, 3) of bytes, or a tensor (3, H, W) in [-1, 1]")
 
-
+# %% ../../nbs/reference/evaluation/77_compare.ipynb #dd91e010
 def _parts(segmenter: str | Path | nn.Module, picture: Image.Image, labels: LabelSet | None,
            size: tuple[int, int] | None, policy: str | None) -> tuple[np.ndarray, LabelSet, str]:
     """The mask of a picture, what it means, and what to call the segmenter."""
@@ -137,7 +137,7 @@ def _dragged(left: np.ndarray, right: np.ndarray, names: Sequence[str], split: f
 
 def _there(name: str) -> bool: return importlib.util.find_spec(name) is not None
 
-
+# %% ../../nbs/reference/evaluation/77_compare.ipynb #023c7eb7
 def compare(
     segmenter: str | Path | nn.Module,  # a file as for `lagm predict`, or a network
     image: str | Path | Image.Image | np.ndarray | Tensor,  # as for `as_picture`

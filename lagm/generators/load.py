@@ -115,6 +115,34 @@ def _read_mean(path: str | Path, network: nn.Module, avg_latent: str | Path) -> 
     mean = torch.from_numpy(arrays[0]).float()
     return mean[0] if mean.shape[0] == 1 else mean
 
+# %% ../../nbs/reference/generators/26_load.ipynb #88581ab3
+def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator in a safetensors file."""
+    if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")
+    with contextlib.suppress(InputError):  # an unreadable one is named below
+        names, header = describe_tensors(path)
+        if not header: name_other(list(names))
+    if facts := adapted_facts(path): raise InputError(how_to_open(path, facts))
+    tensors, header = read_safetensors(path)
+    return network_from_tensors(path, tensors, header), header
+
+
+def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | None, progress: bool
+                ) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator of another program."""
+    found = generator_in(path, data)
+    if avg_latent is not None and not found.mean and not found.takes_mean:
+        raise InputError(f"{path} has its own mean style: leave avg_latent out")
+    said = found.beside(Path(path)) if found.beside else {}
+    fill_network(path, found.network, found.weights, data, progress)
+    origin = set_mean_style(path, found, avg_latent)
+    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin, **said)
+    if not found.noise:
+        facts["constant_noise"] = "drawn from a fixed seed"
+        warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, "
+                      "which matters for noise='const' only", stacklevel=4)
+    return found.network, generator_header(found.network, facts)
+
 # %% ../../nbs/reference/generators/26_load.ipynb #26e00001
 def read_safetensors(
     path: str | Path,  # the file
@@ -164,34 +192,6 @@ def read_generator(
         if ours: network, header = _read_ours(path, avg_latent)
         else: network, header = _read_other(path, data, avg_latent, progress)
     return of_class(network, header, label, path)
-
-
-def _read_ours(path: str | Path, avg_latent: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A generator in a safetensors file."""
-    if avg_latent is not None: raise InputError(f"{path} has its own mean style: leave avg_latent out")
-    with contextlib.suppress(InputError):  # an unreadable one is named below
-        names, header = describe_tensors(path)
-        if not header: name_other(list(names))
-    if facts := adapted_facts(path): raise InputError(how_to_open(path, facts))
-    tensors, header = read_safetensors(path)
-    return network_from_tensors(path, tensors, header), header
-
-
-def _read_other(path: str | Path, data: memoryview, avg_latent: str | Path | None, progress: bool
-                ) -> tuple[nn.Module, dict[str, Any]]:
-    """A generator of another program."""
-    found = generator_in(path, data)
-    if avg_latent is not None and not found.mean and not found.takes_mean:
-        raise InputError(f"{path} has its own mean style: leave avg_latent out")
-    said = found.beside(Path(path)) if found.beside else {}
-    fill_network(path, found.network, found.weights, data, progress)
-    origin = set_mean_style(path, found, avg_latent)
-    facts = dict(source=Path(path).name, format=found.kind, bytes=len(data), mean_style=origin, **said)
-    if not found.noise:
-        facts["constant_noise"] = "drawn from a fixed seed"
-        warnings.warn(f"{path} lacks the constant noise that newer files have: it was drawn from a fixed seed, "
-                      "which matters for noise='const' only", stacklevel=4)
-    return found.network, generator_header(found.network, facts)
 
 # %% ../../nbs/reference/generators/26_load.ipynb #b9199272
 def kit_generators() -> dict[str, Path]:  # name -> file

@@ -545,7 +545,7 @@ def run_file(
     content = settings_text(settings).encode() + data_digest(images, masks).encode()
     return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
 
-
+# %% ../../nbs/reference/labelling/85_project.ipynb #cfbaf2ee
 def run_project(
     folder: str | Path,  # of the project
     folds: int = 0,  # cross-validation with so many folds; 0: none

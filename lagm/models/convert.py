@@ -159,7 +159,7 @@ def _adapted(path: str | Path, said: dict[str, Any]) -> dict[str, Any]:
     about = {"file": Path(path).name, "bytes": Path(path).stat().st_size, "sha256": checksum(path)}
     return about | said | {"to open it": how_to_open(path, said), "licence": UNKNOWN_LICENCE}
 
-
+# %% ../../nbs/reference/models/27_convert.ipynb #84476137
 LONGEST_LINE = 2000  # characters
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'descend', 'read_kept', 'keep', 'Inverted', 'invert', 'invert_labelled', 'HandsOff', 'learn_pixels',
-           'train_handsoff', 'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'descend', 'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff',
+           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -415,7 +415,7 @@ def invert(
     return _drawn(space, v, losses, plan.batch)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a61d0002
-def invert_labelled(
+def _invert_labelled(
     generator: FrozenGenerator,  # with a StyleGAN1 or StyleGAN2 inside, unless all pictures are drawn ones
     images: Tensor,  # (n, 3, H, W) in [-1, 1]; to be inverted
     masks: Tensor,  # (n, H, W) class indices, 255 = ignored
@@ -583,7 +583,7 @@ def train_handsoff(
     check_options(options, recipe, train_handsoff)
     check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
-    inverted, known = invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
+    inverted, known = _invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
     images, masks = joined(images, masks, drawn, recipe.wide_crop)
     ensemble = learn_pixels(inverted, known, segmenter.n_classes, setting, device=device, **shared)
     return train_on_pairs(segmenter, generator, ensemble, images, masks, setting, recipe, seed=seed, device=device,
@@ -766,7 +766,7 @@ def train_prototypes(
     check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
     device = choose_device(device)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
-    inverted, known = invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
+    inverted, known = _invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
     images, masks = joined(images, masks, drawn, recipe.wide_crop)
     annotator = prototypes_of(inverted.features, known, segmenter.n_classes, setting.layers(generator),
                               setting.temperature)
