@@ -122,6 +122,18 @@ def test_folder_mistakes(pictures, tmp_path):
     with pytest.raises(InputError, match="needs the size"): place(picture(4, 4), "stretch")
 
 
+@pytest.mark.parametrize("mark", ["project.yaml", "classes.txt"])
+@pytest.mark.parametrize("form", ["masks", "coco"])
+def test_painted_masks_are_not_overwritten(pictures, tmp_path, mark, form):
+    folder = tmp_path / "project"
+    (folder / "masks").mkdir(parents=True)
+    (folder / mark).write_text("")
+    (folder / "masks" / "a.png").write_bytes(b"painted")
+    with pytest.raises(InputError, match="choose another place"):
+        predict_folder(Red(), pictures, folder, LABELS, (8, 8), form=form, progress=False)
+    assert (folder / "masks" / "a.png").read_bytes() == b"painted"
+
+
 def test_on_the_command_line(pictures, tmp_path):
     save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS, (16, 16))
     done = lagm("predict", tmp_path / "s.safetensors", pictures, "-o", tmp_path / "out", "--device", "cpu")

@@ -312,7 +312,10 @@ def _writer(form: str, out: Path, labels: LabelSet, tolerance: float) -> LabelWr
 
 
 def _check_output(out: Path, folder: Path, read: set[str]) -> None:
-    """`InputError` if the output lies in a folder that is read."""
+    """`InputError` if the output lies in a folder that is read, or would overwrite masks that a person painted."""
+    if (out / "project.yaml").is_file() or (out / "classes.txt").is_file() and (out / "masks").is_dir():
+        raise InputError(f"{out} holds pictures with labels of their own, which would be overwritten: choose another "
+                         "place")
     if not any(str(place) in read for place in (out.resolve(), *out.resolve().parents)): return
     raise InputError(f"{out} lies in the folder of the pictures, {folder}; the masks would be taken for pictures: "
                      "choose another place")
