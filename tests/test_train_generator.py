@@ -18,7 +18,7 @@ from lagm.evaluation.likeness import Likeness, frechet_distance, nearest, precis
 from lagm.generators.ada import AdaptiveRecipe, AdaptiveTrainer, augment, random_colours, random_geometry
 from lagm.generators.load import load_generator
 from lagm.labelling.project import Settings, new_project, read_settings
-from lagm.labelling.train_command import name_generator
+from lagm.labelling.train_command import _name_generator
 from lagm.training import from_folder
 from lagm.training.from_folder import GeneratorSettings, estimate_generator, train_generator
 
@@ -309,7 +309,7 @@ def test_the_command_on_a_project(folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["g.safetensors", "it's a #1: é.pt"])
 def test_the_generator_of_a_project_is_replaced_however_it_was_written(tmp_path, text, name):
     (tmp_path / "project.yaml").write_text(text, encoding="utf-8")
-    name_generator(tmp_path, name)
+    _name_generator(tmp_path, name)
     settings = read_settings(tmp_path)
     assert settings.generator == name and settings.steps == (5 if "steps" in text else 1000)
     assert "# mine" in (tmp_path / "project.yaml").read_text(encoding="utf-8")
