@@ -7,9 +7,9 @@ is first used.
 # %% auto #0
 __version__ = "0.1.0"
 __all__ = ['Avatars', 'DeepLabV3', 'FPNAnnotator', 'Folder', 'FrozenGenerator', 'InputError', 'LabelSet', 'Recipe',
-           'Sampling', 'UNet', 'build_segmenter', 'choose_labelled', 'distance', 'evaluate', 'get_recipe',
-           'load_generator', 'load_segmenter', 'match_forward_mode', 'open_dataset', 'predict_folder', 'save_segmenter',
-           'stack', 'train_downstream', 'train_lagm', 'train_supervised']
+           'Sampling', 'UNet', 'adapt', 'build_segmenter', 'choose_labelled', 'compare', 'distance', 'evaluate',
+           'get_recipe', 'load_generator', 'load_segmenter', 'match_forward_mode', 'open_dataset', 'predict_folder',
+           'save_segmenter', 'stack', 'train_downstream', 'train_generator', 'train_lagm', 'train_supervised']
 
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from lagm.data.folder import Folder
     from lagm.data.labels import LabelSet
     from lagm.data.registry import open_dataset
+    from lagm.evaluation.compare import compare
     from lagm.evaluation.metrics import evaluate
     from lagm.evaluation.prediction import predict_folder
+    from lagm.generators.adapt import adapt
     from lagm.generators.contract import FrozenGenerator, Sampling
     from lagm.generators.load import load_generator
     from lagm.matching.distances import distance
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lagm.models.saved import load_segmenter, save_segmenter
     from lagm.models.segmenters import UNet, build_segmenter
     from lagm.training.downstream import train_downstream
+    from lagm.training.from_folder import train_generator
     from lagm.training.lagm import train_lagm, train_supervised
     from lagm.training.recipe import Recipe, get_recipe
 
@@ -49,6 +52,7 @@ _PUBLIC = {
     "lagm.data.folder": ["Folder"],
     "lagm.data.registry": ["open_dataset"],
     "lagm.generators.contract": ["FrozenGenerator", "Sampling"],
+    "lagm.generators.adapt": ["adapt"],
     "lagm.generators.load": ["load_generator"],
     "lagm.models.annotator": ["FPNAnnotator"],
     "lagm.models.deeplab": ["DeepLabV3"],
@@ -59,8 +63,10 @@ _PUBLIC = {
     "lagm.training.recipe": ["Recipe", "get_recipe"],
     "lagm.training.lagm": ["train_lagm", "train_supervised"],
     "lagm.training.downstream": ["train_downstream"],
+    "lagm.training.from_folder": ["train_generator"],
     "lagm.evaluation.metrics": ["evaluate"],
     "lagm.evaluation.prediction": ["predict_folder"],
+    "lagm.evaluation.compare": ["compare"],
 }
 
 # %% ../nbs/reference/core/02_public.ipynb #2be445a0
