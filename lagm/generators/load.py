@@ -273,7 +273,7 @@ def from_elsewhere(
     if label is not None and what is not None: what = dataclasses.replace(what, label=cast(Any, label))
     return module_generator(what, sampling, dtype, device, folder)
 
-
+# %% ../../nbs/reference/generators/26_load.ipynb #c95ac9a2
 def load_generator(
     # a file of any format of `FORMATS`, a name of `kit_generators`, package.module:NAME, or a description with module,
     # arguments and weights; None: big-ears
