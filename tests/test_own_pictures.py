@@ -13,6 +13,7 @@ from PIL import Image
 
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
+from lagm.data.folder import save_folder
 from lagm.data.images import read_mask
 from lagm.labelling.album import Album, labelled_shares, save_painted
 from lagm.labelling.project import (
@@ -25,6 +26,7 @@ from lagm.labelling.project import (
     read_settings,
     run_project,
     settings_text,
+    train_project,
 )
 from lagm.labelling.proposals import cluster, clusters_of_features, predictions
 from lagm.labelling.template import write_notebook
@@ -112,6 +114,28 @@ def test_the_project_has_a_notebook_of_its_own(pictures, tmp_path):
     assert len([*(tmp_path / "moved" / "q" / "labelled" / "masks").rglob("*.png")]) == 5
     (tmp_path / "moved" / "q" / "road.ipynb").write_text("mine")
     assert write_notebook(tmp_path / "moved" / "q").read_text() == "mine"
+
+
+def test_a_prepared_folder_becomes_a_project_with_its_masks(tmp_path):
+    """`lagm prepare` writes images/, masks/ and classes.txt: pictures and masks must meet again in the project."""
+    images, masks = stack(Avatars(), range(3))
+    prepared = save_folder(tmp_path / "prepared", ["a", "b"], images[:2], masks[:2], Avatars().labels)
+    save_folder(prepared, ["c"], images[2:], None, Avatars().labels)
+    new_project(tmp_path / "p", prepared, CLASSES, Settings(size=16, steps=1, width=4))
+    assert sorted(path.name for path in (tmp_path / "p" / "images").iterdir()) == ["a.png", "b.png", "c.png"]
+    assert [share > 0 for share in labelled_shares(Album(tmp_path / "p"))] == [True, True, False]
+    assert "next: lagm run" in next_step(tmp_path / "p")
+
+
+def test_few_steps_have_a_short_warm_start(pictures, tmp_path, monkeypatch):
+    """Of 20 steps, 6 of each warm start, not 300; 1,000 steps have the recipe's."""
+    asked = []
+    monkeypatch.setattr("lagm.labelling.project.train_lagm", lambda *a, **k: asked.append(a[5]))
+    for steps in (20, 1000):
+        images, masks = stack(Avatars(), range(2))
+        settings = Settings(size=64, steps=steps, width=4, generator="big-ears")
+        train_project(tmp_path, images, masks, settings, labels=Avatars().labels)
+    assert [(r.warm_segmenter, r.warm_annotator, r.steps) for r in asked] == [(6, 6, 20), (300, 300, 1000)]
 
 
 def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):

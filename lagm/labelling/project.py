@@ -189,6 +189,11 @@ def _copy_pictures(found: Sequence[Path], images: Path, target: Path) -> dict[st
                      + (f": {next(iter(bad.values()))}" if bad else ""))
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #a2c390a0
+def _picture_folder(images: Path) -> Path:
+    """Where the pictures lie: in images/ where the classes stand beside it, as `lagm prepare` writes them."""
+    return images / "images" if (images / "images").is_dir() and (images / "classes.txt").is_file() else images
+
+
 def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
     """Copy what `lagm label` painted in a folder of pictures; `InputError` if it was painted with other classes."""
     if not (images / "masks").is_dir() or not (images / "classes.txt").is_file(): return
@@ -239,7 +244,9 @@ def new_project(
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        if images is not None: bad = _copy_pictures(pictures_in(Path(images))[0], Path(images), half / "images")
+        if images is not None:
+            place = _picture_folder(Path(images))
+            bad = _copy_pictures(pictures_in(place)[0], place, half / "images")
         if generated: draw_for_labelling(_generator(folder, settings), half, generated, settings.seed, "drawn/")
         write_classes(half, labels)
         if images is not None: _take_masks(Path(images), half, labels)
@@ -413,7 +420,8 @@ def train_project(
     """
     entry, device = SEGMENTERS.get(settings.segmenter), choose_device(settings.device)
     matched = {"matched": entry.default_group} if entry.bound else {}
-    recipe = get_recipe("fast", steps=settings.steps, **matched)
+    warm = min(300, max(1, round(0.3 * settings.steps)))  # as long as the recipe's, or in proportion
+    recipe = get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm, **matched)
     n_classes = options["labels"].n_classes
     seed_everything(settings.seed)
     segmenter = settings_network(settings, n_classes)
@@ -633,7 +641,7 @@ def new_command(
     bad = new_project(arguments.project, arguments.images, classes, settings, arguments.generated)
     for why in bad.values(): print(f"left out: {why}")
     print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
-    print(next_step(arguments.project), f"(or open {arguments.project}/road.ipynb)", sep="\n")
+    print(next_step(arguments.project), f"(or open {shlex.quote(arguments.project)}/road.ipynb)", sep="\n")
 
 # %% ../../nbs/reference/labelling/85_project.ipynb #a61d0009
 def generate_command(
@@ -737,7 +745,7 @@ def project_command(
           + (" and a generator" if facts["generator"] else ", without a generator"))
     if folds: print(f"FG-mIoU on pictures left out, {folds} folds: {100 * facts['cross_validation']['fg_miou']:.1f}")
     else:
-        print("no score: every labelled picture was learnt from; for one: lagm run", folder, "--folds",
+        print("no score: every labelled picture was learnt from; for one: lagm run", shlex.quote(str(folder)), "--folds",
               min(5, max(2, len(facts["labelled"]))))
     print(f"look at {Path(folder) / 'results' / 'look.png'}")
     if facts["label_next"]: print("least sure of, so label next:", ", ".join(facts["label_next"]))
