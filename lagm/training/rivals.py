@@ -102,7 +102,7 @@ class Batches:
         seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
-        check_generator(generator, images)
+        if hasattr(generator, "feature_channels"): check_generator(generator, images)  # others draw pictures alone
         recipe, self.parts = state.recipe, state.recipe.parts
         size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
         self._labelled = LabelledBatches(images, masks, count, seed, recipe.augment, state.device)
