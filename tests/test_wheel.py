@@ -38,11 +38,13 @@ def imported(path):
 def test_notebooks_need_only_what_the_package_needs():
     wanted = [Requirement(line) for line in importlib.metadata.requires("lagm")]
     names = {"pillow": "PIL", "pyyaml": "yaml", "ipykernel": "IPython", "lightning-fabric": "lightning_fabric",
-             "dicebear-styles": "dicebear_styles", "resvg-py": "resvg_py"}
+             "dicebear-styles": "dicebear_styles", "resvg-py": "resvg_py",
+             "segmentation-models-pytorch": "segmentation_models_pytorch"}
     # the latter come with ipykernel
     needed = {names.get(item.name, item.name) for item in wanted if not item.marker} | {"IPython", "jupyter_client"}
     extras = {names.get(item.name, item.name)
-              for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders", "paint", "hub", "lab")
+              for extra in ("avatars", "pascal", "fetch", "fabric", "onnx", "watch", "encoders", "paint", "hub", "lab",
+                            "diffusion", "smp")
               for item in wanted
               if item.marker and item.marker.evaluate({"extra": extra})}
     for path in NOTEBOOKS:

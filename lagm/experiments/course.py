@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.files import asset, atomic_path, parse_json, read_text
+from ..core.origins import install_advice
 from ..core.seeds import seed_everything
 from ..data.demo import Avatars, choose_labelled, stack
 from ..evaluation.metrics import evaluate, predict
@@ -348,7 +349,7 @@ def explore(
     explorer = Explorer(draw, ranges, start or {}, stills)
     explorer.still()
     widgets = widgets_of(explorer)
-    if widgets is None: print("no sliders without ipywidgets: pip install 'lagm[lab]'")
+    if widgets is None: print(f"no sliders without ipywidgets: {install_advice('lab')}")
     else: display(widgets)
     return explorer
 
