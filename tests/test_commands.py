@@ -172,7 +172,8 @@ def meant(words, things) -> list[str]:
     known = {"FILE": things / "network.pkl", "SEGMENTER": things / "segmenter.safetensors",
              "FOLDER": things / "pictures", "PICTURES": things / "pictures", "DIR": things / "data" / "VOC2010",
              "VOC2010": things / "data" / "VOC2010"}
-    named = {"show": "quickstart", "run": "quickstart", "doctor": "celeba_30", "fetch": "resnet101", "prepare": "labelme"}
+    named = {"show": "quickstart", "run": "quickstart", "doctor": "celeba_30", "fetch": "resnet101",
+             "prepare": "labelme"}
     example = {"NAME": named.get(words[1] if len(words) > 1 else ""), "key": "seed", "value": "1"}
     known |= {word: things / "segmenter.safetensors" for word in words
               if word.endswith(("segmenter.safetensors", "faces.safetensors"))}

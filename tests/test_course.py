@@ -220,7 +220,7 @@ def test_without_ipywidgets_the_picture_stays(monkeypatch, capsys):
     monkeypatch.setattr(course, "display", shown.append)
     explore(drawing, {"a": 2}, [{}, {"a": 3}], a=(1, 5, 1), b=["up", "down"])
     assert len(shown) == 2 and all(type(one).__name__ == "Image" for one in shown)
-    assert "lagm[lab]" in capsys.readouterr().out
+    assert "ipywidgets" in capsys.readouterr().out
 
 
 def test_as_png_closes_the_figure():

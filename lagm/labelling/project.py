@@ -745,8 +745,8 @@ def project_command(
           + (" and a generator" if facts["generator"] else ", without a generator"))
     if folds: print(f"FG-mIoU on pictures left out, {folds} folds: {100 * facts['cross_validation']['fg_miou']:.1f}")
     else:
-        print("no score: every labelled picture was learnt from; for one: lagm run", shlex.quote(str(folder)), "--folds",
-              min(5, max(2, len(facts["labelled"]))))
+        print("no score: every labelled picture was learnt from; for one: lagm run", shlex.quote(str(folder)),
+              "--folds", min(5, max(2, len(facts["labelled"]))))
     print(f"look at {Path(folder) / 'results' / 'look.png'}")
     if facts["label_next"]: print("least sure of, so label next:", ", ".join(facts["label_next"]))
     print(next_step(folder))
