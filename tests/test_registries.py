@@ -219,7 +219,7 @@ def test_a_format_of_another_package(package):
 def test_a_generator_of_another_package(package):
     generator = load_generator("flagland:Blobs")
     assert generator.feature_channels == [3, 3] and generator(generator.sample_z(2)).image.shape == (2, 3, 16, 16)
-    for name, message in (("flagland:Flags", "called without arguments"), ("flagland:LABELS", "is no generator"),
+    for name, message in (("flagland:Flags", "called without arguments"), ("flagland:LABELS", "was given a LabelSet"),
                           ("flagland:Blob", "did you mean Blobs")):
         with pytest.raises(InputError, match=message): load_generator(name)
 
