@@ -80,15 +80,17 @@ def test_results_of_a_run_lose_the_annotator_and_keep_the_record(tmp_path):
 
 
 class Trap:
-    def __reduce__(self): return (open, ("/tmp/never", "w"))
+    def __reduce__(self): return (open, ("never", "w"))
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(Trap()), b"", b"PK\x03\x04", b"\xff" * 40])
 def test_nothing_but_safetensors_is_read(tmp_path, content, monkeypatch):
     monkeypatch.setattr("pickle.loads", lambda *_: pytest.fail("opened"))
     monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / _WEIGHTS).write_bytes(content)
     with pytest.raises(InputError): from_pretrained(tmp_path)
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a", "a/b/c", "../b", "a/..", "a b/c", "https://x.org/a", "-a/b"])

@@ -59,7 +59,7 @@ def test_annotate_finish_and_evaluate(tmp_path, kind):
 
 @pytest.mark.parametrize("label, words", [(-1, "draws 2 classes: choose one with label="),
                                           (2, "draws 2 classes, 0 to 1"),
-                                          (-2, "0 to 1")])
+                                          (-2, "generator_class is -2: give -1 or more")])
 def test_a_generator_of_several_classes_needs_one(tmp_path, label, words):
     file = official.nvidia_pytorch(tmp_path / "c.pkl", StyleGAN2(16, c_dim=2, **SMALL))
     values = dict(generator=str(file), size=[16, 16], validation="", generator_class=label,
