@@ -72,6 +72,9 @@ def test_the_road_in_a_shell(pictures, tmp_path):
     facts = json.loads((tmp_path / "faces" / "results" / "metrics.json").read_text())
     assert facts["labelled"] == ["f0", "f1"] and set(facts["label_next"]) == {"f2", "more/f3", "more/f4"}
     lagm(tmp_path, "predict", "faces/results/segmenter.safetensors", pictures, "-o", "labelled")
+    lagm(tmp_path, "predict", "faces", pictures, "-o", "the-same")
+    assert sorted(p.read_bytes() for p in (tmp_path / "the-same").rglob("*.png")) == sorted(
+        p.read_bytes() for p in (tmp_path / "labelled").rglob("*.png"))
     assert read_mask(tmp_path / "labelled" / "masks" / "more" / "f4.png", len(CLASSES)).shape == (64, 64)
 
 

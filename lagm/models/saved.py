@@ -545,14 +545,14 @@ def load_segmenter(
 
 
 def find_segmenters(
-    path: str | Path,  # a file, or the folder of a run
+    path: str | Path,  # a file, or the folder of a run, or of a project, whose results/ are meant
 ) -> list[Path]:  # the files, in the order of training
     """The files of trained segmenters at a path; `InputError` if there are none.
 
     Parameters
     ----------
     path
-        a file, or the folder of a run
+        a file, or the folder of a run, or of a project, whose results/ are meant
 
     Returns
     -------
@@ -561,6 +561,7 @@ def find_segmenters(
     """
     path = Path(path)
     if path.is_file(): return [path]
+    if (path / "project.yaml").is_file(): path = path / "results"
     found = sorted(path.glob("epoch-*.safetensors")) or [p for p in [path / "segmenter.safetensors"] if p.is_file()]
     if not found:
         raise InputError(f"there is no trained segmenter at {path}: neither a file nor a folder "
