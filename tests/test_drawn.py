@@ -189,7 +189,7 @@ def project(tmp_path):
 
 
 def test_a_project_of_generated_and_real_pictures(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.labelling.project.get_recipe", lambda name, steps: RECIPE)
+    monkeypatch.setattr("lagm.labelling.project.get_recipe", lambda name, **lengths: RECIPE)
     place, settings = project
     (tmp_path / "pics").mkdir()
     for i, image in enumerate(tiny_pictures(2)[0]):

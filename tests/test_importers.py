@@ -819,7 +819,9 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
         (["coco", "c.json", "--images", "img"], ["label-studio", "s.json", "--images", "img"], ["cvat", "task.zip"])
     ):
         assert cli.main(["prepare", *words, "--out", f"out{i}"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == "1 labelled, 1 without labels, 0 left out"
+        *_, counted, next_step = capsys.readouterr().out.splitlines()
+        assert counted == "1 labelled, 1 without labels, 0 left out"
+        assert next_step.startswith("next: lagm new PROJECT --images ") and "--classes background," in next_step
         assert Folder(f"out{i}").names == ["a"] and Folder(f"out{i}", "unlabelled").names == ["b"]
         assert (
             cli.main(["prepare", *words, "--out", f"few{i}", "--only-labelled"]) == 0

@@ -126,7 +126,7 @@ def differences(
     here = installed_packages() if here is None else here
     return {name: (version, here.get(name)) for name, version in recorded.items() if here.get(name) != version}
 
-
+# %% ../../nbs/reference/core/02_environment.ipynb #e9635c0a
 def environment_report(
     path: str | Path,  # see `read_environment`
 ) -> tuple[str, bool]:  # lines to print; whether nothing differs

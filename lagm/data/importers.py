@@ -8,6 +8,7 @@ reason.
 __all__ = ['IMPORTS', 'import_export', 'recognise', 'import_command']
 
 # %% ../../nbs/reference/data/15_importers.ipynb #4b4cb528
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..core.files import read_json
 from .coco import import_coco
 from .cvat import import_cvat
 from .cvat_images import holds_xml, import_cvat_images
+from .folder import read_classes
 from .images import MASK_SUFFIXES, list_files
 from .import_folder import Imported
 from .label_studio import import_label_studio
@@ -147,3 +149,5 @@ def import_command(arguments: Any) -> None:
     print(done)
     if not done.names:
         raise InputError("nothing could be imported, since no picture has labels that can be used; nothing was written")
+    classes = ",".join(read_classes(done.root / "classes.txt").classes)
+    print(f"next: lagm new PROJECT --images {shlex.quote(str(done.root))} --classes {shlex.quote(classes)}")

@@ -170,7 +170,7 @@ def _stored_mask(album: Album, index: int) -> Path | None:
     found = by_name(list_files(folder, MASK_SUFFIXES)[0], folder, "two masks of one name")
     return found.get(same_name(name))
 
-
+# %% ../../nbs/reference/labelling/81_album.ipynb #fc6eee0f
 def read_painted(
     album: Album,  # pictures and masks
     index: int,  # of a picture, from 0
@@ -251,7 +251,7 @@ def labelled_shares(
         shares.append(0.0 if path is None else float((read_mask(path, album.labels.n_classes) != IGNORE).mean()))
     return shares
 
-
+# %% ../../nbs/reference/labelling/81_album.ipynb #1c85e20b
 def unpainted_classes(
     album: Album,  # pictures and masks
 ) -> list[str]:

@@ -55,7 +55,7 @@ document.head.append(style);
 </script></body></html>
 """
 
-
+# %% ../../nbs/reference/labelling/83_page.ipynb #f6228837
 PAGE = page_html("lagm label", "/painter.js", "Painter, pageLink",
                  "new Painter(place, pageLink(location.hash.slice(1))).start(true);")
 

@@ -7,6 +7,7 @@ __all__ = ['respond', 'open_page', 'serve_command']
 
 # %% ../../nbs/reference/labelling/86_serve.ipynb #b0cf13ca
 import json
+import shlex
 import struct
 import threading
 import webbrowser
@@ -161,4 +162,4 @@ def serve_command(
     try: server.serve_forever()
     except KeyboardInterrupt: print()
     finally: server.server_close()
-    print(f"for whole folders: lagm predict {arguments.segmenter} PICTURES -o LABELLED")
+    print(f"for whole folders: lagm predict {shlex.quote(arguments.segmenter)} PICTURES -o LABELLED")

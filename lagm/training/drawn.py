@@ -11,6 +11,7 @@ __all__ = ['LATENTS', 'weights_digest', 'draw_for_labelling', 'read_latents', 'R
 # %% ../../nbs/reference/training/61_drawn.ipynb #b10f0e0c
 import copy
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,8 @@ def _labelled_rows(folder: Path, data: Folder, facts: dict[str, Any]) -> list[in
     """The numbers of the drawn pictures that have a mask; `InputError` if there is none."""
     found = [i for i, name in enumerate(facts["names"]) if name in data.names]
     if found: return found
-    raise InputError(f"none of the pictures that were drawn into {folder} has a mask; next: lagm label {folder}")
+    raise InputError(f"none of the pictures that were drawn into {folder} has a mask; next: lagm label "
+                     f"{shlex.quote(str(folder))}")
 
 
 def read_drawn(
