@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -172,6 +173,15 @@ def test_global_randomness_is_left_alone(batch):
     before = torch.get_rng_state()
     feature_pyramid(batch[0], [torch.ones(5, 3, 4, 4), batch[0]], clusters=4)
     assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("side", [8, 20, 32, 64, 100, 300])
+def test_heads_of_feature_maps_do_not_run_into_each_other(side):
+    maps = [torch.randn(2, channels, 4, 4) for channels in (512, 64, 1024)]
+    figure = feature_pyramid(torch.zeros(2, 3, side, side), maps, tile=64)
+    renderer, (ax,) = FigureCanvasAgg(figure).get_renderer(), figure.axes
+    boxes = sorted((text.get_window_extent(renderer) for text in ax.texts), key=lambda box: box.x0)
+    assert len(boxes) == 4 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
 
 
 def test_names_move_apart_as_little_as_possible():

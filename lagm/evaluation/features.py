@@ -6,6 +6,7 @@
 __all__ = ['CLUSTER_COLOURS', 'principal_components', 'pca_colours', 'k_means', 'feature_clusters', 'feature_pyramid']
 
 # %% ../../nbs/reference/evaluation/82_features.ipynb #581bcc33
+import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core.errors import InputError
+from .figures import text_width
 from .grids import batch_of, fit_tile, grid_figure, to_bytes
 
 # %% ../../nbs/reference/evaluation/82_features.ipynb #e808e09f
@@ -151,6 +153,12 @@ def feature_clusters(
 CLUSTER_COLOURS = tuple(tuple(int(255 * v) for v in plt.get_cmap("tab20")(i)[:3])
                         for i in (*range(0, 20, 2), *range(1, 20, 2)))
 
+def _room_for_heads(heads: Sequence[str], side: int, tile: int) -> int:
+    """The side of a tile, all maps as large as the picture (`side`): enlarged if a head would run into the next."""
+    room = math.ceil(max(text_width(head, 9) for head in heads)) + 6
+    return tile if tile >= room else side * math.ceil(room / side)
+
+
 def feature_pyramid(
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
     features: Sequence[Tensor],  # maps (B, C_i, H_i, W_i), coarse to fine
@@ -190,7 +198,7 @@ def feature_pyramid(
         size = max(f.shape[-1] for f in features)
         columns.append(np.array(CLUSTER_COLOURS, np.uint8)[feature_clusters(features, clusters, min(size, 128))])
         heads.append(f"all maps\n{clusters} groups")
-    tile = max(fit_tile(columns[0][0], tile).shape[:2])  # all maps as large as the picture
+    tile = _room_for_heads(heads, max(columns[0][0].shape[:2]), max(fit_tile(columns[0][0], tile).shape[:2]))
     rows = [[fit_tile(column[i], tile, smooth=j == 0) for j, column in enumerate(columns)]
             for i in range(min(shown, len(images)))]
     return grid_figure(rows, heads=heads, title=title)
