@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'decode_text', 'read_text', 'read_lines', 'inside', 'as_plain', 'checksum', 'write_json',
-           'parse_json', 'read_json', 'read_yaml', 'asset']
+           'parse_json', 'read_json', 'parse_yaml', 'read_yaml', 'read_xml', 'asset']
 
 # %% ../../nbs/reference/core/02_files.ipynb #3f9b0e85
 import codecs
@@ -21,6 +21,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -303,6 +304,32 @@ def read_json(
     return parse_json(read_text(path), path)
 
 # %% ../../nbs/reference/core/02_files.ipynb #7a3be101
+def parse_yaml(
+    text: str,  # the whole content of a file, or a value in braces
+    name: str | Path = "the text",  # for the error message
+) -> Any:  # dictionaries, lists, text, numbers, None
+    """The content of a YAML text, plain values only; `InputError` if it is none.
+
+    Parameters
+    ----------
+    text
+        the whole content of a file, or a value in braces
+    name
+        for the error message
+
+    Returns
+    -------
+    Any
+        dictionaries, lists, text, numbers, None
+    """
+    import yaml
+
+    try: return yaml.safe_load(text)
+    except Exception as error:  # a date 2020-99-99, a thousand brackets: the reader raises nearly anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name} is not YAML: {printable(why, 300)}") from error
+
+
 def read_yaml(
     path: str | Path,  # of the file
 ) -> Any:  # dictionaries, lists, text, numbers, None
@@ -318,13 +345,30 @@ def read_yaml(
     Any
         dictionaries, lists, text, numbers, None
     """
-    import yaml
+    return parse_yaml(read_text(path), path)
 
+# %% ../../nbs/reference/core/02_files.ipynb #7a3be104
+def read_xml(
+    path: str | Path,  # of the file
+    name: str = "",  # for the error message; empty: the path
+) -> ElementTree.Element:
+    """The root of an XML file; `InputError` if it is missing, over 256 MB, damaged, or has a document type.
+
+    Parameters
+    ----------
+    path
+        of the file
+    name
+        for the error message; empty: the path
+    """
+    name = name or str(path)
     text = read_text(path)
-    try: return yaml.safe_load(text)
-    except Exception as error:  # a date 2020-99-99, a thousand brackets: the reader raises nearly anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is not YAML: {printable(why, 300)}") from error
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise InputError(f"{name} declares a document type, which files of labels do not")
+    try: return ElementTree.fromstring(text.encode())
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
+        why = f"{type(error).__name__}: {printable(error)}"
+        raise InputError(f"{name} is no XML that can be read ({why}); export it again") from error
 
 # %% ../../nbs/reference/core/02_files.ipynb #a9ae75bc
 def asset(

@@ -9,7 +9,6 @@ __all__ = ['IMPORTS', 'import_export', 'recognise', 'import_command']
 
 # %% ../../nbs/reference/data/15_importers.ipynb #4b4cb528
 import shlex
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from ..core.errors import InputError
 from ..core.files import read_json
 from .coco import import_coco
-from .cvat import import_cvat
+from .cvat import import_cvat, members
 from .cvat_images import holds_xml, import_cvat_images
 from .folder import read_classes
 from .images import MASK_SUFFIXES, list_files
@@ -109,16 +108,12 @@ def recognise(
 
 
 def _of_file(path: Path) -> str | None:
-    if holds_xml(path) or zipfile.is_zipfile(path) and _has_masks(path): return "cvat"
+    if holds_xml(path) or any("SegmentationClass/" in name for name in members(path)): return "cvat"
     if path.suffix.lower() != ".json": return None
     content = read_json(path)
     if isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys(): return "coco"
     tasks = isinstance(content, list) and all(isinstance(item, dict) for item in content)
     return "label-studio" if tasks and any("annotations" in item or "image" in item for item in content) else None
-
-
-def _has_masks(path: Path) -> bool:
-    with zipfile.ZipFile(path) as content: return any("SegmentationClass/" in name for name in content.namelist())
 
 
 def _of_folder(path: Path) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core.errors import InputError, printable
-from ..core.files import read_json
+from ..core.files import read_json, read_text
 from ..core.origins import install_advice
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.values import check_field_names
@@ -51,7 +51,8 @@ def is_diffusers(
     if not path.is_dir(): return False
     if (path / "model_index.json").is_file(): return True
     config = path / "config.json"
-    return config.is_file() and "_diffusers_version" in config.read_text("utf-8", "replace")
+    try: return config.is_file() and "_diffusers_version" in read_text(config)
+    except InputError: return False
 
 
 def _json(path: Path) -> dict[str, Any]:

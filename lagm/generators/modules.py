@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
+from ..core.files import parse_yaml
 from ..core.pickle_records import Extra, LazyArray, LazyTensor, Unreadable, quoted, reading
 from ..core.registry import from_package
 from ..core.tensors import all_finite, describe_tensors, load_tensors, save_tensors
@@ -82,8 +82,8 @@ def described_generator(
         None: it is something else, such as a file or a name
     """
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        try: given = yaml.safe_load(given)
-        except yaml.YAMLError as error:
+        try: given = parse_yaml(given)
+        except InputError as error:
             raise InputError(f"generator: {printable(given, 80)} cannot be read; write {{module: package.module:Class, "
                              "weights: FILE}") from error
     if isinstance(given, ModuleGenerator) or not isinstance(given, Mapping):

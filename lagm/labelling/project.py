@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_yaml, write_json
+from ..core.files import atomic_path, parse_yaml, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
 from ..core.values import check_fields
 from ..data.folder import Folder, read_classes
@@ -623,7 +623,7 @@ def named_generator(
         known = ', '.join(kit_generators())
         raise InputError(f"there is no generator {given}: give a file, or one of the kit's: {known}")
     weights = {"weights": str(Path(what.weights).resolve())} if what.weights else {}
-    return yaml.safe_load(given) | weights
+    return parse_yaml(given) | weights
 
 
 def new_command(
