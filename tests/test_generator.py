@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from lagm.core.errors import InputError
-from lagm.core.files import asset
 from lagm.core.tensors import load_tensors, save_tensors
+from lagm.data.demo import Avatars, stack
 from lagm.generators.contract import FrozenGenerator, Sampling
-from lagm.generators.load import load_generator
+from lagm.generators.load import kit_generators, load_generator
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
 
+STYLES = ["big-ears", "micah", "toon-head"]
 
 @pytest.fixture
 def network():
@@ -86,15 +87,27 @@ def test_sampling_refuses_values_that_mean_nothing(change):
         Sampling(**change)
 
 
-def test_the_generator_of_the_kit_says_where_it_comes_from():
-    generator = load_generator()
+@pytest.mark.parametrize("style", STYLES)
+def test_a_generator_of_the_kit_says_where_it_comes_from(style):
+    generator = load_generator(style)
     facts = generator.header["provenance"]
-    assert (facts["images_seen"] >= 250_000 and facts["style"] == "big-ears"
+    assert (facts["images_seen"] >= 250_000 and facts["style"] == style and facts["artwork"]["license"]["name"]
             and len(facts["trained_with"]["commit"]) == 40)
-    assert asset("generator.safetensors").stat().st_size < 4_000_000
+    assert kit_generators()[style].stat().st_size < 2_000_000
     assert (generator.feature_sizes[0] == 4 and generator.feature_sizes[-1] == generator.resolution
             and all(b == 2 * a for a, b in zip(generator.feature_sizes, generator.feature_sizes[1:])))
     json.dumps(facts)
+
+
+def test_a_generator_of_the_kit_draws_its_own_style():
+    """The mean of 100 generated faces is nearest to the mean of 100 drawn faces of the same style."""
+    drawn = [stack(Avatars(style, "val"))[0][:100].mean(0) for style in STYLES]
+    for style in STYLES:
+        generator = load_generator(style)
+        made = generator(generator.sample_z(100, torch.Generator().manual_seed(0))).image.clamp(-1, 1)
+        assert made.std(0).mean() > 0.2, "all faces are alike"
+        distances = [(made.mean(0) - mean).square().mean().sqrt() for mean in drawn]
+        assert STYLES[int(torch.stack(distances).argmin())] == style and min(distances) < 0.16
 
 
 def test_the_same_latents_give_the_same_pictures_in_another_process():
