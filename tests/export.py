@@ -36,8 +36,8 @@ ROOMS = {
     "training": "Recipes, steps, checkpoints and the loop that trains everything in the kit.",
     "evaluation": "Scores, folds, figures and predictions for files.",
     "download": "What can be downloaded, from where, and whether it is whole.",
-    "labelling": "Painting part labels, in a notebook or a browser, and the road for pictures of one's own.",
-    "experiments": "Notebooks with parameters, the catalogue of runs, sweeps and reports.",
+    "labelling": "Painting part labels, in a notebook or a browser.",
+    "experiments": "What is run: projects of one's own pictures, notebooks with parameters, sweeps; and the commands.",
 }
 
 

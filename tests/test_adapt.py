@@ -17,12 +17,12 @@ from torch import nn
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
 from lagm.experiments.catalogue import missing_inputs
+from lagm.experiments.project import Settings, named_generator, project_generator, settings_text
 from lagm.generators.adapt import LayerMap, adapt, proposed, value_range
 from lagm.generators.contract import FrozenGenerator, Sampling
 from lagm.generators.load import is_outside, load_generator
 from lagm.generators.modules import described_generator, module_generator, read_weights, save_adapted
 from lagm.generators.protocol import Generator, check_generator
-from lagm.labelling.project import Settings, named_generator, project_generator, settings_text
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.convert import inspect
 from lagm.models.segmenters import UNet

@@ -17,10 +17,10 @@ from lagm.core.tensors import load_tensors, save_tensors
 from lagm.data.images import save_mask
 from lagm.data.label_maps import write_classes
 from lagm.experiments.notebooks import experiment_folder
+from lagm.experiments.project import Settings, generate_command, new_project, proposals_for, run_project
 from lagm.generators.contract import Sampling
 from lagm.generators.weights import save_generator
 from lagm.labelling.album import Album, save_painted
-from lagm.labelling.project import Settings, generate_command, new_project, proposals_for, run_project
 from lagm.training.datasetgan import DatasetGAN, train_datasetgan
 from lagm.training.drawn import LATENTS, DrawnBatches, check_drawn, draw_for_labelling, joined, read_drawn, truth_step
 from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_handsoff, train_prototypes
@@ -189,7 +189,7 @@ def project(tmp_path):
 
 
 def test_a_project_of_generated_and_real_pictures(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.labelling.project.get_recipe", lambda name, **lengths: RECIPE)
+    monkeypatch.setattr("lagm.experiments.project.get_recipe", lambda name, **lengths: RECIPE)
     place, settings = project
     (tmp_path / "pics").mkdir()
     for i, image in enumerate(tiny_pictures(2)[0]):

@@ -8,8 +8,8 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.folder import Folder
 from lagm.data.importers import import_export
+from lagm.experiments.project import new_project
 from lagm.labelling.album import Album, labelled_shares, save_painted
-from lagm.labelling.project import new_project
 
 CLASSES = ["background", "skin", "hair"]
 

@@ -13,8 +13,8 @@ import yaml
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_segmenter
 
 from lagm.core.errors import InputError
-from lagm.download.hub import _CARD, _WEIGHTS, from_pretrained, push_to_hub, save_pretrained
 from lagm.evaluation.export import card_header
+from lagm.evaluation.hub import _CARD, _WEIGHTS, from_pretrained, push_to_hub, save_pretrained
 from lagm.evaluation.record import evaluation_report
 from lagm.models.saved import load_segmenter, save_networks, save_segmenter
 

@@ -17,9 +17,9 @@ from lagm.core.errors import InputError
 from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
 from lagm.evaluation.prediction import predict_pictures
 from lagm.experiments.notebooks import experiment_folder
+from lagm.experiments.project import Settings, train_project
 from lagm.experiments.stages import matched_by_default, name_problems
 from lagm.generators.weights import save_generator
-from lagm.labelling.project import Settings, train_project
 from lagm.matching.forward import directional_derivative
 from lagm.matching.gradients import log_probabilities
 from lagm.matching.tangents import record
@@ -303,7 +303,7 @@ def test_annotate_finish_and_evaluate(small, tmp_path):
 
 def test_the_estimate_and_a_project(small, tmp_path, monkeypatch):
     few = dict(steps=2, warm_segmenter=1, warm_annotator=1, finish=0.5)
-    monkeypatch.setattr("lagm.labelling.project.get_recipe", lambda name, **more: get_recipe(name, **(more | few)))
+    monkeypatch.setattr("lagm.experiments.project.get_recipe", lambda name, **more: get_recipe(name, **(more | few)))
     generator, (images, masks) = tiny_generator(), tiny_pictures(2)
     annotator, segmenter = build_annotator("mlp", generator.feature_channels, 3, channels=4), build_segmenter(small, 3)
     recipe = get_recipe("fast", steps=2, warm_segmenter=1, warm_annotator=1, matched="decoder")

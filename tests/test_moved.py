@@ -99,7 +99,9 @@ def test_every_moved_name_is_there():
                       ("lagm.training", "FAST"), ("lagm.evaluation", "evaluate"),
                       ("lagm.matching", "match_forward_mode"),
                       ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"),
-                      ("lagm.pictures", "labelled_grid")):
+                      ("lagm.pictures", "labelled_grid"), ("lagm.labelling.project", "run_project"),
+                      ("lagm.labelling.serve", "open_page"), ("lagm.download.hub", "push_to_hub"),
+                      ("lagm.cli", "add_data_commands")):
         with pytest.warns(DeprecationWarning, match=f"{old}.{name} has moved; write: from lagm"):
             assert getattr(importlib.import_module(old), name) is not None
     with pytest.warns(DeprecationWarning, match="import TrainState"):

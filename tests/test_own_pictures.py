@@ -15,8 +15,7 @@ from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
 from lagm.data.folder import save_folder
 from lagm.data.images import read_mask
-from lagm.labelling.album import Album, labelled_shares, save_painted
-from lagm.labelling.project import (
+from lagm.experiments.project import (
     Settings,
     disagreement,
     missing,
@@ -28,8 +27,9 @@ from lagm.labelling.project import (
     settings_text,
     train_project,
 )
-from lagm.labelling.proposals import cluster, clusters_of_features, predictions
-from lagm.labelling.template import write_notebook
+from lagm.experiments.proposals import cluster, clusters_of_features, predictions
+from lagm.experiments.template import write_notebook
+from lagm.labelling.album import Album, labelled_shares, save_painted
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 from lagm.training.drawn import draw_for_labelling
@@ -133,7 +133,7 @@ def test_a_prepared_folder_becomes_a_project_with_its_masks(tmp_path):
 def test_few_steps_have_a_short_warm_start(pictures, tmp_path, monkeypatch):
     """Of 20 steps, 6 of each warm start, not 300; 1,000 steps have the recipe's."""
     asked = []
-    monkeypatch.setattr("lagm.labelling.project.train_lagm", lambda *a, **k: asked.append(a[5]))
+    monkeypatch.setattr("lagm.experiments.project.train_lagm", lambda *a, **k: asked.append(a[5]))
     for steps in (20, 1000):
         images, masks = stack(Avatars(), range(2))
         settings = Settings(size=64, steps=steps, width=4, generator="big-ears")
@@ -147,7 +147,7 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     before = (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes()
     (tmp_path / "p" / "project.yaml").write_text(settings_text(Settings(size=16, steps=2, width=4)))
-    monkeypatch.setattr("lagm.labelling.project.train_supervised",
+    monkeypatch.setattr("lagm.experiments.project.train_supervised",
                         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
@@ -238,7 +238,7 @@ def test_the_painter_brings_pictures_to_size_as_predict_does(tmp_path, monkeypat
     (tmp_path / "images").mkdir()
     Image.new("RGB", (60, 24)).save(tmp_path / "images" / "wide.png")
     album, said = Album(tmp_path, ["background", "face"]), []
-    monkeypatch.setattr("lagm.labelling.proposals.predict_pictures",
+    monkeypatch.setattr("lagm.experiments.proposals.predict_pictures",
                         lambda network, pictures, policy, size, device: said.append((policy, size)) or [[[0]]])
     for policy in ("fit", "stretch"):
         save_segmenter(tmp_path / "s.safetensors", UNet(2, width=4, levels=2), album.labels, (32, 32), policy)

@@ -19,7 +19,7 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.images import png
 from lagm.data.label_maps import make_labels
-from lagm.labelling.serve import _Counter, _most_pixels, open_page, respond
+from lagm.experiments.serve import _Counter, _most_pixels, open_page, respond
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 

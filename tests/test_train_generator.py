@@ -15,10 +15,10 @@ from lagm.core.tensors import load_tensors
 from lagm.data.demo import Avatars, stack
 from lagm.data.squares import read_squares, square_of
 from lagm.evaluation.likeness import Likeness, frechet_distance, nearest, precision_recall
+from lagm.experiments.project import Settings, new_project, read_settings
+from lagm.experiments.train_command import _name_generator
 from lagm.generators.ada import AdaptiveRecipe, AdaptiveTrainer, augment, random_colours, random_geometry
 from lagm.generators.load import load_generator
-from lagm.labelling.project import Settings, new_project, read_settings
-from lagm.labelling.train_command import _name_generator
 from lagm.training import from_folder
 from lagm.training.from_folder import GeneratorSettings, estimate_generator, train_generator
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lagm.cli import EXPORTS, FORMATS, main
+from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.cvat_images import import_cvat_images
 from lagm.data.folder import Folder
@@ -22,6 +22,7 @@ from lagm.data.mask_files import import_masks, import_voc
 from lagm.data.outlines import outlines
 from lagm.data.regions import paint, polygon_runs
 from lagm.data.writers import WRITERS, open_writer
+from lagm.experiments.commands import EXPORTS, FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:no labelled picture")
 LABELS = make_labels("made", ["background", "skin", "Haar", "eye: left"])

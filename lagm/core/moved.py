@@ -88,6 +88,15 @@ HOMES |= {
     "watching": "training.watching",
     "winograd": "ops.winograd",
 }
+HOMES |= {  # of the rooms' own modules
+    "cli": "experiments.commands",
+    "download.hub": "evaluation.hub",
+    "labelling.project": "experiments.project",
+    "labelling.proposals": "experiments.proposals",
+    "labelling.serve": "experiments.serve",
+    "labelling.template": "experiments.template",
+    "labelling.train_command": "experiments.train_command",
+}
 
 # %% ../../nbs/reference/core/01_moved.ipynb #58bf5bda
 Table = Mapping[str, Mapping[str, str] | Sequence[str]]
