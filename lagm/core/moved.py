@@ -88,6 +88,8 @@ HOMES |= {
     "watching": "training.watching",
     "winograd": "ops.winograd",
 }
+
+# %% ../../nbs/reference/core/01_moved.ipynb #659a0f6c
 HOMES |= {  # of the rooms' own modules
     "cli": "experiments.commands",
     "download.hub": "evaluation.hub",
