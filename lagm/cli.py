@@ -32,7 +32,8 @@ from lagm.experiments.commands import (
 )
 from .experiments.train_command import add_train_generator_command
 
-__getattr__ = forward("lagm.cli")
+# %% ../nbs/reference/experiments/92_cli.ipynb #96f330a2
+__getattr__ = forward("lagm.cli")  # for names that `lagm.experiments.commands` has now
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #b40f3501
 def list_command(

@@ -22,6 +22,7 @@ exercises       Exercises (the numbered list under a heading "Exercises") withou
 and of the package, from the import statements of all its modules, wherever they stand in them:
 
 public          Names in the `__all__` of the modules.
+meanings        Public names that two modules define, each something else; `main` is the entry of any program.
 rooms           The top-level folders and modules of the package; lagm/__init__.py is the face and none of them.
 arrows          Pairs of rooms of which one imports from the other.
 floors          The longest chain of rooms that stand on each other. A circle is one floor.
@@ -303,15 +304,25 @@ def floors(graph: dict[str, Iterable[str]]) -> dict[str, int]:
     return {room: floor(room) for room in graph}
 
 
+def _all_of(path: Path) -> list[str]:
+    """The names in the `__all__` of a module."""
+    return [part.value for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+            for part in ast.walk(node.value) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+
+
 def public() -> Found:
     """The modules and how many names each makes public."""
-    found = []
+    return [(path.relative_to(ROOT).as_posix(), "", len(names)) for path in modules() if (names := _all_of(path))]
+
+
+def meanings() -> Found:
+    """The public names that more than one module defines: the name, the modules, and how many they are."""
+    homes: dict[str, list[str]] = {}
     for path in modules():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if not (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"): continue
-            names = sum(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(node.value))
-            found.append((path.relative_to(ROOT).as_posix(), "", names))
-    return found
+        if path.parent == ROOT / "lagm" and path.name == "__init__.py": continue  # the face shows names of modules
+        for name in _all_of(path): homes.setdefault(name, []).append(path.relative_to(ROOT / "lagm").as_posix())
+    return [(name, " ".join(own), len(own)) for name, own in sorted(homes.items()) if len(own) > 1 and name != "main"]
 
 
 def package(sort: str) -> Found:
@@ -368,6 +379,7 @@ OF_NOTEBOOKS = {
 }
 OF_THE_PACKAGE = {
     "public": Measure("public names", "", public, _sum),
+    "meanings": Measure("public names with two meanings", "0", meanings, len),
     "rooms": Measure("rooms", "12", lambda: package("rooms"), len),
     "arrows": Measure("arrows between rooms", "34", lambda: package("arrows"), len),
     "floors": Measure("floors", "7", lambda: package("floors"), _most),

@@ -41,7 +41,7 @@ def relative(a, b):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Winograd's algorithm for small convolutions, too."""
-    monkeypatch.setattr(convolutions, "LEAST_CHANNELS", 4)  # on several threads: 8
+    monkeypatch.setattr(convolutions, "_LEAST_CHANNELS", 4)  # on several threads: 8
     monkeypatch.setattr(convolutions, "LEAST_PIXELS", 16)
 
 

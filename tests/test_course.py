@@ -22,8 +22,8 @@ from lagm.evaluation.intervals import picture_counts, scores
 from lagm.experiments import course
 from lagm.experiments.catalogue import project_folder
 from lagm.experiments.course import (
+    _HEAD,
     EXERCISES,
-    HEAD,
     INSTALL,
     INSTALL_CODE,
     METHODS,
@@ -304,7 +304,7 @@ def test_the_heads_of_the_lessons_are_what_settings_ini_says():
     assert write_heads(ROOT, check=True) == [], "run: python -m lagm.experiments.course"
     for path in LESSONS:
         title, head, install = nbformat.read(path, 4).cells[:3]
-        assert title.source.startswith("# ") and (head.id, install.id) == (HEAD, INSTALL)
+        assert title.source.startswith("# ") and (head.id, install.id) == (_HEAD, INSTALL)
         assert all(f"github/lagm-kit/lagm/blob/main/nbs/course/{path.name}" in line
                    for line in head.source.splitlines() if "colab.research.google.com/github" in line)
         assert install.source == INSTALL_CODE and not install.outputs
@@ -322,7 +322,7 @@ def test_writing_a_head_twice_changes_nothing():
                        "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     once = with_head(text, "old badges")
     assert with_head(with_head(once, "new badges"), "old badges") == once
-    assert [cell["id"] for cell in json.loads(once)["cells"]] == ["t", HEAD, INSTALL]
+    assert [cell["id"] for cell in json.loads(once)["cells"]] == ["t", _HEAD, INSTALL]
 
 
 def test_the_installing_cell_installs_only_where_the_kit_is_missing():

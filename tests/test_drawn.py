@@ -21,7 +21,7 @@ from lagm.experiments.project import Settings, generate_command, new_project, pr
 from lagm.generators.contract import Sampling
 from lagm.generators.weights import save_generator
 from lagm.labelling.album import Album, save_painted
-from lagm.training.datasetgan import DatasetGAN, train_datasetgan
+from lagm.training.datasetgan import DatasetGANNumbers, train_datasetgan
 from lagm.training.drawn import LATENTS, DrawnBatches, check_drawn, draw_for_labelling, joined, read_drawn, truth_step
 from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_handsoff, train_prototypes
 from lagm.training.lagm import estimate_lagm, train_lagm
@@ -120,7 +120,7 @@ def test_the_rivals_know_the_latents(folder, monkeypatch):
     drawn, generator, (images, masks) = read_drawn(folder), tiny_generator(), tiny_pictures(2)
     quick, shared = Inversion(steps=1, samples=0), dict(recipe=RECIPE, drawn=drawn, progress=False)
     for real in (NOTHING, (images, masks)):
-        for run in (train_datasetgan(tiny_segmenter(), generator, *real, setting=DatasetGAN(2, 5, 4), **shared),
+        for run in (train_datasetgan(tiny_segmenter(), generator, *real, setting=DatasetGANNumbers(2, 5, 4), **shared),
                     train_handsoff(tiny_segmenter(), generator, *real, setting=HandsOff(quick, 2, 5, 4), **shared),
                     train_prototypes(tiny_segmenter(), generator, *real, setting=Prototyping(quick), **shared)):
             assert run.step == 4

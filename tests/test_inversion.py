@@ -165,18 +165,18 @@ def test_settings_that_mean_nothing(kind, wrong):
 def test_a_stopped_inversion_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     generator, (images, _) = tiny_generator(), tiny_pictures(5)
     whole = invert(generator, images, QUICK, progress=False)
-    descend, calls = lagm.training.inversion.descend, []
+    descend, calls = lagm.training.inversion._descend, []
 
     def stopped(*arguments):
         if len(calls) == 1: raise KeyboardInterrupt
         calls.append(1)
         return descend(*arguments)
 
-    monkeypatch.setattr(lagm.training.inversion, "descend", stopped)
+    monkeypatch.setattr(lagm.training.inversion, "_descend", stopped)
     with pytest.raises(KeyboardInterrupt): invert(generator, images, QUICK, folder=tmp_path, progress=False)
     assert len(load_tensors(tmp_path / "inversion.safetensors")[0]["v"]) == 2 and len([*tmp_path.iterdir()]) == 1
     begun = []
-    monkeypatch.setattr(lagm.training.inversion, "descend", lambda *a: (begun.append(len(a[1])), descend(*a))[1])
+    monkeypatch.setattr(lagm.training.inversion, "_descend", lambda *a: (begun.append(len(a[1])), descend(*a))[1])
     resumed = invert(generator, images, QUICK, folder=tmp_path, progress=False)
     assert begun == [2, 1] and resumed.latents.equal(whole.latents) and resumed.losses.equal(whole.losses)
     read = invert(generator, images, QUICK, folder=tmp_path, progress=False)

@@ -45,7 +45,7 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "experiments.cost:in_own_process": "what a process of ours printed",
     "experiments.sweep:*": "orders and logs of our own processes",
     "training.watching:*": "our own log, whose last line may be half written, and the system's",
-    "data.cvat:unpack": "the reader of archives with annotations",
+    "data.cvat:unpack_export": "the reader of archives with annotations",
     "data.cvat:_unpack_member": "the reader of archives with annotations",
     "data.cvat:members": "names in an archive, nothing is unpacked",
     "data.squares:_side_for": "the first bytes of pictures, for their sizes",

@@ -200,7 +200,7 @@ def test_arrays_that_claim_more_than_there_is(tmp_path, shape, data):
 
 
 def test_compressed_arrays_that_claim_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("lagm.data.demo.MOST_BYTES", 10_000)
+    monkeypatch.setattr("lagm.data.demo._MOST_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("val_images.npy", bytes(10_001))
     with pytest.raises(InputError, match="claims 10,001 bytes, more than the 10,000 allowed"):

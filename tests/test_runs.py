@@ -24,7 +24,7 @@ from lagm.data.labels import CELEBA8
 from lagm.experiments import notebooks as experiments
 from lagm.experiments.notebooks import describe_inputs, inputs_unchanged, is_finished, unfinished_copy
 from lagm.experiments.running import RunError, run_notebook
-from lagm.experiments.stages import check_size, start_stage
+from lagm.experiments.stages import _check_size, start_stage
 from lagm.models.annotator import FPNAnnotator
 from lagm.training.checkpoints import Checkpoints, checkpoint_lock, folder_lock, set_aside
 from lagm.training.downstream import DownstreamRecipe, train_downstream
@@ -354,7 +354,7 @@ def test_a_stage_sets_aside_what_it_cannot_go_on_from(tmp_path, monkeypatch):
     ({"size": [64, 32], "levels": 6}, "levels is 6"),
 ])
 def test_sizes_that_cannot_be_are_named_before_the_start(values, message):
-    with pytest.raises(InputError, match=message): check_size(values)
+    with pytest.raises(InputError, match=message): _check_size(values)
 
 
 def test_every_experiment_checks_its_numbers_before_it_reads_anything(tmp_path, monkeypatch):

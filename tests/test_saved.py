@@ -104,7 +104,7 @@ def test_what_a_network_was_built_with_is_read_off_it(network):
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     told = (saved.annotator_from_shapes(shapes, said["arguments"].get("use_factor")) if said["name"] == "FPNAnnotator"
             else saved.segmenter_from_shapes(shapes))
-    assert told == said and saved.check_arguments("f", **said) == said["arguments"]
+    assert told == said and saved._check_arguments("f", **said) == said["arguments"]
 
 
 def test_files_of_before_are_read(tmp_path):

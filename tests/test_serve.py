@@ -19,7 +19,7 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.images import png
 from lagm.data.label_maps import make_labels
-from lagm.experiments.serve import _Counter, _most_pixels, open_page, respond
+from lagm.experiments.serve import _Counter, _most_pixels, _respond, open_page
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
 
@@ -102,7 +102,7 @@ def test_limits(counter, monkeypatch):
     monkeypatch.setattr(counter, "most_pixels", 99)
     with pytest.raises(InputError, match="10 x 10 pixels, more than the 99"):
         counter.label(png(np.zeros((10, 10, 3), np.uint8)))
-    assert respond(counter, "POST", "/api/label")[0] == respond(counter, "GET", "/../x")[0] == 404
+    assert _respond(counter, "POST", "/api/label")[0] == _respond(counter, "GET", "/../x")[0] == 404
 
 
 def test_requests_from_elsewhere(server):

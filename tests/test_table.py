@@ -19,9 +19,8 @@ from lagm.experiments.comparison import (
     Score,
     best_rival,
     cell_pictures,
-    compare,
+    compare_all,
     comparison_table,
-    differences,
     finish_figure,
     interval,
     labels_needed,
@@ -31,6 +30,7 @@ from lagm.experiments.comparison import (
     read_cells,
     saved_figure,
     saved_table,
+    score_differences,
     widening,
 )
 from lagm.experiments.report import (
@@ -110,7 +110,7 @@ def test_a_planted_difference_is_found_and_none_is_level(tmp_path):
     for k, change in ((1, 0.0), (2, -12.0), (5, -40.0)):
         for seed in range(3): put_cell(tmp_path, "demo_", k, seed, change,
                                        {"DatasetGAN": (62, 0), "gradient matching": (74, 0)}, finished=False)
-    found = {c.k: c for c in compare(cells_of(tmp_path))}
+    found = {c.k: c for c in compare_all(cells_of(tmp_path))}
     assert [found[k].verdict for k in (1, 2, 5)] == ["above", "level",
                                                      "below"] and found[1].rival == "DatasetGAN" and found[1].seeds == 3
     assert abs(found[1].difference - 12) < 1 and found[1].ends[0] < found[1].difference < found[1].ends[1] and (
@@ -125,7 +125,7 @@ def test_pairs_matter():
     ours, rival = (70 + luck + pictures + 0.3 * normal(rng, 4, 200), 68 + luck + pictures + 0.3 * normal(rng, 4, 200))
     a, b = scores(ours.mean(1).tolist(), ours), scores(rival.mean(1).tolist(), rival)
     other = scores(rival.mean(1).roll(1).tolist(), rival.roll((1, 7), (0, 1)))
-    paired, unpaired = differences(a, b), differences(a, other)
+    paired, unpaired = score_differences(a, b), score_differences(a, other)
     assert paired.shape == (4, 200) and paired.var() < unpaired.var() / 50
     (low, high), (lower, higher) = interval(paired), interval(unpaired)
     assert 1 < low < 2 < high < 3 and higher - lower > 5 * (high - low)
@@ -147,7 +147,7 @@ def test_the_best_rival_is_the_best_by_the_mean_over_our_seeds():
                "paper's recipe": {"seed0": Score(90)}, "late": {"seed7": Score(95)}}
     assert best_rival(methods, methods["gradient matching, finished"]) == "supervised, finished"
     assert best_rival({"gradient matching": scores([1])}, scores([1])) is None
-    (found,) = compare({("micah", 2): methods})
+    (found,) = compare_all({("micah", 2): methods})
     assert (found.ours, found.theirs, found.difference, found.ahead, found.seeds) == (81, 72.5, 8.5, 2, 2)
 
 
@@ -228,7 +228,7 @@ def test_a_partial_table_has_dashes(tmp_path):
 
 def test_old_records_are_read(tmp_path):
     for seed in range(3): put_cell(tmp_path, "demo_", 2, seed, draws=0, finished=False)
-    (found,) = compare(cells_of(tmp_path))
+    (found,) = compare_all(cells_of(tmp_path))
     assert found.method == "gradient matching" and found.ends is not None and found.verdict in ("above", "level")
     assert finish_figure(cells_of(tmp_path), "big-ears") is None and quality_figure(cells_of(tmp_path)).axes
 

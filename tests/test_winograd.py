@@ -41,7 +41,7 @@ def uncompiled(monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(batch=st.integers(1, 3), inputs=st.integers(1, 9), outputs=st.integers(1, 9), height=st.integers(1, 30),
        width=st.integers(1, 30), dilation=st.integers(1, 5),
-       seed=st.integers(0, 99), channels_last=st.booleans(), at_once=st.sampled_from([1, winograd.AT_ONCE]),
+       seed=st.integers(0, 99), channels_last=st.booleans(), at_once=st.sampled_from([1, winograd._AT_ONCE]),
        many=st.sampled_from([1, 10**9]))
 def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height, width, dilation, seed, channels_last,
                                                  at_once, many):
@@ -56,7 +56,7 @@ def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height,
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, [1, 1], [dilation] * 2,
                                                              [dilation] * 2, False, [0, 0], 1, [True, True, False])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "AT_ONCE", at_once)
+        patch.setattr(winograd, "_AT_ONCE", at_once)
         patch.setattr(winograd, "MANY_TILES", many)
         ours = (tiled_conv2d(x, weight, dilation, False), tiled_conv2d(gradient, weight, dilation, True),
                 tiled_weight_gradient(x, gradient, dilation))

@@ -15,14 +15,14 @@ from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.data.cvat_images import import_cvat_images
 from lagm.data.folder import Folder
-from lagm.data.importers import IMPORTS, import_export, recognise
+from lagm.data.importers import IMPORTS, import_export, recognise_export
 from lagm.data.label_maps import make_labels
 from lagm.data.labels import LabelSet
 from lagm.data.mask_files import import_masks, import_voc
 from lagm.data.outlines import outlines
 from lagm.data.regions import paint, polygon_runs
 from lagm.data.writers import WRITERS, open_writer
-from lagm.experiments.commands import EXPORTS, FORMATS
+from lagm.experiments.commands import _FORMATS, EXPORTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:no labelled picture")
 LABELS = make_labels("made", ["background", "skin", "Haar", "eye: left"])
@@ -190,7 +190,7 @@ def test_cvat_as_a_zip_and_several_jobs(export, tmp_path):
         assert set(done.skipped) == {"annotations1.xml: c.png", "annotations2.xml: c.png"}
         assert "annotations of one picture" in str(done.skipped)
         assert Folder(tmp_path / f"made{i}").labels.classes == ("background", "skin", "hair", "nose")
-        assert recognise(source) == "cvat"
+        assert recognise_export(source) == "cvat"
 
 
 @pytest.mark.parametrize("text, said", [
@@ -261,7 +261,7 @@ def test_voc_by_number_and_by_colour(tmp_path):
 
 def test_formats_have_one_list_each():
     assert {name: what for name, what in EXPORTS.items() if name != "auto"} == IMPORTS
-    assert FORMATS == ("masks", *WRITERS) and set(FORMATS) <= set(IMPORTS)
+    assert _FORMATS == ("masks", *WRITERS) and set(_FORMATS) <= set(IMPORTS)
 
 
 def test_predict_and_back(tmp_path, capsys):

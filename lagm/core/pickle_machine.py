@@ -31,12 +31,12 @@ from lagm.core.pickle_records import (
     OBJECT,
     ArrayType,
     Budget,
+    ByteSource,
     Extra,
     LazyArray,
     LazyText,
     Name,
     Record,
-    Source,
     Storage,
     Unreadable,
     is_count,
@@ -76,7 +76,7 @@ class Stack:
 class Machine(Stack):
     """Reads one pickle into plain data. Raises `Unreadable` for one that is broken or wants more."""
 
-    def __init__(self, source: Source, budget: Budget, persistent: Callable | None = None, nested: bool = False):
+    def __init__(self, source: ByteSource, budget: Budget, persistent: Callable | None = None, nested: bool = False):
         super().__init__()
         self.source, self.budget, self.persistent, self.nested = source, budget, persistent, nested
         self.names: dict[str, int] = {}  # what the pickle mentions, and how often
@@ -104,7 +104,7 @@ class Machine(Stack):
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #58d8cf5a
 def _read_text(size_format: str) -> Callable:
     """A reader of a text with its size in front."""
-    def read(source: Source) -> str | LazyText:
+    def read(source: ByteSource) -> str | LazyText:
         piece = source.exactly(struct.unpack(size_format, source.exactly(struct.calcsize(size_format)))[0])
         return LazyText(piece) if isinstance(piece, memoryview) else str(piece, "utf-8", "surrogatepass")
     return read
@@ -112,7 +112,7 @@ def _read_text(size_format: str) -> Callable:
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #b181e0ff
 def _read_bytes(size_format: str) -> Callable:
     """A reader of bytes with their size in front."""
-    def read(source: Source) -> bytes | memoryview:
+    def read(source: ByteSource) -> bytes | memoryview:
         return source.exactly(struct.unpack(size_format, source.exactly(struct.calcsize(size_format)))[0])
     return read
 
@@ -298,7 +298,7 @@ def read_pickle(
     Any
         plain data, Records, LazyTensors and LazyArrays
     """
-    return Machine(Source(data), budget or Budget(len(data))).run()
+    return Machine(ByteSource(data), budget or Budget(len(data))).run()
 
 # %% ../../nbs/reference/core/25_pickle_machine.ipynb #b81e5abd
 class StorageTable:
@@ -327,7 +327,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 def read_legacy_torch(data: memoryview, budget: Budget | None = None, nested: bool = False) -> Any:
     """What `torch.save` before 1.6 wrote. Raises `Unreadable`."""
-    source, budget, table = Source(data), budget or Budget(len(data)), StorageTable()
+    source, budget, table = ByteSource(data), budget or Budget(len(data)), StorageTable()
     magic, version, system = (Machine(source, budget).run() for _ in range(3))
     if magic != _MAGIC or version != 1001: raise Unreadable("is not a file of torch.save, or of an unknown version")
     if not isinstance(system, dict) or system.get("little_endian") is not True:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GET_AGAIN', 'DO_NOT_OPEN', 'INSTRUCTION', 'OBJECT', 'ENTRY', 'NUMBER', 'Unreadable', 'quoted', 'reading',
-           'forget_pages', 'Budget', 'Source', 'Name', 'Record', 'Extra', 'LazyText', 'Storage', 'is_count',
+           'forget_pages', 'Budget', 'ByteSource', 'Name', 'Record', 'Extra', 'LazyText', 'Storage', 'is_count',
            'checked_shape', 'LazyTensor', 'ArrayType', 'LazyArray']
 
 # %% ../../nbs/reference/core/25_pickle_records.ipynb #45e23778
@@ -102,7 +102,7 @@ class Budget:
 _LARGE = 2**16  # pieces of this size and more stay in the file and are only pointed at
 
 
-class Source:
+class ByteSource:
     """The bytes of a file as a stream. Raises `Unreadable` where they end too early."""
 
     def __init__(self, data: memoryview | bytes, position: int = 0):

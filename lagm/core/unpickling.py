@@ -25,10 +25,10 @@ from lagm.core.pickle_records import (
     DO_NOT_OPEN,
     ArrayType,
     Budget,
+    ByteSource,
     LazyArray,
     LazyTensor,
     Record,
-    Source,
     Unreadable,
     quoted,
     reading,
@@ -107,7 +107,7 @@ def read_torch_zip(path_or_file: Any, data: memoryview, budget: Budget | None = 
     entries, table = zip_entries(path_or_file, data), StorageTable()
     root = _root(entries)
     program = checked_entry(entries[f"{root}data.pkl"])
-    value = Machine(Source(program), budget or Budget(len(data)), table, nested=True).run()
+    value = Machine(ByteSource(program), budget or Budget(len(data)), table, nested=True).run()
     for key, storage in table.found.items():
         if f"{root}data/{key}" not in entries: raise Unreadable(f"lacks the numbers {quoted(key)} of a tensor")
         storage.data, storage.crc = entries[f"{root}data/{key}"]

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.errors import InputError
-from .images import FORMATS, list_files, read_image
+from .images import PICTURE_FORMATS, list_files, read_image
 
 # %% ../../nbs/reference/data/13_squares.ipynb #1e795066
 SIDES = (16, 32, 64, 128, 256)
@@ -113,7 +113,7 @@ def _side_for(paths: Sequence[Path], crop: str, largest: int) -> int:
     sizes = []
     for path in paths:
         try:
-            with Image.open(path, formats=FORMATS) as image: sizes.append(_used(image.size, crop))
+            with Image.open(path, formats=PICTURE_FORMATS) as image: sizes.append(_used(image.size, crop))
         except Exception: continue  # decoders of damaged files raise nearly anything; reading says what it is
     reached = sorted(sizes)[len(sizes) // 10] if sizes else 64
     return max([side for side in SIDES if 64 <= side <= min(largest, reached)], default=64)

@@ -37,7 +37,7 @@ from lagm.experiments.notebooks import (
     read_parameter_file,
     read_parameters,
     read_record,
-    read_yaml,
+    read_values,
     working_folder,
 )
 
@@ -548,7 +548,7 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
 # experiment -> metric ("fg_miou" or "miou"), value and perhaps std, in per cent
 def paper_numbers() -> dict[str, dict[str, Any]]:
     """What the paper reports for each experiment; an experiment of which it shows only pictures has no value."""
-    return read_yaml(asset("paper.yaml"))["experiments"]
+    return read_values(asset("paper.yaml"))["experiments"]
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #3cc05533
 def choose_runs(

@@ -9,7 +9,7 @@ __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_vali
            'split_problems', 'open_generator', 'resize_policy', 'segmenter_arguments', 'new_segmenter', 'make_recipe',
            'without_finish', 'matched_by_default', 'about_network', 'annotator_problem', 'use_entries', 'name_problems',
            'load_networks', 'load_any_segmenter', 'hasty_networks', 'restore_best', 'simple_values', 'write_metrics',
-           'check_size', 'start_stage']
+           'start_stage']
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #fbd94275
 import dataclasses
@@ -662,7 +662,7 @@ def write_metrics(
     return path
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #d21afe36
-def check_size(
+def _check_size(
     parameters: Mapping[str, Any],  # of a run, by name
 ) -> None:
     """Raise `InputError` unless `size`, if given, is a width and a height that a segmenter's `levels` can halve.
@@ -711,7 +711,7 @@ def start_stage(
         the folder for results
     """
     for problem in name_problems(parameters): raise InputError(problem)
-    check_size(parameters)
+    _check_size(parameters)
     if parameters.get("threads"): torch.set_num_threads(parameters["threads"])
     folder = Path(parameters.get("out_dir") or tempfile.mkdtemp())
     try: folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRONG_KINDS', 'FORMATS', 'OTHERS', 'recognise', 'Weight', 'from_tensor', 'given', 'fill_network', 'Found',
-           'GeneratorFormat', 'on_meta', 'lazy_tensor', 'lazy_shape', 'count_numbered', 'check_classes',
+           'GeneratorFormat', 'on_meta', 'lazy_tensor', 'lazy_shape', 'count_numbered', 'check_class_layer',
            'filter_weights', 'name_other', 'plain_weights', 'find_generator', 'read_value', 'generator_in']
 
 # %% ../../nbs/reference/generators/26_formats.ipynb #3398ad52
@@ -300,7 +300,7 @@ def _in_two_dimensions(weight: Weight) -> Weight:
     return weight._replace(shape=weight.shape * 2, read=lambda: torch.outer(*[weight.read()] * 2))
 
 
-def check_classes(
+def check_class_layer(
     network: nn.Module,  # that the file is for
     weights: dict[str, Weight],  # name to what gives its numbers
 ) -> None:

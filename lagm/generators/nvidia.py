@@ -20,7 +20,7 @@ from lagm.generators.formats import (
     Found,
     GeneratorFormat,
     Weight,
-    check_classes,
+    check_class_layer,
     filter_weights,
     from_tensor,
     given,
@@ -199,7 +199,7 @@ def nvidia_tensorflow(
         raise Unreadable("holds a TensorFlow network of an unknown version", "give a StyleGAN2 checkpoint")
     weights = dict(tf_weight(name, array) for name, array in _tf_variables(record).items() if name != "lod")
     network = on_meta(lambda: StyleGAN2(**tf_arguments(static)))
-    check_classes(network, weights)
+    check_class_layer(network, weights)
     kernel = resampling_filter(static.get("resample_kernel") or (1, 3, 3, 1))
     filters = [name for name in network.state_dict() if name.endswith("resample_filter")]
     weights |= filter_weights(network, dict.fromkeys(filters, given(kernel)))
@@ -322,7 +322,7 @@ def nvidia_pytorch(
     nested = nested_arguments(arguments, _of_the_later_program(record))
     network = on_meta(lambda: StyleGAN2.from_init_kwargs(nested))
     weights = {name: from_tensor(tensor) for name, tensor in lazy.items()}
-    check_classes(network, weights)
+    check_class_layer(network, weights)
     filters = {name: weight for name, weight in weights.items() if name.endswith("resample_filter")}
     weights |= filter_weights(network, filters)
     kind = "StyleGAN2-ADA, NVIDIA's PyTorch pickle (G_ema)"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.pickle_records import Record
 from ..core.unpickling import module_tensors
-from .formats import FORMATS, Found, GeneratorFormat, check_classes, from_tensor, on_meta
+from .formats import FORMATS, Found, GeneratorFormat, check_class_layer, from_tensor, on_meta
 from .nvidia import constructor_arguments, ema_record, has_fourier_input, name_relative
 from .stylegan3 import StyleGAN3
 
@@ -29,7 +29,7 @@ def nvidia_stylegan3(
     name_relative([*lazy], [*getattr(lazy.get("mapping.w_avg"), "shape", ())])
     network = on_meta(lambda: StyleGAN3.from_init_kwargs(constructor_arguments(record)))
     weights = {name: from_tensor(tensor) for name, tensor in lazy.items()}
-    check_classes(network, weights)
+    check_class_layer(network, weights)
     configuration = "R" if network.design.use_radial_filters else "T"
     return Found(f"StyleGAN3, NVIDIA's PyTorch pickle (G_ema), configuration {configuration}", network, weights)
 

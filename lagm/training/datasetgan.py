@@ -8,7 +8,7 @@ the memory.
 __all__ = ['CAR20', 'FeatureStore', 'memory_needed', 'EnsembleLinear', 'EnsembleNorm', 'apply_then_upsample',
            'Perceptrons', 'PixelEnsemble', 'Member', 'naive_member', 'check_masks', 'new_ensemble', 'PixelTraining',
            'train_pixels', 'draw_to_label', 'label_generated', 'PairSource', 'Readout', 'Annotated', 'check_ensemble',
-           'DatasetGAN', 'train_on_pairs', 'train_datasetgan']
+           'DatasetGANNumbers', 'train_on_pairs', 'train_datasetgan']
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a60863fb
 import contextlib
@@ -594,7 +594,7 @@ def check_ensemble(
 
 
 @dataclass(frozen=True)
-class DatasetGAN:
+class DatasetGANNumbers:
     """The numbers of DatasetGAN. Raises `InputError` on values that make no sense.
 
     Attributes
@@ -622,7 +622,7 @@ def train_on_pairs(
     ensemble: PixelEnsemble,  # trained in place
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1], for the labelled loss
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    setting: Any,  # with `pairs` and `keep`, such as `DatasetGAN`
+    setting: Any,  # with `pairs` and `keep`, such as `DatasetGANNumbers`
     recipe: Recipe,  # what the run computes
     *,
     seed: int,  # of everything random
@@ -647,7 +647,7 @@ def train_on_pairs(
     masks
         y_l: (n, H, W) class indices, 255 = ignored
     setting
-        with `pairs` and `keep`, such as `DatasetGAN`
+        with `pairs` and `keep`, such as `DatasetGANNumbers`
     recipe
         what the run computes
     seed
@@ -693,7 +693,7 @@ def train_datasetgan(
     masks: Tensor,  # (k, H, W) class indices, 255 = ignored
     *,
     drawn: Drawn | None = None,  # labelled pictures with latents: what the ensemble learns from; None: `images`
-    setting: DatasetGAN = DatasetGAN(),  # the numbers that only this method has
+    setting: DatasetGANNumbers = DatasetGANNumbers(),  # the numbers that only this method has
     recipe: Recipe = FAST,  # what the run computes
     seed: int = 0,  # of everything random
     device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'descend', 'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff',
-           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
+           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -223,7 +223,7 @@ def best_start(
     return points[torch.cat(distances, 1).argmin(1)]
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #3a914e3d
-def descend(
+def _descend(
     space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
     start: Tensor,  # (B, layers, w_dim)
@@ -409,7 +409,7 @@ def invert(
     hidden = not progress or not batches
     with progress_bar(total=len(batches) * plan.steps, disable=hidden, desc="inversion") as bar:
         for part in batches:
-            found = descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
+            found = _descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
             v, losses = torch.cat([v, found[0]]), torch.cat([losses, found[1]])
             keep(path, "inversion", identity, {"v": v, "losses": losses})
     return _drawn(space, v, losses, plan.batch)

@@ -39,11 +39,11 @@ from ..data.labels import CELEBA8, LabelSet
 from ..generators.protocol import check_generator, modules_of
 from ..models.contracts import Generator
 from .checkpoints import forced, set_aside
-from .synthetic import Pair, Plan, as_bytes, as_item, make_pair
+from .synthetic import LabelledPair, Plan, as_bytes, as_item, make_pair
 
 # %% ../../nbs/reference/training/63_shards.ipynb #2762490a
 def pair_files(
-    pair: Pair,  # one picture with its label
+    pair: LabelledPair,  # one picture with its label
     labels: LabelSet,  # what the classes mean
     soft: bool = False,  # with the probabilities of all classes
 ) -> dict[str, bytes]:  # extension -> content
