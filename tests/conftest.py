@@ -1,6 +1,7 @@
 """Every test starts from the same random numbers, in the checkout's own folders."""
 
 import numpy
+import nursery
 import pytest
 import torch
 
@@ -22,6 +23,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW: item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_forked():
+    """tests/nursery.py says why."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", nursery.launch_kernel)
+        yield
 
 
 @pytest.fixture(autouse=True)

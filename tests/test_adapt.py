@@ -4,12 +4,12 @@ import copy
 import json
 import pickle
 import random
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pytest
 import torch
 from torch import nn
@@ -458,8 +458,8 @@ def test_from_the_command_line(program, tmp_path):
     for command in (["annotate", "-f", "mine.yaml", "-o", "out"],
                     ["evaluate", "-p", "networks", "out/results.safetensors", "-p", "size", "[16, 16]", "-p",
                      "pictures", "2", "-o", "out2"]):
-        done = subprocess.run([sys.executable, "-c", "import lagm.cli; lagm.cli.main()", "run", *command],
-                              cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = nursery.run([sys.executable, "-c", "import lagm.cli; lagm.cli.main()", "run", *command], cwd=tmp_path,
+                           env=env)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "segmenter.safetensors").is_file()
     assert np.isfinite(json.loads((tmp_path / "out2" / "metrics.json").read_text())["metrics"]["segmenter"]["fg_miou"])

@@ -1,10 +1,12 @@
 """Cached items are the decoded ones, keyed by contents and settings; damage and other writers do no harm."""
 
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -86,22 +88,23 @@ def test_damaged_entries_are_made_again(tmp_path):
         assert entry.stat().st_size == len(whole)
 
 
-def fill(folder, queue):
-    cache = Cached(DatasetGAN(ROOT, "car"), folder)
-    for _ in range(3):
-        images, masks = stack(cache)
-        cache._items.clear()
-    queue.put((float(images.sum()), int(masks.sum()), cache.hits["disk"]))
+FILL = """
+import sys
+from lagm.data.cache import Cached
+from lagm.data.datasetgan import DatasetGAN
+from lagm.data.demo import stack
+cache = Cached(DatasetGAN(sys.argv[1], "car"), sys.argv[2])
+for _ in range(3):
+    images, masks = stack(cache)
+    cache._items.clear()
+print(float(images.sum()), int(masks.sum()), cache.hits["disk"])
+"""
 
 
 def test_several_writers(tmp_path):
-    context = multiprocessing.get_context("spawn")  # a fork of a process whose threads hold locks may never run
-    queue = context.Queue()
-    workers = [context.Process(target=fill, args=(tmp_path, queue)) for _ in range(3)]
-    for worker in workers: worker.start()
-    results = [queue.get(timeout=180) for _ in workers]
-    for worker in workers: worker.join(10)
-    assert len({result[:2] for result in results}) == 1 and all(result[2] >= 8 for result in results)
+    workers = [nursery.start([sys.executable, "-c", FILL, ROOT, tmp_path], stdout=subprocess.PIPE) for _ in range(3)]
+    results = [worker.communicate(timeout=180)[0].split() for worker in workers]
+    assert len({(*result[:2],) for result in results}) == 1 and all(int(result[2]) >= 8 for result in results)
     assert (len(list(tmp_path.rglob("*.safetensors"))) == 4
             and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4)
 

@@ -3,12 +3,12 @@ are named.
 """
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
+import nursery
 import official_files as official
 import pytest
 import torch
@@ -438,7 +438,8 @@ before = kilobytes("VmRSS")
 G = load_generator(sys.argv[1])
 print((kilobytes("VmHWM") - before) * 1024 / Path(sys.argv[1]).stat().st_size)"""
     for path in (pickled, tmp_path / "g.pt"):
-        ratio = float(subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
-                                     check=True).stdout)
+        done = nursery.run([sys.executable, "-c", code, path])
+        assert not done.returncode, done.stderr
+        ratio = float(done.stdout)
         print(path.name, round(ratio, 2))
         assert ratio < 2.5, f"{path.name}: {ratio:.2f} times the file's size"

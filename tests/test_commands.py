@@ -16,13 +16,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import unittest.mock
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import nursery
 import pytest
 import torch
 from official_files import nvidia_pytorch
@@ -157,8 +157,7 @@ def clean(checkout, monkeypatch):
 
 def call(*words, **environment):
     """A real process; its output if it ended well."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=os.environ | environment,
-                          timeout=300)
+    done = nursery.run([str(word) for word in words], env=os.environ | environment)
     assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 

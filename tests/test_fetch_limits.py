@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 
+import nursery
 import pytest
 
 import lagm.download.fetch as fetching
@@ -290,7 +291,7 @@ def test_a_second_process_waits(server, tmp_path):
             f"'checkpoints/toy.pkl', 'pickle', ({server.url('late')!r},)), {str(tmp_path)!r}, {str(tmp_path / 'c')!r}, "
             "progress=False)")
     with fetching._alone(tmp_path / "c" / "toy.pkl"):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        process = nursery.start([sys.executable, "-c", code], stderr=subprocess.PIPE)
         assert "waiting for another process" in process.stderr.readline()
         assert not server.log
     process.communicate(timeout=60)

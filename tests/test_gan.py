@@ -1,11 +1,11 @@
 """Training a generator: the run can be cut anywhere, and it learns."""
 
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 
+import nursery
 import pytest
 import torch
 
@@ -66,20 +66,19 @@ def test_the_first_step_goes_against_the_gradient(name):
 
 
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
+    code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from lagm.generators.train import GANRecipe, train_gan\n"
         f"recipe = GANRecipe(**{asdict(TINY)!r})\n"
         "real = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))\n"
         "train_gan(real, recipe, sys.argv[1], save_every=8, grid_every=96, progress=False)\n")
-    subprocess.run([sys.executable, script, tmp_path / "whole"], check=True)
-    process = subprocess.Popen([sys.executable, script, tmp_path / "cut"])
+    assert nursery.run([sys.executable, "-c", code, tmp_path / "whole"]).returncode == 0
+    process = nursery.start([sys.executable, "-c", code, tmp_path / "cut"])
     while not (tmp_path / "cut" / "state.safetensors").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run([sys.executable, script, tmp_path / "cut"], check=True)
+    assert nursery.run([sys.executable, "-c", code, tmp_path / "cut"]).returncode == 0
     whole, cut = GANTrainer(pictures(), TINY), GANTrainer(pictures(), TINY)
     load_training(whole, tmp_path / "whole" / "state.safetensors")
     load_training(cut, tmp_path / "cut" / "state.safetensors")

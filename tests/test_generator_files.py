@@ -4,11 +4,11 @@ that does not call them damaged.
 
 import json
 import math
-import subprocess
 import sys
 import warnings
 
 import numpy as np
+import nursery
 import official_files as official
 import pytest
 import torch
@@ -412,8 +412,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path):
     pytest.importorskip("resource")
     save_generator(tmp_path / "s.safetensors", tiny(channel_base=1024, channel_max=64))
     (tmp_path / "t.safetensors").write_text("older")
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "s.safetensors", tmp_path / "t.safetensors"],
-                          capture_output=True, text=True)
+    done = nursery.run([sys.executable, "-c", FULL, tmp_path / "s.safetensors", tmp_path / "t.safetensors"])
     assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("lagm: error")]
     assert len(lines) == 2 and all(line.startswith(f"lagm: error: cannot write {tmp_path / 't.safetensors'}: ")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nursery
 import pytest
 import torch
 from test_training import CLASSES, PAPER, ToyGenerator, labelled, networks, run, same
@@ -138,8 +139,8 @@ torch.distributed.barrier()
 def test_two_processes_are_one_with_two_parts(tmp_path):
     path = tmp_path / "run.safetensors"
     code = ONE_OF_TWO.format(tests=str(Path(__file__).parent), meeting=str(tmp_path / "meeting"), path=str(path))
-    pair = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+    pair = [nursery.start([sys.executable, "-c", code, rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for rank in (0, 1)]
     errors = [process.communicate(timeout=240)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
     threads = torch.get_num_threads()

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import nursery
 import pytest
 import torch
 from templates import run_cells
@@ -237,7 +237,7 @@ def test_names_are_checked_before_a_run_starts(package):
 
 def lagm(*words, cwd):
     main = "from lagm.cli import main; raise SystemExit(main())"
-    done = subprocess.run([sys.executable, "-c", main, *words], cwd=cwd, capture_output=True, text=True)
+    done = nursery.run([sys.executable, "-c", main, *words], cwd=cwd)
     return done.returncode, done.stdout + done.stderr
 
 

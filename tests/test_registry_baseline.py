@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import nursery
 import pytest
 import yaml
 
@@ -33,8 +33,8 @@ def test_it_is_compared_by_a_name_in_a_parameter_file(package, tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(sizes))
     code = "import sys; from lagm.cli import main; sys.exit(main())"
     words = ["run", "methods", "-f", tmp_path / "small.yaml", "-o", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)})
+    done = nursery.run([sys.executable, "-c", code, *map(str, words)],
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
     assert [*rows] == ["supervised", "supervised, finished", "mirror", "mirror, finished", "mirror, alone"]

@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import nursery
 import pytest
 from notebooks import write_experiment
 
 from lagm import cli
 from lagm.core.errors import InputError
+from lagm.experiments import sweep as sweeps
 from lagm.experiments.catalogue import read_catalogue
 from lagm.experiments.sweep import Sweep, describe_steps, execute, last_error, plan_steps
 from lagm.training.checkpoints import folder_lock
@@ -39,6 +42,7 @@ def project(tmp_path, monkeypatch):
     write_experiment(folder / "evaluate.ipynb", EVALUATE,
                      parameters='networks: str = ""  # of annotate\nout_dir: str = "."  # results')
     put(tmp_path, "a", 2), put(tmp_path, "b", 13)
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": nursery.start}))
     return tmp_path
 
 
@@ -89,10 +93,11 @@ def test_a_killed_sweep_goes_on_and_leaves_no_process(project):
     words = [sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())", "run", "--all"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not (project / "outputs/a/annotate/pid").exists():
+    pid = project / "outputs/a/annotate/pid"
+    while not (pid.exists() and pid.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    kernel = int((project / "outputs/a/annotate/pid").read_text())
+    kernel = int(pid.read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 120

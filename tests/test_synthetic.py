@@ -5,13 +5,12 @@ is.
 import csv
 import hashlib
 import json
-import os
 import platform
-import subprocess
 import sys
 import tarfile
 
 import numpy as np
+import nursery
 import pytest
 import torch
 from PIL import Image
@@ -114,8 +113,7 @@ def test_a_claim_of_a_living_process_holds(tmp_path):
     with claim(tmp_path / "x") as mine:
         code = (f"import pathlib, lagm.training.shards as s\nwith s.claim(pathlib.Path({str(tmp_path / 'x')!r})) as "
                 "mine: print(mine)")
-        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        told = nursery.run([sys.executable, "-c", code])
         assert mine and told.stdout == "False\n", told.stderr
     assert not list(tmp_path.iterdir())
 

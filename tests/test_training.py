@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pytest
 import torch
 from filling import fill
@@ -321,7 +322,7 @@ RUN_IN_A_PROCESS = """
 def start_process(path, seed=0, slow=False):
     code = textwrap.dedent(RUN_IN_A_PROCESS).format(tests=str(Path(__file__).parent), path=str(path), seed=seed,
                                                     slow=slow)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = nursery.start([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "begins\n", process.stderr.read()
     return process
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import attacks
 import numpy as np
+import nursery
 import official_files as official
 import pytest
 import torch
@@ -154,7 +155,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     except InputError: continue
     raise SystemExit(f"no error for {path}")
 print((kilobytes("VmHWM") - before) // 1024)"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "files")], capture_output=True, text=True)
+    done = nursery.run([sys.executable, "-c", code, str(tmp_path / "files")])
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 150, f"{done.stdout} MB"
     assert not MARKER.exists()
