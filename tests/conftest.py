@@ -18,11 +18,14 @@ SLOW = """
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by `make quick`")
+    config.option.loadscopereorder = False  # of xdist, which would begin with the files that have most tests
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW: item.add_marker(pytest.mark.slow)
+    # the long ones first: what is left at the end is short, and no worker waits for the other
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

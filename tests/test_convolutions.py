@@ -129,13 +129,13 @@ def test_tangents_by_tape_and_by_dual_numbers(everywhere):
     assert relative(moved, F.conv2d(x, weight, padding=1)) < 1e-5
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_matching_gradients_of_the_deeplab_head_in_double_precision(fast):
+def test_matching_gradients_of_the_deeplab_head_in_double_precision():
     torch.manual_seed(0)
-    segmenter, images, labels, masks = (DeepLabV3(4).double(), torch.randn(2, 2, 3, 64, 64).double(),
-                                        torch.rand(2, 4, 64, 64).softmax(1).double(), torch.randint(0, 4, (2, 64, 64)))
+    segmenter, images, labels, masks = (DeepLabV3(4).double(), torch.randn(2, 2, 3, 32, 32).double(),
+                                        torch.rand(2, 4, 32, 32).softmax(1).double(), torch.randint(0, 4, (2, 32, 32)))
     names, results = matched_parameter_names(segmenter, "head"), []
-    for match, quick in ((match_double_backward, False), (match_forward_mode, fast), (match_double_backward, fast)):
+    for match, quick in ((match_double_backward, False), (match_forward_mode, False), (match_forward_mode, True),
+                         (match_double_backward, True)):
         network = copy.deepcopy(segmenter)
         torch.manual_seed(3)  # the head has dropout
         with FastConvolutions() if quick else contextlib.nullcontext():

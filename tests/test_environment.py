@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shell
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,10 +62,7 @@ def test_differences_by_hand():
 
 
 def test_the_command(tmp_path):
-    def lagm(*words):
-        return subprocess.run([sys.executable, "-c", "import sys; from lagm.cli import main; sys.exit(main())",
-                               "doctor", "--environment", *map(str, words)], capture_output=True, text=True,
-                              cwd=tmp_path)
+    def lagm(place): return shell.lagm("doctor", "--environment", place, cwd=tmp_path)
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").write_text(json.dumps({"provenance": provenance()}))
