@@ -7,13 +7,13 @@ import torch
 
 # Files whose tests take more than some ten seconds of processor time together, most of them because they start
 # processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10
-# tests/test_kill.py
+# tests/test_kill.py. A single long test of another file has the mark itself: @pytest.mark.slow.
 SLOW = """
     avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
-    fetch_limits gan generator_files inversion kill libraries methods mutate numbers odd_files odd_inputs
-    own_pictures parts pickle_budget quickstart reader_fuzz registries registry_baseline report requests runs
-    saved site stylegan2 sweep synthetic table tangents templates training unpickling weak_to_strong wheel
-    winograd""".split()
+    fetch_limits finishing gan generator_files inversion kill libraries methods mutate numbers odd_files odd_inputs
+    other_generators own_pictures parts pickle_budget quickstart reader_fuzz registries registry_baseline report
+    requests runs saved site stylegan2 sweep synthetic table tangents templates training unpickling weak_to_strong
+    wheel winograd""".split()
 
 
 def pytest_configure(config):
@@ -24,8 +24,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW: item.add_marker(pytest.mark.slow)
-    # the long ones first: what is left at the end is short, and no worker waits for the other
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # their files first: what is left at the end is short, and no worker waits for the other
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session", autouse=True)

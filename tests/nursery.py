@@ -67,7 +67,8 @@ class Process:
             self.stderr, err = (None, out) if stderr == subprocess.STDOUT else self._end_of(
                 stack, nothing, 2 if stderr is None else stderr)
             line.connect(address())
-            socket.send_fds(line, [b"!"], [end if isinstance(end, int) else end.fileno() for end in (nothing, out, err)])
+            ends = [end if isinstance(end, int) else end.fileno() for end in (nothing, out, err)]
+            socket.send_fds(line, [b"!"], ends)
             line.sendall(json.dumps(order).encode() + b"\n")
             self._line = line.makefile("rb")
             self._end = os.dup(line.fileno())

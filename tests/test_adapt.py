@@ -448,6 +448,7 @@ class TestFiles:
                     load_generator(given, label=1, **useless)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(program, tmp_path):
     """One parameter file through annotate, and the result through evaluate."""
     (tmp_path / "mine.yaml").write_text(

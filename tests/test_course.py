@@ -244,6 +244,7 @@ def explorers_of(path, monkeypatch):
 
 
 # Lesson 4 trains for ten seconds, lesson 6 for twenty; nbdev_test runs them, as it does all.
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in LESSONS if number(p) in (1, 2, 3, 5)], ids=lambda path: path.stem)
 def test_the_sliders_of_a_lesson_give_figures_from_end_to_end(path, monkeypatch):
     made = explorers_of(path, monkeypatch)

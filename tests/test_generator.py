@@ -111,6 +111,7 @@ def test_a_generator_of_the_kit_draws_its_own_style():
         assert STYLES[int(torch.stack(distances).argmin())] == style and min(distances) < 0.16
 
 
+@pytest.mark.slow
 def test_the_same_latents_give_the_same_pictures_in_another_process():
     script = ("import torch; from lagm.generators.contract import Sampling; from lagm.generators.load import "
               "load_generator; torch.set_num_threads(1); g = load_generator(sampling=Sampling());"

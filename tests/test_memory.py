@@ -52,6 +52,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 @needs_glibc
 @pytest.mark.parametrize("error", [False, True])
 def test_memory_is_kept_for_a_while(error):

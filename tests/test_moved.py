@@ -118,6 +118,7 @@ def test_no_moved_name_is_a_module_of_its_package():
         assert not clashing, f"{old}: rename the modules {clashing}"
 
 
+@pytest.mark.slow
 def test_the_kit_itself_uses_no_old_path():
     code = ("import warnings; warnings.filterwarnings('error', '.* has moved; write: ')\n"
             "import lagm, lagm.cli\nfor name in lagm.__all__: getattr(lagm, name)")

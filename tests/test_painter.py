@@ -186,6 +186,7 @@ def test_what_cannot_be_saved_is_said(page):
     assert (read_painted(desk.album, 0) == 1).sum() == 2 * stroke([(20, 20)] * 2, 7).sum()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_command_line_and_ctrl_c(tmp_path, browser):  # noqa: F811
     make_pictures(tmp_path / "faces")

@@ -96,6 +96,7 @@ def test_the_reader_finds_them(made, name):
     with pytest.raises(InputError, match="0 items here"): PascalPart(made.parent, name, "val", k=1)
 
 
+@pytest.mark.slow
 def test_several_processes_and_single_steps_make_the_same(made, tmp_path):
     run(VOC, tmp_path / "one", steps=("parse",), workers=2)
     for step in ("copy", "crop"): run(VOC, tmp_path / "one", steps=(step,))
