@@ -120,6 +120,7 @@ def test_a_module_comes_from_a_notebook_and_defines_each_name_once(path):
     assert len(names) == len(set(names)), f"defined twice: {sorted({name for name in names if names.count(name) > 1})}"
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_tool_of_its_makers():
     """Every module can be imported where nbdev and the optional extras are not installed."""
     blocked = ["nbdev", "fastcore", "execnb", "pytest", "hypothesis", "resvg_py", "dicebear_styles", "jupyterlab",

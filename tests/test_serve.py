@@ -209,6 +209,7 @@ def test_nothing_sticks_out_on_a_phone(page, files):
     assert page.value("document.querySelector('.frame').getBoundingClientRect().width") > 290
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_command_line(browser, files):  # noqa: F811
     words = [sys.executable, "-u", "-c", "import sys; from lagm.cli import main; sys.exit(main())", "serve",
