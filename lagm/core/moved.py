@@ -106,7 +106,7 @@ RENAMED = {  # where a home has the new name; elsewhere the old one goes on
     "Players": "TrainState", "Keeper": "CheckpointWriter", "Change": "Transform", "Work": "Workload",
     "DatasetGAN": "DatasetGANNumbers", "Estimate": "GeneratorEstimate", "Pair": "LabelledPair", "Source": "ByteSource",
     "check_classes": "check_class_layer", "compare": "compare_all", "differences": "score_differences",
-    "find_results": "find_networks", "number": "rounded", "parse_yaml": "parse_values", "read_yaml": "read_values",
+    "find_results": "find_networks", "number": "decimal", "parse_yaml": "parse_values", "read_yaml": "read_values",
     "recognise": "recognise_export"}
 MOVED: _Table = {f"lagm.{old}": [f"lagm.{new}" for new in homes.split()] for old, homes in HOMES.items()}
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.seeds import random_generator
 from ..evaluation.curves import name_the_ends
 from ..evaluation.figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
-from .report import DOMAINS, FINISHED, Result, cell_of, rounded
+from .report import DOMAINS, FINISHED, Result, cell_of, decimal
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #91b67206
 _OURS, ALONE = "gradient matching", "supervised"  # each also with ", finished"; `ALONE`: labelled pictures only
@@ -380,7 +380,7 @@ def comparison_table(
                 table.append([*head, *["–"] * 7])
                 continue
             ends = "–" if c.ends is None else f"{c.ends[0]:+.1f} to {c.ends[1]:+.1f}"
-            table.append([*head, rounded(c.ours, 1), c.rival, rounded(c.theirs, 1), rounded(c.difference, 1, sign=True),
+            table.append([*head, decimal(c.ours, 1), c.rival, decimal(c.theirs, 1), decimal(c.difference, 1, sign=True),
                           ends, f"{c.ahead} of {c.seeds}", c.verdict])
     return table
 
@@ -488,7 +488,7 @@ def minutes_table(
     for method in dict.fromkeys(name for methods in own.values() for name in methods):
         known = [[s.minutes for s in methods.get(method, {}).values() if s.minutes is not None]
                  for methods in own.values()]
-        table.append([method, *(rounded(statistics.fmean(values), 1) if values else "–" for values in known)])
+        table.append([method, *(decimal(statistics.fmean(values), 1) if values else "–" for values in known)])
     return table
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #084469d6

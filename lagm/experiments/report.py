@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'FINISHED', 'NUMBERS', 'check_record', 'Result', 'find_results', 'Row', 'why_missing',
-           'paper_rows', 'rounded', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html', 'Table',
+           'paper_rows', 'decimal', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html', 'Table',
            'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
            'ablation_table', 'sturdy_table', 'number_of_labels_figure', 'learning_curves_figure', 'class_figures',
            'result_pictures', 'Section', 'save_figure', 'write_pages']
@@ -321,7 +321,7 @@ def paper_rows(
     return rows
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #9981cf1a
-def rounded(
+def decimal(
     value: float | None,  # None: a dash
     digits: int = 2,  # behind the point
     sign: bool = False,  # write a plus, too
@@ -357,9 +357,10 @@ def paper_table(
     """
     table = [["experiment", "metric", "paper", "ours", "difference", "seeds", "iterations", "hours", "missing"]]
     for row in rows:
-        paper = rounded(row.paper) + (f" ± {row.paper_std:.2f}" if row.paper_std else "") if row.paper else "figure only"
-        ours = rounded(row.ours) + (f" ± {row.spread:.2f}" if row.spread else "")
-        difference = rounded(row.ours - row.paper, sign=True) if row.ours is not None and row.paper else "–"
+        spread = f" ± {row.paper_std:.2f}" if row.paper_std else ""
+        paper = decimal(row.paper) + spread if row.paper else "figure only"
+        ours = decimal(row.ours) + (f" ± {row.spread:.2f}" if row.spread else "")
+        difference = decimal(row.ours - row.paper, sign=True) if row.ours is not None and row.paper else "–"
         table.append(
             [
                 row.experiment,
@@ -369,7 +370,7 @@ def paper_table(
                 difference,
                 str(len(row.values) or "–"),
                 f"{row.iterations:,}" if row.iterations else "–",
-                rounded(row.hours, 1),
+                decimal(row.hours, 1),
                 row.note,
             ]
         )
@@ -527,7 +528,7 @@ def group_minutes(
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #6530550f
 def _mean(values: Sequence[float]) -> str:
-    return rounded(statistics.fmean(values), 1) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return decimal(statistics.fmean(values), 1) + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def own_table(
@@ -545,8 +546,8 @@ def own_table(
     """
     table = [["experiment", "method", "FG-mIoU", "lowest", "highest", "seeds", "minutes"]]
     for (group, method), values in sorted(groups.items()):
-        ends = rounded(min(values), 1), rounded(max(values), 1)
-        cost = rounded(minutes.get((group, method)), 1)
+        ends = decimal(min(values), 1), decimal(max(values), 1)
+        cost = decimal(minutes.get((group, method)), 1)
         table.append([group, method, _mean(values), *ends, str(len(values)), cost])
     return table
 
@@ -611,7 +612,7 @@ def benchmark_table(
     table = [["method", *(f"k = {k}" for k in ks), "minutes"]]
     for method, points in found.items():
         cells = [f"{_mean(points[k])} ({len(points[k])})" if k in points else "–" for k in ks]
-        table.append([method, *cells, rounded(statistics.fmean(cost[method].values()) if method in cost else None, 1)])
+        table.append([method, *cells, decimal(statistics.fmean(cost[method].values()) if method in cost else None, 1)])
     return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #949950ea
@@ -646,7 +647,7 @@ def ablation_table(
         both = [(value, whole[seed, ending]) for seed, value in values.items() if (seed, ending) in whole]
         change, beside = (statistics.fmean(value - other for value, other in both),
                           statistics.fmean(other for _, other in both)) if both else (None, None)
-        table.append([name, method, _mean([*values.values()]), rounded(beside, 1), rounded(change, 1, sign=True),
+        table.append([name, method, _mean([*values.values()]), decimal(beside, 1), decimal(change, 1, sign=True),
                       str(len(values))])
     return table
 
@@ -675,7 +676,7 @@ def sturdy_table(
         values = [[r.value("fg_miou", name) for r in own] for name in _STURDY_ROWS]
         gains = [last - alone for alone, _, last in zip(*values, strict=True) if alone is not None and last is not None]
         means = [_mean(known) if (known := [v for v in column if v is not None]) else "–" for column in values]
-        table.append([str(k), setting, *means, rounded(min(gains, default=None), 1, sign=True), str(len(own))])
+        table.append([str(k), setting, *means, decimal(min(gains, default=None), 1, sign=True), str(len(own))])
     return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #f6144c41

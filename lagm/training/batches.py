@@ -169,7 +169,7 @@ class SyntheticBatches:
         return SyntheticBatch(pictures, features, lambda q: change.labels(self.fit(q)), plain, change.labels)
 
 # %% ../../nbs/reference/training/52_batches.ipynb #c0645f90
-_Part = TypeVar("Part")
+_Part = TypeVar("_Part")
 
 
 class Parts(Sequence[_Part]):
