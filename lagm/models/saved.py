@@ -432,9 +432,7 @@ def _class_name(name: Any) -> Any:
     return next((known for known, other in network_classes().items() if other is entry), name) if entry else name
 
 
-def _parts(
-    path: str | Path, header: dict[str, Any], shapes: dict[str, tuple[int, ...]],
-) -> tuple[str, dict[str, _Part]]:
+def _parts(path: str | Path, header: dict, shapes: dict[str, tuple[int, ...]]) -> tuple[str, dict[str, _Part]]:
     kind = header.get("kind")
     if kind == "segmenter":
         about = header.get("network")
