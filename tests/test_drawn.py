@@ -219,7 +219,8 @@ def test_mistakes_of_new_projects(project):
 
 def test_the_command(project, tmp_path, capsys):
     _, settings = project
-    asked = dict(generator=settings.generator, output=str(tmp_path / "d"), n=2, seed=1, psi=0.5, device="cpu")
+    asked = dict(generator=settings.generator, output=str(tmp_path / "d"), n=2, seed=1, psi=0.5, device="cpu",
+                 generator_class=-1, diffusion="")
     generate_command(argparse.Namespace(**asked, classes="background, skin"))
     assert "next: lagm label" in capsys.readouterr().out and Album(tmp_path / "d").labels.n_classes == 2
     assert load_tensors(tmp_path / "d" / LATENTS)[1]["sampling"]["psi"] == 0.5
