@@ -194,7 +194,8 @@ def _look_at_generator(
     except InputError as error: return [Finding(name, "broken", told, str(error))]
     network, licence = facts.get("generator"), Finding("licence", "note", told, facts["licence"])
     if facts["kind"] == "adapted generator":
-        return [Finding(name, "note", told, "it holds the weights of an adapted generator", facts["to open it"]), licence]
+        what = "it holds the weights of an adapted generator"
+        return [Finding(name, "note", told, what, facts["to open it"]), licence]
     if network is None:
         return [Finding(name, "broken", told, f"it holds no generator but {facts['kind']}; lagm inspect tells more")]
     if facts["kind"] == "diffusion model": return _look_at_diffusion(name, told, facts) + [licence]
@@ -211,8 +212,8 @@ def _look_at_diffusion(name: str, told: str, facts: Mapping[str, Any]) -> list[F
     network, found = facts["generator"], []
     blocks = ", ".join(network["blocks"]) or "not told"
     found.append(Finding(name, "present", told, f"{facts['format']}: {network['resolution']} pixels, blocks {blocks}"))
-    found.append(Finding("diffusion", "note", told, "of each size the last block is used, at levels 50 and 150, of runs "
-                         "of 20 steps", "for others give diffusion: {steps: 20, times: [50, 150], blocks: []}"))
+    found.append(Finding("diffusion", "note", told, "of each size the last block is used, at levels 50 and 150, of "
+                         "runs of 20 steps", "for others give diffusion: {steps: 20, times: [50, 150], blocks: []}"))
     if importlib.util.find_spec("diffusers"): return found
     return [*found, Finding("diffusers", "missing", told, "the library is not installed", install_advice("diffusion"))]
 

@@ -102,7 +102,7 @@ class Batches:
         seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
-        alone = hasattr(generator, "sample_z") and not hasattr(generator, "feature_channels")  # it draws, and shows no maps
+        alone = hasattr(generator, "sample_z") and not hasattr(generator, "feature_channels")  # it shows no maps
         if not alone: check_generator(generator, images)
         recipe, self.parts = state.recipe, state.recipe.parts
         size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
