@@ -14,6 +14,7 @@ from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.experiments.catalogue import Run, missing_inputs
 from lagm.experiments.notebooks import experiment_folder, find_experiment
+from lagm.experiments.project import Settings, project_generator, settings_text
 from lagm.generators.diffusers_folder import _OLD_NAMES, describe_diffusers, is_diffusers
 from lagm.generators.diffusion import (
     Diffusing,
@@ -27,7 +28,6 @@ from lagm.generators.diffusion import (
     kept_pictures,
 )
 from lagm.generators.load import load_generator
-from lagm.labelling.project import Settings, project_generator, settings_text
 from lagm.models.contracts import Generator
 from lagm.training.checkpoints import generator_digest
 from lagm.training.drawn import LATENTS, weights_digest
