@@ -156,9 +156,16 @@ class TestAdapt:
 
     def test_noise_that_is_not_torchs(self):
         class Loud(DCGAN):
-            def forward(self, z): return super().forward(z) * random.random()
+            def __init__(self, picture):
+                super().__init__()
+                self.picture = picture
 
-        with pytest.raises(InputError, match="its noise is not torch's"): adapt(Loud())
+            def forward(self, z): return self.picture(super().forward(z)) * random.random()
+
+        random.seed(0)
+        torch.manual_seed(0)
+        for picture in (nn.Identity(), lambda image: 0.01 * image, lambda image: 0.01 * image.abs()):  # pale ones, too
+            with pytest.raises(InputError, match="its noise is not torch's"): adapt(Loud(picture))
 
     def test_batch_norm_without_statistics_is_said(self):
         own = module()
@@ -231,6 +238,37 @@ class TestAdapt:
         (nn.Sequential(nn.ConvTranspose2d(4, 8, 4), nn.ConvTranspose2d(8, 5, 4, 2, 1)), "1 or 3 channels")])
     def test_what_cannot_be_adapted(self, wrong, match):
         with pytest.raises(InputError, match=match): adapt(wrong)
+
+    def test_modules_that_take_or_give_something_else(self):
+        """An autoencoder, a network from picture to picture, and flat pictures are told what to do."""
+        wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+        with pytest.raises(InputError, match="a pixel, no picture.*first layer reads pictures.*decoder"): adapt(wide)
+        for layers in ([nn.Conv2d(3, 8, 4, 4)], [nn.Conv2d(1, 8, 4, 4)]):
+            with pytest.raises(InputError, match=r"or a module whose forward\(z\) calls it .*decoder alone"):
+                adapt(nn.Sequential(*layers))
+        with pytest.raises(InputError, match=r"gives \(2, 768\) and no pictures .*wrap it"):
+            adapt(nn.Sequential(module(), nn.Flatten()), z_dim=(6, 1, 1))
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_of_several_pictures_the_largest_counts(self, order):
+        class Pyramid(nn.Module):
+            """A picture of each size, and the features of the last before them."""
+
+            def __init__(self):
+                super().__init__()
+                self.first, self.up = nn.ConvTranspose2d(6, 8, 4), nn.ConvTranspose2d(8, 8, 4, 2, 1)
+                self.rgb = nn.ModuleList([nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1), nn.Conv2d(8, 1, 1)])
+
+            def forward(self, z):
+                maps = [self.first(z), self.up(self.first(z))]
+                pictures = [rgb(found).tanh() for rgb, found in zip(self.rgb, maps)]
+                return {"maps": maps[1], "pictures": (*pictures, self.rgb[2](maps[1]).tanh())[::order]}
+
+        torch.manual_seed(0)
+        pyramid = Pyramid()
+        generator, z = adapt(pyramid), torch.randn(2, 6)
+        assert generator.resolution == 8 and generator.network.values == (-1, 1)
+        assert generator(z).image.equal(pyramid(z[:, :, None, None])["pictures"][1])
 
     def test_digest_and_pickle(self):
         one, other = adapt(module()), adapt(module(), layers=["main.5"])

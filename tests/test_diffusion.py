@@ -5,13 +5,16 @@ import math
 
 import pytest
 import torch
+import yaml
 from templates import run_cells
 from torch import nn
 
 from lagm.cli import main
 from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors
 from lagm.experiments.catalogue import Run, missing_inputs
 from lagm.experiments.notebooks import experiment_folder, find_experiment
+from lagm.experiments.project import Settings, project_generator, settings_text
 from lagm.generators.diffusers_folder import _OLD_NAMES, describe_diffusers, is_diffusers
 from lagm.generators.diffusion import (
     Diffusing,
@@ -19,12 +22,15 @@ from lagm.generators.diffusion import (
     DiffusionNetwork,
     Kept,
     Schedule,
+    _Listener,
     ddim_step,
+    decoder_blocks,
     kept_pictures,
 )
 from lagm.generators.load import load_generator
 from lagm.models.contracts import Generator
 from lagm.training.checkpoints import generator_digest
+from lagm.training.drawn import LATENTS, weights_digest
 
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 SCHEDULE = Schedule(ALPHAS.float(), steps=lambda n: range(1000 - 1000 // n, -1, -(1000 // n)))
@@ -242,6 +248,52 @@ def test_what_the_catalogue_and_the_doctor_say(tmp_path):
     assert "there is no" in lacks(diffusion=dict(step=3))[0] or "step" in lacks(diffusion=dict(step=3))[0]
     change(tmp_path / "p" / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     assert "latent diffusion model" in lacks()[0]
+
+
+def test_the_doctor_examines_a_folder(tmp_path, capsys, monkeypatch):
+    pipeline_folder(tmp_path / "p")
+    assert main(["doctor", str(tmp_path / "p")]) == 0
+    told = capsys.readouterr().out
+    for words in ("diffusers DDPMPipeline", "16 pixels", "0: 16 × 8 × 8, 1: 16 × 8 × 8, 2: 8 × 16 × 16", "could run",
+                  "diffusion: {steps: 20", "licence"): assert words in told, told
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    assert main(["doctor", str(tmp_path / "p")]) == 1 and "diffusers (missing)" in capsys.readouterr().out
+    change(tmp_path / "p" / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    assert main(["doctor", str(tmp_path / "p")]) == 1 and "latent diffusion model" in capsys.readouterr().out
+
+
+def test_blocks_are_told_as_the_decoder_has_them(tmp_path):
+    pipeline_folder(tmp_path / "p")
+    network = load_generator(tmp_path / "p").network
+    with _Listener(decoder_blocks(network.unet)) as heard, torch.no_grad(): network.say(torch.zeros(1, 3, 16, 16), 0)
+    said = [f"{i}: {' × '.join(map(str, maps.shape[1:]))}" for i, maps in enumerate(heard)]
+    assert describe_diffusers(tmp_path / "p")["blocks"] == said
+    for odd in (dict(block_out_channels=[2**70]), dict(block_out_channels="x"), dict(layers_per_block=10**9)):
+        change(tmp_path / "p" / "unet" / "config.json", **odd)
+        assert describe_diffusers(tmp_path / "p")["blocks"] == []
+
+
+def test_a_project_names_steps_and_blocks(tmp_path):
+    pipeline_folder(tmp_path / "p")
+    settings = Settings(size=16, generator="p", diffusion=dict(steps=3, times=[20], blocks=[1]))
+    G = project_generator(tmp_path, Settings(**yaml.safe_load(settings_text(settings))), torch.device("cpu"))
+    assert G.how.steps == 3 and G.network.blocks == [1]
+    with pytest.raises(InputError, match="project.yaml: diffusion has no field stepps; did you mean steps"):
+        Settings(generator="p", diffusion=dict(stepps=3))
+    with pytest.raises(InputError, match="which has neither: leave avg_latent and label out"):
+        project_generator(tmp_path, Settings(generator="p", generator_class=1), torch.device("cpu"))
+    with pytest.raises(InputError, match="the generator is a module: leave diffusion out"):
+        project_generator(tmp_path, Settings(generator="{module: a:B}", diffusion=dict(steps=3)), torch.device("cpu"))
+
+
+def test_pictures_to_label_are_drawn_with_the_runs_steps(tmp_path, capsys):
+    pipeline_folder(tmp_path / "p")
+    asked = ["generate", str(tmp_path / "p"), "--n", "1", "-o", str(tmp_path / "d"), "--device", "cpu"]
+    assert main([*asked, "--diffusion", "{steps: 2}"]) == 0
+    assert load_tensors(tmp_path / "d" / LATENTS)[1]["weights"] == weights_digest(
+        load_generator(tmp_path / "p", diffusion=dict(steps=2)))
+    assert main([*asked, "--diffusion", "{step: 2}"]) == 2 and "did you mean steps" in capsys.readouterr().err
+    assert main([*asked, "--diffusion", "2"]) == 2 and "project.yaml: diffusion" in capsys.readouterr().err
 
 
 def test_choices_belong_to_diffusion_models(tmp_path):

@@ -26,6 +26,8 @@ from lagm.training.drawn import LATENTS, DrawnBatches, check_drawn, draw_for_lab
 from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_handsoff, train_prototypes
 from lagm.training.lagm import estimate_lagm, train_lagm
 from lagm.training.recipe import get_recipe
+from lagm.training.teachers import train_mean_teacher, train_self_training
+from lagm.training.weak_to_strong import train_weak_to_strong
 
 NOTHING = torch.zeros(0, 3, 16, 16), torch.zeros(0, 16, 16, dtype=torch.int64)
 RECIPE = get_recipe("fast", steps=2, warm_segmenter=2, warm_annotator=3, batch_labelled=2, batch_synthetic=2)
@@ -161,6 +163,39 @@ def test_edited_and_damaged_folders(folder, tmp_path):
     with pytest.raises(InputError, match="give a whole number"): draw_for_labelling(tiny_generator(), tmp_path / "n", 0)
 
 
+def test_a_generator_that_breaks_its_contract_draws_nothing_to_label(tmp_path):
+    class Pale:
+        """It gives pictures in [0, 1]."""
+
+        def __init__(self):
+            self.inner = tiny_generator()
+            self.feature_channels, self.feature_sizes = self.inner.feature_channels, self.inner.feature_sizes
+
+        def sample_z(self, n, rng=None): return self.inner.sample_z(n, rng)
+
+        def __call__(self, z, rng=None):
+            image, features = self.inner(z, rng)
+            return (image.clamp(-1, 1) + 1) / 2, features
+
+    with pytest.raises(InputError, match="never below 0"): draw_for_labelling(Pale(), tmp_path / "d", 2)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("train, setting", [(train_handsoff, HandsOff(Inversion(steps=1, samples=0), 2, 5, 4)),
+                                            (train_prototypes, Prototyping(Inversion(steps=1, samples=0)))])
+def test_rivals_that_invert_look_at_the_range_of_labelled_pictures(train, setting):
+    images, masks = tiny_pictures(2)
+    with pytest.raises(InputError, match="both must be in .-1, 1."), pytest.warns(UserWarning, match="below 0"):
+        train(tiny_segmenter(), tiny_generator(), (images + 1) / 2, masks, setting=setting, recipe=RECIPE,
+              progress=False)
+
+
+@pytest.mark.parametrize("train", [train_self_training, train_mean_teacher, train_weak_to_strong])
+def test_rivals_of_pictures_are_told_of_a_bare_module(train):
+    with pytest.raises(InputError, match="a bare module .Linear.*adapt"):
+        train(tiny_segmenter(), torch.nn.Linear(8, 8), *tiny_pictures(2), recipe=RECIPE, progress=False)
+
+
 def edit(path):
     image = Image.open(path).copy()
     image.putpixel((3, 3), (1, 2, 3))
@@ -219,7 +254,8 @@ def test_mistakes_of_new_projects(project):
 
 def test_the_command(project, tmp_path, capsys):
     _, settings = project
-    asked = dict(generator=settings.generator, output=str(tmp_path / "d"), n=2, seed=1, psi=0.5, device="cpu")
+    asked = dict(generator=settings.generator, output=str(tmp_path / "d"), n=2, seed=1, psi=0.5, device="cpu",
+                 generator_class=-1, diffusion="")
     generate_command(argparse.Namespace(**asked, classes="background, skin"))
     assert "next: lagm label" in capsys.readouterr().out and Album(tmp_path / "d").labels.n_classes == 2
     assert load_tensors(tmp_path / "d" / LATENTS)[1]["sampling"]["psi"] == 0.5

@@ -15,8 +15,9 @@ from torch import nn
 from lagm.cli import main
 from lagm.core.errors import InputError
 from lagm.core.tensors import describe_tensors, load_tensors, save_tensors
+from lagm.evaluation.export import export_program
 from lagm.evaluation.prediction import predict_pictures
-from lagm.experiments.notebooks import experiment_folder
+from lagm.experiments.notebooks import experiment_folder, read_parameter_file
 from lagm.experiments.project import Settings, train_project
 from lagm.experiments.stages import matched_by_default, name_problems
 from lagm.generators.weights import save_generator
@@ -25,6 +26,7 @@ from lagm.matching.gradients import log_probabilities
 from lagm.matching.tangents import record
 from lagm.models import libraries
 from lagm.models.annotators import build_annotator
+from lagm.models.convert import inspect
 from lagm.models.libraries import LibrarySegmenter, TorchvisionSegmenter, _unused_parameters
 from lagm.models.saved import load_segmenter, read_networks, save_segmenter
 from lagm.models.segmenters import SEGMENTERS, build_segmenter, matched_parameter_names
@@ -32,6 +34,7 @@ from lagm.training.lagm import estimate_lagm
 from lagm.training.networks import _COMMON, network_lines, tangent_error, tangent_problem
 from lagm.training.recipe import get_recipe
 
+LIBRARIES = {"smp": "segmentation_models_pytorch", "timm": "timm"}
 SMALL = {"torchvision": "torchvision:lraspp_mobilenet_v3_large", "smp": "smp:Unet:tu-mobilenetv3_small_050"}
 
 
@@ -200,6 +203,13 @@ def test_saved_and_loaded(small, tmp_path):
         n for n, p in network.named_parameters() if p.requires_grad}
 
 
+def test_a_frozen_encoder_is_exported(tmp_path):
+    """Gradients are switched off inside, which a program of torch.export cannot keep."""
+    pytest.importorskip("timm")
+    network = build_segmenter("timm:test_resnet", 3, side=32, channels=4)
+    assert export_program(network, tmp_path / "s.pt2", (24, 40)) < 1e-5
+
+
 def test_a_network_that_looks_at_numbers_while_it_is_built(smp, tmp_path):
     network = build_segmenter("smp:Segformer:mit_b0", 3).eval()
     save_segmenter(tmp_path / "s.safetensors", network)
@@ -287,13 +297,21 @@ def stage_parameters(out, **values):
     return common | values
 
 
-def test_annotate_finish_and_evaluate(small, tmp_path):
-    annotator = "attention" if small.startswith("smp") else "mlp"
-    values = stage_parameters(tmp_path / "a", k=2, segmenter=small, annotator=annotator)
-    run = run_cells(experiment_folder() / "annotate.ipynb", values)
-    assert run["plan"].matched == "decoder" and run["plan"].finish > 0
+@pytest.mark.parametrize("kind, name, annotator, group", [
+    ("SmpSegmenter", SMALL["smp"], "attention", "decoder"),
+    ("TorchvisionSegmenter", SMALL["torchvision"], "mlp", "decoder"),
+    ("TimmSegmenter", "timm:test_resnet", "fpn", "all")])  # its encoder is frozen, so all that learns is the head
+def test_annotate_finish_and_evaluate(kind, name, annotator, group, tmp_path):
+    if not name.startswith("torchvision"): pytest.importorskip(LIBRARIES[name.partition(":")[0]])
+    values = stage_parameters(tmp_path / "a", k=2, segmenter=name, annotator=annotator)
+    (tmp_path / "annotate.yaml").write_text(json.dumps(values))  # JSON is YAML, too
+    run = run_cells(experiment_folder() / "annotate.ipynb", read_parameter_file(tmp_path / "annotate.yaml"))
+    assert run["plan"].matched == group and run["plan"].finish > 0
     found = read_networks(tmp_path / "a" / "results.safetensors")
-    assert type(found.segmenter).__name__ in ("SmpSegmenter", "TorchvisionSegmenter")
+    assert type(found.segmenter).__name__ == kind
+    assert type(found.annotator).__name__ == type(build_annotator(annotator, [4], 3)).__name__
+    facts = inspect(tmp_path / "a" / "results.safetensors")
+    assert facts["segmenter"]["class"] == kind and name.rpartition(":")[2] in facts["segmenter"].values()
     run_cells(experiment_folder() / "evaluate.ipynb", dict(
         size=[32, 32], networks=str(tmp_path / "a" / "segmenter.safetensors"), pictures=3, draws=10,
         out_dir=str(tmp_path / "e")))

@@ -1,11 +1,21 @@
 """The comparison of all methods, as it runs from the command line at its small size."""
 
+import dataclasses
+import inspect
 import json
 
 import pytest
 from shell import lagm
+from templates import run_cells
 
+from lagm.data.demo import Avatars
+from lagm.data.images import save_mask
+from lagm.data.label_maps import write_classes
+from lagm.experiments.notebooks import experiment_folder
+from lagm.generators.load import load_generator
 from lagm.models.saved import load_segmenter
+from lagm.training.baselines import BASELINES
+from lagm.training.drawn import draw_for_labelling
 
 SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
              methods="supervised, DatasetGAN, gradient matching, paper's recipe", warm_up=2, person_steps=2,
@@ -49,3 +59,32 @@ def test_a_mistake_gives_one_line(tmp_path, change, words):
     done = call(tmp_path / "run", **change)
     assert (done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
             and not (tmp_path / "run" / "metrics.json").exists())
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_every_method_gets_the_pictures_that_the_generator_drew(tmp_path, monkeypatch, k):
+    """Those that read features get the latents, too; the others the same pictures, and nobody plays a person."""
+    pool, given, names = Avatars("big-ears", "train"), {}, ["supervised", "DatasetGAN", "HandsOff", "prototypes",
+                                                            "matching on generated labels"][:2 if k else 5]
+    drawn = draw_for_labelling(load_generator(), tmp_path / "drawn", 3)
+    write_classes(drawn, pool.labels)
+    (drawn / "masks").mkdir()
+    for name, (_, mask) in zip(("0000", "0002"), pool):
+        save_mask(drawn / "masks" / f"{name}.png", mask.byte().numpy(), pool.labels)
+    for name in names:
+        entry = BASELINES.get(name)
+
+        def spy(*args, name=name, train=entry.train, **options):
+            given[name] = len(args[2]), "drawn" in options and options["drawn"].names
+            return train(*args, **options)
+
+        spy.__signature__ = inspect.signature(entry.train)
+        monkeypatch.setitem(BASELINES._entries, name, dataclasses.replace(entry, train=spy))
+    run_cells(experiment_folder() / "methods.ipynb", SIZES | dict(
+        k=k, drawn=str(drawn), methods=", ".join(names), steps={}, finish=not k, out_dir=str(tmp_path / "out"),
+        person_steps=9**9))
+    known, both = (k, ["0000", "0002"]), "real and generated" if k else "generated"
+    assert given == dict.fromkeys(names, known) | {"supervised": (k + 2, False)}
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {row["labels_on"] for row in report["metrics"].values()} == {both} and report["drawn"] == ["0000", "0002"]
+    assert f"from {k + 2} labelled pictures of big-ears, 2 of them drawn by the generator" in report["summary"][0]

@@ -69,7 +69,8 @@ def export_program(
         largest difference of the logits, relative to the largest logit
     """
     segmenter = copy.deepcopy(segmenter).cpu().eval()
-    program = torch.export.export(segmenter, (torch.zeros(2, 3, *size),), dynamic_shapes=_free_batch())
+    with torch.no_grad():  # a frozen encoder switches gradients off inside, which a program could not keep
+        program = torch.export.export(segmenter, (torch.zeros(2, 3, *size),), dynamic_shapes=_free_batch())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the archive format, which concern weights on several devices
         with atomic_path(path) as temporary: torch.export.save(program, temporary)

@@ -238,12 +238,21 @@ def add_project_commands(
     new.add_argument("--classes", required=True, metavar="A,B,C",
                      help="the background first, then the parts, with commas")
     new.add_argument("--generator", default="", metavar="FILE", help="a generator of such pictures, if you have one")
+    _add_choices(new)
     new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side in training (default: 64)")
     new.set_defaults(command=_new)
     _add_generate(commands)
     _add_label(commands)
 
 # %% ../../nbs/reference/experiments/87_commands.ipynb #c2c3f7d3
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """What some generators need to be told."""
+    parser.add_argument("--class", type=int, default=-1, metavar="N", dest="generator_class",
+                        help="of a generator of several classes: which, from 0 on")
+    parser.add_argument("--diffusion", default="", metavar="{steps: 20}",
+                        help="of a folder of diffusers: its steps, times and blocks, in braces")
+
+
 def _add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     about = ("Draw pictures to label, with their latents: the annotator then learns true labels of true features. "
              "Next: `lagm label FOLDER`, and `lagm run annotate -p drawn FOLDER`.")
@@ -253,6 +262,7 @@ def _add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--n", type=at_least_one, default=10, metavar="N", help="pictures (default: 10)")
     add("-o", "--output", required=True, metavar="FOLDER", help="where images/ and the latents go")
     add("--classes", default="", metavar="A,B,C", help="the background first, then the parts, for classes.txt")
+    _add_choices(drawing)
     add("--psi", type=float, default=0.7, metavar="NUMBER", help="truncation, 0 to 2 (default: 0.7)")
     add("--seed", type=int, default=0, metavar="N", help="of latents and noise (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -7,6 +7,7 @@ __all__ = ['Finding', 'Doctor', 'look_at_source', 'examine', 'can_run', 'examine
            'doctor_command']
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #250490d1
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +18,13 @@ from torch.utils.data import Dataset
 
 from ..core.environment import environment_report
 from ..core.errors import InputError
+from ..core.origins import install_advice
 from ..data.registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
 from ..download.sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from .notebooks import find_experiment, list_experiments, named_paths
 from .stages import splits_of
+from ..generators.diffusers_folder import is_diffusers
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
@@ -175,29 +178,44 @@ _GENERATOR_FILES = (".pkl", ".pt", ".pth", ".ckpt", ".safetensors")
 
 
 def _look_at_generator(
-    path: str | Path,  # a file of any format of `lagm.generators.formats`
+    path: str | Path,  # a file of any format of `lagm.generators.formats`, or a folder of diffusers
 ) -> list[Finding]:
     """Read a generator's file: its format, size and maps, or what is wrong with it.
 
     Parameters
     ----------
     path
-        a file of any format of `lagm.generators.formats`
+        a file of any format of `lagm.generators.formats`, or a folder of diffusers
     """
     from lagm.models.convert import inspect
 
-    name = Path(path).name
+    name, told = Path(path).name, str(path)
     try: facts = inspect(path)
-    except InputError as error: return [Finding(name, "broken", str(path), str(error))]
-    network = facts.get("generator")
-    if network is None: return [Finding(name, "broken", str(path), f"it holds no generator but {facts['kind']}")]
+    except InputError as error: return [Finding(name, "broken", told, str(error))]
+    network, licence = facts.get("generator"), Finding("licence", "note", told, facts["licence"])
+    if facts["kind"] == "adapted generator":
+        what = "it holds the weights of an adapted generator"
+        return [Finding(name, "note", told, what, facts["to open it"]), licence]
+    if network is None:
+        return [Finding(name, "broken", told, f"it holds no generator but {facts['kind']}; lagm inspect tells more")]
+    if facts["kind"] == "diffusion model": return _look_at_diffusion(name, told, facts) + [licence]
     maps = ", ".join(network["feature_maps"])
-    found = [Finding(name, "present", str(path), f"{facts['format']}: {network['resolution']} pixels, maps {maps}"),
-             Finding("licence", "note", str(path), facts["licence"])]
+    found = [Finding(name, "present", told, f"{facts['format']}: {network['resolution']} pixels, maps {maps}"), licence]
     if several := network.get("classes"):
-        found.append(Finding("class", "note", str(path), f"it draws {several} classes, and one is needed",
+        found.append(Finding("class", "note", told, f"it draws {several} classes, and one is needed",
                              f"give generator_class, 0 to {several - 1}, in the parameter file"))
     return found
+
+
+def _look_at_diffusion(name: str, told: str, facts: Mapping[str, Any]) -> list[Finding]:
+    """A folder of diffusers that could be read, and whether the library is there."""
+    network, found = facts["generator"], []
+    blocks = ", ".join(network["blocks"]) or "not told"
+    found.append(Finding(name, "present", told, f"{facts['format']}: {network['resolution']} pixels, blocks {blocks}"))
+    found.append(Finding("diffusion", "note", told, "of each size the last block is used, at levels 50 and 150, of "
+                         "runs of 20 steps", "for others give diffusion: {steps: 20, times: [50, 150], blocks: []}"))
+    if importlib.util.find_spec("diffusers"): return found
+    return [*found, Finding("diffusers", "missing", told, "the library is not installed", install_advice("diffusion"))]
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #29a98e94
 def _backbone(doctor: Doctor) -> Finding:
@@ -315,7 +333,7 @@ def examine_named(
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #5d019063
 def report(
     # what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; or a generator's
-    # file; None: the paper's 28
+    # file, or a folder of diffusers; None: the paper's 28
     name: str | None = None,
     data: str | Path = "data",  # folder of the datasets
     checkpoints: str | Path = "checkpoints",  # folder of the checkpoints
@@ -327,7 +345,7 @@ def report(
     ----------
     name
         what `lagm run` would be given: an experiment, a stage, a pattern; or the beginning of names; or a generator's
-        file; None: the paper's 28
+        file, or a folder of diffusers; None: the paper's 28
     data
         folder of the datasets
     checkpoints
@@ -341,7 +359,7 @@ def report(
         plain values, for JSON
     """
     doctor = Doctor(data, checkpoints, deep)
-    if name and Path(name).suffix in _GENERATOR_FILES: found = {name: _look_at_generator(name)}
+    if name and (Path(name).suffix in _GENERATOR_FILES or is_diffusers(name)): found = {name: _look_at_generator(name)}
     elif name: found = examine_named(name, doctor)
     else: found = {item.name: examine(item, doctor) for item in EXPERIMENTS.values()}
     return {

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import atomic_path, parse_yaml, read_yaml, write_json
 from ..core.seeds import choose_device, seed_everything
-from ..core.values import check_fields
+from ..core.values import check_field_names, check_fields
 from ..data.folder import Folder, read_classes
 from ..data.images import read_image
 from ..data.label_maps import make_labels, write_classes
@@ -40,8 +40,9 @@ from ..evaluation.metrics import ConfusionMatrix, predict
 from .proposals import clusters_of_features, colour_regions, predictions
 from .template import write_notebook
 from ..generators.contract import Sampling
-from ..generators.load import is_outside, kit_generators, load_generator
-from ..generators.modules import described_generator, module_generator
+from ..generators.diffusion import Diffusing
+from ..generators.load import from_elsewhere, is_outside, kit_generators, load_generator
+from ..generators.modules import described_generator
 from ..labelling.album import Album, Desk, check_parts, labelled_shares, pictures_in, unpainted_classes
 from ..labelling.page import LabelServer, respond
 from ..models.annotators import ANNOTATORS, build_annotator
@@ -63,6 +64,10 @@ class Settings:
     generator
         a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
         weights: FILE ...}; empty: none
+    generator_class
+        if it draws several classes: which, from 0 on; -1: it draws one
+    diffusion
+        of a folder of diffusers: {steps: 20, times: [50, 150] ...}, see `lagm.generators.diffusion.Diffusing`
     psi
         truncation of the generator's pictures, 0 to 1
     steps
@@ -85,6 +90,9 @@ class Settings:
     # a generator of such pictures: a file in any format that `lagm inspect` knows, or {module: package.module:Class,
     # weights: FILE ...}; empty: none
     generator: str | dict = ""
+    generator_class: int = -1  # if it draws several classes: which, from 0 on; -1: it draws one
+    # of a folder of diffusers: {steps: 20, times: [50, 150] ...}, see `lagm.generators.diffusion.Diffusing`
+    diffusion: dict = field(default_factory=dict)
     psi: float = 0.7  # truncation of the generator's pictures, 0 to 1
     steps: int = 1000  # of matching, or of training where there is no generator
     segmenter: str = "unet"  # the network: unet, smp:Unet:resnet34, torchvision:fcn_resnet50, package.module:Class
@@ -100,6 +108,9 @@ class Settings:
         for name in ("steps", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"project.yaml: {name} is {getattr(self, name)}; give 1 or more")
+        if not isinstance(self.diffusion, dict):
+            raise InputError(f"project.yaml: diffusion is {self.diffusion!r}; give names and values: {{steps: 20}}")
+        check_field_names(self.diffusion, Diffusing, "project.yaml: diffusion")
         for name, known in (("segmenter", SEGMENTERS), ("annotator", ANNOTATORS)):
             try: known.get(getattr(self, name))
             except InputError as error: raise InputError(f"project.yaml: {name}: {error}") from error
@@ -108,6 +119,8 @@ class Settings:
 # %% ../../nbs/reference/experiments/85_project.ipynb #85000001
 MEANING = {"size": "pictures are brought to this height and width for training",
            "generator": "a generator of such pictures, if there is one",
+           "generator_class": "if it draws several classes: which, from 0 on; -1: it draws one",
+           "diffusion": "of a folder of diffusers: {steps: 20, times: [50, 150], blocks: []}",
            "psi": "truncation of the generator's pictures", "steps": "of training",
            "segmenter": "unet, or a network by name, such as smp:Unet:resnet34; see lagm show NAME",
            "backbone": "weights of its encoder: imagenet (downloaded once), a file, or none",
@@ -361,10 +374,13 @@ def project_generator(
 
 def _generator(folder: str | Path, settings: Settings, device: str | torch.device = "cpu") -> Any:
     how, given = Sampling(settings.psi), settings.generator
+    label = settings.generator_class if settings.generator_class >= 0 else None
     if (what := described_generator(given)) is None:
-        return load_generator(generator_of_project(folder, given) or given, how, device=device)
+        return load_generator(generator_of_project(folder, given) or given, how, device=device, label=label,
+                              diffusion=settings.diffusion)
+    if settings.diffusion: raise InputError("project.yaml: the generator is a module: leave diffusion out")
     inside = (Path(folder) / what.weights).is_file()
-    return module_generator(what, how, device=device, folder=folder if inside else ".")
+    return from_elsewhere(what, how, device=device, label=label, folder=folder if inside else ".")
 
 
 def drawn_pictures(
@@ -636,7 +652,8 @@ def new_command(
     arguments
         of the command line
     """
-    settings = Settings(size=arguments.size, generator=named_generator(arguments.generator))
+    settings = Settings(size=arguments.size, generator=named_generator(arguments.generator),
+                        generator_class=arguments.generator_class, diffusion=parse_yaml(arguments.diffusion) or {})
     classes = [name.strip() for name in arguments.classes.split(",")]
     bad = new_project(arguments.project, arguments.images, classes, settings, arguments.generated)
     for why in bad.values(): print(f"left out: {why}")
@@ -654,8 +671,10 @@ def generate_command(
     arguments
         of the command line
     """
+    settings = Settings(generator_class=arguments.generator_class, diffusion=parse_yaml(arguments.diffusion) or {})
     generator = load_generator(arguments.generator or None, Sampling(arguments.psi),
-                               device=choose_device(arguments.device))
+                               device=choose_device(arguments.device), diffusion=settings.diffusion,
+                               label=settings.generator_class if settings.generator_class >= 0 else None)
     classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else []
     labels = check_parts(make_labels(Path(arguments.output).name, classes)) if classes else None
     folder = draw_for_labelling(generator, arguments.output, arguments.n, arguments.seed)

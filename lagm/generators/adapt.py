@@ -21,27 +21,21 @@ from ..core.errors import InputError, printable
 from ..core.seeds import random_generator
 from .contract import FrozenGenerator, Generated, Sampling
 
-# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280007
-def _first_maps(
-    value: Any,  # what a layer gives
-) -> Tensor | None:  # (B, C, H, W)
-    """The first tensor of four dimensions in what a layer gives; None: there is none.
-
-    Parameters
-    ----------
-    value
-        what a layer gives
-
-    Returns
-    -------
-    Tensor | None
-        (B, C, H, W)
-    """
-    if isinstance(value, Tensor): return value if value.ndim == 4 else None
+# %% ../../nbs/reference/generators/28_adapt.ipynb #3897c01e
+def _maps_in(value: Any) -> list[Tensor]:
+    """The tensors of four dimensions (B, C, H, W) in what a layer gives."""
+    if isinstance(value, Tensor): return [value] if value.ndim == 4 else []
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return next((found for part in parts if (found := _first_maps(part)) is not None), None)
+    return [found for part in parts for found in _maps_in(part)]
 
 
+def _pictures_in(value: Any) -> Tensor | None:
+    """The pictures in what a module gives: its largest maps of 1 or 3 channels, or else its first; None: no maps."""
+    maps = _maps_in(value)
+    drawn = [found for found in maps if found.shape[1] in (1, 3)]
+    return max(drawn, key=lambda found: (found.shape[2] * found.shape[3], found.shape[1]), default=[*maps, None][0])
+
+# %% ../../nbs/reference/generators/28_adapt.ipynb #ad280007
 class _Taps:
     """Hooks on layers for the time of a `with`: `found` has what each gave, in the order of the calls.
 
@@ -68,8 +62,8 @@ class _Taps:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(layer: nn.Module, given: Any, value: Any) -> None:
-            maps = _first_maps(value)
-            if maps is None: return
+            if not (found := _maps_in(value)): return
+            maps = found[0]
             self.found.append((name, maps.shape if self.names is None else maps.detach().clone()))
         return keep
 
@@ -292,6 +286,29 @@ def _label_forms(
         raise InputError(f"label is {label}; give a class from 0 to {classes - 1 if classes else '...'}")
     return [label] + ([tuple(float(i == label) for i in range(classes))] if classes else [])
 
+# %% ../../nbs/reference/generators/28_adapt.ipynb #ffd28946
+_WEIGHTED = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
+
+
+def _ends_of_latents(module: nn.Module) -> list[tuple[int, ...]]:
+    """What may follow the width in the shape of a latent, the likelier first: nothing, or 1 × 1."""
+    first = next((layer for layer in module.modules() if isinstance(layer, _WEIGHTED)), None)
+    return [(), (1, 1)] if first is None or isinstance(first, nn.Linear) else [(1, 1), ()]
+
+
+def _hint_of_pictures(module: nn.Module) -> str:
+    """What is added for a module that seems to take pictures, not latents."""
+    first = next((layer for layer in module.modules() if isinstance(layer, _WEIGHTED)), None)
+    reads = isinstance(first, nn.Conv2d) and first.in_channels in (1, 3)
+    return " (its first layer reads pictures: of an autoencoder, call the decoder alone)" if reads else ""
+
+
+def _like(module: nn.Module) -> Tensor:
+    """A floating-point tensor of a module: latents are to be where and what it is. `InputError` if there is none."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point(): return tensor
+    raise InputError(f"{type(module).__name__} has no weights: a trained generator is needed")
+
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ad280011
 def _find_calling(
     module: nn.Module,  # in eval mode
@@ -314,29 +331,22 @@ def _find_calling(
         raise InputError(f"the width of the latents of {kind} cannot be found; give z_dim=")
     widths, ends = _latent_widths(module) if z_dim is None else [z_dim], _ends_of_latents(module)
     shapes = [s for w in widths for s in ([(w, *end) for end in ends] if isinstance(w, int) else [tuple(w)])]
-    like, said = _like(module), ""
+    like, said, other = _like(module), "", ""
     for calling in (Calling(shape, label) for shape in shapes for label in labels):
         z = torch.zeros(2, *calling.latent, device=like.device, dtype=like.dtype).flatten(1)
-        try:
-            if _first_maps(module(*calling.arguments(z))) is not None: return calling
-            said = said or "it gives no pictures (B, C, H, W)"
-        except Exception as error: said = said or f"{type(error).__name__}: {printable(error, 160)}"
+        try: value = module(*calling.arguments(z))
+        except Exception as error:
+            said = said or f"{type(error).__name__}: {printable(error, 160)}"
+            continue
+        if _pictures_in(value) is not None: return calling
+        other = other or str(tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}")
+    if other:
+        raise InputError(f"{kind} gives {other} and no pictures (B, C, H, W); wrap it in a module whose forward(z) "
+                         "returns those")
     tried = " or ".join(str(("B", *shape)).replace("'B'", "B") for shape in shapes)
-    more = "" if [*labels] != [None] else ", or label= if it draws several classes"
-    raise InputError(f"{kind} cannot be called with latents {tried} ({said}); give z_dim= as it takes them{more}")
-
-
-def _ends_of_latents(module: nn.Module) -> list[tuple[int, ...]]:
-    """What may follow the width in the shape of a latent, the likelier first: nothing, or 1 × 1."""
-    weights = (layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d))
-    return [(), (1, 1)] if isinstance(next(weights, nn.Linear(1, 1)), nn.Linear) else [(1, 1), ()]
-
-
-def _like(module: nn.Module) -> Tensor:
-    """A floating-point tensor of a module: latents are to be where and what it is. `InputError` if there is none."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_floating_point(): return tensor
-    raise InputError(f"{type(module).__name__} has no weights: a trained generator is needed")
+    more = "" if [*labels] != [None] else ", label= if it draws several classes"
+    raise InputError(f"{kind} cannot be called with latents {tried} ({said}); give z_dim= as it takes them{more}, or "
+                     f"a module whose forward(z) calls it{_hint_of_pictures(module)}")
 
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ad280014
 def value_range(
@@ -535,7 +545,7 @@ class Adapted(nn.Module):
         with _seeded(self, noise_mode, rng, like.device), _truncated(self, psi, cutoff), \
                 torch.autocast(like.device.type, dtype, enabled=dtype != torch.float32), \
                 _Taps(self.module, list(dict.fromkeys(name.partition(":")[0] for name in self.taps))) as taps:
-            drawn = _first_maps(self.module(*self.calling.arguments(z.to(like))))
+            drawn = _pictures_in(self.module(*self.calling.arguments(z.to(like))))
         image, maps = _to_kit(drawn, self.values), taps.numbered()
         features = [maps[name] for name in self.taps]
         if self.full and features[-1].shape[-2:] != image.shape[-2:]:
@@ -597,7 +607,8 @@ def _tried(
         def draw(z: Tensor, seed: int) -> Tensor:
             torch.manual_seed(seed)
             return network(z).image
-        def apart(a: Tensor, b: Tensor) -> bool: return bool((a - b).abs().max() > 0.01)
+        def apart(a: Tensor, b: Tensor) -> bool:  # by more than rounding, pale pictures too
+            return bool((a - b).abs().max() > 0.01 * (a.max() - a.min()).clamp(1e-3, 1))
         first = draw(z, 0)
         if apart(first, draw(z, 0)):
             raise InputError(f"{kind} draws other pictures for the same latents and seed: its noise is not torch's, or "
@@ -632,10 +643,13 @@ def _classes(module: nn.Module) -> int | None:
 
 def _picture(module: nn.Module, calling: Calling, z: Tensor) -> Tensor:
     """The module's pictures. `InputError` if they have another number of channels than 1 or 3, or are no numbers."""
-    drawn: Any = _first_maps(module(*calling.arguments(z)))
+    drawn: Any = _pictures_in(module(*calling.arguments(z)))
     if drawn.shape[1] not in (1, 3):
         raise InputError(f"{type(module).__name__} gives {tuple(drawn.shape)}: pictures have 1 or 3 channels; wrap it "
                          "in a module that returns those")
+    if max(drawn.shape[2:]) < 2:
+        raise InputError(f"{type(module).__name__} gives {tuple(drawn.shape)}: that is a pixel, no picture; "
+                         f"give a module whose forward(z) draws{_hint_of_pictures(module)}")
     if not torch.isfinite(drawn).all():
         raise InputError(f"{type(module).__name__} draws NaN or infinite numbers: its weights are damaged, or they "
                          "were not read into it")

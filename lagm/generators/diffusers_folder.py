@@ -117,9 +117,18 @@ def _weights_of(folder: Path) -> Path:
     raise InputError(f"{folder} has no weights (diffusion_pytorch_model.safetensors): get the folder again")
 
 
+def _blocks(unet: Mapping[str, Any], size: int) -> list[str]:
+    """The decoder's blocks, number, channels and size, as the JSON tells them; none if it does not."""
+    channels, layers = unet.get("block_out_channels"), unet.get("layers_per_block", 2)
+    whole = [*channels, layers] if isinstance(channels, list) else [None]
+    if not all(type(n) is int and 0 < n < 2**16 for n in whole) or layers > 16 or len(whole) > 17: return []
+    maps = [(width, size >> level) for level, width in reversed([*enumerate(channels)]) for _ in range(layers + 1)]
+    return [f"{i}: {width} × {side} × {side}" for i, (width, side) in enumerate(maps)]
+
+
 def describe_diffusers(
     path: str | Path,  # of a folder that diffusers wrote
-) -> dict[str, Any]:  # pipeline, resolution, unet, scheduler, weights: plain values
+) -> dict[str, Any]:  # pipeline, resolution, unet, scheduler, weights, blocks ...: plain values
     """What is in a pipeline's folder, without the library. `InputError` says what kind it is if it cannot be used.
 
     Parameters
@@ -130,7 +139,7 @@ def describe_diffusers(
     Returns
     -------
     dict[str, Any]
-        pipeline, resolution, unet, scheduler, weights: plain values
+        pipeline, resolution, unet, scheduler, weights, blocks ...: plain values
     """
     path = Path(path)
     if not (path / "model_index.json").is_file():
@@ -145,7 +154,7 @@ def describe_diffusers(
     if scheduler.get("thresholding"): raise InputError(f"{path}: its scheduler asks for thresholding, not done here")
     shapes, _ = describe_tensors(weights)
     return dict(pipeline=index["_class_name"], resolution=size, unet=unet, scheduler=scheduler, weights=weights,
-                parameters=sum(torch.Size(shape).numel() for shape in shapes.values()))
+                blocks=_blocks(unet, size), parameters=sum(torch.Size(shape).numel() for shape in shapes.values()))
 
 # %% ../../nbs/reference/generators/28_diffusers_folder.ipynb #3b6ac7da
 def _library() -> Any:
@@ -240,6 +249,8 @@ def _diffusing(
         as a parameter file has it; lists are fine
     """
     if isinstance(given, Diffusing): return given
+    if given and not isinstance(given, Mapping):
+        raise InputError(f"diffusion is {printable(repr(given), 60)}; give names and values: {{steps: 20}}")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in (given or {}).items()}
     return Diffusing(**check_field_names(fields, Diffusing, "diffusion"))
 

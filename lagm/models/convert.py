@@ -206,7 +206,8 @@ def _inspect_diffusers(path: Path) -> dict[str, Any]:
     facts["generator"] = {
         "class": "UNet2DModel", "parameters": found["parameters"], "resolution": found["resolution"],
         "z_dim": 3 * found["resolution"] ** 2, "channels": unet.get("block_out_channels"),
-        "levels": levels.get("num_train_timesteps", 1000), "says": levels.get("prediction_type", "epsilon")}
+        "blocks": found["blocks"], "levels": levels.get("num_train_timesteps", 1000),
+        "says": levels.get("prediction_type", "epsilon")}
     return facts | {"provenance": {"written_by": f"diffusers {unet.get('_diffusers_version')}"},
                     "licence": UNKNOWN_LICENCE.replace("the file", "the folder")}
 

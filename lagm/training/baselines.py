@@ -21,6 +21,7 @@ from ..core.values import check_fields
 from ..models.annotators import build_annotator
 from ..models.contracts import Generator
 from .datasetgan import DatasetGANNumbers, train_datasetgan
+from .drawn import Drawn
 from .encoders import FrozenEncoder, train_frozen_encoder
 from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes
 from .lagm import train_lagm, train_supervised
@@ -145,7 +146,8 @@ class Matching:
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #5942292b
 def train_matching(
     segmenter: nn.Module, generator: Generator, images: Tensor, masks: Tensor, *, setting: Matching = Matching(),
-    recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None, **options: Any,
+    recipe: Recipe = FAST, seed: int = 0, device: str | torch.device = "cpu", folder: Any = None,
+    drawn: Drawn | None = None, **options: Any,
 ) -> Trained:
     """`lagm.training.lagm.train_lagm` with a new annotator, whose weights follow from the seed. Raises as it does."""
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +155,7 @@ def train_matching(
         annotator = build_annotator(setting.annotator, generator.feature_channels, segmenter.n_classes,
                                     channels=setting.channels)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device,
-                      match=setting.match, weigh_labels=setting.weigh_labels, **options)
+                      match=setting.match, weigh_labels=setting.weigh_labels, drawn=drawn, **options)
 
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #7738c4f6
 def train_alone(

@@ -29,6 +29,7 @@ from ..data.augment import resize_nearest, wide_crop
 from ..data.folder import Folder
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import FrozenGenerator, Generated, Sampling, check_generated
+from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from .batches import LabelledBatches
 from .checkpoints import digest
@@ -87,7 +88,9 @@ def draw_for_labelling(
     seed: int = 0,  # of latents and noise
     prefix: str = "",  # before the numbers of the pictures, such as "drawn/"
 ) -> Path:  # the folder
-    """Draw pictures to label, with their latents. `InputError` if the folder holds pictures already.
+    """Draw pictures to label, with their latents.
+
+    `InputError` if the folder holds pictures already, and for a generator that breaks its contract.
 
     Parameters
     ----------
@@ -107,6 +110,7 @@ def draw_for_labelling(
     Path
         the folder
     """
+    check_generator(generator)
     folder, names = Path(folder), [f"{prefix}{i:04d}" for i in range(n)]
     if n < 1: raise InputError(f"{n} pictures cannot be drawn; give a whole number, 1 or more")
     if (folder / "images" / prefix).exists() or (folder / LATENTS).exists():

@@ -29,6 +29,7 @@ from ..data.augment import resize_nearest, wide_crop
 from ..data.checks import check_pictures
 from ..data.labels import IGNORE
 from ..generators.contract import FrozenGenerator, Generated, check_generated
+from ..generators.protocol import check_generator
 from ..generators.stylegan1 import StyleGAN1, limited
 from ..generators.stylegan2 import StyleGAN2
 from ..ops.convolutions import FastConvolutions
@@ -448,6 +449,7 @@ def _invert_labelled(
     tuple[Inverted, Tensor]
         and all masks in the form of the generator's maps
     """
+    check_generator(generator, images if len(images) else None)
     if drawn is not None: check_drawn(drawn, generator)
     found = invert(generator, images, plan, wide=wide, **shared) if len(images) or drawn is None else None
     known = as_generated(masks, generator.resolution, wide)

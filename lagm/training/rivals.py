@@ -102,7 +102,8 @@ class Batches:
         seed: int,  # of everything random
         generated: int,  # pictures of a generated batch, or of a part of it
     ):
-        if hasattr(generator, "feature_channels"): check_generator(generator, images)  # others draw pictures alone
+        alone = hasattr(generator, "sample_z") and not hasattr(generator, "feature_channels")  # it shows no maps
+        if not alone: check_generator(generator, images)
         recipe, self.parts = state.recipe, state.recipe.parts
         size, count = (images.shape[2], images.shape[3]), recipe.batch_labelled // self.parts
         self._labelled = LabelledBatches(images, masks, count, seed, recipe.augment, state.device)
