@@ -1,6 +1,7 @@
 """Segmenters given away: a folder with weights and a card, and a hub, played by a server of this machine."""
 
 import base64
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -100,11 +101,13 @@ def test_names_that_are_none(name):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as one model needs: make, preupload, commit, resolve."""
+    """As much of a hub as one model needs: make, preupload, large files beside the commit, commit, resolve."""
 
     protocol_version = "HTTP/1.1"
     files: dict = {}
     seen: list = []
+    store: dict = {}  # large files, by their SHA-256
+    large = False  # weights go to the store, as a true hub wants them
 
     def log_message(self, *_): pass
 
@@ -125,25 +128,43 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path == "/api/repos/create": return self.answer({"url": f"{here}/me/faces"})
         if path == "/api/validate-yaml": return self.answer({"errors": [], "warnings": []})
         if path.endswith("/preupload/main"):
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"], "shouldIgnore": False,
+                      "uploadMode": "lfs" if self.large and file["path"] == _WEIGHTS else "regular"}
                      for file in json.loads(body)["files"]]
             return self.answer({"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [part | {"authenticated": True, "actions": {"upload": {"href": f"{here}/store/{part['oid']}"}}}
+                       for part in json.loads(body)["objects"]]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if path.startswith("/store/"): return self.keep(path.rpartition("/")[2], body)
         if path.endswith("/commit/main"):
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "lfsFile": self.files[line["value"]["path"]] = self.store[line["value"]["oid"]]
                 if line["key"] == "file": self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             commit = "a" * 40
             return self.answer({"success": True, "commitOid": commit, "commitUrl": f"{here}/me/faces/commit/{commit}"})
         name = path.rpartition("/")[2]
-        if path == f"/me/faces/resolve/main/{name}" and name in self.files: return self.answer(self.files[name])
+        if path == f"/me/faces/resolve/main/{name}" and name in self.files: return self.give(name)
         return self.answer({}, 404, **{"X-Error-Code": "RepoNotFound"})
 
-    do_GET = do_POST = do_HEAD = handle_any
+    def keep(self, oid, body):
+        if self.command == "PUT": self.store[oid] = body
+        self.answer(b"" if self.command == "PUT" else self.store[oid])
+
+    def give(self, name):
+        content = self.files[name]
+        oid = hashlib.sha256(content).hexdigest()
+        if oid not in self.store: return self.answer(content)
+        self.answer(b"", 302, Location=f"/store/{oid}",
+                    **{"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": len(content)})
+
+    do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The address of a hub; the token is where huggingface_hub looks for it."""
-    Hub.files, Hub.seen = {}, []
+    Hub.files, Hub.seen, Hub.store, Hub.large = {}, [], {}, False
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -166,6 +187,21 @@ def test_to_a_hub_and_back(hub, tmp_path, capsys):
     told = capsys.readouterr()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert TOKEN not in told.out + told.err and TOKEN.encode() not in written
+
+
+@needs_hub
+def test_large_files_go_beside_the_commit(hub, tmp_path, monkeypatch):
+    """As a true hub takes weights: to a store of their own, which is not told the token, and back by a redirect."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    Hub.large = True
+    network = tiny_segmenter()
+    folder = save_pretrained(tmp_path / "f", network, LABELS, (16, 16), "fit")
+    push_to_hub(folder, "me/faces", endpoint=hub)
+    content = (folder / _WEIGHTS).read_bytes()
+    assert Hub.store == {hashlib.sha256(content).hexdigest(): content} and set(Hub.files) == {_WEIGHTS, _CARD}
+    assert [token for command, path, token in Hub.seen if command == "PUT"] == [None]
+    again, labels, size, policy = from_pretrained("me/faces", endpoint=hub, cache=tmp_path / "cache")
+    assert same(again, network) and labels == LABELS and (size, policy) == ((16, 16), "fit")
 
 
 @needs_hub

@@ -198,6 +198,9 @@ def to_rgb(
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
+        if values.max(initial=0) < 4096:
+            warnings.warn(f"{name} has 16-bit pixels of {values.max(initial=0)} at most, of 65,535, and so is nearly "
+                          "black; if it should not be, stretch it and save it with 8 bits", stacklevel=2)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has 32-bit pixels (mode {image.mode}) of unknown range; save it with 8 bits per "

@@ -66,6 +66,8 @@ def _check_label_set(labels: LabelSet) -> None:
         raise InputError(f"{where} has {len(classes)} classes and {len(palette)} colours; give one colour per class")
     if any(len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in palette):
         raise InputError(f"{where}: every colour must be three integers 0..255, got {palette}")
+    if not all(str(name).strip() for name in classes):
+        raise InputError(f"{where} has a class without a name: {', '.join(classes)}; is there a comma too many?")
     for what, values in (("class", classes), ("colour", palette)):
         repeated = [value for i, value in enumerate(values) if value in values[:i]]
         if repeated:

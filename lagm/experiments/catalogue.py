@@ -582,6 +582,9 @@ def choose_runs(
             for name, run in catalogue.items()
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(run.experiment, pattern)
         }
+        if not found and Path(pattern).is_dir():
+            raise InputError(f"{pattern} is a folder, but no project: it has no project.yaml. `lagm new` makes one; "
+                             "`lagm list` shows the experiments")
         if not found:
             known = sorted({run.experiment for run in catalogue.values()})
             close = difflib.get_close_matches(pattern, [*others, *known, *catalogue], n=1)

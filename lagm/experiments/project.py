@@ -11,31 +11,36 @@ __all__ = ['MEANING', 'Settings', 'settings_network', 'settings_text', 'read_set
            'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command', 'project_command']
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e15
+import contextlib
 import dataclasses
 import hashlib
 import shlex
 import shutil
 import tempfile
 import threading
+import warnings
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, parse_yaml, read_yaml, write_json
-from ..core.seeds import choose_device, seed_everything
+from ..core.seeds import choose_device, random_generator, seed_everything
 from ..core.values import check_field_names, check_fields
 from ..data.folder import Folder, read_classes
-from ..data.images import read_image
+from ..data.images import IMAGE_SUFFIXES, list_files, read_image
 from ..data.label_maps import make_labels, write_classes
 from ..data.labels import LabelSet
-from ..evaluation.grids import labelled_grid
+from ..evaluation.grids import image_grid, labelled_grid
+from ..evaluation.likeness import Likeness
 from ..evaluation.metrics import ConfusionMatrix, predict
 from .proposals import clusters_of_features, colour_regions, predictions
 from .template import write_notebook
@@ -104,7 +109,8 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self, "project.yaml")
-        if self.size < 8 or self.size % 8: raise InputError(f"project.yaml: size is {self.size}; give a multiple of 8")
+        if not 8 <= self.size <= 2048 or self.size % 8:
+            raise InputError(f"project.yaml: size is {self.size}; give a multiple of 8, 2048 at most")
         for name in ("steps", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"project.yaml: {name} is {getattr(self, name)}; give 1 or more")
@@ -198,8 +204,19 @@ def _copy_pictures(found: Sequence[Path], images: Path, target: Path) -> dict[st
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target / name)
     if len(bad) < len(found): return bad
-    raise InputError(f"there is no picture in {images} that can be read"
+    raise InputError(f"there is no picture in {images} that can be read ({', '.join(IMAGE_SUFFIXES)})"
                      + (f": {next(iter(bad.values()))}" if bad else ""))
+
+
+def _passed_over(images: Path, masks: Mapping[Path, str]) -> dict[str, str]:
+    """What lies among the pictures and is not taken: what looks like masks, and pictures of other formats."""
+    others = list_files(images, (".heic", ".heif", ".avif", ".gif", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef"))[0]
+    told = {}
+    for files, why in ((sorted(masks), "looks like a mask, by its name; to take masks along: lagm prepare masks"),
+                       (others, "is of a format that is not read here; save it as PNG or JPEG")):
+        more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        if files: told[files[0].relative_to(images).as_posix()] = f"{files[0]}{more} {why}"
+    return told
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #a2c390a0
 def _picture_folder(images: Path) -> Path:
@@ -217,6 +234,20 @@ def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
     shutil.copytree(images / "masks", project / "masks")
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
+def _unwritten(folder: Path, error: OSError) -> InputError:
+    """What to say when a project cannot be written: no room, or no right to."""
+    why = error.strerror or error
+    return InputError(f"cannot make the project {folder}: {why}; make room, or choose another place")
+
+
+def _begun(folder: Path) -> Path:
+    """An empty folder beside the one to be made, which gets its name when all is in it; `InputError` if it cannot."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error: raise _unwritten(folder, error) from error
+
+
 def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path | None,  # the folder of the pictures; None: only generated ones
@@ -250,16 +281,17 @@ def new_project(
                          if (folder / "project.yaml").is_file() else f"{folder} is there already; give another name")
     labels = make_labels(folder.name, list(classes))
     check_parts(labels)
-    if images is None and not generated: raise InputError(f"{folder} would be empty: give images, or generated")
+    if images is None and not generated:
+        raise InputError(f"{folder} would be empty: give images (--images FOLDER), or generated (--generated N)")
     if generated and not settings.generator: raise InputError("generated pictures need a generator; give one, too")
     if images is not None and not Path(images).is_dir():
         raise InputError(f"there is no folder {images}; give the one with the pictures")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    half = _begun(folder)
     try:
         if images is not None:
             place = _picture_folder(Path(images))
-            bad = _copy_pictures(pictures_in(place)[0], place, half / "images")
+            found, masks = pictures_in(place)
+            bad = _copy_pictures(found, place, half / "images") | _passed_over(place, masks)
         if generated: draw_for_labelling(_generator(folder, settings), half, generated, settings.seed, "drawn/")
         write_classes(half, labels)
         if images is not None: _take_masks(Path(images), half, labels)
@@ -268,8 +300,9 @@ def new_project(
         half.chmod(0o755)
         half.rename(folder)
         write_notebook(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(half, ignore_errors=True)
+        if isinstance(error, OSError): raise _unwritten(folder, error) from error
         raise
     return bad
 
@@ -307,7 +340,10 @@ def missing(
     shares = labelled_shares(album)
     if not any(shares): return ["no picture is labelled yet"]
     lacking = unpainted_classes(album)
-    if lacking:
+    if len(lacking) >= album.labels.n_classes - 1:
+        shown = next(name for name in album.labels.classes if name not in lacking)
+        found.append(f"the masks show one class only, {shown}: paint another one, too (the rest of a picture with r)")
+    elif lacking:
         found.append(f"no mask shows {', '.join(lacking)}: nothing can be learnt about "
                      f"{'it' if len(lacking) == 1 else 'them'}")
     generator = read_settings(folder).generator
@@ -450,6 +486,9 @@ def train_project(
                       drawn=drawn, **options)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #95af6a45
+def _number(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")
+
+
 def cross_validated(
     folder: str | Path,  # of the project
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
@@ -479,8 +518,8 @@ def cross_validated(
     """
     every, truth = joined(images, masks, drawn)
     if not 2 <= folds <= len(every):
-        raise InputError(f"{folds} folds of {len(every)} labelled pictures cannot be; give 2 to {len(every)}, "
-                         "or label more pictures")
+        what = f"give 2 to {len(every)}, or label more pictures" if len(every) > 1 else "label a second picture"
+        raise InputError(f"{folds} folds of {_number(len(every), 'labelled picture')} cannot be; {what}")
     matrix = ConfusionMatrix(options["labels"].n_classes)
     for fold in range(folds):
         held = torch.arange(fold, len(every), folds)
@@ -541,10 +580,13 @@ def label_next(
         names, most uncertain first; the pictures (n, 3, size, size)
     """
     data = Folder(folder, "unlabelled", size=(size, size))
-    if not len(data): return [], torch.zeros(0, 3, size, size)
-    unsure = torch.cat([disagreement(segmenter, data[i][0][None]) for i in range(len(data))])
-    order = unsure.argsort(descending=True, stable=True)[:most].tolist()
-    return [data.names[i] for i in order], torch.stack([data[i][0] for i in order])
+    unsure = {}
+    for i in range(len(data)):
+        try: unsure[i] = disagreement(segmenter, data[i][0][None]).item()
+        except InputError as error: warnings.warn(f"passed over: {error}", stacklevel=2)
+    order = sorted(unsure, key=unsure.__getitem__, reverse=True)[:most]
+    found = [data[i][0] for i in order]
+    return [data.names[i] for i in order], torch.stack(found) if found else torch.zeros(0, 3, size, size)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #8e164fea
 def run_file(
@@ -568,6 +610,61 @@ def run_file(
     """
     content = settings_text(settings).encode() + data_digest(images, masks).encode()
     return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #85a00002
+def _squares(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures as (n, 3, 64, 64) uint8."""
+    small = [torch.from_numpy(np.array(picture.resize((64, 64), Image.Resampling.BOX))) for picture in pictures]
+    return torch.stack(small).movedim(-1, 1)
+
+
+def _own_pictures(folder: Path, most: int = 64) -> Tensor:
+    """The first readable pictures of a project that no generator drew, (n, 3, 64, 64) uint8."""
+    album, found = Album(folder), []
+    drawn = read_latents(folder)[1]["names"] if (folder / LATENTS).is_file() else []
+    for index in range(len(album)):
+        if album.names[index] in drawn or len(found) == most: continue
+        with contextlib.suppress(InputError): found.append(album.image(index))
+    return _squares(found) if found else torch.zeros(0, 3, 64, 64, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def _look_at_generator(
+    folder: Path,  # of the project
+    settings: Settings,  # of project.yaml
+    results: Path,  # generator.png goes there
+) -> float | None:  # distance to the project's pictures, in units of theirs among themselves; None: not measured
+    """Put what a project's generator draws beside the project's pictures; a warning if it draws others.
+
+    Parameters
+    ----------
+    folder
+        of the project
+    settings
+        of project.yaml
+    results
+        generator.png goes there
+
+    Returns
+    -------
+    float | None
+        distance to the project's pictures, in units of theirs among themselves; None: not measured
+    """
+    generator, own = project_generator(folder, settings, torch.device("cpu")), _own_pictures(Path(folder))
+    if generator is None or len(own) < 4: return None
+    latents = generator.sample_z(16, random_generator(settings.seed, "look"))
+    images = torch.cat([generator(latents[i: i + 1], random_generator(settings.seed, "look", i))[0] for i in range(16)])
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+    drawn = _squares([Image.fromarray(picture) for picture in pixels])
+    columns = min(8, len(own))
+    shown = torch.cat([own[:columns], drawn[:columns]]) / 127.5 - 1
+    figure = image_grid(shown, columns, tile=96, names=("yours", "its"))
+    with atomic_path(results / "generator.png") as temporary: figure.savefig(temporary, format="png")
+    distance = Likeness(own).score(drawn)["relative"]
+    if distance > 10:
+        warnings.warn(f"the generator draws other pictures than those of the project: look at {results / 'generator.png'}"
+                      "; one of other pictures has nothing to teach", stacklevel=2)
+    return distance
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf2ee
 def run_project(
@@ -606,17 +703,20 @@ def run_project(
     facts = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
              "generator": settings.generator or None, "settings": dataclasses.asdict(settings)}
     results = folder / "results"
-    results.mkdir(exist_ok=True)
+    try: results.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; give yourself the right to") from error
+    _look_at_generator(folder, settings, results)
     if folds: facts["cross_validation"] = cross_validated(folder, images, masks, settings, folds, drawn, **options)
     trained = train_project(folder, images, masks, settings, drawn,
                             checkpoint=run_file(results, settings, every, truth), **options)
+    trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names)
     names, unsure = label_next(trained.segmenter, folder, settings.size)
     facts["label_next"] = names
     shown = torch.cat([every[:4], unsure])
     figure = labelled_grid(shown, predict(trained.segmenter, shown), data.labels,
                            title="labelled pictures, then those to label next")
     with atomic_path(results / "look.png") as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
-    trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names)
     write_json(results / "metrics.json", facts)
     for path in results.glob("run-*"): path.unlink()
     return facts
@@ -654,11 +754,12 @@ def new_command(
     """
     settings = Settings(size=arguments.size, generator=named_generator(arguments.generator),
                         generator_class=arguments.generator_class, diffusion=parse_yaml(arguments.diffusion) or {})
-    classes = [name.strip() for name in arguments.classes.split(",")]
-    bad = new_project(arguments.project, arguments.images, classes, settings, arguments.generated)
+    classes, folder = [name.strip() for name in arguments.classes.split(",")], Path(arguments.project)
+    project_generator(folder, settings, torch.device("cpu"))  # a file that is none is told before anybody paints
+    bad = new_project(folder, arguments.images, classes, settings, arguments.generated)
     for why in bad.values(): print(f"left out: {why}")
-    print(f"{arguments.project}: {len(Album(arguments.project))} pictures, classes {', '.join(classes)}")
-    print(next_step(arguments.project), f"(or open {shlex.quote(arguments.project)}/road.ipynb)", sep="\n")
+    print(f"{folder}: {_number(len(Album(folder)), 'picture')}, classes {', '.join(classes)}")
+    print(next_step(folder), f"(or open {shlex.quote(str(folder / 'road.ipynb'))})", sep="\n")
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #a61d0009
 def generate_command(
@@ -728,7 +829,7 @@ def label_command(
     generator = arguments.generator or (generator_of_project(folder, own) if own else "")
     desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
-    print(f"{len(album)} pictures, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
+    print(f"{_number(len(album), 'picture')}, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
           f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
     if album.masks_beside:
@@ -760,12 +861,13 @@ def project_command(
         of a cross-validation; 0: none
     """
     facts = run_project(folder, folds)
-    print(f"learnt from {len(facts['labelled'])} pictures"
+    print(f"learnt from {_number(len(facts['labelled']), 'picture')}"
           + (" and a generator" if facts["generator"] else ", without a generator"))
     if folds: print(f"FG-mIoU on pictures left out, {folds} folds: {100 * facts['cross_validation']['fg_miou']:.1f}")
     else:
-        print("no score: every labelled picture was learnt from; for one: lagm run", shlex.quote(str(folder)),
-              "--folds", min(5, max(2, len(facts["labelled"]))))
+        n, again = len(facts["labelled"]), f"lagm run {shlex.quote(str(folder))}"
+        more = f"for one: {again} --folds {min(5, n)}" if n > 1 else "for one, label a second picture"
+        print(f"no score: every labelled picture was learnt from; {more}")
     print(f"look at {Path(folder) / 'results' / 'look.png'}")
     if facts["label_next"]: print("least sure of, so label next:", ", ".join(facts["label_next"]))
     print(next_step(folder))

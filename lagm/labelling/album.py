@@ -67,7 +67,7 @@ def agree_on_classes(
     if classes is None:
         if stored is None:
             raise InputError(f"{folder} has no classes.txt; say which parts there are, the background first, "
-                             "e.g. background,skin,hair,eye")
+                             "e.g. --classes background,skin,hair,eye")
         return stored
     labels = classes if isinstance(classes, LabelSet) else check_parts(make_labels(folder.name, list(classes)))
     if stored is None or stored.classes == labels.classes[: stored.n_classes]:

@@ -188,6 +188,7 @@ class LabelServer(http.server.ThreadingHTTPServer):
         scripts = {"/painter.js": asset("painter/painter.js").read_bytes()} if scripts is None else scripts
         self.files = {path: ("text/javascript; charset=utf-8", content) for path, content in scripts.items()}
         self.files["/"] = "text/html; charset=utf-8", page.encode()
+        if not 0 <= port <= 65535: raise InputError(f"port {port} cannot be; give 1 to 65535, or none for a free one")
         try: super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise InputError(f"port {port} of this machine cannot be used ({error.strerror}); leave it out for a free "

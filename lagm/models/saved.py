@@ -11,6 +11,7 @@ __all__ = ['MOST_MAPS', 'POLICIES', 'SIDE', 'network_classes', 'is_allowed', 'bu
 # %% ../../nbs/reference/models/42_saved.ipynb #180a605d
 import dataclasses
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -561,12 +562,13 @@ def find_segmenters(
     """
     path = Path(path)
     if path.is_file(): return [path]
-    if (path / "project.yaml").is_file(): path = path / "results"
+    is_project = (path / "project.yaml").is_file()
+    if is_project: path = path / "results"
     found = sorted(path.glob("epoch-*.safetensors")) or [p for p in [path / "segmenter.safetensors"] if p.is_file()]
-    if not found:
-        raise InputError(f"there is no trained segmenter at {path}: neither a file nor a folder "
-                         "with epoch-001.safetensors ... or segmenter.safetensors")
-    return found
+    if found: return found
+    if is_project: raise InputError(f"{path.parent} is not trained yet: lagm run {shlex.quote(str(path.parent))}")
+    raise InputError(f"there is no trained segmenter at {path}: neither a file nor a folder "
+                     "with epoch-001.safetensors ... or segmenter.safetensors")
 
 # %% ../../nbs/reference/models/42_saved.ipynb #ea9b6ebe
 def stored(

@@ -12,6 +12,7 @@ __all__ = ['LATENTS', 'draw_for_labelling', 'read_latents', 'Redrawn', 'Drawn', 
 import copy
 import dataclasses
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
+from ..core.files import atomic_path
 from ..core.seeds import random_generator
 from ..core.tensors import load_tensors, save_tensors
 from ..data.augment import resize_nearest, wide_crop
@@ -115,17 +117,21 @@ def draw_for_labelling(
     if n < 1: raise InputError(f"{n} pictures cannot be drawn; give a whole number, 1 or more")
     if (folder / "images" / prefix).exists() or (folder / LATENTS).exists():
         raise InputError(f"{folder} holds images already; give a new folder")
-    (folder / "images" / prefix).mkdir(parents=True)
+    half = folder / ".drawing"  # gets its name when all are there; what a killed process left is drawn anew
+    shutil.rmtree(half, ignore_errors=True)
     latents, digests = generator.sample_z(n, random_generator(seed, "to label")), []
     for i, name in enumerate(names):
         image, features = generator(latents[i: i + 1], _noise(seed, i))
         check_generated(image, features)
         pixels = _as_pixels(image[0])
-        Image.fromarray(pixels.numpy()).save(folder / "images" / f"{name}.png")
+        with atomic_path(half / f"{name}.png") as temporary: Image.fromarray(pixels.numpy()).save(temporary)
         digests.append(digest([pixels]))
     sampling = getattr(generator, "sampling", None)
     facts = dict(kind=_KIND, format_version=1, seed=seed, names=names, pictures=digests, about=repr(generator)[:400],
                  weights=_weights_digest(generator), sampling=dataclasses.asdict(sampling) if sampling else None)
+    (folder / "images" / prefix).parent.mkdir(exist_ok=True)
+    (half / prefix).rename(folder / "images" / prefix)
+    shutil.rmtree(half, ignore_errors=True)
     save_tensors(folder / LATENTS, {"z": latents.cpu()}, facts)
     return folder
 

@@ -316,8 +316,8 @@ export class Painter {
     );
     this.stage.addEventListener("pointerdown", e => this.down(e));
     this.stage.addEventListener("pointermove", e => this.move(e));
-    this.stage.addEventListener("pointerup", e => this.up(e));
-    this.stage.addEventListener("pointercancel", e => this.up(e));
+    this.stage.addEventListener("pointerup", () => this.up());
+    this.stage.addEventListener("pointercancel", () => this.up());
     this.stage.addEventListener("pointerleave", () => {
       if (!this.pressed) {
         this.cursor = null;
@@ -352,6 +352,7 @@ export class Painter {
 
   async show(index) {
     if (index < 0 || index >= this.state.names.length) return;
+    this.up(); // a stroke that is not over yet belongs to the picture that is left
     const turn = ++this.turn;
     this.points = [];
     this.pressed = null;
@@ -503,7 +504,7 @@ export class Painter {
     this.outline();
   }
 
-  up(event) {
+  up() {
     if (!this.pressed) return;
     this.pressed = null;
     if (this.tool === "lasso") this.close();

@@ -1,0 +1,207 @@
+"""Mistakes that a newcomer makes between a folder of pictures and a folder of masks: one sentence, and nothing lost."""
+
+import os
+import resource
+import signal
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import shell
+from PIL import Image
+
+from lagm.core.errors import InputError
+from lagm.data.demo import Avatars, stack
+from lagm.data.folder import save_folder
+from lagm.data.images import read_image
+from lagm.labelling.album import Album, save_painted
+from lagm.experiments.project import Settings, new_project, run_project
+from lagm.training.drawn import draw_for_labelling, read_latents
+
+CLASSES = list(Avatars().classes)
+
+
+def lagm(folder, *words, code=2):
+    """What a command says; one line where it fails."""
+    done = shell.lagm(*words, cwd=folder)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert code == 0 or done.stderr.count("lagm: error: ") == 1 and len(done.stderr.strip().splitlines()[-1]) < 400
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A folder with pics/, four pictures."""
+    images, _ = stack(Avatars(), range(4))
+    save_folder(tmp_path / "made", [f"f{i}" for i in range(4)], images, None, Avatars().labels)
+    (tmp_path / "made" / "images").rename(tmp_path / "pics")
+    return tmp_path
+
+
+def project(desk, painted=(0, 1), **settings):
+    new_project(desk / "p", desk / "pics", CLASSES, Settings(**{"size": 16, "steps": 1, "width": 4} | settings))
+    album, masks = Album(desk / "p"), stack(Avatars(), range(4))[1].numpy().astype(np.uint8)
+    for i in painted: save_painted(album, i, masks[i])
+    return desk / "p"
+
+
+# ---- lagm new
+
+
+@pytest.mark.parametrize("classes, said", [
+    ("", "class without a name"), (",,", "class without a name"), ("background,skin,", "a comma too many"),
+    ("background skin", "one class only"), ("a,a", "repeats"), (",".join(map(str, range(300))), "300")])
+def test_classes_that_cannot_be(desk, classes, said):
+    assert said in lagm(desk, "new", "p", "--images", "pics", "--classes", classes)
+    assert not (desk / "p").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--images", "nowhere"], "there is no folder"), (["--images", "pics/f0.png"], "there is no folder"),
+    ([], "--images FOLDER"), (["--images", "pics", "--size", "100"], "multiple of 8"),
+    (["--images", "pics", "--size", "99999992"], "2048 at most"),
+    (["--images", "pics", "--generator", "g.pt"], "no checkpoint"),
+    (["--images", "pics", "--generator", "nowhere.pkl"], "there is no generator")])
+def test_beginnings_that_cannot_be(desk, words, said):
+    (desk / "g.pt").write_bytes(b"hello")
+    before = sorted(path.name for path in desk.iterdir())
+    assert said in lagm(desk, "new", "p", "--classes", "background,skin", *words)
+    assert sorted(path.name for path in desk.iterdir()) == before
+
+
+def test_what_is_left_out_is_said(desk):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "moving.gif"): (desk / "pics" / name).write_bytes(b"....ftypheic")
+    Image.new("RGB", (8, 8)).save(desk / "pics" / "f9.jpg"), Image.new("L", (8, 8)).save(desk / "pics" / "f9.png")
+    Image.fromarray(np.random.default_rng(0).random((9, 9), np.float32)).save(desk / "pics" / "depth.tif")
+    said = lagm(desk, "new", "my 'p' é/", "--images", "pics", "--classes", "background,große Nase", code=0)
+    assert "IMG_1.HEIC (and 2 more) is of a format that is not read here" in said and "f9.png looks like a mask" in said
+    assert "depth.tif has 32-bit pixels" in said and "my 'p' é: 5 pictures" in said
+    assert "lagm label 'my '\"'\"'p'\"'\"' é'" in said and "é/road.ipynb" in said
+    (desk / "raw").mkdir(), (desk / "pics" / "IMG_1.HEIC").rename(desk / "raw" / "IMG_1.HEIC")
+    assert ".png, .jpg" in lagm(desk, "new", "q", "--images", "raw", "--classes", "background,skin")
+
+
+def test_a_dark_picture_of_16_bits_is_said(tmp_path):
+    """A camera of 12 bits fills a sixteenth of the range: what is learnt from is black."""
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8), np.uint16)
+    Image.fromarray(values).save(tmp_path / "dark.png"), Image.fromarray(values * 16).save(tmp_path / "full.png")
+    with pytest.warns(UserWarning, match="dark.png has 16-bit pixels of 3976 at most"):
+        read_image(tmp_path / "dark.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "full.png")
+
+
+# ---- lagm label, lagm run, lagm predict
+
+
+def test_ports_and_folders(desk):
+    assert "--classes background" in lagm(desk, "label", "pics", "--no-browser")
+    assert "port 80000 cannot be" in lagm(desk, "label", "pics", "--classes", "a,b", "--no-browser", "--port", 80000)
+    assert "pics is a folder, but no project" in lagm(desk, "run", "pics")
+    assert "there is no experiment 'pisc'" in lagm(desk, "run", "pisc")
+
+
+def test_too_early(desk):
+    project(desk, painted=())
+    assert "no picture is labelled yet. Next: lagm label p" in lagm(desk, "run", "p")
+    for command in (("predict", "p", "pics", "-o", "out"), ("serve", "p", "--no-browser")):
+        assert "p is not trained yet: lagm run p" in lagm(desk, *command)
+    assert not (desk / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_one_class_is_nothing_to_learn(desk, value):
+    folder = project(desk, painted=())
+    save_painted(Album(folder), 0, np.full((64, 64), value, np.uint8))
+    assert f"one class only, {CLASSES[value]}: paint another one" in lagm(desk, "run", "p")
+
+
+def test_one_labelled_picture(desk):
+    project(desk, painted=(0,))
+    said = lagm(desk, "run", "p", code=0)
+    assert "learnt from 1 picture, " in said and "label a second picture" in said and "--folds" not in said
+    assert "2 folds of 1 labelled picture cannot be; label a second picture" in lagm(desk, "run", "p", "--folds", 2)
+
+
+def test_a_picture_that_is_none_does_not_cost_the_training(desk):
+    folder = project(desk)
+    (folder / "images" / "f3.png").write_bytes(b"not a picture")
+    with pytest.warns(UserWarning, match="f3.png is not a picture"): facts = run_project(folder, progress=False)
+    assert facts["label_next"] == ["f2"] and (folder / "results" / "segmenter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("f2.png", np.full((30, 30), 1, np.uint8), "is 30 x 30 pixels, but its picture"),
+    ("f2.png", np.full((64, 64), 99, np.uint8), "holds the value 99"),
+    ("zz.png", np.full((64, 64), 1, np.uint8), "no image of the same name"),
+    ("f2.png", np.eye(64, dtype=np.uint8)[..., None] * np.array([9, 0, 0], np.uint8), "is a coloured picture")])
+def test_masks_from_elsewhere(desk, name, content, said):
+    folder = project(desk)
+    Image.fromarray(content).save(folder / "masks" / name)
+    assert said in lagm(desk, "run", "p")
+
+
+def test_a_generator_of_other_pictures_is_said(desk, tmp_path):
+    from tiny import tiny_generator
+
+    from lagm.generators.weights import save_generator
+
+    folder = project(desk, generator="g.safetensors")
+    save_generator(folder / "g.safetensors", tiny_generator().network)
+    with pytest.warns(UserWarning, match="draws other pictures than those"): run_project(folder, progress=False)
+    assert (folder / "results" / "generator.png").is_file()
+
+
+# ---- no right to write, no room, ended in the middle
+
+
+def with_little_room(limit, work):
+    """Do `work` in a process that cannot write a file of more than `limit` bytes; what it raised, in words."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try: work()
+        except BaseException as error: os.write(writer, f"{type(error).__name__}: {error}".encode())
+        finally: os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file: said = file.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the file size is of POSIX")
+def test_a_full_disk_leaves_no_half_project(desk):
+    said = with_little_room(1000, lambda: new_project(desk / "p", desk / "pics", CLASSES))
+    assert said.startswith("InputError: cannot make the project") and "make room" in said
+    assert sorted(path.name for path in desk.iterdir()) == ["made", "pics"]
+    project(desk)
+
+
+def test_a_place_that_cannot_be_written(desk):
+    (desk / "file").write_text("")
+    assert "cannot make the project file/p" in lagm(desk, "new", "file/p", "--images", "pics", "--classes", "a,b")
+    folder = project(desk)
+    (folder / "results").write_text("in the way")
+    with pytest.raises(InputError, match="cannot write to"): run_project(folder, progress=False)
+
+
+def test_drawing_that_was_ended_in_the_middle_begins_again(tmp_path):
+    from tiny import tiny_generator
+
+    class Ended(type(tiny_generator())):
+        def __call__(self, *latents):
+            if (tmp_path / "d" / ".drawing" / "0001.png").exists(): raise KeyboardInterrupt
+            return super().__call__(*latents)
+
+    generator = tiny_generator()
+    generator.__class__ = Ended
+    with pytest.raises(KeyboardInterrupt): draw_for_labelling(generator, tmp_path / "d", 3)
+    assert not (tmp_path / "d" / "images").exists()
+    draw_for_labelling(tiny_generator(), tmp_path / "d", 3)
+    assert [path.name for path in sorted((tmp_path / "d").iterdir())] == ["images", "latents.safetensors"]
+    assert read_latents(tmp_path / "d")[1]["names"] == [path.stem for path in sorted((tmp_path / "d/images").iterdir())]
