@@ -7,7 +7,6 @@ __all__ = ['save_tensors', 'load_tensors', 'describe_tensors', 'all_finite']
 
 # %% ../../nbs/reference/core/02_tensors.ipynb #612401a0
 import json
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -151,4 +150,6 @@ def all_finite(
         of any type
     """
     floats = (tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel())
-    return all(math.isfinite(value) for tensor in floats for value in tensor.aminmax())
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in floats: found.setdefault(tensor.device, []).extend(end.isfinite() for end in tensor.aminmax())
+    return all(bool(torch.stack(ends).all()) for ends in found.values())

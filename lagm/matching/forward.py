@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from ..core.seeds import kept_random_state
 from .distances import distance_and_derivative
 from lagm.matching.gradients import (
     Match,
@@ -42,7 +43,8 @@ def directional_derivative(
     segmenter: nn.Module,  # its parameters, statistics and mode are left as they are
     direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
-    random_state: Tensor | None = None,  # torch's CPU random state for this pass (dropout); None: as it stands
+    # torch's random state, of the device of the pictures, for this pass (dropout); None: as it stands
+    random_state: Tensor | None = None,
 ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
     """How the log-probabilities change when the parameters move along `direction`: one forward-mode pass.
 
@@ -55,7 +57,7 @@ def directional_derivative(
     images
         (B, 3, H, W) in [-1, 1]
     random_state
-        torch's CPU random state for this pass (dropout); None: as it stands
+        torch's random state, of the device of the pictures, for this pass (dropout); None: as it stands
 
     Returns
     -------
@@ -68,13 +70,11 @@ def directional_derivative(
         # there, batch norm gets the number format wrong unless its own parameters move, too
         direction = {name: torch.zeros_like(p) for name, p in parameters.items() if p.ndim < 2} | dict(direction)
     buffers = {name: buffer.clone() for name, buffer in segmenter.named_buffers()}
-    state_before = torch.get_rng_state()
-    if random_state is not None: torch.set_rng_state(random_state)
-    with forward_ad.dual_level(), uncompiled(segmenter):
+    again = kept_random_state(images.device, random_state)
+    with again, forward_ad.dual_level(), uncompiled(segmenter):
         duals = {name: forward_ad.make_dual(parameters[name].detach(), tangent) for name, tangent in direction.items()}
         logits = functional_call(segmenter, {**buffers, **duals}, (images,))
         change: Tensor = forward_ad.unpack_dual(F.log_softmax(at_least_float32(logits), dim=1)).tangent
-    torch.set_rng_state(state_before)
     return change
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #61e05129
@@ -117,7 +117,7 @@ class SyntheticPass:
         tangents: bool | Sequence[str] = True,  # which may move; True: those of `names`, False: nothing is recorded
     ):
         self.segmenter, self.images = segmenter, images
-        self.random_state = torch.get_rng_state()  # for dropout; see `directional_derivative`
+        with kept_random_state(images.device) as self.random_state: pass  # for dropout; see `directional_derivative`
         self.log_probs, self.tape = _forward(segmenter, images, names, tangents)  # (B, C, H, W), with its graph
 
     def gradient(

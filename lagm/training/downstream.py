@@ -221,9 +221,10 @@ class PairBatches:
         if within == 0 or step != self.next:
             if hasattr(self.data, "set_epoch"): self.data.set_epoch(epoch)
             rest = self.indices(epoch)[within:]
-            self.loader = iter(DataLoader(self.data, batch_sampler=rest, num_workers=self.workers))
+            pinned = self.device.type == "cuda"  # from there copies run beside the steps
+            self.loader = iter(DataLoader(self.data, batch_sampler=rest, num_workers=self.workers, pin_memory=pinned))
         pairs: list[Tensor] = next(self.loader)
-        batch, self.next = [part.to(self.device) for part in pairs], step + 1
+        batch, self.next = [part.to(self.device, non_blocking=True) for part in pairs], step + 1
         rng = random_generator(self.seed, "downstream augment", epoch, within)
         return change_batch(self.recipe.augment, batch, rng, *self.share)
 

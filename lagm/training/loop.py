@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['RUN_OPTIONS', 'SIGNS_EVERY', 'LONG', 'RunOptions', 'check_options', 'run_options', 'Trained', 'Diverged',
            'require_finite', 'finish_step_on_interrupt', 'Moment', 'Appointment', 'validated', 'Validation', 'Records',
-           'Cosines', 'Signs', 'Snapshots', 'take_step', 'Loop', 'advance', 'stop', 'go_on', 'estimate_loop']
+           'Cosines', 'Signs', 'Snapshots', 'take_step', 'Loop', 'advance', 'go_on', 'estimate_loop']
 
 # %% ../../nbs/reference/training/59_loop.ipynb #80e648d6
 import contextlib
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
 from ..core.progress import Bar, progress_bar
-from ..core.seeds import random_generator
+from ..core.seeds import kept_random_state, random_generator
 from ..core.tensors import all_finite, load_tensors
 from ..core.values import plain_value
 from ..data.checks import check_pictures
@@ -423,7 +423,7 @@ def take_step(
     stage: Stage,  # whose step it is
     within: int,  # the step's number in the stage, from 0
     seed: int,  # of everything random
-) -> dict[str, float]:  # losses
+) -> dict[str, Tensor]:  # losses, not read yet
     """One step of a stage.
 
     Parameters
@@ -439,12 +439,37 @@ def take_step(
 
     Returns
     -------
-    dict[str, float]
-        losses
+    dict[str, Tensor]
+        losses, not read yet
     """
     state.set_rates(stage, within)
     torch.manual_seed(random_generator(seed, "torch", stage.name, within).initial_seed())
-    return {name: loss.item() for name, loss in stage.step(within).items()}
+    return stage.step(within)
+
+# %% ../../nbs/reference/training/59_loop.ipynb #9d1e0b02
+_MOST_UNREAD = 10  # steps
+
+
+class _Losses:
+    """The losses of the newest steps, read when somebody has to know them."""
+
+    def __init__(self) -> None:
+        self.unread: list[tuple[Stage, int, Mapping[str, Tensor]]] = []
+        self.newest: Mapping[str, float] = {}  # of those that are read
+
+    def add(self, stage: Stage, within: int, losses: Mapping[str, Tensor]) -> None:
+        """Note the losses of a step."""
+        self.unread.append((stage, within, losses))
+
+    def read(self, options: RunOptions) -> None:
+        """Fetch what is not read yet. Raises `Diverged`, naming the step, as `require_finite` does."""
+        tensors = [loss.detach() for *_, losses in self.unread for loss in losses.values()]
+        wide = torch.float32 if any(tensor.device.type == "mps" for tensor in tensors) else torch.float64
+        values = iter(torch.stack([tensor.to(wide) for tensor in tensors]).tolist() if tensors else [])
+        unread, self.unread = self.unread, []
+        for stage, within, losses in unread:
+            self.newest = {name: next(values) for name in losses}
+            require_finite(self.newest, stage, within, options.checkpoint, options.explode_at)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #dfed0116
 class Loop:
@@ -484,7 +509,7 @@ class Loop:
         own_parts(state.recipe.parts)  # several processes share them evenly, or this is an error
         about = describe_run(state, options.labels, size)
         self.writer = CheckpointWriter(state, self.stages, identity, options.checkpoint, options.keep, about)
-        self.records = Records(options.watch if self.first else None)
+        self.records, self.losses = Records(options.watch if self.first else None), _Losses()
         asked = [Validation()] * (options.validation is not None), [Cosines()] * (self.records.watch is not None)
         self.appointments: Sequence[Appointment] = [*asked[0], *appointments, *asked[1]]
 
@@ -501,6 +526,13 @@ class Loop:
         return estimate_loop(self)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #c6b85f77
+def _must_read(loop: Loop) -> bool:
+    """Whether the losses are to be read after this step: something is due that needs them, or it costs nothing."""
+    options = loop.options
+    due = any(map(loop.due, (options.record_every, options.validate_every, options.checkpoint_every)))
+    return due or loop.state.device.type == "cpu" or len(loop.losses.unread) >= _MOST_UNREAD
+
+
 def advance(loop: Loop, bar: "Bar[Any]") -> None:
     """One step of a loop, and what is due after it."""
     stage, within = locate(loop.stages, loop.step)
@@ -508,9 +540,10 @@ def advance(loop: Loop, bar: "Bar[Any]") -> None:
         stage.start()
         loop.state.begin(stage.rates, stage.averaged, stage.fused)
     for appointment in loop.appointments: appointment.before(loop)
-    losses = take_step(loop.state, stage, within, loop.seed)
-    require_finite(losses, stage, within, loop.options.checkpoint, loop.options.explode_at)
+    loop.losses.add(stage, within, take_step(loop.state, stage, within, loop.seed))
     loop.step += 1
+    if _must_read(loop): loop.losses.read(loop.options)
+    losses = loop.losses.newest
     moment = Moment(stage, within, {"step": loop.step, "stage": stage.name})
     if loop.due(loop.options.record_every): loop.records.note("losses", {**moment.record, **losses})
     for appointment in loop.appointments: appointment.after(loop, moment)
@@ -521,8 +554,9 @@ def advance(loop: Loop, bar: "Bar[Any]") -> None:
     bar.update()
 
 
-def stop(loop: Loop) -> None:
+def _stop(loop: Loop) -> None:
     """After Ctrl-C: save, and say how to go on."""
+    loop.losses.read(loop.options)
     loop.writer.save(loop.step, loop.records.history, last=True)
     path = loop.options.checkpoint
     how = f"run again with checkpoint={str(path)!r} to go on" if path else "with a checkpoint path it could go on"
@@ -534,7 +568,7 @@ LONG = 2000  # steps; a run of so many tells its estimate first
 
 def go_on(loop: Loop) -> Trained:
     """Do the steps that are left."""
-    state, options, random_state = loop.state, loop.options, torch.get_rng_state()
+    state, options = loop.state, loop.options
     loop.step, loop.records.history = resume(loop.writer, options.resume_from) or (0, loop.records.history)
     for role, network in state.networks.items():
         if all_finite(network.state_dict().values()): continue
@@ -542,25 +576,25 @@ def go_on(loop: Loop) -> Trained:
     shown = options.progress and loop.first
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
-    try:
-        with loop.records.open(loop.step), surroundings(state.recipe), bar, finish_step_on_interrupt() as asked:
+    with kept_random_state(), kept_random_state(state.device), loop.records.open(loop.step):
+        with surroundings(state.recipe), bar, finish_step_on_interrupt() as asked:
             while loop.step < loop.total:
                 advance(loop, bar)
-                if asked.is_set() and loop.step < loop.total: stop(loop)
-    finally: torch.set_rng_state(random_state)
+                if asked.is_set() and loop.step < loop.total: _stop(loop)
     for network in state.networks.values(): network.eval()
     return Trained(state.result.eval(), state.annotator, loop.records.history, loop.step, options.labels, loop.size)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #cb83a2eb
 def estimate_loop(loop: Loop) -> Estimate:
     """Do two steps of each stage, put everything back, and multiply."""
-    state, random_state = loop.state, torch.get_rng_state()
+    state = loop.state
     networks, steps, peaks, size = list(state.networks.values()), {}, [], 0
     held = copy.deepcopy([network.state_dict() for network in networks])
     for stage in loop.stages:
         stage.start()
         state.begin(stage.rates, stage.averaged, stage.fused)
-        with surroundings(state.recipe), kept_modes(*networks):
+        kept = kept_random_state(), kept_random_state(state.device), kept_modes(*networks)
+        with surroundings(state.recipe), kept[0], kept[1], kept[2]:
             costs = [measure(functools.partial(take_step, state, stage, within, loop.seed), state.device)
                      for within in (0, min(1, stage.steps - 1))]
         steps[stage.name] = (stage.steps, costs[1].seconds)
@@ -568,5 +602,4 @@ def estimate_loop(loop: Loop) -> Estimate:
         peaks += [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
     for network, weights in zip(networks, held): network.load_state_dict(weights)
     state.optimizers, state.average = {}, None
-    torch.set_rng_state(random_state)
     return Estimate(steps, max(peaks, default=None), size, free_space(loop.options.checkpoint))

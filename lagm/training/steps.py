@@ -51,10 +51,12 @@ def labelled_gradients(
     """
     def vote(part: int) -> Voted:
         images, masks = labelled[part]
-        weights, known = state.class_weights, masks[masks != IGNORE]
+        weights = state.class_weights
         with state.passes():
             gradients, loss = labelled_gradient(state.segmenter, names, state.arrange(images), masks, weights)
-        return gradients, loss, torch.as_tensor(float(len(known))) if weights is None else weights[known].sum()
+        if len(labelled) == 1 and not weigh_one: return gradients, loss, loss.new_ones(())  # it is alone
+        known = masks[masks != IGNORE]
+        return gradients, loss, loss.new_tensor(float(len(known))) if weights is None else weights[known].sum()
 
     return gradient_of_parts(state.segmenter, len(labelled), vote, weigh_one=weigh_one)
 
@@ -432,8 +434,8 @@ def alignment(
         images = pictures(i, "align").images  # the generator is never run under autocast
         with eval_mode(state.segmenter), state.passes():
             said = state.segmenter(images).float().softmax(dim=1)
-        found.append(said.mean(dim=(0, 2, 3)).cpu())
+        found.append(said.mean(dim=(0, 2, 3)))
     wanted = class_shares(masks, state.segmenter.n_classes)
     most = max(1.0, state.recipe.align)
-    factors = wanted / torch.stack(found).double().mean(dim=0).clamp(min=1e-12)
+    factors = wanted / torch.stack(found).cpu().double().mean(dim=0).clamp(min=1e-12)
     return factors.clamp(1 / most, most).float().to(state.device)
