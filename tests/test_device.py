@@ -7,7 +7,7 @@ import pytest
 import second_device
 import torch
 from PIL import Image
-from tiny import tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
+from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.evaluation.metrics import evaluate
 from lagm.evaluation.prediction import predict_pictures

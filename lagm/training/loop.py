@@ -576,8 +576,9 @@ def go_on(loop: Loop) -> Trained:
     shown = options.progress and loop.first
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
+    around = surroundings(state.recipe, bar.write if shown else None)
     with kept_random_state(), kept_random_state(state.device), loop.records.open(loop.step):
-        with surroundings(state.recipe), bar, finish_step_on_interrupt() as asked:
+        with around, bar, finish_step_on_interrupt() as asked:
             while loop.step < loop.total:
                 advance(loop, bar)
                 if asked.is_set() and loop.step < loop.total: _stop(loop)
