@@ -8,8 +8,8 @@ import torch
 # processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10
 # tests/test_kill.py
 SLOW = """
-    avatars baselines cache checkpoints cli commands convolutions doctor doors downstream encoders experiments fetch
-    fetch_limits gan generator_files inversion kill libraries methods mutate numbers odd_files odd_inputs
+    avatars baselines cache checkpoints cli colab commands convolutions doctor doors downstream encoders experiments
+    fetch fetch_limits gan generator_files inversion kill libraries methods mutate numbers odd_files odd_inputs
     own_pictures parts pickle_budget quickstart reader_fuzz registries registry_baseline report requests runs
     saved site stylegan2 sweep synthetic table tangents templates training unpickling weak_to_strong wheel
     winograd""".split()
