@@ -65,7 +65,7 @@ readme: install-dev
 	@$(RUN) python -m lagm.experiments.readme
 
 # For the oldest Python that the kit knows. The comment at the head of each file stays.
-PIN := uv pip compile setup.py --extra dev --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+PIN := uv pip compile setup.py --extra dev --extra lab --python-version 3.11 --no-emit-index-url --no-emit-find-links \
 	--no-annotate --no-header -q
 constraints: install-dev
 	@$(RUN) python -m pip install -q uv

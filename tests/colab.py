@@ -3,8 +3,8 @@
     python tests/colab.py WHEEL NOTEBOOK ...
 
 The environment is new and sees this one's packages, for PyTorch's sake, but not the checkout. The first code cell
-installs the wheel (LAGM_KIT), with no index (PIP_NO_INDEX). Prints the seconds that each notebook took, on the clock and
-of processors; the exit status is 1 if a cell failed.
+installs the wheel (LAGM_KIT), with no index (PIP_NO_INDEX). Prints the seconds that each notebook took, by the clock
+and of processors; the exit status is 1 if a cell failed.
 """
 
 import os
