@@ -63,7 +63,8 @@ def test_pip_takes_the_versions_of_python_that_the_kit_supports_and_no_other():
     taken = [f"3.{minor}" for minor in range(last + 3) if f"3.{minor}.1" in asked]
     assert taken == supported() and f"3.{first - 1}.99" not in asked
     said = importlib.metadata.metadata("lagm").get_all("Classifier")
-    assert [word.rpartition(" ")[2] for word in said if word.startswith("Programming Language :: Python :: 3.")] == taken
+    named = [word.rpartition(" ")[2] for word in said if word.startswith("Programming Language :: Python :: 3.")]
+    assert named == taken
 
 
 def test_make_and_the_texts_name_the_same_versions_of_python():

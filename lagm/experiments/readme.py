@@ -335,8 +335,8 @@ def main(
     int
         0, or 1 if something is not what the notebooks say
     """
-    parser = argparse.ArgumentParser(prog="python -m lagm.experiments.readme",
-                                     description="Write README.md from nbs/index.ipynb, the links of the chapters and the badges.")
+    about = "Write README.md from nbs/index.ipynb, the links of the chapters and the badges."
+    parser = argparse.ArgumentParser(prog="python -m lagm.experiments.readme", description=about)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--root", default=".", help="the folder of README.md (default: the current one)")
     arguments = parser.parse_args(argv)
