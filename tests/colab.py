@@ -62,7 +62,9 @@ def walk(notebook: Path, wheel: Path, folder: Path) -> tuple[NotebookNode, float
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LAGM_HOME")}
     client = NotebookClient(ran, km=kernel, timeout=600, resources={"metadata": {"path": str(work)}})
     start = time.time()
-    with mock.patch.dict(os.environ, clean | settings, clear=True): client.execute()
+    try:
+        with mock.patch.dict(os.environ, clean | settings, clear=True): client.execute()
+    finally: kernel.shutdown_kernel(now=True)
     took = time.time() - start
     first = next(cell for cell in ran.cells if cell.cell_type == "code").metadata["execution"]
     begin, end = (datetime.fromisoformat(first[key]) for key in ("iopub.execute_input", "shell.execute_reply"))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from nbformat.v4 import new_code_cell, new_notebook
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-QUIET = Config({"KernelManager": {"transport": "ipc"}})
+SOCKETS = tempfile.TemporaryDirectory(prefix="lagm-")
+QUIET = Config({"KernelManager": {"transport": "ipc", "ip": f"{SOCKETS.name}/kernel"}})
 
 
 def outputs(*sources, kernel=None):
     """The outputs of cells that run one after the other in a new kernel: per cell, the texts and errors."""
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
-    NotebookClient(notebook, km=kernel, allow_errors=True, kernel_name="python3", config=QUIET).execute()
+    try: NotebookClient(notebook, km=kernel, allow_errors=True, kernel_name="python3", config=QUIET).execute()
+    finally:
+        if kernel is not None: kernel.shutdown_kernel(now=True)  # a client ends the kernels that it started alone
     return [["".join(output.get("text", output.get("evalue", ""))) for output in cell.outputs]
             for cell in notebook.cells]
 
