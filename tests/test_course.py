@@ -23,8 +23,20 @@ from lagm.experiments import course
 from lagm.experiments.badges import badged_pages, badges, install_code, write_badges
 from lagm.experiments.catalogue import project_folder
 from lagm.experiments.course import (
-    EXERCISES, METHODS, RECORDED, Exercise, Exercises, Explorer, LittleLoop, StoredRun, as_png, explore,
-    learn_reader, stacked, widgets_of)
+    EXERCISES,
+    METHODS,
+    RECORDED,
+    Exercise,
+    Exercises,
+    Explorer,
+    LittleLoop,
+    StoredRun,
+    as_png,
+    explore,
+    learn_reader,
+    stacked,
+    widgets_of,
+)
 from lagm.experiments.report import find_results, group_results
 from lagm.generators.contract import Sampling
 from lagm.generators.load import load_generator
