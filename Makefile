@@ -14,7 +14,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench test quick sync lint types notebooks unit export readme docs constraints clean install \
+.PHONY: help demo bench test quick sync lint types notebooks unit export readme docs constraints clean kernels install \
 	install-dev install-docs
 
 CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
@@ -65,7 +65,7 @@ readme: install-dev
 	@$(RUN) python -m lagm.experiments.readme
 
 # For the oldest Python that the kit knows. The comment at the head of each file stays.
-PIN := uv pip compile setup.py --extra dev --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+PIN := uv pip compile setup.py --extra dev --extra lab --python-version 3.11 --no-emit-index-url --no-emit-find-links \
 	--no-annotate --no-header -q
 constraints: install-dev
 	@$(RUN) python -m pip install -q uv
@@ -89,11 +89,11 @@ define ensure
 	@set -eu; \
 	if [ ! -x "$(ENV)/bin/python" ]; then \
 		found=; \
-		for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
-			if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
+		for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+			if "$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then found=$$python; break; fi; \
 		done; \
 		if [ -z "$$found" ]; then \
-			echo "make: found no Python 3.11 to 3.13 that can make environments; install one (Debian, Ubuntu: with python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+			echo "make: found no Python 3.11 to 3.14 that can make environments; install one (Debian, Ubuntu: with python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; \
 		fi; \
 		echo "making an environment in $(ENV) with $$($$found --version)"; \
 		"$$found" -m venv "$(ENV)"; \
@@ -108,13 +108,22 @@ define ensure
 	echo "$(CURDIR)" > "$(ENV)/.lagm-$(word 1,$(2))"
 endef
 
+# Kernels of this environment say after a missing name that the cells above may not have run (lagm.core.cells). A file
+# of somebody else's at this place stays as it is.
+KERNELS := $(ENV)/etc/ipython/ipython_config.json
+kernels:
+	@mkdir -p "$(dir $(KERNELS))"
+	@[ -e "$(KERNELS)" ] || echo '{"InteractiveShellApp": {"extensions": ["lagm.core.cells"]}}' > "$(KERNELS)"
+
 install:
 	$(call ensure,,demo dev)
+	@$(MAKE) -s kernels
 
 # JupyterLab of this environment saves notebooks clean from now on: reading one leaves `git status` as it was.
 HOOKS := $(ENV)/etc/jupyter/jupyter_server_config.d/lagm.json
 install-dev:
 	$(call ensure,[dev],dev)
+	@$(MAKE) -s kernels
 	@mkdir -p "$(dir $(HOOKS))"
 	@echo '{"FileContentsManager": {"pre_save_hook": "nbdev.clean.clean_jupyter"}}' > "$(HOOKS)"
 

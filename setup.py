@@ -14,6 +14,7 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 SUFFIX = "_requirements"
+FIRST, LAST = (int(cfg[key].removeprefix("3.")) for key in ("min_python", "max_python"))
 
 
 def requirements(key: str) -> list[str]:
@@ -60,12 +61,10 @@ setup(
     url=cfg["git_url"],
     classifiers=[
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Programming Language :: Python :: 3.13",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(FIRST, LAST + 1)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=f">={cfg['min_python']}",
+    python_requires=f">=3.{FIRST},<3.{LAST + 1}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["assets/**/*", "py.typed"]},
     install_requires=requirements("requirements"),

@@ -42,6 +42,7 @@ import sys
 from typing import Any
 
 # %% ../nbs/reference/core/02_public.ipynb #bc17f9bd
+from .core.cells import load_ipython_extension
 from .core.moved import install
 
 # %% ../nbs/reference/core/02_public.ipynb #90440aae
@@ -83,3 +84,4 @@ def __dir__() -> list[str]:
 
 
 install()
+load_ipython_extension()  # nothing, unless this is a notebook's kernel

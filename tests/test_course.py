@@ -2,7 +2,7 @@
 
 import ast
 import io
-import json
+import os
 import re
 import subprocess
 import sys
@@ -20,12 +20,10 @@ from lagm.core.files import asset
 from lagm.data.demo import Avatars, stack
 from lagm.evaluation.intervals import picture_counts, scores
 from lagm.experiments import course
+from lagm.experiments.badges import badged_pages, badges, install_code, write_badges
 from lagm.experiments.catalogue import project_folder
 from lagm.experiments.course import (
-    _HEAD,
     EXERCISES,
-    INSTALL,
-    INSTALL_CODE,
     METHODS,
     RECORDED,
     Exercise,
@@ -34,21 +32,19 @@ from lagm.experiments.course import (
     LittleLoop,
     StoredRun,
     as_png,
-    badges,
     explore,
     learn_reader,
-    lessons,
     stacked,
     widgets_of,
-    with_head,
-    write_heads,
 )
 from lagm.experiments.report import find_results, group_results
 from lagm.generators.contract import Sampling
 from lagm.generators.load import load_generator
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSONS = lessons(ROOT)
+PAGES = badged_pages(ROOT)
+LESSONS = [path for path in PAGES if path.parent.name == "course"]
+ADDRESS = "https://github.com/lagm-kit/lagm"
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=[path.stem for path in LESSONS])
 
 
@@ -239,7 +235,7 @@ def explorers_of(path, monkeypatch):
     monkeypatch.setattr(course, "explore", collect)
     names = {"get_ipython": lambda: None}
     for source in cells(path, "code"):
-        if source != INSTALL_CODE and "check(" not in source: exec(compile(source, path.name, "exec"), names)
+        if "run_line_magic" not in source and "check(" not in source: exec(compile(source, path.name, "exec"), names)
     return made
 
 
@@ -301,14 +297,19 @@ def test_the_stored_run_is_small_and_says_what_it_scored():
 # ---- badges and the installing cell
 
 
-def test_the_heads_of_the_lessons_are_what_settings_ini_says():
-    assert write_heads(ROOT, check=True) == [], "run: python -m lagm.experiments.course"
-    for path in LESSONS:
+def test_the_heads_of_the_pages_are_what_settings_ini_says():
+    assert write_badges(ROOT, check=True) == [], "run: make readme"
+    assert len(PAGES) - len(LESSONS) == len(list((ROOT / "nbs" / "tutorials").glob("*.ipynb"))) >= 9
+    for path in PAGES:
         title, head, install = nbformat.read(path, 4).cells[:3]
-        assert title.source.startswith("# ") and (head.id, install.id) == (_HEAD, INSTALL)
-        assert all(f"github/lagm-kit/lagm/blob/main/nbs/course/{path.name}" in line
-                   for line in head.source.splitlines() if "colab.research.google.com/github" in line)
-        assert install.source == INSTALL_CODE and not install.outputs
+        page = path.relative_to(ROOT).as_posix()
+        assert title.source.startswith("# ") and head.source == badges(ADDRESS, page)
+        assert install.source == install_code(ADDRESS, path) and not install.outputs
+
+
+def test_the_readme_opens_the_first_lesson():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert badges(ADDRESS, f"nbs/course/{LESSONS[0].name}") in text.split("![Test pictures")[0]
 
 
 def test_badges_name_the_page_in_all_three_places():
@@ -318,19 +319,29 @@ def test_badges_name_the_page_in_all_three_places():
     assert "gh/me/kit/dev?labpath=nbs%2Fcourse%2F01_a.ipynb)" in binder
 
 
-def test_writing_a_head_twice_changes_nothing():
-    text = json.dumps({"cells": [{"cell_type": "markdown", "id": "t", "metadata": {}, "source": ["# T"]}],
-                       "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
-    once = with_head(text, "old badges")
-    assert with_head(with_head(once, "new badges"), "old badges") == once
-    assert [cell["id"] for cell in json.loads(once)["cells"]] == ["t", _HEAD, INSTALL]
+def test_writing_badges_twice_changes_nothing_and_follows_the_address(tmp_path):
+    page = tmp_path / "nbs" / "tutorials" / "05_a.ipynb"
+    page.parent.mkdir(parents=True)
+    for path in (page, tmp_path / "nbs" / "index.ipynb"):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T", id="t")]), path)
+    with pytest.raises(InputError, match="no git_url"): write_badges(tmp_path)
+    for address in ("https://github.com/me/kit", "https://github.com/you/kit"):
+        (tmp_path / "settings.ini").write_text(f"[DEFAULT]\ngit_url = {address}\n")
+        assert write_badges(tmp_path, check=True) == write_badges(tmp_path) == [page, tmp_path / "nbs" / "index.ipynb"]
+        assert write_badges(tmp_path) == []
+        assert [cell.id for cell in nbformat.read(page, 4).cells] == ["t", "lesson-badges", "lesson-install"]
+        assert address in cells(page, "code")[0] and len(cells(tmp_path / "nbs" / "index.ipynb", "code")) == 0
 
 
-def test_the_installing_cell_installs_only_where_the_kit_is_missing():
+@pytest.mark.parametrize(("given", "place"), [({}, "git+https://github.com/me/kit"),
+                                              ({"LAGM_KIT": "file:///a/b.whl"}, "file:///a/b.whl")])
+def test_the_installing_cell_installs_only_where_the_kit_is_missing(given, place):
     code = ("import sys\nran = []\n"
             "class Shell:\n    def run_line_magic(self, *words): ran.append(words)\n"
-            "def get_ipython(): return Shell()\n" + INSTALL_CODE + "\nprint(ran)")
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+            "def get_ipython(): return Shell()\n" + install_code("https://github.com/me/kit", "30_your_own_pictures")
+            + "\nprint(ran)")
+    clean = {key: value for key, value in os.environ.items() if key != "LAGM_KIT"}
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=clean | given)
     assert there.stdout == "[]\n", there.stderr
-    bare = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True)
-    assert "('pip', 'install -q lagm')" in bare.stdout, bare.stderr
+    bare = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, env=clean | given)
+    assert f"""('pip', 'install -q "lagm[paint] @ {place}"')""" in bare.stdout, bare.stderr

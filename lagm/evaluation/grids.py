@@ -134,11 +134,11 @@ def grid_figure(
     """
     canvas, centres, middles = _mosaic(rows, gap, row_gaps if row_gaps is not None else [gap] * (len(rows) - 1))
     height, width = canvas.shape[:2]
-    left = max((text_width(name) for name in names), default=-18) + 20
+    left = math.ceil(max((text_width(name) for name in names), default=-18)) + 20  # whole pixels, or it is blurred
     head = 15 * max((h.count("\n") + 1 for h in heads), default=0) + 7 * bool(heads)
     entries, per_row, legend_width = _legend(labels, left + width) if labels else ([], 1, 0)
     bottom = 20 * math.ceil(len(entries) / per_row) + 10 if entries else 0
-    total_w = max(left + width, left + 1.2 * text_width(title, 11), legend_width) + 2
+    total_w = math.ceil(max(left + width, left + 1.2 * text_width(title, 11), legend_width)) + 2
     total_h = height + 26 * bool(title) + head + bottom + 2
     with mpl.rc_context(STYLE):
         fig = plt.figure(figsize=(total_w / 100, total_h / 100), dpi=100)

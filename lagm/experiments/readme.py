@@ -23,6 +23,7 @@ import nbformat
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, parse_json, read_text
+from .badges import write_badges
 
 # %% ../../nbs/reference/experiments/95_readme.ipynb #1fe470d7
 _LINK = re.compile(r"""(\]\(|\b(?:src|href)=")([^)"\s]+)""")
@@ -322,7 +323,7 @@ def _write_readme(root: Path, check: bool) -> bool:
 def main(
     argv: Sequence[str] | None = None,  # the words of the command line
 ) -> int:  # 0, or 1 if something is not what the notebooks say
-    """Write README.md and the chapters' links from the notebooks, or with `--check` compare them.
+    """Write README.md, the chapters' links and the badges, or with `--check` compare them.
 
     Parameters
     ----------
@@ -334,8 +335,8 @@ def main(
     int
         0, or 1 if something is not what the notebooks say
     """
-    parser = argparse.ArgumentParser(prog="python -m lagm.experiments.readme",
-                                     description="Write README.md from nbs/index.ipynb, and the links of the chapters.")
+    about = "Write README.md from nbs/index.ipynb, the links of the chapters and the badges."
+    parser = argparse.ArgumentParser(prog="python -m lagm.experiments.readme", description=about)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--root", default=".", help="the folder of README.md (default: the current one)")
     arguments = parser.parse_args(argv)
@@ -343,13 +344,15 @@ def main(
     if not (root / "nbs" / "index.ipynb").is_file():
         print(f"readme: there is no {root / 'nbs' / 'index.ipynb'}; run this in the project's folder", file=sys.stderr)
         return 1
-    try: stale, broken, current = write_links(root, check), broken_links(root), _write_readme(root, check)
+    try:
+        stale = [*write_badges(root.resolve(), check), *write_links(root, check)]
+        broken, current = broken_links(root), _write_readme(root, check)
     except InputError as error:
         print(f"readme: {error}", file=sys.stderr)
         return 1
     names = ", ".join(path.relative_to(root.resolve()).as_posix() for path in stale)
-    if stale and check: print(f"links are out of date, run `make readme`: {names}", file=sys.stderr)
-    elif stale: print(f"wrote the links of {names}")
+    if stale and check: print(f"links or badges are out of date, run `make readme`: {names}", file=sys.stderr)
+    elif stale: print(f"wrote links or badges of {names}")
     if broken: print("\n".join(broken), file=sys.stderr)
     return int(bool(broken) or check and (bool(stale) or not current))
 

@@ -275,7 +275,7 @@ def _library_errors(
         with warnings.catch_warnings(action="ignore"): yield
     except InputError: raise
     except Exception as error:
-        if torch.get_default_device().type == "meta": raise  # shapes were wanted, and it looked at numbers
+        if torch.empty(0).is_meta: raise  # shapes were wanted, and it looked at numbers
         said = f"{type(error).__name__}: {printable(error, 200)}"
         raise InputError(f"{what} cannot be made here ({said}); {advice}") from error
 
