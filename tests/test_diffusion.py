@@ -255,7 +255,8 @@ def test_the_doctor_examines_a_folder(tmp_path, capsys, monkeypatch):
     assert main(["doctor", str(tmp_path / "p")]) == 0
     told = capsys.readouterr().out
     for words in ("diffusers DDPMPipeline", "16 pixels", "0: 16 × 8 × 8, 1: 16 × 8 × 8, 2: 8 × 16 × 16", "could run",
-                  "diffusion: {steps: 20", "licence"): assert words in told, told
+                  "diffusion: {steps: 20", "licence"):
+        assert words in told, told
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     assert main(["doctor", str(tmp_path / "p")]) == 1 and "diffusers (missing)" in capsys.readouterr().out
     change(tmp_path / "p" / "model_index.json", vae=["diffusers", "AutoencoderKL"])

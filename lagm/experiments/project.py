@@ -12,7 +12,6 @@ __all__ = ['MEANING', 'Settings', 'settings_network', 'settings_text', 'read_set
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e15
 import contextlib
-import dataclasses
 import hashlib
 import shlex
 import shutil
@@ -21,7 +20,7 @@ import threading
 import warnings
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,7 @@ def settings_text(
     settings
         of project.yaml
     """
-    rows = dataclasses.asdict(settings).items()
+    rows = asdict(settings).items()
     def line(value: Any) -> str: return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
 
     return "".join(f"{name}: {line(value)}  # {MEANING[name]}\n"
@@ -186,7 +185,7 @@ def read_settings(
                          "--images PICTURES --classes background,PART,...")
     found = read_yaml(path) or {}
     if not isinstance(found, dict): raise InputError(f"{path} holds a {type(found).__name__}; write names and values")
-    known = [field.name for field in dataclasses.fields(Settings)]
+    known = [field.name for field in fields(Settings)]
     unknown = [name for name in found if name not in known]
     if unknown: raise InputError(f"{path}: there is no setting {unknown[0]!r}; known are {', '.join(known)}")
     return Settings(**found)
@@ -233,7 +232,7 @@ def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
                          "these, in this order, and new ones after them")
     shutil.copytree(images / "masks", project / "masks")
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
+# %% ../../nbs/reference/experiments/85_project.ipynb #85b00001
 def _unwritten(folder: Path, error: OSError) -> InputError:
     """What to say when a project cannot be written: no room, or no right to."""
     why = error.strerror or error
@@ -247,7 +246,7 @@ def _begun(folder: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error: raise _unwritten(folder, error) from error
 
-
+# %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path | None,  # the folder of the pictures; None: only generated ones
@@ -653,7 +652,8 @@ def _look_at_generator(
     generator, own = project_generator(folder, settings, torch.device("cpu")), _own_pictures(Path(folder))
     if generator is None or len(own) < 4: return None
     latents = generator.sample_z(16, random_generator(settings.seed, "look"))
-    images = torch.cat([generator(latents[i: i + 1], random_generator(settings.seed, "look", i))[0] for i in range(16)])
+    images = torch.cat([generator(latents[i: i + 1], random_generator(settings.seed, "look", i))[0]
+                        for i in range(16)])
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
     drawn = _squares([Image.fromarray(picture) for picture in pixels])
     columns = min(8, len(own))
@@ -662,7 +662,8 @@ def _look_at_generator(
     with atomic_path(results / "generator.png") as temporary: figure.savefig(temporary, format="png")
     distance = Likeness(own).score(drawn)["relative"]
     if distance > 10:
-        warnings.warn(f"the generator draws other pictures than those of the project: look at {results / 'generator.png'}"
+        warnings.warn("the generator draws other pictures than those of the project: look at "
+                      f"{results / 'generator.png'}"
                       "; one of other pictures has nothing to teach", stacklevel=2)
     return distance
 
@@ -701,7 +702,7 @@ def run_project(
     every, truth = joined(images, masks, drawn)
     options = {"labels": data.labels, "progress": progress}
     facts = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
-             "generator": settings.generator or None, "settings": dataclasses.asdict(settings)}
+             "generator": settings.generator or None, "settings": asdict(settings)}
     results = folder / "results"
     try: results.mkdir(exist_ok=True)
     except OSError as error:
@@ -829,7 +830,8 @@ def label_command(
     generator = arguments.generator or (generator_of_project(folder, own) if own else "")
     desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
-    print(f"{_number(len(album), 'picture')}, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
+    labelled = sum(share > 0 for share in labelled_shares(album))
+    print(f"{_number(len(album), 'picture')}, {labelled} with labels; open\n  "
           f"{server.address}\n"
           f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
     if album.masks_beside:
