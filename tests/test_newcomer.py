@@ -15,8 +15,8 @@ from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
 from lagm.data.folder import save_folder
 from lagm.data.images import read_image
-from lagm.labelling.album import Album, save_painted
 from lagm.experiments.project import Settings, new_project, run_project
+from lagm.labelling.album import Album, save_painted
 from lagm.training.drawn import draw_for_labelling, read_latents
 
 CLASSES = list(Avatars().classes)
