@@ -220,7 +220,7 @@ def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
                          "these, in this order, and new ones after them")
     shutil.copytree(images / "masks", project / "masks")
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
+
 def _unwritten(folder: Path, error: OSError) -> InputError:
     """What to say when a project cannot be written: no room, or no right to."""
     why = error.strerror or error
@@ -234,7 +234,7 @@ def _begun(folder: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error: raise _unwritten(folder, error) from error
 
-
+# %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
     images: str | Path | None,  # the folder of the pictures; None: only generated ones
@@ -572,29 +572,6 @@ def label_next(
     found = [data[i][0] for i in order]
     return [data.names[i] for i in order], torch.stack(found) if found else torch.zeros(0, 3, size, size)
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #8e164fea
-def run_file(
-    results: Path,  # folder of the results
-    settings: Settings,  # of project.yaml
-    images: Tensor,  # (n, 3, H, W) in [-1, 1]
-    masks: Tensor,  # (n, H, W) class indices
-) -> Path:
-    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
-
-    Parameters
-    ----------
-    results
-        folder of the results
-    settings
-        of project.yaml
-    images
-        (n, 3, H, W) in [-1, 1]
-    masks
-        (n, H, W) class indices
-    """
-    content = settings_text(settings).encode() + data_digest(images, masks).encode()
-    return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
-
 # %% ../../nbs/reference/experiments/85_project.ipynb #85a00002
 def _squares(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures as (n, 3, 64, 64) uint8."""
@@ -646,9 +623,32 @@ def _look_at_generator(
     with atomic_path(results / "generator.png") as temporary: figure.savefig(temporary, format="png")
     distance = Likeness(own).score(drawn)["relative"]
     if distance > 10:
-        warnings.warn(f"the generator draws other pictures than those of the project: look at {results / 'generator.png'}"
-                      "; one of other pictures has nothing to teach", stacklevel=2)
+        warnings.warn("the generator draws other pictures than those of the project, and so has nothing to teach: look "
+                      f"at {results / 'generator.png'}", stacklevel=2)
     return distance
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #8e164fea
+def run_file(
+    results: Path,  # folder of the results
+    settings: Settings,  # of project.yaml
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # (n, H, W) class indices
+) -> Path:
+    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
+
+    Parameters
+    ----------
+    results
+        folder of the results
+    settings
+        of project.yaml
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices
+    """
+    content = settings_text(settings).encode() + data_digest(images, masks).encode()
+    return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf2ee
 def run_project(
