@@ -810,7 +810,7 @@ def label_command(
     generator = arguments.generator or (generator_of_project(folder, own) if own else "")
     desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
-    print(f"{_number(len(album), 'picture')}, {sum(share > 0 for share in labelled_shares(album))} with labels; open\n  "
+    print(f"{_number(len(album), 'picture')}, {sum(s > 0 for s in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
           f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
     if album.masks_beside:
