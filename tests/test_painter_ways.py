@@ -1,4 +1,4 @@
-"""The painter's other ways in a real browser: each tool without a mouse, zoom, undo, what is left half done."""
+"""The painter in a real browser: each tool without a mouse, zoom, undo and redo, what is left half done."""
 
 import numpy as np
 from browser import browser, needs_browser  # noqa: F401
@@ -19,8 +19,8 @@ def go(browser, dx, dy):  # noqa: F811
 
 def buttons(browser):  # noqa: F811
     """Whether undo and redo can be pressed."""
-    every = "[...document.querySelectorAll('.lagm-painter button')]"
-    return browser.value(f"{every}.filter(b => ['Undo', 'Redo'].includes(b.textContent)).map(b => !b.disabled)")
+    return browser.value("[...document.querySelectorAll('.lagm-painter button')].filter("
+                         "b => ['Undo', 'Redo'].includes(b.textContent)).map(b => !b.disabled)")
 
 
 def test_polygon_lasso_and_fill_without_a_mouse(page):  # noqa: F811

@@ -232,6 +232,20 @@ def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
                          "these, in this order, and new ones after them")
     shutil.copytree(images / "masks", project / "masks")
 
+
+def _unwritten(folder: Path, error: OSError) -> InputError:
+    """What to say when a project cannot be written: no room, or no right to."""
+    why = error.strerror or error
+    return InputError(f"cannot make the project {folder}: {why}; make room, or choose another place")
+
+
+def _begun(folder: Path) -> Path:
+    """An empty folder beside the one to be made, which gets its name when all is in it; `InputError` if it cannot."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error: raise _unwritten(folder, error) from error
+
 # %% ../../nbs/reference/experiments/85_project.ipynb #85b00001
 def _unwritten(folder: Path, error: OSError) -> InputError:
     """What to say when a project cannot be written: no room, or no right to."""
@@ -587,29 +601,6 @@ def label_next(
     found = [data[i][0] for i in order]
     return [data.names[i] for i in order], torch.stack(found) if found else torch.zeros(0, 3, size, size)
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #8e164fea
-def run_file(
-    results: Path,  # folder of the results
-    settings: Settings,  # of project.yaml
-    images: Tensor,  # (n, 3, H, W) in [-1, 1]
-    masks: Tensor,  # (n, H, W) class indices
-) -> Path:
-    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
-
-    Parameters
-    ----------
-    results
-        folder of the results
-    settings
-        of project.yaml
-    images
-        (n, 3, H, W) in [-1, 1]
-    masks
-        (n, H, W) class indices
-    """
-    content = settings_text(settings).encode() + data_digest(images, masks).encode()
-    return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
-
 # %% ../../nbs/reference/experiments/85_project.ipynb #85a00002
 def _squares(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures as (n, 3, 64, 64) uint8."""
@@ -662,10 +653,32 @@ def _look_at_generator(
     with atomic_path(results / "generator.png") as temporary: figure.savefig(temporary, format="png")
     distance = Likeness(own).score(drawn)["relative"]
     if distance > 10:
-        warnings.warn("the generator draws other pictures than those of the project: look at "
-                      f"{results / 'generator.png'}"
-                      "; one of other pictures has nothing to teach", stacklevel=2)
+        warnings.warn("the generator draws other pictures than those of the project, and so has nothing to teach: look "
+                      f"at {results / 'generator.png'}", stacklevel=2)
     return distance
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #8e164fea
+def run_file(
+    results: Path,  # folder of the results
+    settings: Settings,  # of project.yaml
+    images: Tensor,  # (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # (n, H, W) class indices
+) -> Path:
+    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
+
+    Parameters
+    ----------
+    results
+        folder of the results
+    settings
+        of project.yaml
+    images
+        (n, 3, H, W) in [-1, 1]
+    masks
+        (n, H, W) class indices
+    """
+    content = settings_text(settings).encode() + data_digest(images, masks).encode()
+    return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf2ee
 def run_project(
@@ -830,8 +843,7 @@ def label_command(
     generator = arguments.generator or (generator_of_project(folder, own) if own else "")
     desk = Desk(album, proposals_for(album, segmenter, generator))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
-    labelled = sum(share > 0 for share in labelled_shares(album))
-    print(f"{_number(len(album), 'picture')}, {labelled} with labels; open\n  "
+    print(f"{_number(len(album), 'picture')}, {sum(s > 0 for s in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
           f"every stroke is saved at once, into {folder / 'masks'}; ctrl-c ends it", flush=True)
     if album.masks_beside:
