@@ -23,14 +23,10 @@ from typing import Any
 
 from .core.moved import forward
 from lagm.experiments.commands import (
-    add_checkpoint_commands,
-    add_data_commands,
-    add_predict_command,
-    add_project_commands,
-    add_serve_command,
-    at_least_one,
-)
+    add_checkpoint_commands, add_data_commands, add_predict_command, add_project_commands, add_serve_command,
+    at_least_one)
 from .experiments.train_command import add_train_generator_command
+from .experiments.tune_command import add_tune_command
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #96f330a2
 __getattr__ = forward("lagm.cli")  # for names that `lagm.experiments.commands` has now
@@ -374,7 +370,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(command=show_command)
 
     for add in (add_run_parser, add_checkpoint_commands, add_data_commands, add_project_commands,
-                add_train_generator_command, add_predict_command, add_serve_command):
+                add_train_generator_command, add_predict_command, add_serve_command, add_tune_command):
         add(commands)
     _add_everywhere(parser)
     return parser

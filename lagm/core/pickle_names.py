@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DICTS', 'CALLS', 'VALUES', 'SYSTEM', 'STORAGES', 'RECORDS', 'UNUSUAL', 'LONGEST_NAME', 'Spender',
-           'checked_key', 'paid_key', 'make_set', 'make_bytes', 'raw_bytes', 'is_extra', 'allowed_name']
+           'paid_key', 'make_set', 'raw_bytes', 'is_extra', 'allowed_name']
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #5375ac93
 import re
@@ -43,7 +43,7 @@ class Spender(Protocol):
     budget: Budget  # what reading may cost
 
 
-def checked_key(key: Any) -> Any:
+def _checked_key(key: Any) -> Any:
     """`key`, if hashing it is quick: a text, a number, a short piece of bytes, or None. Raises `Unreadable`."""
     if key is None or isinstance(key, str | float): return key
     if isinstance(key, int) and key.bit_length() <= 64: return key
@@ -54,7 +54,7 @@ def checked_key(key: Any) -> Any:
 def paid_key(machine: Spender, key: Any) -> Any:
     """A checked key. Numbers can be chosen so that a dict takes long to find them, so they may not be many."""
     if isinstance(key, int | float): machine.budget.spend(NUMBER)
-    return checked_key(key)
+    return _checked_key(key)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #41946f14
 def _make_dict(machine: Spender, items: Any = ()) -> dict:
@@ -79,7 +79,7 @@ def make_set(machine: Spender, items: Any = ()) -> set:
     return {paid_key(machine, item) for item in items}
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #39086a97
-def make_bytes(machine: Spender, text: Any = "", encoding: Any = "latin1") -> bytes:
+def _make_bytes(machine: Spender, text: Any = "", encoding: Any = "latin1") -> bytes:
     """_codecs.encode, which is how protocol 2 spells bytes."""
     if encoding not in ("latin1", "latin-1") or not isinstance(text, str | LazyText):
         raise Unreadable("has bytes in an unknown spelling")
@@ -90,12 +90,12 @@ def make_bytes(machine: Spender, text: Any = "", encoding: Any = "latin1") -> by
 def _make_bytearray(machine: Spender, data: Any = b"", encoding: Any = None) -> bytes | memoryview:
     """builtins.bytearray, of bytes, or as protocol 2 spells it."""
     if isinstance(data, bytes | memoryview) and encoding is None: return data
-    return make_bytes(machine, data, encoding)
+    return _make_bytes(machine, data, encoding)
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #1def235d
 def raw_bytes(machine: Spender, data: Any) -> Any:
     """The bytes of an array, which old pickles spell as a text."""
-    return make_bytes(machine, data) if isinstance(data, str | LazyText) else data
+    return _make_bytes(machine, data) if isinstance(data, str | LazyText) else data
 
 # %% ../../nbs/reference/core/25_pickle_names.ipynb #4412d635
 def _make_scalar(machine: Spender, kind: Any, data: Any = None) -> int | float | bool | LazyArray:
@@ -146,7 +146,7 @@ DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict", "dnnlib.EasyDict", "
 CALLS: dict[str, Callable] = {
     **dict.fromkeys(DICTS, _make_dict), "collections.Counter": _make_dict,
     "collections.defaultdict": _make_default_dict,
-    "_codecs.encode": make_bytes, "numpy.dtype": lambda machine, *claims: ArrayType(*claims),
+    "_codecs.encode": _make_bytes, "numpy.dtype": lambda machine, *claims: ArrayType(*claims),
     "torch._utils._rebuild_tensor": _make_tensor, "torch._utils._rebuild_tensor_v2": _make_tensor,
     "torch._utils._rebuild_tensor_v3": _make_new_tensor, "torch._utils._rebuild_parameter": _make_parameter,
     "torch.device": lambda machine, *claims: "device",

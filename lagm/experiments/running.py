@@ -21,6 +21,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import torch
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -32,8 +33,9 @@ from ..core.errors import printable
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #94ac3e5a
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import atomic_path, read_json, write_json
 from ..core.origins import provenance
+from ..core.threads import choose_threads
 from lagm.experiments.notebooks import (
     as_stored,
     check_parameters,
@@ -236,6 +238,24 @@ def _environment(**values: str) -> Iterator[None]:
             if value is None: os.environ.pop(name)
             else: os.environ[name] = value
 
+# %% ../../nbs/reference/experiments/90_running.ipynb #7c0de102
+def _threads_of_run(notebook: Path, given: dict[str, Any], folder: Path, force: bool) -> dict[str, Any]:
+    """How many threads a run computes with, and why; empty if that is the user's to say, and was said."""
+    if os.environ.get("OMP_NUM_THREADS") or effective_parameters(notebook, given).get("threads"): return {}
+    path, asked, held = folder / ".threads.json", as_stored(given), None
+    with contextlib.suppress(InputError):
+        if path.is_file() and not force: held = read_json(path)
+    if isinstance(held, dict) and held.get("parameters") == asked and isinstance(held.get("threads"), int):
+        return {"threads": held["threads"], "of": held.get("of"), "taken": held.get("taken")}
+    threads, taken = choose_threads()
+    most = torch.get_num_threads()
+    chosen = {"threads": threads, "of": most, "taken": None if taken is None else round(taken, 2)}
+    write_json(path, chosen | {"parameters": asked})
+    if threads < most:
+        print(f"other programs take {taken:.1f} of the cores: this run computes with {threads} thread(s) instead of "
+              f"{most}; OMP_NUM_THREADS={most} keeps them all", flush=True)
+    return chosen
+
 # %% ../../nbs/reference/experiments/90_running.ipynb #b74224cc
 def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: Path, echo: bool) -> None:
     """Execute a notebook whose folder is held, and write its record."""
@@ -247,9 +267,12 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     target = unfinished_copy(output) if over else output
     refused = output.with_name(f"{output.stem}.refused.ipynb")
     kept, aside = _keep(output) if over and not target.is_file() else None, list(output.parent.glob("aside-*"))
+    threads = _threads_of_run(notebook, given, output.parent, force)
+    chosen = {"OMP_NUM_THREADS": str(threads["threads"])} if threads and threads["threads"] < threads["of"] else {}
+    told = {"threads": threads} if threads else {}
     finished, inputs = False, describe_inputs(effective_parameters(notebook, values), cwd, output.parent)
     try:
-        with _environment(LAGM_FORCE="1" if force else "0", LAGM_SUMS=known_sums()):
+        with _environment(LAGM_FORCE="1" if force else "0", LAGM_SUMS=known_sums(), **chosen):
             _execute(notebook, target, values, cwd, echo)
         finished = True
     except InputError as error:
@@ -261,9 +284,10 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     finally:
         if kept: shutil.rmtree(kept, ignore_errors=True)
         if target.is_file():
-            _write_record(target, output.name, notebook, finished=finished, parameters=as_stored(given), inputs=inputs)
+            about = dict(finished=finished, parameters=as_stored(given), inputs=inputs, **told)
+            _write_record(target, output.name, notebook, **about)
     if over: os.replace(target, output)
-    for path in (unfinished_copy(output), refused): path.unlink(missing_ok=True)
+    for path in (unfinished_copy(output), refused, output.parent / ".threads.json"): path.unlink(missing_ok=True)
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #cbe36d12
 def run_notebook(

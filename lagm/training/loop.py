@@ -543,7 +543,8 @@ def go_on(loop: Loop) -> Trained:
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
     try:
-        with loop.records.open(loop.step), surroundings(state.recipe), bar, finish_step_on_interrupt() as asked:
+        around = surroundings(state.recipe, bar.write if shown else None)
+        with loop.records.open(loop.step), around, bar, finish_step_on_interrupt() as asked:
             while loop.step < loop.total:
                 advance(loop, bar)
                 if asked.is_set() and loop.step < loop.total: stop(loop)

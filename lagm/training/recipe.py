@@ -20,7 +20,7 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.values import check_field_names, check_fields
 from ..data.augment import Augment
-from .choices import check_recipe
+from .choices import check_recipe, settled
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #e7b14fe8
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ RECIPES = {"paper": PAPER, "fast": FAST}
 
 def get_recipe(
     name: str,  # "paper" or "fast"
-    **changes: Any,  # fields to change, e.g. steps=300; numbers may be text, as YAML reads 1e-4
+    **changes: Any,  # fields to change, e.g. steps=300 or precision="auto"; numbers may be text, as YAML reads 1e-4
 ) -> Recipe:
     """A named recipe, changed; `InputError` for an unknown name or field, or an impossible value.
 
@@ -249,11 +249,11 @@ def get_recipe(
     name
         "paper" or "fast"
     **changes
-        fields to change, e.g. steps=300; numbers may be text, as YAML reads 1e-4
+        fields to change, e.g. steps=300 or precision="auto"; numbers may be text, as YAML reads 1e-4
     """
     if not isinstance(name, str) or name not in RECIPES:
         raise InputError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return dataclasses.replace(RECIPES[name], **check_field_names(changes, Recipe, "a recipe"))
+    return dataclasses.replace(RECIPES[name], **check_field_names(settled(changes), Recipe, "a recipe"))
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #a946e407
 def make_optimizer(

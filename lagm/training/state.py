@@ -10,16 +10,19 @@ __all__ = ['compile_networks', 'memory_layouts', 'surroundings', 'Networks', 'St
 import contextlib
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..core.threads import considerate_threads
 from ..matching.gradients import clean_gradients
 from ..models.modes import resting_modules, train_mode
 from ..ops.convolutions import FastConvolutions, can_winograd
 from ..ops.memory import kept_memory
+from .tuning import emulates_bfloat16
 from ..ops.winograd import can_compile, fused_winograd
 from .recipe import Recipe, learning_rate, make_optimizer
 
@@ -39,12 +42,33 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
 
 # %% ../../nbs/reference/training/53_state.ipynb #2d469731
 @contextlib.contextmanager
-def surroundings(recipe: Recipe) -> Iterator[None]:
-    """What a recipe wants around its steps: memory that is kept, convolutions that are compiled."""
+def surroundings(
+    recipe: Recipe,  # whose steps are done
+    say: Callable[[str], object] | None = None,  # gets a sentence if other programs need the cores; None: nobody
+) -> Iterator[None]:
+    """What a recipe wants around its steps: memory that is kept, convolutions that are compiled.
+
+    And threads that wait asleep while the processor is crowded, see `lagm.core.threads`.
+
+    Parameters
+    ----------
+    recipe
+        whose steps are done
+    say
+        gets a sentence if other programs need the cores; None: nobody
+    """
     with contextlib.ExitStack() as contexts:
+        contexts.enter_context(considerate_threads(say))
         if recipe.keep_memory: contexts.enter_context(kept_memory())
         if recipe.compile_convolutions: contexts.enter_context(fused_winograd())
         yield
+
+# %% ../../nbs/reference/training/53_state.ipynb #5e7b1602
+def _warn_of_emulation(recipe: Recipe, device: torch.device) -> None:
+    """Warn of bfloat16 on a processor that lacks it."""
+    if recipe.precision != "bfloat16" or device.type != "cpu" or not emulates_bfloat16(): return
+    warnings.warn("this processor has no instructions for bfloat16, so it is emulated, and mostly slower than float32; "
+                  "`lagm tune` measures it", stacklevel=3)
 
 # %% ../../nbs/reference/training/53_state.ipynb #fa68ed95
 class Networks:
@@ -80,14 +104,14 @@ class Networks:
         self.class_weights = None if class_weights is None else class_weights.to(device)
         self.label_weights = self.class_weights if weigh_labels else None
         self.layouts = memory_layouts(recipe, device)
+        _warn_of_emulation(recipe, device)
         given = {"segmenter": segmenter} | ({} if annotator is None else {"annotator": annotator})
         self.networks = {
             role: network.to(device).to(memory_format=self.layouts[role] or torch.contiguous_format)
             for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
         for network in self.networks.values():
-            frozen = not any(p.requires_grad for p in network.parameters())  # a former run's average
-            if frozen: network.requires_grad_(True)
+            if not any(p.requires_grad for p in network.parameters()): network.requires_grad_(True)  # was an average
         self.trained = {role: [name for name, p in network.named_parameters() if p.requires_grad]
                         for role, network in self.networks.items()}
         self.resting = {role: resting_modules(network) for role, network in self.networks.items()}
