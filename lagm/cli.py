@@ -23,8 +23,13 @@ from typing import Any
 
 from .core.moved import forward
 from lagm.experiments.commands import (
-    add_checkpoint_commands, add_data_commands, add_predict_command, add_project_commands, add_serve_command,
-    at_least_one)
+    add_checkpoint_commands,
+    add_data_commands,
+    add_predict_command,
+    add_project_commands,
+    add_serve_command,
+    at_least_one,
+)
 from .experiments.train_command import add_train_generator_command
 from .experiments.tune_command import add_tune_command
 

@@ -22,9 +22,9 @@ from ..matching.gradients import clean_gradients
 from ..models.modes import resting_modules, train_mode
 from ..ops.convolutions import FastConvolutions, can_winograd
 from ..ops.memory import kept_memory
-from .tuning import emulates_bfloat16
 from ..ops.winograd import can_compile, fused_winograd
 from .recipe import Recipe, learning_rate, make_optimizer
+from .tuning import emulates_bfloat16
 
 # %% ../../nbs/reference/training/53_state.ipynb #451a99fa
 def compile_networks(networks: Iterable[nn.Module]) -> None:

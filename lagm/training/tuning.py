@@ -118,9 +118,10 @@ def _measure_forms(
         return functools.partial(_passes, _work(dtype, layout, shapes))
 
     last = passes(torch.float32, torch.channels_last)
-    forms = {"float32": passes(torch.float32, torch.contiguous_format), "float32, channels last": last,
-             "bfloat16, channels last": passes(torch.bfloat16, torch.channels_last),
-             "fast convolutions, channels last": functools.partial(_fast, last)}
+    forms: dict[str, Callable[[], Any]] = {
+        "float32": passes(torch.float32, torch.contiguous_format), "float32, channels last": last,
+        "bfloat16, channels last": passes(torch.bfloat16, torch.channels_last),
+        "fast convolutions, channels last": functools.partial(_fast, last)}
     if compiled and can_compile(): forms["compiled convolutions, channels last"] = functools.partial(_fast, last, True)
     if torch.get_num_threads() > 1: forms["one thread, channels last"] = functools.partial(_alone, last)
     return _seconds(forms, repeats)
