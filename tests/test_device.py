@@ -125,9 +125,9 @@ def test_what_a_step_waits_for(second):
     found = []
     for steps in (10, 20):
         second.waits.clear()
-        train_lagm(tiny_generator().to("second"), *tiny_annotators(tiny_generator()), tiny_segmenter(),
-                   *tiny_pictures(3), get_recipe("fast", **{**SHORT, "steps": steps, "finish": 0.0}), device="second", seed=3,
-                   progress=False)
+        generator = tiny_generator().to("second")
+        train_lagm(generator, *tiny_annotators(tiny_generator()), tiny_segmenter(), *tiny_pictures(3), get_recipe(
+            "fast", **{**SHORT, "steps": steps, "finish": 0.0}), device="second", seed=3, progress=False)
         found.append(Counter(second.waits))
     more = found[1] - found[0]
     assert more.pop("to cpu") == 1  # the losses, every ten steps

@@ -23,8 +23,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
-
 from .errors import InputError, printable
 
 # %% ../../nbs/reference/core/02_files.ipynb #eff131e8
@@ -205,7 +203,7 @@ def inside(
 def as_plain(value: Any) -> Any:
     """`value` in terms of dict, list, str, int, float, bool and None; `TypeError` for what JSON has no form for."""
     if hasattr(value, "detach"): value = value.detach().cpu().tolist()  # a tensor; torch need not be there
-    elif isinstance(value, np.ndarray | np.generic): value = value.tolist()
+    elif hasattr(value, "dtype"): value = value.tolist()  # numpy's, which need not be there either
     if isinstance(value, float): return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping): return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset): return [as_plain(item) for item in value]

@@ -12,9 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, Any
 
 from ..core.environment import environment_report
 from ..core.errors import InputError
@@ -23,8 +21,9 @@ from ..data.registry import EXPERIMENTS, Experiment, dataset_entry, match_experi
 from ..download.sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from .notebooks import find_experiment, list_experiments, named_paths
-from .stages import splits_of
 from ..generators.diffusers_folder import is_diffusers
+
+if TYPE_CHECKING: from torch.utils.data import Dataset
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Doctor:
         need: str,  # e.g. "CelebAMask-HQ train"
         folder: Path,  # if this is not there, the need is missing, and not broken
         mend: str,  # the command or page that helps
-        make: Callable[[], Dataset],  # opens the reader
+        make: Callable[[], "Dataset[Any]"],  # opens the reader
         least: int = 1,  # how many items are needed
         first: int | None = None,  # look at so many items only
     ) -> Finding:
@@ -233,7 +232,7 @@ def _splits(doctor: Doctor, item: Experiment) -> list[Finding]:
     entry, object_class = dataset_entry(item.dataset)
     folder, found = doctor.data / (entry.reads or "").format(object_class), []
     for split, least in (("train", item.k or 1), ("val", 1), ("test", 1)):
-        def make(split: str = split) -> Dataset: return open_dataset(item.dataset, split, doctor.data)
+        def make(split: str = split) -> "Dataset[Any]": return open_dataset(item.dataset, split, doctor.data)
         found.append(doctor.items(f"{item.dataset} {split}", folder, entry.about, make, least))
     return found
 
@@ -280,6 +279,8 @@ def _chosen(name: str, catalogue: Mapping[str, Run]) -> dict[str, Run]:
 
 def _read_by(runs: Iterable[Run], findings: Iterable[Finding]) -> list[Finding]:
     """The findings about files and splits that runs of the paper's experiments read."""
+    from lagm.experiments.stages import splits_of
+
     runs = list(runs)
     paths = {path for run in runs for path in named_paths(run.parameters).values()}
     splits = {arguments["split"] for run in runs for arguments in splits_of(run.stage, run.parameters)}
