@@ -246,20 +246,6 @@ def _begun(folder: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error: raise _unwritten(folder, error) from error
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #85b00001
-def _unwritten(folder: Path, error: OSError) -> InputError:
-    """What to say when a project cannot be written: no room, or no right to."""
-    why = error.strerror or error
-    return InputError(f"cannot make the project {folder}: {why}; make room, or choose another place")
-
-
-def _begun(folder: Path) -> Path:
-    """An empty folder beside the one to be made, which gets its name when all is in it; `InputError` if it cannot."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error: raise _unwritten(folder, error) from error
-
 # %% ../../nbs/reference/experiments/85_project.ipynb #8b1e2394
 def new_project(
     folder: str | Path,  # made; must not be there
