@@ -30,7 +30,7 @@ from lagm.generators.diffusion import (
 from lagm.generators.load import load_generator
 from lagm.models.contracts import Generator
 from lagm.training.checkpoints import generator_digest
-from lagm.training.drawn import LATENTS, weights_digest
+from lagm.training.drawn import LATENTS, _weights_digest
 
 ALPHAS = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 SCHEDULE = Schedule(ALPHAS.float(), steps=lambda n: range(1000 - 1000 // n, -1, -(1000 // n)))
@@ -291,7 +291,7 @@ def test_pictures_to_label_are_drawn_with_the_runs_steps(tmp_path, capsys):
     pipeline_folder(tmp_path / "p")
     asked = ["generate", str(tmp_path / "p"), "--n", "1", "-o", str(tmp_path / "d"), "--device", "cpu"]
     assert main([*asked, "--diffusion", "{steps: 2}"]) == 0
-    assert load_tensors(tmp_path / "d" / LATENTS)[1]["weights"] == weights_digest(
+    assert load_tensors(tmp_path / "d" / LATENTS)[1]["weights"] == _weights_digest(
         load_generator(tmp_path / "p", diffusion=dict(steps=2)))
     assert main([*asked, "--diffusion", "{step: 2}"]) == 2 and "did you mean steps" in capsys.readouterr().err
     assert main([*asked, "--diffusion", "2"]) == 2 and "project.yaml: diffusion" in capsys.readouterr().err
