@@ -195,7 +195,7 @@ def test_cvat_as_a_zip_and_several_jobs(export, tmp_path):
 
 @pytest.mark.parametrize("text, said", [
     ("<annotations>", "no XML"), ("<a/>", "not CVAT's"), ("", "no XML"),
-    ('<!DOCTYPE a [<!ENTITY x "y">]><annotations>&x;</annotations>', "DOCTYPE"),
+    ('<!DOCTYPE a [<!ENTITY x "y">]><annotations>&x;</annotations>', "document type"),
     ('<annotations><meta/><track id="0" label="a"/></annotations>', "for video"),
     (xml(image("a.png", '<mask label="" rle="1"/>')), "name of the label"),
     (xml(labels=()), "no label but the background")])

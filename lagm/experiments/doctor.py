@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.environment import environment_report
 from ..core.errors import InputError
@@ -22,8 +22,6 @@ from ..download.sources import SOURCES, Source, array_problem, get_source, pictu
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from .notebooks import find_experiment, list_experiments, named_paths
 from ..generators.diffusers_folder import is_diffusers
-
-if TYPE_CHECKING: from torch.utils.data import Dataset
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Doctor:
         need: str,  # e.g. "CelebAMask-HQ train"
         folder: Path,  # if this is not there, the need is missing, and not broken
         mend: str,  # the command or page that helps
-        make: Callable[[], "Dataset[Any]"],  # opens the reader
+        make: Callable[[], Any],  # opens the reader, a torch.utils.data.Dataset
         least: int = 1,  # how many items are needed
         first: int | None = None,  # look at so many items only
     ) -> Finding:
@@ -112,7 +110,7 @@ class Doctor:
         mend
             the command or page that helps
         make
-            opens the reader
+            opens the reader, a torch.utils.data.Dataset
         least
             how many items are needed
         first
@@ -232,7 +230,7 @@ def _splits(doctor: Doctor, item: Experiment) -> list[Finding]:
     entry, object_class = dataset_entry(item.dataset)
     folder, found = doctor.data / (entry.reads or "").format(object_class), []
     for split, least in (("train", item.k or 1), ("val", 1), ("test", 1)):
-        def make(split: str = split) -> "Dataset[Any]": return open_dataset(item.dataset, split, doctor.data)
+        def make(split: str = split) -> Any: return open_dataset(item.dataset, split, doctor.data)
         found.append(doctor.items(f"{item.dataset} {split}", folder, entry.about, make, least))
     return found
 
