@@ -10,8 +10,8 @@ import torch
 # tests/test_kill.py. A single long test of another file has the mark itself: @pytest.mark.slow.
 SLOW = """
     avatars baselines cache checkpoints cli colab commands convolutions device doctor doors downstream encoders
-    experiments fetch fetch_limits finishing gan generator_files inversion kill libraries methods mutate numbers odd_files
-    odd_inputs other_generators own_pictures parts pickle_budget quickstart reader_fuzz registries
+    experiments fetch fetch_limits finishing gan generator_files inversion kill libraries methods mutate numbers
+    odd_files odd_inputs other_generators own_pictures parts pickle_budget quickstart reader_fuzz registries
     registry_baseline report requests run_state runs saved site stylegan2 sweep synthetic table tangents
     templates train_generator training unpickling weak_to_strong wheel winograd""".split()
 
