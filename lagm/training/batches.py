@@ -249,5 +249,5 @@ def balanced_weights(
     if not balance: return None
     share = torch.bincount(masks[masks != IGNORE].flatten(), minlength=n_classes).float()
     share = share / share.sum()
-    weights = share.clamp(min=share[share > 0].min()) ** -balance
+    weights = share.clamp(min=share[share > 0].min().item()) ** -balance
     return weights / (weights * share).sum()
