@@ -95,7 +95,7 @@ ROWS = [Row(*row) for row in (
     ("training.steps", "segmenter, annotator = len(synthetic), state.segmenter.eval(),",
      "segmenter, annotator = len(synthetic), state.segmenter.train(),", "test_pinned.py -k imitation"),
     ("training.steps", "alpha=state.recipe.label_weight", "alpha=1", "test_pinned.py -k labelled_gradient"),
-    ("training.batches", ".min()) ** -balance", ".min()) ** balance", "test_training.py -k class_weights"),
+    ("training.batches", ".item()) ** -balance", ".item()) ** balance", "test_training.py -k class_weights"),
     ("training.state", "self.class_weights if weigh_labels else None", "self.class_weights",
      "test_training.py -k class_weights"),
     ("training.batches", "rounds[i // n][i % n]", "rounds[i // n][0]", "test_training.py -k go_round"),

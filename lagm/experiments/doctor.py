@@ -23,9 +23,6 @@ from .catalogue import Run, choose_runs, missing_inputs, project_folder, project
 from .notebooks import find_experiment, list_experiments, named_paths
 from ..generators.diffusers_folder import is_diffusers
 
-# %% ../../nbs/reference/experiments/19_doctor.ipynb #9d1e0c01
-if TYPE_CHECKING: from torch.utils.data import Dataset
-
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
 class Finding:
