@@ -308,6 +308,18 @@ def test_a_checkpoint_of_other_labels_is_refused(name, tmp_path):
         with pytest.raises(InputError, match="another run: .*generator"): run({key: other})
 
 
+class NoStyles:
+    """A generator of another program: what the contract asks for, and no more."""
+
+    def __init__(self, generator):
+        self.generator = generator
+        self.feature_channels, self.feature_sizes = generator.feature_channels, generator.feature_sizes
+
+    def sample_z(self, n, rng=None): return self.generator.sample_z(n, rng)
+
+    def __call__(self, z, rng=None): return self.generator(z, rng)
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_wide_pictures_and_wrong_arguments(name):
     train, plan = TRAINERS[name]
@@ -317,7 +329,8 @@ def test_wide_pictures_and_wrong_arguments(name):
         tiny_segmenter(), generator, images, masks, progress=False, **plan | more)
     assert run(images=images[:, :, 2:14], masks=masks[:, 2:14], recipe=wide).step == 2
     with pytest.raises(InputError, match="did you mean validation"): run(validaton=None)
-    with pytest.raises(InputError, match="no style vectors"): run(generator=object())
+    with pytest.raises(InputError, match="has no feature_channels"): run(generator=object())
+    with pytest.raises(InputError, match="no style vectors"): run(generator=NoStyles(generator))
     with pytest.raises(InputError, match="classes 0 to 7"): run(masks=masks + 5 * (masks == 2))
     if name == "prototypes": return
     other = dataclasses.replace(LABELS, classes=LABELS.classes[:2], palette=LABELS.palette[:2])
