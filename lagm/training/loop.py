@@ -519,7 +519,8 @@ class Loop:
 
     def run(self) -> Trained:
         """Do the steps that are left. Raises `InputError` if another process does, `Diverged`, `CheckpointError`."""
-        with checkpoint_lock(self.options.checkpoint if self.first else None): return go_on(self)
+        with (checkpoint_lock(self.options.checkpoint if self.first else None), kept_random_state(),
+              kept_random_state(self.state.device)): return go_on(self)
 
     def estimate(self) -> Estimate:
         """What the run will take, from two steps of each stage; everything is put back."""
@@ -577,11 +578,10 @@ def go_on(loop: Loop) -> Trained:
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
     around = surroundings(state.recipe, bar.write if shown else None)
-    with kept_random_state(), kept_random_state(state.device), loop.records.open(loop.step):
-        with around, bar, finish_step_on_interrupt() as asked:
-            while loop.step < loop.total:
-                advance(loop, bar)
-                if asked.is_set() and loop.step < loop.total: _stop(loop)
+    with loop.records.open(loop.step), around, bar, finish_step_on_interrupt() as asked:
+        while loop.step < loop.total:
+            advance(loop, bar)
+            if asked.is_set() and loop.step < loop.total: _stop(loop)
     for network in state.networks.values(): network.eval()
     return Trained(state.result.eval(), state.annotator, loop.records.history, loop.step, options.labels, loop.size)
 
