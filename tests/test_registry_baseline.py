@@ -17,7 +17,8 @@ from lagm.training.inversion import HandsOff, Inversion
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of somebody else, on the path."""
+    """A package of somebody else, on the path; nobody knows its rivals afterwards."""
+    monkeypatch.setattr(BASELINES, "_outside", dict(BASELINES._outside))
     folder = tmp_path / "path"
     (folder / "other_rivals").mkdir(parents=True)
     (folder / "other_rivals" / "__init__.py").write_text("")
