@@ -48,7 +48,7 @@ WORDS = (r"lagm (?:list|show|run|doctor|fetch|prepare|inspect|convert|predict)\b
 # marked as code, but names of things: a package, a program, an ending, another program's option
 NAMES = {".", "lagm", "make", "git", "pip", "papermill", "python", "-small", "--cfg=stylegan2", "--check"}
 # a mistake that an exercise asks for; a package that the reader is to write, for `lagm run methods`
-ON_PURPOSE = {"-p kk 5", "lagm classes FILE", "-p methods 'gradient matching, my_package.rivals:mirror'"}
+ON_PURPOSE = {"-p kk 5", "-p methods 'gradient matching, my_package.rivals:mirror'"}
 SIZES = dict(iterations=1, warm_up=1, supervised_steps=1, test_pictures=2, width=2, threads=1)
 SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(value))]
 # the stand-ins are fewer than the experiment's pictures
