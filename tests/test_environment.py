@@ -141,8 +141,8 @@ def recipes():
     """Folder that paths start from, that of constraints, and the lines for pip, of whatever makes an environment."""
     conda = yaml.safe_load((CONTAINERS / "environment.yml").read_text(encoding="utf-8"))
     pip = next(part["pip"] for part in conda["dependencies"] if isinstance(part, dict))
-    return [(ROOT, ROOT, [path.read_text(encoding="utf-8")]) for path in (DOCKERFILE, ROOT / ".binder" / "postBuild")] + [
-        (CONTAINERS, CONTAINERS, pip)]
+    shell = (path.read_text(encoding="utf-8") for path in (DOCKERFILE, ROOT / ".binder" / "postBuild"))
+    return [*((ROOT, ROOT, [text]) for text in shell), (CONTAINERS, CONTAINERS, pip)]
 
 
 @pytest.mark.parametrize("number", range(3), ids=["docker", "binder", "conda"])
@@ -165,7 +165,7 @@ def test_the_environments_have_the_python_of_the_constraints():
 def test_no_file_names_the_host_of_a_registry():
     """Environments are made from wherever pip and uv look by themselves."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    hosts = re.compile(r"pypi\.(?:org|python)|pythonhosted|download\.pytorch\.org/whl|anaconda\.org|registry\.npmjs", re.I)
+    hosts = re.compile(r"pypi\.(?:org|python)|pythonhosted|pytorch\.org/whl|anaconda\.org|registry\.npmjs", re.I)
     for name in filter(None, listed.split("\0")):
         if Path(name).suffix in (".png", ".npz", ".safetensors") or (ROOT / name) == Path(__file__).resolve(): continue
         if (ROOT / name).is_file(): assert not hosts.search((ROOT / name).read_text("utf-8", "replace")), name
