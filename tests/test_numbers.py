@@ -14,6 +14,7 @@ from templates import run_cells
 from lagm.core.errors import InputError
 from lagm.data.demo import Avatars
 from lagm.experiments.notebooks import check_parameters, read_parameters
+from lagm.training.baselines import BASELINES
 
 ENDS = re.compile(r"(?<![\w.-])(-?\d[\d.]*) (?:to (\d[\d.]*)|or more)\b")  # in the comment of a parameter
 NUMBERS = ("int", "float", "list[int]")
@@ -92,6 +93,8 @@ SMALL = {
     "downstream": dict(width=1, epochs=1, pictures=2, validation_pictures=2),
     "evaluate": dict(draws=2, pictures=2),
 }
+# Beside the least numbers: methods takes 0 iterations for the table's, some thousand steps each
+FEW = {"methods": dict(steps=dict.fromkeys(BASELINES, 1), changes=dict(finish=0.01))}
 DEAR = {("methods", "test_pictures", 1)}  # ends that only have to pass the first cells
 
 
@@ -102,6 +105,6 @@ def test_an_experiment_runs_at_the_ends_of_its_numbers(name, end, tmp_path, monk
     ends = {n: both[end] for n, both in stated(PARAMETRIC[name]).items()
             if both[end] is not None and n != "threads" and (name, n, end) not in DEAR}
     values = {n: [e] * 2 if n == "size" else e for n, e in ends.items()}
-    small = SMALL[name] if end else {}
+    small = (SMALL if end else FEW).get(name, {})
     run_cells(PARAMETRIC[name], {"out_dir": str(tmp_path / "out"), "threads": 1} | small | values)
     assert (tmp_path / "out" / "metrics.json").is_file()
