@@ -1,5 +1,7 @@
 """Every test starts from the same random numbers, in the checkout's own folders."""
 
+import sys
+
 import numpy
 import nursery
 import pytest
@@ -41,6 +43,19 @@ def kernels_are_forked():
 def same_random_numbers():
     torch.manual_seed(0)
     numpy.random.seed(0)
+
+
+REGISTRIES = {"lagm.data.registry": "DATASETS", "lagm.generators.formats": "FORMATS",
+              "lagm.models.segmenters": "SEGMENTERS", "lagm.models.annotators": "ANNOTATORS",
+              "lagm.training.baselines": "BASELINES"}
+
+
+@pytest.fixture(autouse=True)
+def no_entries_of_other_packages():
+    """What a test brought from a package outside the kit is unknown to the next."""
+    yield
+    for module, name in REGISTRIES.items():
+        if module in sys.modules: getattr(sys.modules[module], name)._outside.clear()
 
 
 @pytest.fixture(autouse=True)

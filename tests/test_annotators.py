@@ -154,10 +154,9 @@ def test_names(tmp_path):
                            (lambda: build_annotator("mlp", WIDTHS, 3)(maps()[::-1]), "its own generator")):
         with pytest.raises(InputError, match=message): wrong()
     network = build_annotator("test_annotators:Plain", WIDTHS, 3, channels=8)
-    try:
-        save_networks(tmp_path / "r.safetensors", network, tiny_segmenter())
-        assert read_networks(tmp_path / "r.safetensors").networks["annotator"]["name"] == "test_annotators:Plain"
-    finally: ANNOTATORS._outside.clear()
+    save_networks(tmp_path / "r.safetensors", network, tiny_segmenter())
+    assert read_networks(tmp_path / "r.safetensors").networks["annotator"]["name"] == "test_annotators:Plain"
+    ANNOTATORS._outside.clear()
     with pytest.raises(InputError, match="of another package"): read_networks(tmp_path / "r.safetensors")
 
 

@@ -13,8 +13,8 @@ from lagm.evaluation.figures import STYLE
 WINDOW, BESIDE = 1300, 150  # pixels; what JupyterLab keeps of its width for itself, with the file browser closed
 SMALLEST = 10  # pixels of the body of a letter as it is displayed
 SIZES = {"fontsize", "labelsize", "titlesize", "title_fontsize"}
-PAGES = [path for folder in ("course", "tutorials", "experiments", "benchmarks", "book")
-         for path in sorted((ROOT / "nbs" / folder).glob("[!.]*.ipynb"))]
+PAGES = [path for folder in ("course", "tutorials", "experiments", "benchmarks", "book", "reference")
+         for path in sorted((ROOT / "nbs" / folder).rglob("[!.]*.ipynb"))]
 
 
 def widths(cell):

@@ -17,8 +17,7 @@ from lagm.training.inversion import HandsOff, Inversion
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of somebody else, on the path; nobody knows its rivals afterwards."""
-    monkeypatch.setattr(BASELINES, "_outside", dict(BASELINES._outside))
+    """A package of somebody else, on the path."""
     folder = tmp_path / "path"
     (folder / "other_rivals").mkdir(parents=True)
     (folder / "other_rivals" / "__init__.py").write_text("")

@@ -214,7 +214,7 @@ def draw_map(
     """
     groups = [[c for c, t in enumerate(mapping.ids) if t == target] for target in range(mapping.target.n_classes)]
     heights = [max(1, -(-len(group) // columns)) for group in groups]
-    fig, ax = plt.subplots(figsize=(1.7 * (columns + 1), 0.24 * sum(heights) + 0.45), dpi=80)
+    fig, ax = plt.subplots(figsize=(1.7 * (columns + 1), 0.24 * sum(heights) + 0.45), dpi=103)
     plt.close(fig)  # returned, not shown twice
 
     def box(x: float, y: float, high: float, colour: tuple[int, int, int], text: str) -> None:

@@ -636,7 +636,7 @@ def finish_figure(
             if heights is None: continue
             bars = ax.bar([c + 0.27 * (i - 1) for c in range(len(heights))], heights, 0.25, color=colour,
                           label=label if ax is axes[0, 0] else None)
-            if name != ALONE + FINISHED: ax.bar_label(bars, fmt="%.0f", fontsize=7, color=MUTED, padding=1)
+            if name != ALONE + FINISHED: ax.bar_label(bars, fmt="%.0f", fontsize=7.5, color=MUTED, padding=1)
         ax.set(ylim=(0, 112), ylabel=f"k = {k}", yticks=(0, 50, 100)), ax.tick_params(axis="x", length=0)
     axes[-1, 0].set_xticks(range(len(classes)), [plain_label(name) for name in classes], color=INK)
     axes[0, 0].set_title(plain_label(f"{domain}: test IoU by class (%)"))
