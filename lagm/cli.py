@@ -447,3 +447,6 @@ def main(
         print(f"lagm: error: {line}", file=sys.stderr)
         return code
     return code if _heard() else 1
+
+# %% ../nbs/reference/experiments/92_cli.ipynb #811618f7
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

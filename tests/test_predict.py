@@ -4,6 +4,8 @@
 import importlib.util
 import json
 import sys
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from torch import nn
 from lagm.core.errors import InputError
 from lagm.core.tensors import save_tensors
 from lagm.data.exporters import rle_decode
+from lagm.data.images import read_image
 from lagm.data.labels import CELEBA8
 from lagm.evaluation.export import export_onnx, export_program, write_model_card
 from lagm.evaluation.metrics import evaluate, predict
+from lagm.evaluation.prediction import _writer as one_after_the_other
 from lagm.evaluation.prediction import (
     evaluate_checkpoint,
     list_pictures,
@@ -224,3 +228,71 @@ def test_an_export_that_is_wrong_is_refused(tmp_path):
 def test_not_a_segmenter(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"kind": "generator"})
     with pytest.raises(InputError): open_segmenter(tmp_path / "x.safetensors")
+
+
+def many(folder, number):
+    folder.mkdir()
+    for i in range(number): picture(8 + i % 3, 9, (i % 7) / 7).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_a_folder_flows_through(tmp_path, monkeypatch):
+    """The first masks are there long before the last pictures are read, and only a few pictures are in memory."""
+    folder, alive, most, ready = many(tmp_path / "in", 300), weakref.WeakValueDictionary(), [], {}
+
+    def counted(path, **kw):
+        if path.name in ("150.png", "299.png"):  # whoever waits to read a late picture sees what is done
+            for _ in range(2000):
+                ready[path.name] = len(list((tmp_path / "out").glob("masks/[!.]*.png")))
+                if ready[path.name] >= int(path.stem) - 40: break
+                time.sleep(0.01)
+        found = read_image(path, **kw)
+        alive[path.name] = found
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr("lagm.evaluation.prediction.read_image", counted)
+    result = predict_folder(Red(), folder, tmp_path / "out", LABELS, (8, 8), batch=4, progress=False)
+    assert result.done == [f"{i:03d}.png" for i in range(300)]
+    assert ready["150.png"] >= 110 and ready["299.png"] >= 259 and max(most) < 50
+
+
+@pytest.mark.parametrize("form", ["masks", "coco", "cvat", "voc", "yolo", "labelme", "napari"])
+def test_threads_keep_the_order(tmp_path, monkeypatch, form):
+    folder = many(tmp_path / "in", 60)
+
+    def later(path, **kw):
+        time.sleep(0.004 * (int(path.stem) % 5 == 0))  # some pictures come late
+        return read_image(path, **kw)
+
+    monkeypatch.setattr("lagm.evaluation.prediction.read_image", later)
+    predict_folder(Red(), folder, tmp_path / "threads", LABELS, (8, 8), batch=7, progress=False, form=form)
+    with one_after_the_other(form, tmp_path / "plain", LABELS, 0) as writer:
+        for path in sorted(folder.iterdir()):
+            image = read_image(path)
+            writer.add(path.name, path, image, predict_pictures(Red(), [image], "fit", (8, 8))[0])
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "threads") for path in (tmp_path / "threads").rglob("*")
+                     if path.is_file()} and len(files) > 60
+    for path in files: assert (tmp_path / "threads" / path).read_bytes() == (tmp_path / "plain" / path).read_bytes()
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    folder = many(tmp_path / "in", 40)
+
+    def full(*_, **__): raise InputError("cannot write it: no space left; make room, or choose another place")
+
+    monkeypatch.setattr("lagm.evaluation.prediction.png", full)
+    with pytest.raises(InputError, match="make room"):
+        predict_folder(Red(), folder, tmp_path / "out", LABELS, (8, 8), batch=4, progress=False)
+    assert not (tmp_path / "out" / "annotations.json").exists()
+
+
+def test_the_most_likely_class():
+    """The first of equals, and that of the network's own numbers where nothing is resized."""
+    logits = torch.randn(5, 40, 30, generator=torch.Generator().manual_seed(0))
+    logits[1:3] = logits[1:3].round()
+    network = nn.Module()
+    network.forward = lambda x: logits[None].expand(len(x), -1, -1, -1)
+    mask, = predict_pictures(network, [picture(40, 30)], "native")
+    assert np.array_equal(mask, logits.numpy().argmax(0))

@@ -50,3 +50,11 @@ def test_type_checkers_see_the_same_names():
     seen = {(node.module, alias.name) for node in block.body for alias in node.names}
     assert seen == {(module, name) for module, names in lagm._PUBLIC.items() for name in names}
     assert sorted(name for _, name in seen) == lagm.__all__
+
+
+@pytest.mark.parametrize("module", ["lagm.training.lagm", "lagm.training.baselines", "lagm.evaluation.prediction",
+                                    "lagm.experiments.stages", "lagm.experiments.doctor", "lagm.data.registry"])
+def test_nobody_waits_for_what_is_not_used(module):
+    """torchvision takes longer to import than torch itself."""
+    unused = ["torchvision", "torch._dynamo", "torch._inductor", "scipy", "pandas", "IPython", "diffusers", "timm"]
+    assert loaded_after(f"import {module}", unused) == []

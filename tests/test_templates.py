@@ -51,7 +51,7 @@ def test_a_released_experiment_runs_through(project, monkeypatch, name):
     monkeypatch.chdir(project)
     values = {}
     if name not in REAL and "unet" not in name:
-        monkeypatch.setattr("lagm.models.deeplab.deeplabv3_resnet101",
+        monkeypatch.setattr("torchvision.models.segmentation.deeplabv3_resnet101",
                             lambda num_classes, **_: ThinDeepLab(num_classes))
         values = {"backbone": "none"}
     try:

@@ -64,6 +64,8 @@ _NO_ROOM = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG",
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # the file to make or replace; missing folders above it are made
+    # wait until the disk has it; without, it survives the end of the program, but perhaps not that of the power
+    flush: bool = True,
 ) -> Iterator[Path]:  # a temporary path beside it, with the same suffix, to write to
     """Write to the path this yields; `path` itself appears, whole, when the block ends without an error.
 
@@ -74,6 +76,8 @@ def atomic_path(
     ----------
     path
         the file to make or replace; missing folders above it are made
+    flush
+        wait until the disk has it; without, it survives the end of the program, but perhaps not that of the power
 
     Yields
     ------
@@ -91,9 +95,9 @@ def atomic_path(
         raise InputError(f"cannot write {path}: {error.strerror} ({error.filename}); choose another folder") from error
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        if flush: _flush_to_disk(temporary)
         os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        if flush: _flush_to_disk(path.parent)
     except OSError as error:
         if path.is_dir(): raise InputError(f"cannot write {path}: it is a folder; give the name of a file") from error
         if error.errno in _NO_ROOM:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torchvision.datasets import VisionDataset
+from torch.utils.data import Dataset
 
 from ..core.errors import InputError
 from ..core.files import inside, read_lines
@@ -21,7 +21,7 @@ from .label_maps import LABEL_MAPS, LabelMap
 from .labels import Labelled, LabelSet
 
 # %% ../../nbs/reference/data/14_base.ipynb #beca22ab
-class PartDataset(Labelled, VisionDataset):
+class PartDataset(Labelled, Dataset):
     """Base of the readers: a list of names, `sources(i)`, `decode(i)` and the label set; items are (image, mask).
 
     Raises `InputError` if `k` is more than there are, or `size` is no size.
@@ -51,7 +51,7 @@ class PartDataset(Labelled, VisionDataset):
         transforms: Callable | None = None,  # (image, mask) -> (image, mask)
         k: int | None = None,  # only the first k items
     ):
-        super().__init__(str(root), transforms=transforms)
+        self.root, self.transforms = str(root), transforms
         if k is not None and not 1 <= k <= len(names):
             raise InputError(f"{type(self).__name__} has {len(names)} items here; k is {k}, give 1 to {len(names)}")
         self.names, self.labels, self.size = list(names)[:k], labels, check_size(size)

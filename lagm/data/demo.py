@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.datasets import VisionDataset
+from torch.utils.data import Dataset
 
 from ..core.errors import InputError, printable
 from ..core.files import asset, read_json
@@ -107,7 +107,7 @@ def _seeds(metadata: dict, split: str, n: int, folder: Path) -> range:
                      "make the set again")
 
 # %% ../../nbs/reference/data/10_demo.ipynb #0b208ab6
-class Avatars(Labelled, VisionDataset):
+class Avatars(Labelled, Dataset):
     """Labelled avatars of one style and split: items are (image, mask).
 
     image: float32 tensor (3, H, W) in [-1, 1]; mask: int64 tensor (H, W) of class indices, 255 for 'no label' (these
@@ -137,8 +137,7 @@ class Avatars(Labelled, VisionDataset):
         if split not in SPLITS:
             raise InputError(f"avatars have no split {split!r}; use one of {', '.join(SPLITS)}")
         folder = Path(root) if root is not None else asset("avatars")
-        super().__init__(str(folder), transforms=transforms)
-        self.style, self.split = style, split
+        self.root, self.transforms, self.style, self.split = str(folder), transforms, style, split
         self.metadata = _metadata(folder, style)  # author, source, licence, changes, seeds, versions, hashes
         self._images, self._masks = _arrays(folder, style, split, self.metadata)
         self.seeds = _seeds(self.metadata, split, len(self._images), folder)

@@ -414,6 +414,7 @@ def save_mask(
 def png(
     pixels: np.ndarray,  # (H, W, 3) or (H, W) uint8
     palette: Sequence[Sequence[int]] | None = None,  # colours, for class indices
+    effort: int = 6,  # of the compression, 0 to 9; 1 takes a third of the time of 6, and a fifth more room
 ) -> bytes:
     """The array as a PNG file.
 
@@ -423,13 +424,15 @@ def png(
         (H, W, 3) or (H, W) uint8
     palette
         colours, for class indices
+    effort
+        of the compression, 0 to 9; 1 takes a third of the time of 6, and a fifth more room
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if palette is not None:
         picture = picture.convert("L").copy()
         picture.putpalette([value for colour in palette for value in colour])
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=6)
+    picture.save(file, "PNG", compress_level=effort)
     return file.getvalue()
 
 # %% ../../nbs/reference/data/13_images.ipynb #4be1a1a5

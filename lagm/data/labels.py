@@ -119,8 +119,9 @@ def colourise(
 
 # %% ../../nbs/book/01_faces_and_labels.ipynb #7105d684
 class Labelled:
-    """What a dataset with `labels`, a `LabelSet`, says of its classes."""
+    """What a dataset with `labels`, a `LabelSet`, and a folder says of itself."""
     labels: LabelSet
+    root: str
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,6 +137,15 @@ class Labelled:
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """Colours of the classes, each (red, green, blue) in 0..255."""
         return self.labels.palette
+
+    def extra_repr(self) -> str:
+        """What `repr` says beside the length and the folder; lines."""
+        return ""
+
+    def __repr__(self) -> str:
+        length = len(self)  # type: ignore[arg-type]  # a dataset has one
+        facts = f"Number of datapoints: {length}", f"Root location: {self.root}", *self.extra_repr().splitlines()
+        return "\n    ".join([f"Dataset {type(self).__name__}", *facts])
 
 # %% ../../nbs/book/01_faces_and_labels.ipynb #94c7c2c1
 def warn_of_absent(

@@ -6,7 +6,9 @@
 __all__ = ['WRITERS', 'LabelWriter', 'CocoWriter', 'open_writer']
 
 # %% ../../nbs/reference/data/15_writers.ipynb #a2ce9ca4
+import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,7 +44,7 @@ class _Folder:
 
     def copy(self, path: Path, target: str) -> None:
         """Put a copy of the picture at `path` to `target` in the folder."""
-        with atomic_path(self.out / target) as temporary: shutil.copyfile(path, temporary)
+        with atomic_path(self.out / target, flush=False) as temporary: shutil.copyfile(path, temporary)
 
     def polygons(self, mask: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """The parts of a `mask` as class and corners (n, 2), in pixels."""
@@ -92,16 +94,19 @@ class LabelWriter(_Folder):
             (H, W) uint8 class numbers of the upright picture
         """
         self.check_name(name)
-        self.write(name, Path(path), picture, mask)
+        self.note(self.write(name, Path(path), picture, mask))
 
     def check_name(self, name: str) -> None:
         """Raise `InputError` if the files of the program have no place for a `name`."""
         if printable(name, 5000) == name: return
         raise InputError(f"{printable(name)} is a name with characters that cannot be seen; rename the picture")
 
-    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
-        """Write what belongs to the picture `name` at `path` alone: to `picture`, upright, and its `mask`."""
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> Any:
+        """Write the files of the picture `name` at `path` alone, in any thread; returns what `note` is to know."""
         raise NotImplementedError
+
+    def note(self, entry: Any) -> None:
+        """Take what `write` returned into the files that belong to all; in the order of the pictures."""
 
     def close(self) -> None:
         """Write what belongs to all pictures."""
@@ -122,10 +127,12 @@ class _Voc(LabelWriter):
         super().__init__(out, labels, tolerance)
         self.names: list[str] = []
 
-    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> str:
         self.copy(path, f"JPEGImages/{name}")
         save_mask(self.out / "SegmentationClass" / Path(name).with_suffix(".png"), mask, self.labels)
-        self.names.append(Path(name).with_suffix("").as_posix())
+        return Path(name).with_suffix("").as_posix()
+
+    def note(self, entry: str) -> None: self.names.append(entry)
 
     def close(self) -> None:
         rows = [f"{name}:{','.join(map(str, colour))}::" for name, colour
@@ -183,26 +190,39 @@ class _Yolo(LabelWriter):
 
 # %% ../../nbs/reference/data/15_writers.ipynb #7318258a
 class CocoWriter(LabelWriter):
-    """images/ and annotations.json; `InputError` as `LabelWriter`."""
+    """images/ and annotations.json, a line for each picture and each annotation; `InputError` as `LabelWriter`."""
 
     def __init__(self, out: str | Path, labels: LabelSet, tolerance: float = 0):
         super().__init__(out, labels, tolerance)
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
+        self.images: list[str] = []
+        self.count, self.annotations = 0, tempfile.SpooledTemporaryFile(2**24, "w+", encoding="utf-8", newline="\n")
 
-    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> Any:
         self.copy(path, f"images/{name}")
-        self.annotate(name, mask)
+        return self.described(name, mask)
 
-    def annotate(self, name: str, mask: np.ndarray) -> None:
-        """Take the picture `name` and its `mask` into the file."""
-        self.images.append({"id": len(self.images) + 1, "file_name": name, "height": mask.shape[0],
-                            "width": mask.shape[1]})
-        self.annotations += coco_annotations(mask, len(self.images), len(self.annotations) + 1, self.labels.n_classes)
+    def described(self, name: str, mask: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The picture `name` and its parts in COCO's words, still without numbers of their own."""
+        facts = {"id": 0, "file_name": name, "height": mask.shape[0], "width": mask.shape[1]}
+        return facts, coco_annotations(mask, 0, 0, self.labels.n_classes)
+
+    def note(self, entry: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+        image, parts = entry
+        self.images.append(json.dumps(image | {"id": len(self.images) + 1}, ensure_ascii=False))
+        for part in parts:
+            self.count += 1
+            line = json.dumps(part | {"id": self.count, "image_id": len(self.images)}, separators=(",", ":"))
+            self.annotations.write(",\n" * (self.count > 1) + line)
 
     def close(self) -> None:
-        write_json(self.out / "annotations.json", {
-            "images": self.images, "categories": coco_categories(self.labels), "annotations": self.annotations})
+        kinds = json.dumps(coco_categories(self.labels), ensure_ascii=False)
+        self.annotations.seek(0)
+        with self.annotations, atomic_path(self.out / "annotations.json") as temporary:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write('{"images": [\n' + ",\n".join(self.images))
+                file.write(f'\n],\n"categories": {kinds},\n"annotations": [\n')
+                shutil.copyfileobj(self.annotations, file)
+                file.write("\n]}\n")
 
 # %% ../../nbs/reference/data/15_writers.ipynb #88d1706d
 def _box_runs(inside: np.ndarray) -> dict[str, str]:  # of a mask with a pixel or more
@@ -220,7 +240,7 @@ def _box_runs(inside: np.ndarray) -> dict[str, str]:  # of a mask with a pixel o
     return {"rle": ", ".join(map(str, lengths.tolist())), "left": str(columns[0]), "top": str(rows[0]),
             "width": str(box.shape[1]), "height": str(box.shape[0])}
 
-
+# %% ../../nbs/reference/data/15_writers.ipynb #88d1706e
 class _Cvat(LabelWriter):
     """images/ and annotations.xml, "CVAT for images 1.1"."""
 
@@ -236,15 +256,19 @@ class _Cvat(LabelWriter):
             for key, text in (("name", name), ("color", "#{:02x}{:02x}{:02x}".format(*colour)), ("type", "any")):
                 ElementTree.SubElement(label, key).text = text
 
-    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> ElementTree.Element:
         self.copy(path, f"images/{name}")
-        image = ElementTree.SubElement(self.root, "image", {
-            "id": str(self.count), "name": name, "width": str(picture.width), "height": str(picture.height)})
-        self.count += 1
+        image = ElementTree.Element("image", {"name": name, "width": str(picture.width), "height": str(picture.height)})
         for number in np.unique(mask).tolist() if mask.any() else [0]:
             if number == 0 and mask.any(): continue
             facts = {"label": self.names[number], "source": "auto", "occluded": "0", "z_order": "0"}
             ElementTree.SubElement(image, "mask", facts | _box_runs(mask == number))
+        return image
+
+    def note(self, entry: ElementTree.Element) -> None:
+        entry.set("id", str(self.count))
+        self.root.append(entry)
+        self.count += 1
 
     def close(self) -> None:
         ElementTree.indent(self.root, " ")

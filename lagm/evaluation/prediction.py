@@ -8,11 +8,15 @@ __all__ = ['Placement', 'place', 'predict_pictures', 'overlay', 'open_segmenter'
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #62053637
 import contextlib
+import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -144,7 +148,7 @@ def predict_pictures(
         chosen = [i for i, (_, p) in enumerate(placed) if p.outer == outer]
         with eval_mode(segmenter): logits = segmenter(torch.stack([placed[i][0] for i in chosen]).to(device)).cpu()
         for i, own in zip(chosen, logits, strict=True):
-            masks[i] = placed[i][1].back(own).argmax(0).to(torch.uint8).numpy()
+            masks[i] = placed[i][1].back(own).max(0).indices.to(torch.uint8).numpy()
     return masks
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #0fa5bbc6
@@ -266,18 +270,61 @@ def _look_for_pictures(folder: Path) -> tuple[list[Path], set[str]]:
     return found, folders
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #58e99630
-def _readable(paths: Sequence[Path], folder: Path, result: Predicted,
-              batch: int, check: Callable[[str], None]) -> Iterator[list[tuple[str, Image.Image]]]:
-    """The pictures in batches; what cannot be read, or has a name that cannot be written, goes to `result.failed`."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[_Item], _Result],  # runs in a thread of the pool
+    items: Iterable[_Item],  # taken when they are needed
+    ahead: int,  # so many are begun before the first result is asked for
+) -> Iterator[_Result]:
+    """What a function makes of each item, in their order, while others are already worked on.
+
+    Parameters
+    ----------
+    function
+        runs in a thread of the pool
+    items
+        taken when they are needed
+    ahead
+        so many are begun before the first result is asked for
+    """
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
+
+# %% ../../nbs/reference/evaluation/75_prediction.ipynb #58e99631
+def _read(path: Path, folder: Path, check: Callable[[str], None]) -> tuple[str, Image.Image | str]:
+    """A picture's name, and the picture; or why it cannot be read, or has a name that cannot be written."""
+    name = path.relative_to(folder).as_posix()
+    try:
+        name.encode()
+        check(name)
+        return name, read_image(path, upright=True)
+    except UnicodeEncodeError: return name, f"{path} has a name that is not in UTF-8; rename it"
+    except InputError as error: return name, str(error)
+
+
+def _batches(
+    read: Iterable[tuple[str, Image.Image | str]],
+    result: Predicted,  # learns what failed
+    batch: int,
+) -> Iterator[list[tuple[str, Image.Image]]]:
+    """The pictures, so many at a time.
+
+    Parameters
+    ----------
+    result
+        learns what failed
+    """
     group = []
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        try:
-            name.encode()
-            check(name)
-            group.append((name, read_image(path, upright=True)))
-        except UnicodeEncodeError: result.failed[name] = f"{path} has a name that is not in UTF-8; rename it"
-        except InputError as error: result.failed[name] = str(error)
+    for name, picture in read:
+        if isinstance(picture, str): result.failed[name] = picture
+        else: group.append((name, picture))
         if len(group) == batch:
             yield group
             group = []
@@ -300,11 +347,11 @@ class _MaskWriter(CocoWriter):
 
     def check_name(self, name: str) -> None: pass  # any will do
 
-    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
-        target, coloured = Path(name).with_suffix(".png"), png(overlay(picture, mask, self.labels))
+    def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> Any:
+        target, coloured = Path(name).with_suffix(".png"), png(overlay(picture, mask, self.labels), effort=1)
         for kind, content in (("masks", png(mask, self.labels.palette)), ("overlays", coloured)):
-            with atomic_path(self.out / kind / target) as temporary: temporary.write_bytes(content)
-        self.annotate(name, mask)
+            with atomic_path(self.out / kind / target, flush=False) as temporary: temporary.write_bytes(content)
+        return self.described(name, mask)
 
 
 def _writer(form: str, out: Path, labels: LabelSet, tolerance: float) -> LabelWriter:
@@ -321,6 +368,9 @@ def _check_output(out: Path, folder: Path, read: set[str]) -> None:
                      "choose another place")
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #379047e5
+_THREADS = min(8, max(2, os.cpu_count() or 1))  # that read and write
+
+
 def predict_folder(
     segmenter: nn.Module,  # moved to the device
     folder: str | Path,  # pictures, also in folders below
@@ -365,15 +415,21 @@ def predict_folder(
     _check_request(folder, size, batch)
     paths, folders = _look_for_pictures(folder)
     _check_output(out, folder, folders)
-    segmenter = segmenter.to(device)
+    ask = partial(predict_pictures, segmenter.to(device), policy=policy, size=size, device=device)
     bar = progress_bar(total=len(paths), disable=not progress, desc="pictures")
-    with _writer(form, out, labels, tolerance) as writer, contextlib.closing(bar):
-        for group in _readable(paths, folder, result, batch, writer.check_name):
-            masks = predict_pictures(segmenter, [picture for _, picture in group], policy, size, device)
-            for (name, picture), mask in zip(group, masks, strict=True):
-                writer.add(name, folder / name, picture, mask)
-                result.done.append(name)
-                bar.update()
+    with contextlib.closing(bar), _writer(form, out, labels, tolerance) as writer, ThreadPoolExecutor(_THREADS) as pool:
+        read = _in_order(pool, partial(_read, folder=folder, check=writer.check_name), paths, batch)
+        asked = ((name, picture, mask) for group in _batches(read, result, batch)
+                 for (name, picture), mask in zip(group, ask([picture for _, picture in group]), strict=True))
+
+        def write(item: tuple[str, Image.Image, np.ndarray]) -> tuple[str, Any]:
+            name, picture, mask = item
+            return name, writer.write(name, folder / name, picture, mask)
+
+        for name, entry in _in_order(pool, write, asked, _THREADS):
+            writer.note(entry)
+            result.done.append(name)
+            bar.update()
     return result
 
 # %% ../../nbs/reference/evaluation/75_prediction.ipynb #7158372d

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet101_Weights
-from torchvision.models.segmentation import deeplabv3_resnet101
 
 from ..core.errors import InputError
 from .entries import NetworkEntry, Shapes, tensor_shape
@@ -43,6 +41,8 @@ class DeepLabV3(nn.Module):
         pretrained_backbone: bool = False,  # start from ImageNet weights (downloaded once, 171 MB)
         backbone_path: str | Path | None = None,  # local file with these weights, instead of the download
     ):
+        from torchvision.models.segmentation import deeplabv3_resnet101
+
         super().__init__()
         self.n_classes = n_classes
         self.main_net = deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=n_classes, aux_loss=False)
@@ -71,6 +71,8 @@ class DeepLabV3(nn.Module):
 # %% ../../nbs/reference/models/40_deeplabv3.ipynb #b4333c63
 def _imagenet_weights(path: str | Path | None) -> Any:
     """What a file, or the download, holds; `InputError` with the remedy if it cannot be had."""
+    from torchvision.models import ResNet101_Weights
+
     try:
         if path is None: return ResNet101_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -82,7 +84,8 @@ def _imagenet_weights(path: str | Path | None) -> Any:
         raise InputError(f"{what}; {_REMEDY}") from error
 
 
-_REMEDY = f"fetch {ResNet101_Weights.IMAGENET1K_V1.url} on any machine and give its place as backbone_path"
+_REMEDY = ("fetch https://download.pytorch.org/models/resnet101-63fe2227.pth on any machine and give its place as "
+           "backbone_path")
 
 # %% ../../nbs/reference/models/40_deeplabv3.ipynb #2e2f7b83
 def load_backbone(
