@@ -162,6 +162,21 @@ def test_choose_device():
         with pytest.raises(InputError): choose_device(wrong)
 
 
+def test_new_results_are_no_change_of_the_program(tmp_path, monkeypatch):
+    def git(*words): subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+
+    for folder in ("lagm", "outputs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("first")
+    for words in (["init"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-m", "one"]):
+        git(*words)
+    monkeypatch.setattr("importlib.resources.files", lambda _: tmp_path / "lagm")
+    (tmp_path / "outputs" / "a.txt").write_text("a new result")
+    assert provenance()["modified"] is False and len(provenance()["commit"]) == 40
+    (tmp_path / "lagm" / "a.txt").write_text("changed")
+    assert provenance()["modified"] is True
+
+
 def test_provenance_is_plain_and_anonymous(tmp_path):
     made_with = provenance()
     write_json(tmp_path / "p.json", made_with)

@@ -24,7 +24,7 @@ from .environment import environment_of_record
 # %% ../../nbs/reference/core/03_origins.ipynb #929382a5
 def _commit() -> dict[str, str | bool | None]:
     """The commit the package's folder is at, and whether its tracked files differ from it (None outside a git
-    checkout).
+    checkout). Results in outputs do not count: a new one changes nothing of what the next is made with.
     """
     root = Path(str(importlib.resources.files("lagm"))).parent
 
@@ -34,7 +34,7 @@ def _commit() -> dict[str, str | bool | None]:
 
     try:
         if not (root / ".git").exists(): return {"commit": None, "modified": None}
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs")
         return {"commit": git("rev-parse", "HEAD"), "modified": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "modified": None}
