@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from official_files import nvidia_pytorch
 from PIL import Image
 from templates import run_cells
 from tiny import LABELS, tiny_annotators, tiny_generator, tiny_pictures, tiny_segmenter
@@ -17,8 +18,17 @@ from lagm.core.tensors import load_tensors, save_tensors
 from lagm.data.images import save_mask
 from lagm.data.label_maps import write_classes
 from lagm.experiments.notebooks import experiment_folder
-from lagm.experiments.project import Settings, generate_command, new_project, proposals_for, run_project
+from lagm.experiments.project import (
+    Settings,
+    generate_command,
+    label_command,
+    new_command,
+    new_project,
+    proposals_for,
+    run_project,
+)
 from lagm.generators.contract import Sampling
+from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
 from lagm.labelling.album import Album, save_painted
 from lagm.training.datasetgan import DatasetGANNumbers, train_datasetgan
@@ -232,7 +242,7 @@ def test_a_project_of_generated_and_real_pictures(project, tmp_path, monkeypatch
     new_project(place, tmp_path / "pics", LABELS.classes, settings, generated=3)
     album = Album(place)
     assert album.names == ["0", "1", "drawn/0000", "drawn/0001", "drawn/0002"]
-    regions = proposals_for(album, generator=settings.generator)["clusters"]
+    regions = proposals_for(album, settings=settings)["clusters"]
     assert regions(album, 0).shape == regions(album, 3).shape == (16, 16)
     paint(place, ["drawn/0001", "drawn/0002"])
     assert run_project(place, progress=False)["latents_known"] == 2
@@ -259,3 +269,38 @@ def test_the_command(project, tmp_path, capsys):
     generate_command(argparse.Namespace(**asked, classes="background, skin"))
     assert "next: lagm label" in capsys.readouterr().out and Album(tmp_path / "d").labels.n_classes == 2
     assert load_tensors(tmp_path / "d" / LATENTS)[1]["sampling"]["psi"] == 0.5
+
+
+class Ended:
+    """A server whose person has left."""
+    address = "nowhere"
+
+    def serve_forever(self): raise KeyboardInterrupt
+
+    def server_close(self): pass
+
+
+def test_the_painter_asks_the_class_that_was_drawn(tmp_path, monkeypatch):
+    """A generator of several classes, one of them chosen on the command line or in project.yaml."""
+    torch.manual_seed(0)
+    sizes = dict(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64, channel_max=8)
+    file = nvidia_pytorch(tmp_path / "c.pkl", StyleGAN2(16, c_dim=2, **sizes))
+    asked = dict(generator=str(file), generator_class=1, diffusion="")
+    generate_command(argparse.Namespace(**asked, output=str(tmp_path / "d"), n=2, seed=1, psi=0.5, device="cpu",
+                                        classes="background, skin"))
+    opened = []
+    monkeypatch.setattr("lagm.experiments.project.LabelServer", lambda respond, port: opened.append(respond) or Ended())
+    monkeypatch.setattr("lagm.experiments.project.Desk", lambda album, proposals: opened.append((album, proposals)))
+    painting = dict(folder=str(tmp_path / "d"), classes="", segmenter="", port=0, no_browser=True)
+    label_command(argparse.Namespace(**asked, **painting))
+    album, proposals = opened[0]
+    assert proposals["clusters"](album, 0).shape == (16, 16)
+    with pytest.raises(InputError, match="class"):
+        label_command(argparse.Namespace(**asked | {"generator_class": -1}, **painting))
+    project = tmp_path / "p"
+    new_command(argparse.Namespace(project=str(project), images=None, generated=2, classes="background,skin", size=16,
+                                   **asked))
+    label_command(argparse.Namespace(**asked | {"generator": "", "generator_class": -1},
+                                     **painting | {"folder": str(project)}))
+    album, proposals = opened[-2]
+    assert proposals["clusters"](album, 1).shape == (16, 16)

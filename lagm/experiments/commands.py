@@ -237,7 +237,9 @@ def add_project_commands(
                      help="so many pictures that the generator draws, whose latents are kept, with them or instead")
     new.add_argument("--classes", required=True, metavar="A,B,C",
                      help="the background first, then the parts, with commas")
-    new.add_argument("--generator", default="", metavar="FILE", help="a generator of such pictures, if you have one")
+    new.add_argument("--generator", default="", metavar="FILE",
+                     help="a generator of such pictures, if you have one: a file, a name, or of a PyTorch module "
+                     "'{module: package.module:Class, weights: FILE, arguments: {nz: 100}}'")
     _add_choices(new)
     new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side in training (default: 64)")
     new.set_defaults(command=_new)
@@ -278,7 +280,8 @@ def _add_label(commands: "argparse._SubParsersAction[Any]") -> None:
     add("--classes", default="", metavar="A,B,C", help="the background first, then the parts (default: classes.txt)")
     add("--segmenter", default="", metavar="FILE", help="start from its predictions (default: the project's own)")
     add("--generator", default="", metavar="FILE",
-        help="the generator that drew the pictures: clusters of its features")
+        help="the generator that drew the pictures: clusters of its features (default: the project's own)")
+    _add_choices(label)
     add("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any that is free)")
     add("--no-browser", action="store_true", help="print the address only")
     label.set_defaults(command=_label)

@@ -20,7 +20,7 @@ import threading
 import warnings
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -742,6 +742,12 @@ def named_generator(
     return parse_yaml(given) | weights
 
 
+def _settings_of(arguments: Any) -> Settings:
+    """The generator that a command names, as project.yaml would."""
+    return Settings(generator=named_generator(arguments.generator), generator_class=arguments.generator_class,
+                    diffusion=parse_yaml(arguments.diffusion) or {})
+
+
 def new_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -752,8 +758,7 @@ def new_command(
     arguments
         of the command line
     """
-    settings = Settings(size=arguments.size, generator=named_generator(arguments.generator),
-                        generator_class=arguments.generator_class, diffusion=parse_yaml(arguments.diffusion) or {})
+    settings = replace(_settings_of(arguments), size=arguments.size)
     classes, folder = [name.strip() for name in arguments.classes.split(",")], Path(arguments.project)
     project_generator(folder, settings, torch.device("cpu"))  # a file that is none is told before anybody paints
     bad = new_project(folder, arguments.images, classes, settings, arguments.generated)
@@ -772,10 +777,9 @@ def generate_command(
     arguments
         of the command line
     """
-    settings = Settings(generator_class=arguments.generator_class, diffusion=parse_yaml(arguments.diffusion) or {})
-    generator = load_generator(arguments.generator or None, Sampling(arguments.psi),
-                               device=choose_device(arguments.device), diffusion=settings.diffusion,
-                               label=settings.generator_class if settings.generator_class >= 0 else None)
+    settings = replace(_settings_of(arguments), psi=arguments.psi)
+    generator = project_generator(".", replace(settings, generator=settings.generator or "big-ears"),
+                                  choose_device(arguments.device))
     classes = [name.strip() for name in arguments.classes.split(",")] if arguments.classes else []
     labels = check_parts(make_labels(Path(arguments.output).name, classes)) if classes else None
     folder = draw_for_labelling(generator, arguments.output, arguments.n, arguments.seed)
@@ -789,7 +793,7 @@ def generate_command(
 def proposals_for(
     album: Album,  # pictures and masks
     segmenter: str = "",  # file or folder; empty: none
-    generator: str = "",  # file; empty: none
+    settings: Settings = Settings(),  # name the generator that drew pictures of the folder, and how, if one did
 ) -> dict[str, Callable]:
     """What the painter can start from in a folder.
 
@@ -799,12 +803,13 @@ def proposals_for(
         pictures and masks
     segmenter
         file or folder; empty: none
-    generator
-        file; empty: none
+    settings
+        name the generator that drew pictures of the folder, and how, if one did
     """
-    drawn = read_latents(album.folder)[1]["names"] if generator and (album.folder / LATENTS).is_file() else []
+    known = settings.generator and (album.folder / LATENTS).is_file()
+    drawn = read_latents(album.folder)[1]["names"] if known else []
     regions = colour_regions()
-    clusters = clusters_of_features(load_generator(generator)) if drawn else regions
+    clusters = clusters_of_features(project_generator(album.folder, settings, torch.device("cpu"))) if drawn else regions
     found: dict[str, Callable] = {
         "clusters": lambda album, index: (clusters if album.names[index] in drawn else regions)(album, index)}
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)
@@ -825,9 +830,8 @@ def label_command(
     album = Album(folder, [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None)
     trained = folder / "results" / "segmenter.safetensors"
     segmenter = arguments.segmenter or (str(trained) if trained.is_file() else "")
-    own = read_settings(folder).generator if (folder / "project.yaml").is_file() else ""
-    generator = arguments.generator or (generator_of_project(folder, own) if own else "")
-    desk = Desk(album, proposals_for(album, segmenter, generator))
+    settings = read_settings(folder) if (folder / "project.yaml").is_file() else Settings()
+    desk = Desk(album, proposals_for(album, segmenter, _settings_of(arguments) if arguments.generator else settings))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
     print(f"{_number(len(album), 'picture')}, {sum(s > 0 for s in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
