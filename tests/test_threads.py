@@ -1,5 +1,6 @@
 """Threads on a processor that others use: what is known of it, how many threads are chosen, when they sleep."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ import time
 import pytest
 import torch
 from notebooks import write_experiment
+from tiny import tiny_pictures, tiny_segmenter
 
 from lagm.core import threads
 from lagm.core.threads import _crowded, _fitting_threads, choose_threads, considerate_threads
 from lagm.experiments.notebooks import read_record
 from lagm.experiments.running import run_notebook
+from lagm.training.lagm import train_supervised
+from lagm.training.recipe import get_recipe
 
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 TELL = """\
@@ -167,3 +171,17 @@ def test_a_run_that_goes_on_keeps_its_threads(toy, clean, monkeypatch, capsys):
     assert json.loads((toy.parent / "out" / "seen.json").read_text())["OMP_NUM_THREADS"] == "1"
     hidden.write_text("{ damaged")
     assert run(toy, 4)[0]["OMP_NUM_THREADS"] is None, "other parameters, and a damaged file: chosen anew"
+
+
+def test_advice_does_not_mix_with_results(monkeypatch, capsys):
+    """What a command prints for programs to read stays as it is on a crowded machine."""
+    @contextlib.contextmanager
+    def crowded(recipe, say=None):
+        if say: say("other programs take 1.5 of 2 cores")
+        yield
+
+    monkeypatch.setattr("lagm.training.loop.surroundings", crowded)
+    recipe = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
+    train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 2, progress=True)
+    said = capsys.readouterr()
+    assert said.out == "" and "other programs take 1.5" in said.err

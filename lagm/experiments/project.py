@@ -809,7 +809,8 @@ def proposals_for(
     known = settings.generator and (album.folder / LATENTS).is_file()
     drawn = read_latents(album.folder)[1]["names"] if known else []
     regions = colour_regions()
-    clusters = clusters_of_features(project_generator(album.folder, settings, torch.device("cpu"))) if drawn else regions
+    generator = project_generator(album.folder, settings, torch.device("cpu")) if drawn else None
+    clusters = clusters_of_features(generator) if drawn else regions
     found: dict[str, Callable] = {
         "clusters": lambda album, index: (clusters if album.names[index] in drawn else regions)(album, index)}
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)

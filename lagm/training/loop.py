@@ -17,6 +17,7 @@ import functools
 import inspect
 import math
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -577,7 +578,7 @@ def go_on(loop: Loop) -> Trained:
     shown = options.progress and loop.first
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
-    around = surroundings(state.recipe, bar.write if shown else None)
+    around = surroundings(state.recipe, functools.partial(bar.write, file=sys.stderr) if shown else None)
     with loop.records.open(loop.step), around, bar, finish_step_on_interrupt() as asked:
         while loop.step < loop.total:
             advance(loop, bar)
