@@ -17,7 +17,6 @@ import functools
 import inspect
 import math
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, printable
-from ..core.progress import Bar, progress_bar
+from ..core.progress import Bar, progress_bar, say_beside
 from ..core.seeds import kept_random_state, random_generator
 from ..core.tensors import all_finite, load_tensors
 from ..core.values import plain_value
@@ -578,7 +577,7 @@ def go_on(loop: Loop) -> Trained:
     shown = options.progress and loop.first
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
-    around = surroundings(state.recipe, functools.partial(bar.write, file=sys.stderr) if shown else None)
+    around = surroundings(state.recipe, say_beside(bar) if shown else None)
     with loop.records.open(loop.step), around, bar, finish_step_on_interrupt() as asked:
         while loop.step < loop.total:
             advance(loop, bar)
