@@ -239,6 +239,45 @@ def chosen_runs(
         if arguments.force: repeat |= {renamed[name] for name in meant}
     return found, repeat
 
+# %% ../nbs/reference/experiments/92_cli.ipynb #c06aeda4
+_OPTIONS = {"-p": "parameters", "-f": "files", "-o": "output", "--seeds": "seeds", "--small": "small", "--only": "only",
+            "--jobs": "jobs", "--devices": "devices", "--folds": "folds"}
+
+
+def _refuse(
+    arguments: argparse.Namespace,
+    what: str,  # is run, for the message
+    useful: str,  # options that it has, with spaces between
+    advice: str = "",
+) -> None:
+    """`InputError` if the call has options that do nothing for what is run.
+
+    Parameters
+    ----------
+    what
+        is run, for the message
+    useful
+        options that it has, with spaces between
+    """
+    from lagm.core.errors import InputError
+
+    others = {option: name for option, name in _OPTIONS.items() if option not in useful.split()}
+    given = [option for option, name in others.items() if getattr(arguments, name, None) and (
+        option != "--jobs" or arguments.jobs > 1)]
+    if given: raise InputError(f"{what}: {', '.join(given)} would do nothing there; leave it out{advice}")
+
+
+def _run_seeds(arguments: argparse.Namespace, notebook: Path) -> None:
+    """A single notebook, once for each seed that is asked for, in a folder for each."""
+    from lagm.experiments.notebooks import default_output
+
+    seeds, place = arguments.seeds or [], arguments.output or str(default_output(notebook).parent)
+    if not seeds: run_one(arguments, notebook)
+    for seed in seeds:
+        own = place if arguments.output and len(seeds) == 1 else f"{place}-seed{seed}"
+        changed = {"parameters": [*arguments.parameters, ("seed", seed)], "output": own}
+        run_one(argparse.Namespace(**vars(arguments) | changed), notebook)
+
 # %% ../nbs/reference/experiments/92_cli.ipynb #c06aeda5
 def run_command(
     arguments: argparse.Namespace,  # those of `chosen_runs` and `run_one`, jobs and devices
@@ -262,10 +301,13 @@ def run_command(
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
         from lagm.experiments.project import next_step, project_command
 
+        _refuse(arguments, f"{names[0]} is a project", "--folds", f", or change {Path(names[0]) / 'project.yaml'}")
         if arguments.dry_run: return print(next_step(names[0]))
         return project_command(names[0], arguments.folds)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):
-        return run_one(arguments, find_experiment(names[0]))
+        _refuse(arguments, f"{names[0]} is a single notebook", "-p -f -o --seeds --small")
+        return _run_seeds(arguments, find_experiment(names[0]))
+    _refuse(arguments, "these are experiments", "-p -f -o --seeds --small --only --jobs --devices")
     runs, repeat = chosen_runs(arguments)
     root = Path(os.path.relpath(project_folder()))
     root.mkdir(parents=True, exist_ok=True)

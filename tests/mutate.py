@@ -38,7 +38,7 @@ class Row(NamedTuple):
 ROWS = [Row(*row) for row in (
     # files and inputs
     ("core.files", "    try: os.fsync(handle)\n", "    try: pass\n", "test_pinned.py -k on_the_disk"),
-    ("core.files", "        _flush_to_disk(temporary)\n        os.replace(temporary, path)\n",
+    ("core.files", "        if flush: _flush_to_disk(temporary)\n        os.replace(temporary, path)\n",
      "        os.replace(temporary, path)\n", "test_pinned.py -k on_the_disk"),
     ("core.seeds", "json.dumps([_checked_seed(seed), *stream])", "json.dumps([_checked_seed(seed)])", "test_core.py"),
     ("core.values", "(kind is bool or not isinstance(number, bool))", "True", "test_doors.py -k true_is_no_number"),

@@ -191,3 +191,32 @@ def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["list"]) == 2
     assert "no experiments found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["p", "-p", "threads", "1"], "p is a project: -p would do nothing there; leave it out, or change p/project.yaml"),
+    (["p", "--seeds", "1", "--small"], "p is a project: --seeds, --small would do nothing there"),
+    (["toy", "--folds", "3"], "toy is a single notebook: --folds would do nothing there"),
+    (["toy", "--jobs", "2", "--only"], "toy is a single notebook: --only, --jobs would do nothing there"),
+    (["celeba_10", "--folds", "3", "--dry-run"], "these are experiments: --folds would do nothing there"),
+])
+def test_options_that_would_do_nothing_are_told(checkout, capsys, words, said):
+    (checkout / "p").mkdir()
+    (checkout / "p" / "project.yaml").write_text("")
+    assert cli.main(["run", *words]) == 2
+    assert said in capsys.readouterr().err and not (checkout / "outputs").exists()
+
+
+def test_a_notebook_once_for_each_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    notebook = tmp_path / "nbs" / "experiments" / "seeded.ipynb"
+    write_experiment(notebook, "from pathlib import Path",
+                     "Path(out_dir, 'metrics.json').write_text('{\"summary\": [\"seed %d\"]}' % seed)",
+                     parameters="seed: int = 0\nout_dir: str = ''")
+    assert cli.main(["run", "seeded", "--seeds", "3", "5"]) == 0
+    assert "seed 3" in (said := capsys.readouterr().out) and "seed 5" in said
+    records = {path.parent.name: path.read_text() for path in (tmp_path / "outputs").glob("*/metrics.json")}
+    assert {name: json.loads(text)["summary"] for name, text in records.items()} == {
+        "seeded-seed3": ["seed 3"], "seeded-seed5": ["seed 5"]}
+    assert cli.main(["run", "seeded", "--seeds", "7", "-o", "here"]) == 0
+    assert (tmp_path / "here" / "metrics.json").is_file()

@@ -23,7 +23,7 @@ KILLS = 20
 NURSERY = """
 import json, os, random, sys, time
 sys.path.insert(0, {tests!r})
-import torch
+import numpy, torch
 torch.set_num_threads(1)
 import test_training as t
 from lagm.training.watching import Watch
@@ -39,7 +39,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         os.fsync = slow_flush
-        random.seed(0)  # a fork begins with a random state of its own
+        random.seed(0), numpy.random.seed(0)  # a fork begins with random states of its own
         t.run(recipe, nets=t.networks(seed), checkpoint=folder + "/run.safetensors", checkpoint_every=1,
               validation=t.labelled(), validate_every=3,
               record_every=1, watch=Watch(folder))
