@@ -297,7 +297,13 @@ def test_the_painter_asks_the_class_that_was_drawn(tmp_path, monkeypatch):
     assert proposals["clusters"](album, 0).shape == (16, 16)
     with pytest.raises(InputError, match="class"):
         label_command(argparse.Namespace(**asked | {"generator_class": -1}, **painting))
+    with pytest.raises(InputError, match="name the generator, too"):
+        label_command(argparse.Namespace(**asked | {"generator": ""}, **painting))
     project = tmp_path / "p"
+    with pytest.raises(InputError, match="name the generator, too"):
+        new_command(argparse.Namespace(project=str(project), images=None, generated=2, classes="background,skin",
+                                       size=16, **asked | {"generator": ""}))
+    assert not project.exists()
     new_command(argparse.Namespace(project=str(project), images=None, generated=2, classes="background,skin", size=16,
                                    **asked))
     label_command(argparse.Namespace(**asked | {"generator": "", "generator_class": -1},

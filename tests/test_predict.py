@@ -296,3 +296,11 @@ def test_the_most_likely_class():
     network.forward = lambda x: logits[None].expand(len(x), -1, -1, -1)
     mask, = predict_pictures(network, [picture(40, 30)], "native")
     assert np.array_equal(mask, logits.numpy().argmax(0))
+
+
+@pytest.mark.parametrize("form", ["masks", "coco", "cvat", "voc", "yolo", "labelme", "napari"])
+def test_the_disk_is_not_waited_for_at_each_picture(tmp_path, monkeypatch, form):
+    flushed = []
+    monkeypatch.setattr("lagm.core.files._flush_to_disk", flushed.append)
+    predict_folder(Red(), many(tmp_path / "in", 30), tmp_path / "out", LABELS, (8, 8), progress=False, form=form)
+    assert 0 < len(flushed) < 10

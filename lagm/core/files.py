@@ -251,6 +251,7 @@ def write_json(
     path: str | Path,  # the file to make or replace, atomically
     value: Any,  # dicts, lists, numbers, strings, arrays, tensors; numbers that are not finite become null
     levels: int | None = None,  # of nesting that are broken into lines: what lies deeper shares one; None: all
+    flush: bool = True,  # as of `atomic_path`
 ) -> None:
     """Write `value` as indented JSON; the keys keep their order.
 
@@ -262,11 +263,13 @@ def write_json(
         dicts, lists, numbers, strings, arrays, tensors; numbers that are not finite become null
     levels
         of nesting that are broken into lines: what lies deeper shares one; None: all
+    flush
+        as of `atomic_path`
     """
     value = as_plain(value)
     if levels is not None: text = _json_lines(value, levels)
     else: text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
+    with atomic_path(path, flush) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../../nbs/reference/core/02_files.ipynb #68a0fca2
 def parse_json(

@@ -390,6 +390,7 @@ def save_mask(
     path: str | Path,  # a .png, made or replaced atomically
     mask: np.ndarray,  # (H, W) class numbers
     labels: LabelSet | None = None,  # for the colours; None: greys
+    flush: bool = True,  # as of `lagm.core.files.atomic_path`
 ) -> None:
     """Write a mask as an 8-bit palette PNG; 255 is shown white.
 
@@ -401,13 +402,15 @@ def save_mask(
         (H, W) class numbers
     labels
         for the colours; None: greys
+    flush
+        as of `lagm.core.files.atomic_path`
     """
     image = Image.fromarray(check_classes(mask, labels.n_classes if labels else None, path))
     palette = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
     if labels:
         palette[: labels.n_classes], palette[IGNORE] = labels.palette, 255
     image.putpalette(palette.tobytes())
-    with atomic_path(path) as temporary:
+    with atomic_path(path, flush) as temporary:
         image.save(temporary, format="PNG")
 
 # %% ../../nbs/reference/data/13_images.ipynb #e1a94b02

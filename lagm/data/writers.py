@@ -129,7 +129,7 @@ class _Voc(LabelWriter):
 
     def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> str:
         self.copy(path, f"JPEGImages/{name}")
-        save_mask(self.out / "SegmentationClass" / Path(name).with_suffix(".png"), mask, self.labels)
+        save_mask(self.out / "SegmentationClass" / Path(name).with_suffix(".png"), mask, self.labels, False)
         return Path(name).with_suffix("").as_posix()
 
     def note(self, entry: str) -> None: self.names.append(entry)
@@ -147,7 +147,7 @@ class _Napari(LabelWriter):
 
     def write(self, name: str, path: Path, picture: Image.Image, mask: np.ndarray) -> None:
         self.copy(path, f"images/{name}")
-        with atomic_path(self.out / "labels" / Path(name).with_suffix(".tif")) as temporary:
+        with atomic_path(self.out / "labels" / Path(name).with_suffix(".tif"), flush=False) as temporary:
             Image.fromarray(np.ascontiguousarray(mask)).save(temporary, format="TIFF")
 
     def close(self) -> None: write_classes(self.out, self.labels)
@@ -163,7 +163,7 @@ class _LabelMe(LabelWriter):
         whole = self._shape("background", [[0, 0], list(picture.size)], "rectangle")
         write_json((self.out / name).with_suffix(".json"), {
             "version": "5.4.1", "flags": {}, "shapes": shapes or [whole], "imagePath": Path(name).name,
-            "imageData": None, "imageHeight": picture.height, "imageWidth": picture.width}, 3)
+            "imageData": None, "imageHeight": picture.height, "imageWidth": picture.width}, 3, False)
 
     @staticmethod
     def _shape(label: str, points: list[list[float]], kind: str) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class _Yolo(LabelWriter):
         self.copy(path, f"images/{name}")
         lines = [" ".join([str(number - 1), *(f"{value:.8g}" for value in (polygon / picture.size).reshape(-1))])
                  for number, polygon in self.polygons(mask)]
-        with atomic_path(self.out / "labels" / Path(name).with_suffix(".txt")) as temporary:
+        with atomic_path(self.out / "labels" / Path(name).with_suffix(".txt"), flush=False) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def close(self) -> None:

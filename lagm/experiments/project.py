@@ -743,7 +743,10 @@ def named_generator(
 
 
 def _settings_of(arguments: Any) -> Settings:
-    """The generator that a command names, as project.yaml would."""
+    """The generator that a command names, as project.yaml would; `InputError` for its class or settings alone."""
+    if not arguments.generator and (arguments.generator_class >= 0 or arguments.diffusion):
+        raise InputError("--class and --diffusion are of a generator: name the generator, too (a project's own stands "
+                         "in project.yaml)")
     return Settings(generator=named_generator(arguments.generator), generator_class=arguments.generator_class,
                     diffusion=parse_yaml(arguments.diffusion) or {})
 
@@ -816,7 +819,7 @@ def proposals_for(
     if segmenter: found["prediction"] = predictions(segmenter, album.labels)
     return found
 
-
+# %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3s9
 def label_command(
     arguments: Any,  # of the command line
 ) -> None:
@@ -831,8 +834,9 @@ def label_command(
     album = Album(folder, [name.strip() for name in arguments.classes.split(",")] if arguments.classes else None)
     trained = folder / "results" / "segmenter.safetensors"
     segmenter = arguments.segmenter or (str(trained) if trained.is_file() else "")
-    settings = read_settings(folder) if (folder / "project.yaml").is_file() else Settings()
-    desk = Desk(album, proposals_for(album, segmenter, _settings_of(arguments) if arguments.generator else settings))
+    settings = _settings_of(arguments)
+    if not settings.generator and (folder / "project.yaml").is_file(): settings = read_settings(folder)
+    desk = Desk(album, proposals_for(album, segmenter, settings))
     server = LabelServer(lambda *request: respond(desk, *request), port=arguments.port)
     print(f"{_number(len(album), 'picture')}, {sum(s > 0 for s in labelled_shares(album))} with labels; open\n  "
           f"{server.address}\n"
