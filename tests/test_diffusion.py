@@ -322,7 +322,7 @@ def test_annotate_finish_downstream_and_evaluate_by_parameters(tmp_path):
 
 
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path):
-    small = dict(resolution=8, channels=[8, 8], batch=2, steps=1, times=[50], k=1, threads=1, save_every=2)
+    small = dict(resolution=8, channels=[8, 8], batch=2, steps=1, times=[50], k=1, compare=[], threads=1, save_every=2)
     losses = {}
     for name, runs in (("whole", [4]), ("stopped", [2, 4])):
         for iterations in runs:
@@ -335,3 +335,9 @@ def test_the_experiment_goes_on_where_it_was_stopped(tmp_path):
         losses[name] = names["averaged"].state_dict()
     assert all(value.equal(losses["stopped"][key]) for key, value in losses["whole"].items())
     assert load_generator(tmp_path / "whole" / "pipeline", diffusion=dict(steps=1)).resolution == 8
+
+
+def test_a_comparison_needs_the_size_of_the_gan(tmp_path):
+    with pytest.raises(InputError, match=r"the GAN draws 64 pixels: give resolution 64, or compare \[\]"):
+        run_cells(experiment_folder() / "diffusion.ipynb", dict(resolution=32, out_dir=str(tmp_path)))
+    assert not [*tmp_path.iterdir()]
