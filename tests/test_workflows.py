@@ -57,6 +57,15 @@ def test_the_workflows_use_the_versions_of_python_that_the_kit_supports():
         assert set(named) <= set(supported()), path.name
 
 
+def test_a_job_installs_and_tests_the_lowest_versions():
+    job = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"]["lowest"]
+    steps = {step.get("name"): step for step in job["steps"]}
+    assert "-r .ci/constraints/lowest.txt" in steps["The lowest versions"]["run"]
+    assert steps["Notebooks and tests"]["run"] == "make notebooks unit"
+    assert steps["Notebooks and tests"]["env"]["PIP_CONSTRAINT"] == ".ci/constraints/lowest.txt"
+    assert job["steps"][1]["with"]["python-version"] == supported()[0]
+
+
 def test_pip_takes_the_versions_of_python_that_the_kit_supports_and_no_other():
     asked = SpecifierSet(importlib.metadata.metadata("lagm")["Requires-Python"])
     first, last = (int(version.removeprefix("3.")) for version in (supported()[0], supported()[-1]))
