@@ -301,6 +301,7 @@ TIMM = ("test_resnet", "test_vit", "test_vit_relpos", "test_mambaout")
 
 @pytest.mark.parametrize("model", TIMM)
 def test_an_encoder_of_timm(timm, tmp_path, model):
+    if model not in timm.list_models(): pytest.skip(f"timm {timm.__version__} has no {model}")
     torch.manual_seed(0)
     segmenter, x = TimmSegmenter(model, 3, side=32, channels=4), torch.randn(2, 3, 21, 30).clamp(-1, 1)
     assert segmenter(x).shape == (2, 3, 21, 30)

@@ -213,7 +213,7 @@ def test_compiled_it_is_the_same_function_and_compiles_few_times():
         everything(3, 64, 96, 62, 81, 1, torch.contiguous_format)
         everything(2, 256, 128, 32, 48, 2, torch.channels_last)
         everything(4, 64, 128, 128, 64, 1, torch.channels_last)
-        assert 5 <= first <= 7 and counters["unique_graphs"] - before == first
+        assert 1 <= first <= 7 and counters["unique_graphs"] - before == first
         everything(1, 64, 128, 64, 64, 1, torch.channels_last)
         assert counters["unique_graphs"] - before <= 14
 

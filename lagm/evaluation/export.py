@@ -110,7 +110,7 @@ def export_onnx(
     segmenter = copy.deepcopy(segmenter).cpu().eval()
     names: dict[str, Any] = dict(input_names=["pictures"], output_names=["logits"])
     with atomic_path(path) as temporary:
-        torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamic_shapes=_free_batch(),
+        torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamic_shapes=(*_free_batch().values(),),
                           dynamo=True, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return _compare(segmenter, lambda x: torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]), size, path)

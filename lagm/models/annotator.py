@@ -97,7 +97,7 @@ class FPNAnnotator(nn.Module):
         check_features(features, self.feature_channels)
         total = None
         for i, f in enumerate(features):
-            lateral = self.get_submodule(f"lateral{i}")(f)
+            lateral = getattr(self, f"lateral{i}")(f)
             if self.factor != 1.0: lateral = lateral * self.factor
             total = lateral if total is None else _resized(total, lateral.shape[-2:]) + lateral
         return self.to_logit(total)

@@ -82,7 +82,7 @@ class MLPAnnotator(nn.Module):
         check_features(features, self.feature_channels)
         size, total = features[-1].shape[-2:], None
         for i, f in enumerate(features):
-            part = self.get_submodule(f"part{i}")(f)
+            part = getattr(self, f"part{i}")(f)
             if part.shape[-2:] != size: part = F.interpolate(part, size, mode="bilinear", align_corners=False)
             total = part if total is None else total + part
         scores: Tensor = self.rest(total)
@@ -216,7 +216,7 @@ class AttentionAnnotator(FPNAnnotator):
         small = [i for i, f in enumerate(features) if f.shape[-2] * f.shape[-1] <= self.side**2]
         place, total = max(small, default=0), None
         for i, f in enumerate(features):
-            lateral = self.get_submodule(f"lateral{i}")(f)
+            lateral = getattr(self, f"lateral{i}")(f)
             if total is not None and total.shape[-2:] != lateral.shape[-2:]:
                 total = F.interpolate(total, lateral.shape[-2:], mode="bilinear", align_corners=False)
             total = lateral if total is None else total + lateral

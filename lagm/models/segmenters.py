@@ -159,10 +159,10 @@ class _UNetMaps(nn.Module):
         _check_sides(x, self.levels)
         maps = [self.inc(x)]
         for i in range(1, self.levels + 1):
-            maps.append(self.get_submodule(f"down{i}")(F.max_pool2d(maps[-1], 2)))
+            maps.append(getattr(self, f"down{i}")(F.max_pool2d(maps[-1], 2)))
         found = [maps.pop()]
         for j in range(1, self.levels + 1):
-            found.append(self.get_submodule(f"up{j}")(upsample_beside(found[-1], maps.pop())))
+            found.append(getattr(self, f"up{j}")(upsample_beside(found[-1], maps.pop())))
         return found
 
 
