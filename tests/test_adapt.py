@@ -98,6 +98,17 @@ def train(generator, images=None, recipe=FAST):
     return train_lagm(generator, *networks, own if images is None else images, masks, recipe, progress=False)
 
 
+class Autoencoder(nn.Module):
+    """Pictures to pictures; `decode` draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.draw = nn.Conv2d(3, 5, 16), DCGAN()
+
+    def forward(self, pictures): return self.decode(self.read(pictures))
+    def decode(self, z): return self.draw(z)
+
+
 class TestAdapt:
     def test_what_is_found(self):
         generator = adapt(module(last="sigmoid"))
@@ -193,7 +204,7 @@ class TestAdapt:
         assert not torch.equal(*pictures)
         assert torch.allclose(adapt(one_hot, label=2, classes=3)(z).image, pictures[1], atol=1e-6)
         assert torch.allclose(adapt(one_hot, label=[0.0, 0.0, 1.0])(z).image, pictures[1], atol=1e-6)
-        with pytest.raises(InputError, match="label= if it draws"): adapt(named)
+        with pytest.raises(InputError, match="asks for more than latents.*give label="): adapt(named)
         with pytest.raises(InputError, match="from 0 to 2"): adapt(one_hot, label=3, classes=3)
 
     def test_truncation(self):
@@ -242,12 +253,76 @@ class TestAdapt:
     def test_modules_that_take_or_give_something_else(self):
         """An autoencoder, a network from picture to picture, and flat pictures are told what to do."""
         wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
-        with pytest.raises(InputError, match="a pixel, no picture.*first layer reads pictures.*decoder"): adapt(wide)
+        with pytest.raises(InputError, match="a pixel, no picture.*first layer reads pictures.*the method that draws"): adapt(wide)
         for layers in ([nn.Conv2d(3, 8, 4, 4)], [nn.Conv2d(1, 8, 4, 4)]):
-            with pytest.raises(InputError, match=r"or a module whose forward\(z\) calls it .*decoder alone"):
+            with pytest.raises(InputError, match=r"or a module whose forward\(z\) calls it .*of an autoencoder"):
                 adapt(nn.Sequential(*layers))
         with pytest.raises(InputError, match=r"gives \(2, 768\) and no pictures .*wrap it"):
             adapt(nn.Sequential(module(), nn.Flatten()), z_dim=(6, 1, 1))
+
+    def test_a_method_that_draws(self):
+        """`decode` of an autoencoder is found by its name, with the layers of the whole module."""
+        torch.manual_seed(0)
+        whole, z = Autoencoder(), torch.randn(2, 6)
+        with pytest.raises(InputError, match=r"adapt\(module.decode\) or method: decode"): adapt(whole, z_dim=9)
+        generator = adapt(whole.decode)
+        assert generator.z_dim == 6 and generator.network.taps[0].startswith("draw.main")
+        assert generator(z).image.equal(whole.eval().decode(z[:, :, None, None]))
+        assert "Autoencoder.decode with pictures from -1 to 1" in repr(generator)
+        assert pickle.loads(pickle.dumps(generator))(z).image.equal(generator(z).image)
+        assert adapt(whole.decode, layers=["draw.main.1"]).network.taps == ["draw.main.1"]
+
+    def test_a_block_goes_before_what_is_inside_the_next(self):
+        class Block(nn.Module):
+            """Enlarges; its side branch works at the size before."""
+
+            def __init__(self):
+                super().__init__()
+                self.grow, self.side = nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.Conv2d(8, 8, 1)
+
+            def forward(self, x): return self.grow(x) + nn.functional.interpolate(self.side(x), scale_factor=2)
+
+        blocks = nn.Sequential(nn.ConvTranspose2d(6, 8, 4), Block(), Block(), nn.Conv2d(8, 3, 1), nn.Tanh())
+        assert adapt(blocks, z_dim=(6, 1, 1)).network.taps == ["0", "1", "2"]
+        maps = [LayerMap("body.1.side", "Conv2d", 8, 4, 4), LayerMap("body.1", "Block", 8, 8, 8),
+                LayerMap("body.2.side", "Conv2d", 8, 8, 8), LayerMap("body.2", "Block", 8, 16, 16),
+                LayerMap("body", "Sequential", 3, 16, 16)]
+        assert proposed(maps, (16, 16)) == ["body.1.side", "body.1", "body.2"]
+
+    def test_layers_once_each_and_some(self):
+        assert adapt(module(), layers=["main.1", "main.1"]).network.taps == ["main.1"]
+        with pytest.raises(InputError, match="layers is empty"): adapt(module(), layers=[])
+
+    def test_a_class_that_there_is_not_is_told_by_the_table_of_classes(self):
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.names, self.draw = nn.Embedding(3, 6), module()
+
+            def forward(self, z, y): return self.draw(z[:, :, None, None] + self.names(y)[:, :, None, None])
+
+        with pytest.raises(InputError, match="label is 3, and Named knows 3 classes; give 0 to 2"):
+            adapt(Named(), z_dim=6, label=3)
+        with pytest.raises(InputError, match="give a class from 0 on"): adapt(Named(), z_dim=6, label=-1)
+
+    def test_a_mistake_in_its_code_is_told_with_its_line(self):
+        class Broken(DCGAN):
+            def forward(self, z): return undefined_name  # noqa: F821
+
+        with pytest.raises(InputError, match=r"undefined_name.*test_adapt.py, line \d+\); mend that first") as told:
+            adapt(Broken())
+        assert "z_dim" not in str(told.value)
+
+    def test_pictures_that_hardly_differ_are_told(self):
+        torch.manual_seed(0)
+        pale = nn.Sequential(nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh())
+        with torch.no_grad(): pale[2].weight.mul_(0.01)
+        with pytest.warns(UserWarning, match="hardly differ, by .* is it trained, and has its batch norm seen"):
+            adapt(pale, z_dim=(6, 1, 1))
+        with torch.no_grad(): pale[2].weight.mul_(1000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapt(pale, z_dim=(6, 1, 1))
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_of_several_pictures_the_largest_counts(self, order):
@@ -437,6 +512,70 @@ class TestFiles:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
         with pytest.raises(InputError, match="PYTHONPATH=."): load_generator("lonely:Generator")
+
+    def test_a_missing_library_of_a_module_is_no_missing_path(self, tmp_path, monkeypatch):
+        """The file is here and is found; what it imports is not, or it has a mistake of its own."""
+        (tmp_path / "needy.py").write_text("import no_such_library_at_all\n")
+        (tmp_path / "unfinished.py").write_text("class Generator(\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(InputError, match="it is there, and imports no_such_library_at_all, which is not") as told:
+            load_generator("needy:Generator")
+        assert "PYTHONPATH" not in str(told.value)
+        with pytest.raises(InputError, match="SyntaxError.*mend that first"): load_generator("unfinished:Generator")
+        for given in ("needy.py:Generator", "./needy.py:Generator", "needy.Generator"):
+            with pytest.raises(InputError, match="did you mean needy:Generator?"): module_generator({"module": given})
+
+    def test_weights_that_nobody_named_are_told(self, program):
+        with pytest.warns(UserWarning, match="theirs:Generator: no weights are named.*give weights: FILE"):
+            load_generator("theirs:Generator")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*no weights are named")
+            load_generator({"module": "theirs:Generator", "weights": "gan.pth"})
+
+    def test_a_method_in_a_description(self, tmp_path, monkeypatch):
+        """Weights are those of the whole module; a file of it says which method draws."""
+        monkeypatch.chdir(tmp_path)
+        torch.manual_seed(0)
+        whole = Autoencoder()
+        torch.save(whole.state_dict(), "ae.pth")
+        given = {"module": "test_adapt:Autoencoder", "weights": "ae.pth", "method": "decode"}
+        generator, z = load_generator(given), torch.randn(2, 6)
+        assert generator(z).image.equal(adapt(whole.decode)(z).image)
+        save_adapted("mine.safetensors", generator)
+        assert "weights: mine.safetensors, method: decode}" in inspect("mine.safetensors")["to open it"]
+        assert load_generator(given | {"weights": "mine.safetensors"})(z).image.equal(generator(z).image)
+        with pytest.raises(InputError, match="has no method decod$"): load_generator(given | {"method": "decod"})
+
+    def test_inspect_tells_of_a_module(self, program):
+        facts = inspect("{module: theirs:Generator, weights: gan.pth}")
+        assert facts["kind"] == "generator of another package" and facts["generator"]["z_dim"] == 6
+        values = load_generator({"module": "theirs:Generator", "weights": "gan.pth"}).network.values
+        assert facts["generator"]["black and white"] == list(values) and facts["generator"]["class"] == "Generator"
+        assert sum(line.startswith("used") for line in facts["generator"]["layers"]) == 1
+
+    def test_a_dry_run_looks_at_the_generator(self, program, tmp_path, capsys):
+        from lagm.cli import main
+        asked = ["run", "annotate", "-o", "out", "--dry-run", "-p", "generator"]
+        assert not main([*asked, "{module: theirs:Generator, weights: gan.pth}"])
+        for wrong, match in (("{module: theirs:Generatr}", "did you mean Generator"),
+                             ("{module: theirs:Generator, weights: gone.pth}", "weights: no such file"),
+                             ("{module: theirs:Generator, labl: 1}", "did you mean label")):
+            assert main([*asked, wrong]) == 2 and match in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_new_project_takes_the_size_of_a_small_generator(self, program, tmp_path, capsys):
+        from lagm.cli import main
+        asked = ["new", "mine", "--classes", "background,face", "--generator",
+                 "{module: theirs:Generator, weights: gan.pth}", "--generated", "2"]
+        assert not main(asked) and "size: 16" in (tmp_path / "mine" / "project.yaml").read_text()
+        assert not main([*asked[:1], "larger", *asked[2:], "--size", "32"])
+        assert "training is at 32 pixels, the generator draws 16" in capsys.readouterr().out
+        assert "size: 32" in (tmp_path / "larger" / "project.yaml").read_text()
+        assert not main(["run", "mine", "--dry-run"])
+        settings = (tmp_path / "mine" / "project.yaml").read_text()
+        (tmp_path / "mine" / "project.yaml").write_text(settings.replace("gan.pth", "gone.pth"))
+        assert main(["run", "mine", "--dry-run"]) == 2 and "gone.pth" in capsys.readouterr().err
 
     def test_in_a_project(self, program, tmp_path):
         given = "{module: theirs:Generator, weights: gan.pth}"

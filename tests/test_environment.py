@@ -57,6 +57,19 @@ def test_all_packages_are_in_every_record():
     assert listed["numpy"] == importlib.metadata.version("numpy") and "lagm" not in listed
 
 
+def test_what_setuptools_brings_for_itself_is_not_installed(tmp_path, monkeypatch):
+    """Its import puts such a folder on the path: a record must not depend on who has imported it."""
+    look = installed_packages.__wrapped__  # without its cache
+    before = look()
+    for folder in ("_vendor", "site"):
+        (tmp_path / folder / f"of_{folder}-1.0.dist-info").mkdir(parents=True)
+        (tmp_path / folder / f"of_{folder}-1.0.dist-info" / "METADATA").write_text(f"Name: of_{folder}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "_vendor"))
+    assert look() == before
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert look()["of-site"] == "1.0"
+
+
 def test_differences_by_hand():
     recorded, here = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "9"}
     assert differences(recorded, here) == {"b": ("2", "2.1"), "c": ("3", None)}

@@ -45,6 +45,7 @@ def installed_packages() -> dict[str, str]:  # name -> version, sorted
     """
     found: dict[str, str] = {}
     for package in importlib.metadata.distributions():
+        if "_vendor" in Path(str(package.locate_file(""))).parts: continue  # setuptools' own, once it was imported
         name = package.metadata["Name"]
         if name: found.setdefault(same_package(name), package.version)
     return dict(sorted(found.items()))

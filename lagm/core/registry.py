@@ -15,6 +15,47 @@ from typing import Any, Generic, TypeVar
 from .errors import InputError, printable
 
 # %% ../../nbs/reference/core/01_registry.ipynb #5e90a002
+def _meant(
+    name: str,  # not of the form package.module:name
+) -> str:  # what is added to the message; empty: no guess
+    """How a file or a dotted name would be written as package.module:name.
+
+    Parameters
+    ----------
+    name
+        not of the form package.module:name
+
+    Returns
+    -------
+    str
+        what is added to the message; empty: no guess
+    """
+    path, _, attribute = name.removeprefix("./").replace("/", ".").partition(":")
+    path = path.removesuffix(".py")
+    if not attribute: path, _, attribute = path.rpartition(".")
+    fits = all(part.isidentifier() for part in [*path.split("."), attribute])
+    return f"; did you mean {path}:{attribute}?" if fits and attribute != "py" else ""
+
+
+def _not_imported(
+    module: str,  # that was asked for
+    error: Exception,  # what its import raised
+) -> str:
+    """Why a module cannot be imported, and what to do: it is not there, it lacks another one, or it has a mistake.
+
+    Parameters
+    ----------
+    module
+        that was asked for
+    error
+        what its import raised
+    """
+    said = f"the module {module} cannot be imported ({type(error).__name__}: {printable(error)})"
+    if not isinstance(error, ModuleNotFoundError) or error.name is None: return f"{said}; mend that first"
+    if f"{module}.".startswith(f"{error.name}."): return f"{said}; install its package"
+    return f"{said}; it is there, and imports {printable(error.name, 60)}, which is not: install that"
+
+
 def from_package(
     name: str,  # "package.module:name"
 ) -> Any:
@@ -27,11 +68,10 @@ def from_package(
     """
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise InputError(f"{printable(name, 100)!r} is not of the form package.module:name")
+        raise InputError(f"{printable(name, 100)!r} is not of the form package.module:name{_meant(name)}")
+    if module.endswith(".py"): raise InputError(f"{name} names a file{_meant(name)}")
     try: found = importlib.import_module(module)
-    except Exception as error:
-        why = f"{type(error).__name__}: {printable(error)}"
-        raise InputError(f"{name}: the module {module} cannot be imported ({why}); install its package") from error
+    except Exception as error: raise InputError(f"{name}: {_not_imported(module, error)}") from error
     if hasattr(found, attribute): return getattr(found, attribute)
     near = difflib.get_close_matches(attribute, dir(found), 1)
     raise InputError(f"{name}: the module {module} has no {attribute}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -49,9 +49,10 @@ def add_checkpoint_commands(
         where `lagm`'s commands are
     """
     known = "Reads NVIDIA's, DatasetGAN's, rosinality's, the authors' and our files; nothing in them is executed."
-    help = "tell what a checkpoint is"
-    inspecting = commands.add_parser("inspect", help=help, description=f"Tell what a checkpoint is. {known}")
-    inspecting.add_argument("source", metavar="SRC", help="a checkpoint")
+    help = "tell what a checkpoint or a generator of your own is"
+    inspecting = commands.add_parser("inspect", help=help, description=f"{help.capitalize()}. {known}")
+    inspecting.add_argument("source", metavar="SRC", help="a checkpoint, a folder of diffusers, or a generator of "
+                            "your own: package.module:Class or '{module: package.module:Class, weights: FILE}'")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
     inspecting.set_defaults(command=_inspect)
     help = "turn a checkpoint into safetensors"
@@ -241,7 +242,8 @@ def add_project_commands(
                      help="a generator of such pictures, if you have one: a file, a name, or of a PyTorch module "
                      "'{module: package.module:Class, weights: FILE, arguments: {nz: 100}}'")
     _add_choices(new)
-    new.add_argument("--size", type=at_least_one, default=64, metavar="N", help="side in training (default: 64)")
+    new.add_argument("--size", type=at_least_one, metavar="N",
+                     help="side in training (default: 64, or that of a generator that draws smaller ones)")
     new.set_defaults(command=_new)
     _add_generate(commands)
     _add_label(commands)

@@ -6,9 +6,10 @@ next.
 
 # %% auto #0
 __all__ = ['MEANING', 'Settings', 'settings_network', 'settings_text', 'read_settings', 'new_project',
-           'generator_of_project', 'missing', 'next_step', 'labelled_pictures', 'project_generator', 'drawn_pictures',
-           'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file', 'run_project',
-           'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command', 'project_command']
+           'generator_of_project', 'missing', 'next_step', 'labelled_pictures', 'project_generator', 'open_generator',
+           'drawn_pictures', 'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file',
+           'run_project', 'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command',
+           'project_command']
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e15
 import contextlib
@@ -407,6 +408,19 @@ def project_generator(
     return _generator(folder, settings, device) if settings.generator else None
 
 
+def open_generator(
+    folder: str | Path,  # of a project
+) -> Any:
+    """The generator of a project, on the processor; None if it has none. `InputError` if it cannot be opened.
+
+    Parameters
+    ----------
+    folder
+        of a project
+    """
+    return project_generator(folder, read_settings(folder), torch.device("cpu"))
+
+
 def _generator(folder: str | Path, settings: Settings, device: str | torch.device = "cpu") -> Any:
     how, given = Sampling(settings.psi), settings.generator
     label = settings.generator_class if settings.generator_class >= 0 else None
@@ -761,9 +775,13 @@ def new_command(
     arguments
         of the command line
     """
-    settings = replace(_settings_of(arguments), size=arguments.size)
+    settings = replace(_settings_of(arguments), size=arguments.size or 64)
     classes, folder = [name.strip() for name in arguments.classes.split(",")], Path(arguments.project)
-    project_generator(folder, settings, torch.device("cpu"))  # a file that is none is told before anybody paints
+    # a file that is none is told before anybody paints
+    draws = getattr(project_generator(folder, settings, torch.device("cpu")), "resolution", settings.size)
+    if not arguments.size and 8 <= draws < settings.size: settings = replace(settings, size=draws // 8 * 8)
+    if draws != settings.size:
+        print(f"training is at {settings.size} pixels, the generator draws {draws}: size in project.yaml changes it")
     bad = new_project(folder, arguments.images, classes, settings, arguments.generated)
     for why in bad.values(): print(f"left out: {why}")
     print(f"{folder}: {_number(len(Album(folder)), 'picture')}, classes {', '.join(classes)}")

@@ -199,6 +199,7 @@ def _in_words(generator: FrozenGenerator) -> str:
     """What `repr` says."""
     maps = ", ".join(f"{c}×{s}²" for c, s in zip(generator.feature_channels, generator.feature_sizes))
     about = f"{type(generator.network).__name__} {generator.resolution}², z {generator.z_dim}"
+    about += getattr(generator.network, "in_words", "")
     return f"{about}, feature maps {maps}; {generator.sampling}"
 
 # %% ../../nbs/book/02_a_frozen_generator.ipynb #6329febd

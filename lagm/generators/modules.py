@@ -8,6 +8,7 @@ __all__ = ['ModuleGenerator', 'described_generator', 'read_weights', 'module_gen
            'adapted_facts', 'how_to_open']
 
 # %% ../../nbs/reference/generators/28_modules.ipynb #ad290003
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..core.pickle_records import Extra, LazyArray, LazyTensor, Unreadable, quot
 from ..core.registry import from_package
 from ..core.tensors import all_finite, describe_tensors, load_tensors, save_tensors
 from ..core.values import check_field_names, check_fields
-from .adapt import Adapted, adapt
+from .adapt import Adapted, Drawing, adapt
 from .contract import FrozenGenerator, Sampling
 from .formats import from_tensor, read_value, recognise
 from .protocol import Generator
@@ -41,6 +42,8 @@ class ModuleGenerator:
         what the class is called with
     weights
         file of its state dict; empty: as the class makes it
+    method
+        of it that draws, such as decode of an autoencoder; empty: the module's own call
     key
         name of the state dict in a file that holds several; empty: the one that fits
     layers
@@ -50,6 +53,7 @@ class ModuleGenerator:
     module: str  # package.module:Class, or a function that makes the module
     arguments: dict = field(default_factory=dict)  # what the class is called with
     weights: str = ""  # file of its state dict; empty: as the class makes it
+    method: str = ""  # of it that draws, such as decode of an autoencoder; empty: the module's own call
     key: str = ""  # name of the state dict in a file that holds several; empty: the one that fits
     layers: list | str | None = None  # as `adapt` takes them, and so is what follows
     z_dim: int | list | None = None
@@ -110,15 +114,17 @@ def _make_module(
     except InputError as error:
         module = name.partition(":")[0]
         beside = Path(*module.split(".")).with_suffix(".py")
-        if not isinstance(error.__cause__, ModuleNotFoundError) or not beside.is_file(): raise
+        cause = error.__cause__
+        unseen = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
+        if not unseen or not beside.is_file(): raise
         raise InputError(f"{name}: {beside} is here, but Python does not look here; start with PYTHONPATH=. in front "
                          "of the command") from error
     if not callable(made) or isinstance(made, FrozenGenerator | nn.Module): return made
     try: return made(**(arguments or {}))
     except Exception as error:
         said = f"with {', '.join(arguments)}" if arguments else "without arguments"
-        raise InputError(f"{name} cannot be made ({type(error).__name__}: {printable(error)}); it was called {said}, "
-                         "and takes what arguments: names") from error
+        raise InputError(f"{name} cannot be made ({type(error).__name__}: {printable(error)}); it was called {said}: "
+                         "give what it needs as arguments: {name: value}") from error
 
 # %% ../../nbs/reference/generators/28_modules.ipynb #ad29000b
 def _state_dicts(value: Any, name: str = "") -> dict[str, dict[str, Any]]:
@@ -243,13 +249,19 @@ def module_generator(
         if not isinstance(made, nn.Module):
             raise InputError(f"{what.module} makes a {type(made).__name__}: weights are read into a torch.nn.Module")
         facts |= {"weights": Path(what.weights).name, "key": read_weights(Path(folder) / what.weights, made, what.key)}
+    elif isinstance(made, nn.Module) and not isinstance(made, FrozenGenerator):
+        warnings.warn(f"{what.module}: no weights are named, so it draws with those that it was made with; if these "
+                      "are random, give weights: FILE", stacklevel=2)
     if isinstance(made, FrozenGenerator): return made.to(device)
     if isinstance(made, Generator): return cast(FrozenGenerator, made)
     if isinstance(made, nn.Module) and hasattr(made, "z_dim") and hasattr(made, "img_resolution"):
         return FrozenGenerator(made.to(device), sampling, dtype, {"provenance": facts})
     options = {name: value for name, value in vars(what).items()
-               if name not in ("module", "arguments", "weights", "key")}
+               if name not in ("module", "arguments", "weights", "method", "key")}
     header = {"provenance": facts, "arguments": what.arguments}
+    if what.method and not callable(getattr(made, what.method, None)):
+        raise InputError(f"{what.module} has no method {printable(what.method, 60)}")
+    if what.method: made = getattr(made, what.method)
     try: return adapt(made, sampling=sampling, dtype=dtype, header=header, **options).to(device)
     except InputError as error: raise InputError(f"{what.module}: {error}") from error
 
@@ -270,12 +282,14 @@ def save_adapted(
     network = generator.network
     if not isinstance(network, Adapted):
         raise InputError("save_adapted is for generators of adapt; for the kit's own there is save_generator")
-    about = {"class": f"{type(network.module).__module__}:{type(network.module).__qualname__}",
+    inner, method = network.module, ""
+    if isinstance(inner, Drawing): inner, method = inner.owner, inner.method
+    about = {"class": f"{type(inner).__module__}:{type(inner).__qualname__}", "method": method,
              "arguments": generator.header.get("arguments", {}), "z_dim": network.z_dim,
              "latent": list(network.calling.latent), "layers": network.taps, "values": list(network.values),
              "resolution": generator.resolution, "mapping": network.mapping,
              "feature_maps": [f"{c} × {s}²" for c, s in zip(generator.feature_channels, generator.feature_sizes)]}
-    save_tensors(path, {name: tensor.contiguous() for name, tensor in network.module.state_dict().items()},
+    save_tensors(path, {name: tensor.contiguous() for name, tensor in inner.state_dict().items()},
                  dict(kind="adapted generator", format_version=FORMAT_VERSION, adapted=about,
                       provenance=generator.header.get("provenance", {})))
 
@@ -316,5 +330,6 @@ def how_to_open(
         of `adapted_facts`
     """
     name = printable(str(facts.get("class", "package.module:Class")), 80)
+    method = f", method: {printable(facts['method'], 60)}" if isinstance(facts.get("method"), str) and facts["method"] else ""
     return (f"{path} holds the weights of an adapted generator, whose class a file cannot bring along: if you trust "
-            f"{name}, give generator: {{module: {name}, weights: {path}}}")
+            f"{name}, give generator: {{module: {name}, weights: {path}{method}}}")

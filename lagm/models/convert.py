@@ -22,9 +22,10 @@ from ..core.files import atomic_path, checksum
 from ..core.progress import progress_bar
 from ..core.tensors import save_tensors
 from ..data.labels import LabelSet
+from ..generators.adapt import Adapted
 from ..generators.contract import FrozenGenerator, Sampling
 from ..generators.diffusers_folder import describe_diffusers, is_diffusers
-from ..generators.load import read_generator, read_safetensors
+from ..generators.load import from_elsewhere, is_outside, read_generator, read_safetensors
 from ..generators.modules import adapted_facts, how_to_open
 from ..generators.weights import FORMAT_VERSION, network_from_tensors
 from .results import load_results
@@ -85,7 +86,7 @@ UNKNOWN_LICENCE = "the file does not say: the licence is that of whoever trained
 
 # %% ../../nbs/reference/models/27_convert.ipynb #8743f5c0
 def inspect(
-    path: str | Path,  # the file
+    path: str | Path,  # the file, or a generator of another package: package.module:Class, or a description
     avg_latent: str | Path | None = None,  # file with the mean style; None: the checkpoint's own
     progress: bool = False,  # whether a line shows how far it is
 ) -> dict[str, Any]:  # plain values
@@ -94,7 +95,7 @@ def inspect(
     Parameters
     ----------
     path
-        the file
+        the file, or a generator of another package: package.module:Class, or a description
     avg_latent
         file with the mean style; None: the checkpoint's own
     progress
@@ -105,6 +106,7 @@ def inspect(
     dict[str, Any]
         plain values
     """
+    if is_outside(path): return _inspect_outside(path)
     if is_diffusers(path): return _inspect_diffusers(Path(path))
     if said := adapted_facts(path): return _adapted(path, said)
     networks, header = read_any(path, avg_latent, progress)
@@ -210,6 +212,19 @@ def _inspect_diffusers(path: Path) -> dict[str, Any]:
         "says": levels.get("prediction_type", "epsilon")}
     return facts | {"provenance": {"written_by": f"diffusers {unet.get('_diffusers_version')}"},
                     "licence": UNKNOWN_LICENCE.replace("the file", "the folder")}
+
+# %% ../../nbs/reference/models/27_convert.ipynb #4c2fdce1
+def _inspect_outside(given: Any) -> dict[str, Any]:
+    """What a generator of another package is; its module is imported. `InputError` if it cannot be used."""
+    generator = from_elsewhere(given, Sampling(1.0, None))
+    network, side = generator.network if isinstance(generator, FrozenGenerator) else generator, generator.resolution
+    facts: dict[str, Any] = {"class": type(network).__name__, "resolution": side, "z_dim": generator.z_dim,
+                             "feature_maps": [f"{c} × {s} × {s}" for c, s in zip(generator.feature_channels,
+                                                                                 generator.feature_sizes)]}
+    if isinstance(network, Adapted):
+        facts |= {"class": network.kind, "latent": list(network.calling.latent),
+                  "black and white": list(network.values), "layers": repr(network.layers).splitlines()}
+    return {"kind": "generator of another package", "generator": facts, "licence": UNKNOWN_LICENCE}
 
 # %% ../../nbs/reference/models/27_convert.ipynb #1aede3b5
 def convert(
