@@ -630,7 +630,7 @@ def test_from_the_command_line(program, tmp_path):
     """One parameter file through annotate, and the result through evaluate."""
     (tmp_path / "mine.yaml").write_text(
         "generator: {module: theirs:Generator, weights: gan.pth}\nsize: [16, 16]\niterations: 1\nwarm_up: 1\n"
-        "width: 4\nlevels: 2\nchannels: 8\nvalidation_pictures: 2\nfinish: false\n")
+        "width: 4\nlevels: 2\nchannels: 8\nvalidation_pictures: 2\n")
     import os
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     for command in (["annotate", "-f", "mine.yaml", "-o", "out"],

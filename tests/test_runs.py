@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import nbformat
 import pytest
@@ -326,6 +327,13 @@ def test_force_reaches_the_notebook(toy, tmp_path):
     write_experiment(toy, "from lagm.training.checkpoints import forced\nprint(forced())", parameters=PARAMETERS)
     for force in (False, True): assert printed(run_notebook(toy, "outputs/toy.ipynb", force=force)) == f"{force}\n"
     assert "LAGM_FORCE" not in os.environ
+
+
+def test_advice_of_a_run_is_a_sentence_without_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # comes back
+    start_stage(dict(out_dir=str(tmp_path / "out")))
+    assert warnings.formatwarning(UserWarning("the size"), UserWarning, "f.py", 3) == "warning: the size\n"
+    assert "f.py:3" in warnings.formatwarning(DeprecationWarning("old"), DeprecationWarning, "f.py", 3, line="")
 
 
 def test_a_stage_sets_aside_what_it_cannot_go_on_from(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ __all__ = ['SIMPLE', 'read_labelled', 'read_split', 'has_validation', 'read_vali
 import dataclasses
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -689,6 +690,15 @@ def _asked(parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps({"parameters": decisive, "inputs": inputs}))
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #d3dc1de6
+_PATHS = warnings.formatwarning  # the usual form, with the file and the line that warn
+
+
+def _plain_warning(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """Advice for people as a sentence: a record shows no paths of a machine. Other warnings as usual."""
+    if not issubclass(category, UserWarning): return _PATHS(message, category, *where, **line)
+    return f"warning: {message}\n"
+
+
 def start_stage(
     parameters: Mapping[str, Any],  # of the run; `size`, `levels`, `threads` and `out_dir` are looked at
     resumable: Sequence[str] = (),  # patterns of the files that a stopped run goes on from
@@ -710,6 +720,7 @@ def start_stage(
     Path
         the folder for results
     """
+    warnings.formatwarning = _plain_warning
     for problem in name_problems(parameters): raise InputError(problem)
     _check_size(parameters)
     if parameters.get("threads"): torch.set_num_threads(parameters["threads"])
