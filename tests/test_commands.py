@@ -10,6 +10,7 @@ its first step is checked (`--dry-run`), and the run itself, made small, is in t
 
 import configparser
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import os
@@ -55,6 +56,19 @@ SMALL = [word for name, value in SIZES.items() for word in ("-p", name, str(valu
 FEW = r"k is \d+, give 1 to|cannot choose \d+ of|it needs [\w-]+/|the same as [\w-]+/"
 THEIRS = {"gan_face_generate"}  # the generator of tutorial 40
 CODE = "import sys; from lagm.cli import main; sys.exit(main())"
+THEIR_GAN = """
+from torch import nn
+
+
+class DCGAN(nn.Sequential):
+    def __init__(self, nz=32, width=16):
+        up = lambda a, b: (nn.ConvTranspose2d(a, b, 4, 2, 1), nn.ReLU())
+        super().__init__(nn.ConvTranspose2d(nz, width, 4), *up(width, width), *up(width, width),
+                         nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+
+
+GAN = DCGAN
+"""
 
 
 # ---- collecting
@@ -146,10 +160,16 @@ def things(tmp_path_factory):
 
 @pytest.fixture
 def clean(checkout, monkeypatch):
-    """The checkout as the current folder, as it was."""
+    """The checkout as the current folder, as it was, and beside it what a reader has: a module with its weights."""
     before = {path for path in checkout.iterdir()}
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.syspath_prepend(str(checkout))
+    for name, weights in (("mine", "gan.pth"), ("dcgan", "dcgan.pth")):
+        (checkout / f"{name}.py").write_text(THEIR_GAN)
+        sys.modules.pop(name, None)
+        torch.save(importlib.import_module(name).DCGAN().state_dict(), checkout / weights)
+    (checkout / "mine.yaml").write_text("generator: {module: dcgan:DCGAN, weights: dcgan.pth}\nsize: [32, 32]\n")
     yield checkout
     for path in set(checkout.iterdir()) - before:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
