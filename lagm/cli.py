@@ -173,7 +173,7 @@ def run_one(
         the experiment
     """
     from lagm.core.errors import InputError
-    from lagm.experiments.catalogue import generator_problems
+    from lagm.experiments.catalogue import Run, missing_inputs
     from lagm.experiments.notebooks import (
         check_parameters,
         default_output,
@@ -194,8 +194,8 @@ def run_one(
         asked = check_parameters(notebook, parameters)
         finished = is_finished(notebook, output, asked, root)
         print(f"{notebook.stem}  {'finished' if finished else 'to do'}  {output.parent.as_posix()}")
-        lacks = [] if finished else generator_problems(asked, root)
-        if lacks: raise InputError(f"{notebook.stem} cannot start; {lacks[0]}")
+        lacks = [] if finished else missing_inputs(Run(notebook.stem, "", notebook, asked, output), root, data=False)
+        if lacks: raise InputError(f"{notebook.stem} cannot start; {'; '.join(lacks)}")
         return
     root.mkdir(parents=True, exist_ok=True)
     run_notebook(notebook, output, parameters, force=arguments.force, cwd=root, echo=True)
@@ -304,11 +304,11 @@ def run_command(
     if arguments.all == bool(names):
         raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
-        from lagm.experiments.project import next_step, open_generator, project_command
+        from lagm.experiments.project import next_step, project_command, project_generator, read_settings
 
         _refuse(arguments, f"{names[0]} is a project", "--folds", f", or change {Path(names[0]) / 'project.yaml'}")
         if arguments.dry_run:
-            open_generator(names[0])
+            project_generator(names[0], read_settings(names[0]), "cpu")
             return print(next_step(names[0]))
         return project_command(names[0], arguments.folds)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):

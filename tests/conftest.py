@@ -1,11 +1,14 @@
 """Every test starts from the same random numbers, in the checkout's own folders."""
 
+import os
 import sys
 
 import numpy
 import nursery
 import pytest
 import torch
+
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # older ipykernels warn of frozen modules on stderr
 
 # Files whose tests take more than some ten seconds of processor time together, most of them because they start
 # processes: `make quick` leaves them out, `make test` does not. To measure one: pytest --durations=10

@@ -253,7 +253,7 @@ class TestAdapt:
     def test_modules_that_take_or_give_something_else(self):
         """An autoencoder, a network from picture to picture, and flat pictures are told what to do."""
         wide = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
-        with pytest.raises(InputError, match="a pixel, no picture.*first layer reads pictures.*the method that draws"): adapt(wide)
+        with pytest.raises(InputError, match="a pixel, no picture.*reads pictures.*the method that draws"): adapt(wide)
         for layers in ([nn.Conv2d(3, 8, 4, 4)], [nn.Conv2d(1, 8, 4, 4)]):
             with pytest.raises(InputError, match=r"or a module whose forward\(z\) calls it .*of an autoencoder"):
                 adapt(nn.Sequential(*layers))
@@ -315,7 +315,8 @@ class TestAdapt:
 
     def test_pictures_that_hardly_differ_are_told(self):
         torch.manual_seed(0)
-        pale = nn.Sequential(nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh())
+        pale = nn.Sequential(nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 4, 2, 1),
+                             nn.Tanh())
         with torch.no_grad(): pale[2].weight.mul_(0.01)
         with pytest.warns(UserWarning, match="hardly differ, by .* is it trained, and has its batch norm seen"):
             adapt(pale, z_dim=(6, 1, 1))

@@ -1,6 +1,7 @@
 """The options of a run, its estimate, appointments, batches in parts, and the protocols of what is passed around."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from lagm.training.watching import Estimate
 def test_options_are_documented():
     """Each field has a line in what help() shows, and the functions name them all."""
     for name in RUN_OPTIONS:
-        assert f"    {name}: " in RunOptions.__doc__, name
+        assert f"\n{name}: " in inspect.getdoc(RunOptions), name
         assert f"{name}," in train_lagm.__doc__ or f"{name}." in train_lagm.__doc__, name
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from packaging.version import Version
 from torch import nn
 
 from ..core.errors import InputError
@@ -107,11 +108,13 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"the export needs onnx, onnxscript and onnxruntime: {install_advice('onnx')}") from error
+    if Version(torch.__version__) < Version("2.7"):
+        raise InputError(f"torch {torch.__version__} cannot export this to ONNX; install a later one")
     segmenter = copy.deepcopy(segmenter).cpu().eval()
     names: dict[str, Any] = dict(input_names=["pictures"], output_names=["logits"])
     with atomic_path(path) as temporary:
-        torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamic_shapes=(*_free_batch().values(),),
-                          dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(segmenter, (torch.zeros(2, 3, *size),), temporary, **names, dynamo=True, verbose=False,
+                          dynamic_shapes=(*_free_batch().values(),), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return _compare(segmenter, lambda x: torch.from_numpy(session.run(None, {"pictures": x.numpy()})[0]), size, path)
 

@@ -8,7 +8,7 @@ files themselves.
 __all__ = ['STAGES', 'DEMO', 'DEMO_PAPER', 'DEMO_STYLES', 'DEMO_METHODS', 'SMALL', 'Run', 'declared_parameters',
            'read_run', 'connect', 'read_catalogue', 'project_folder', 'project_path', 'paper_experiments',
            'parameter_text', 'write_parameter_files', 'demo_experiments', 'paper_numbers', 'choose_runs', 'change_runs',
-           'missing_inputs', 'generator_problems']
+           'missing_inputs']
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #5a2f7645
 import difflib
@@ -691,7 +691,7 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    named = _name_problems(run) + generator_problems(run.parameters, root)
+    named = _name_problems(run) + _generator_problems(run.parameters, root)
     return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #84862a22
@@ -702,24 +702,8 @@ def _name_problems(run: Run) -> list[str]:
     return name_problems(run.parameters)
 
 
-def generator_problems(
-    parameters: Mapping[str, Any],  # of a run
-    root: str | Path = ".",  # what relative paths start from
-) -> list[str]:  # a line each; empty: none
-    """Whether a generator that is given by a name or described is there; a comparison of methods takes its style's.
-
-    Parameters
-    ----------
-    parameters
-        of a run
-    root
-        what relative paths start from
-
-    Returns
-    -------
-    list[str]
-        a line each; empty: none
-    """
+def _generator_problems(parameters: Mapping[str, Any], root: Path) -> list[str]:
+    """Whether a generator that is given by a name or described is there; a comparison of methods takes its style's."""
     from lagm.generators.diffusers_folder import check_diffusers, is_diffusers
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 

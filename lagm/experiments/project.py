@@ -6,10 +6,9 @@ next.
 
 # %% auto #0
 __all__ = ['MEANING', 'Settings', 'settings_network', 'settings_text', 'read_settings', 'new_project',
-           'generator_of_project', 'missing', 'next_step', 'labelled_pictures', 'project_generator', 'open_generator',
-           'drawn_pictures', 'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file',
-           'run_project', 'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command',
-           'project_command']
+           'generator_of_project', 'missing', 'next_step', 'labelled_pictures', 'project_generator', 'drawn_pictures',
+           'train_project', 'cross_validated', 'disagreement', 'label_next', 'run_file', 'run_project',
+           'named_generator', 'new_command', 'generate_command', 'proposals_for', 'label_command', 'project_command']
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e15
 import contextlib
@@ -392,7 +391,7 @@ def labelled_pictures(
 def project_generator(
     folder: str | Path,  # of the project
     settings: Settings,  # of project.yaml
-    device: torch.device,  # where it goes
+    device: str | torch.device,  # where it goes
 ) -> Any:
     """The generator that a project names, beside it or from where one is; None if it names none.
 
@@ -406,19 +405,6 @@ def project_generator(
         where it goes
     """
     return _generator(folder, settings, device) if settings.generator else None
-
-
-def open_generator(
-    folder: str | Path,  # of a project
-) -> Any:
-    """The generator of a project, on the processor; None if it has none. `InputError` if it cannot be opened.
-
-    Parameters
-    ----------
-    folder
-        of a project
-    """
-    return project_generator(folder, read_settings(folder), torch.device("cpu"))
 
 
 def _generator(folder: str | Path, settings: Settings, device: str | torch.device = "cpu") -> Any:

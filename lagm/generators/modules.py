@@ -23,7 +23,7 @@ from ..core.pickle_records import Extra, LazyArray, LazyTensor, Unreadable, quot
 from ..core.registry import from_package
 from ..core.tensors import all_finite, describe_tensors, load_tensors, save_tensors
 from ..core.values import check_field_names, check_fields
-from .adapt import Adapted, Drawing, adapt
+from .adapt import Adapted, adapt
 from .contract import FrozenGenerator, Sampling
 from .formats import from_tensor, read_value, recognise
 from .protocol import Generator
@@ -282,8 +282,7 @@ def save_adapted(
     network = generator.network
     if not isinstance(network, Adapted):
         raise InputError("save_adapted is for generators of adapt; for the kit's own there is save_generator")
-    inner, method = network.module, ""
-    if isinstance(inner, Drawing): inner, method = inner.owner, inner.method
+    inner, method = network.drawn_by
     about = {"class": f"{type(inner).__module__}:{type(inner).__qualname__}", "method": method,
              "arguments": generator.header.get("arguments", {}), "z_dim": network.z_dim,
              "latent": list(network.calling.latent), "layers": network.taps, "values": list(network.values),
@@ -330,6 +329,6 @@ def how_to_open(
         of `adapted_facts`
     """
     name = printable(str(facts.get("class", "package.module:Class")), 80)
-    method = f", method: {printable(facts['method'], 60)}" if isinstance(facts.get("method"), str) and facts["method"] else ""
+    method = f", method: {printable(facts['method'], 60)}" if facts.get("method") else ""
     return (f"{path} holds the weights of an adapted generator, whose class a file cannot bring along: if you trust "
             f"{name}, give generator: {{module: {name}, weights: {path}{method}}}")

@@ -222,7 +222,8 @@ def _inspect_outside(given: Any) -> dict[str, Any]:
                              "feature_maps": [f"{c} × {s} × {s}" for c, s in zip(generator.feature_channels,
                                                                                  generator.feature_sizes)]}
     if isinstance(network, Adapted):
-        facts |= {"class": network.kind, "latent": list(network.calling.latent),
+        made, method = network.drawn_by
+        facts |= {"class": type(made).__name__ + f".{method}" * bool(method), "latent": list(network.calling.latent),
                   "black and white": list(network.values), "layers": repr(network.layers).splitlines()}
     return {"kind": "generator of another package", "generator": facts, "licence": UNKNOWN_LICENCE}
 
