@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 import yaml
+from sync import ROOT
 from templates import run_cells
 from torch import nn
 
@@ -341,3 +343,13 @@ def test_a_comparison_needs_the_size_of_the_gan(tmp_path):
     with pytest.raises(InputError, match=r"the GAN draws 64 pixels: give resolution 64, or compare \[\]"):
         run_cells(experiment_folder() / "diffusion.ipynb", dict(resolution=32, out_dir=str(tmp_path)))
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_table_of_the_chapter_is_that_of_the_record():
+    record = json.loads((ROOT / "outputs/diffusion/metrics.json").read_text(encoding="utf-8"))
+    chapter = (ROOT / "nbs/reference/generators/27_diffusion.ipynb").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (GAN|diffusion) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", chapter)
+    assert {f"{name}, {k}": [matched, finished] for name, k, matched, finished in rows} == {
+        name: [f"{100 * value:.1f}" for value in pair] for name, pair in record["beside"].items()}
+    full = yaml.safe_load((ROOT / "nbs/experiments/diffusion.yaml").read_text(encoding="utf-8"))
+    assert {name: record["parameters"][name] for name in full} == full
