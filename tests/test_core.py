@@ -211,3 +211,17 @@ def test_a_failure_that_is_not_the_files_is_not_blamed_on_it(tmp_path, monkeypat
     monkeypatch.setattr(core_tensors.safetensors, "safe_open",
                         lambda *args, **kwargs: exec("raise RuntimeError('out of memory')"))
     with pytest.raises(RuntimeError, match="out of memory"): load_tensors(tmp_path / "run.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+def test_what_a_killed_write_of_tensors_leaves_goes_with_the_next(tmp_path):
+    """The system ends the process in the middle of the file: the kit's own temporary file is left, and not long."""
+    code = ("import resource, signal, sys, torch; from lagm.core.tensors import save_tensors; "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
+            "save_tensors(sys.argv[1], {'a': torch.zeros(100_000)})")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 1 and left[0].startswith(".a.safetensors.")
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

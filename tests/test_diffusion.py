@@ -342,7 +342,7 @@ def test_the_experiment_goes_on_where_it_was_stopped(tmp_path):
 def test_a_comparison_needs_the_size_of_the_gan(tmp_path):
     with pytest.raises(InputError, match=r"the GAN draws 64 pixels: give resolution 64, or compare \[\]"):
         run_cells(experiment_folder() / "diffusion.ipynb", dict(resolution=32, out_dir=str(tmp_path)))
-    assert not [*tmp_path.iterdir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.json"]
 
 
 def test_the_table_of_the_chapter_is_that_of_the_record():

@@ -40,10 +40,8 @@ def save_tensors(
     """
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "lagm": json.dumps(as_plain(header or {}), allow_nan=False)}
-    with atomic_path(path) as temporary:
-        try: safetensors.torch.save_file(own, temporary, metadata)
-        except safetensors.SafetensorError as error:  # says in words what the system said in numbers
-            raise InputError(f"cannot write {path}: {error}; make room, or choose another place") from error
+    # not by save_file, which writes to a file of its own beside: a killed process would leave that for ever
+    with atomic_path(path) as temporary: temporary.write_bytes(safetensors.torch.save(own, metadata))
 
 # %% ../../nbs/reference/core/02_tensors.ipynb #c19285a8
 def _version(path: str | Path) -> tuple[int, int, int]:
