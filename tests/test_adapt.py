@@ -313,6 +313,23 @@ class TestAdapt:
             adapt(Broken())
         assert "z_dim" not in str(told.value)
 
+    def test_the_line_is_told_in_whatever_folder_it_lies(self, tmp_path, monkeypatch):
+        """Also in a checkout that is called as the kit or as PyTorch are."""
+        place = tmp_path / "lagm" / "torch"
+        place.mkdir(parents=True)
+        (place / "sketch.py").write_text("from torch import nn\n\n\nclass Sketch(nn.ConvTranspose2d):\n"
+                                         "    def forward(self, z): return no_such_name\n")
+        monkeypatch.syspath_prepend(str(place))
+        import sketch
+        with pytest.raises(InputError, match="sketch.py, line 5"): adapt(sketch.Sketch(6, 8, 4))
+
+    def test_the_hint_of_an_autoencoder_names_a_method_and_no_part_of_it(self):
+        """A part, such as its decoder, may lack the layers before it."""
+        parts = nn.ModuleDict({"decoder": nn.ConvTranspose2d(5, 3, 16)})
+        whole = nn.Sequential(nn.Conv2d(3, 5, 16))
+        whole.decoder = parts["decoder"]
+        with pytest.raises(InputError, match=r"adapt\(module.decode\)"): adapt(whole, z_dim=9)
+
     def test_pictures_that_hardly_differ_are_told(self):
         torch.manual_seed(0)
         pale = nn.Sequential(nn.ConvTranspose2d(6, 8, 4), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 4, 2, 1),
@@ -554,6 +571,12 @@ class TestFiles:
         values = load_generator({"module": "theirs:Generator", "weights": "gan.pth"}).network.values
         assert facts["generator"]["black and white"] == list(values) and facts["generator"]["class"] == "Generator"
         assert sum(line.startswith("used") for line in facts["generator"]["layers"]) == 1
+
+    def test_inspect_tells_of_a_generator_that_is_written_to_the_contract(self):
+        """One that has the names of the contract and no other."""
+        facts = inspect("test_adapt:Own")["generator"]
+        assert facts["class"] == "Own" and facts["resolution"] == 16 and facts["z_dim"] == 4
+        assert len(facts["feature_maps"]) == len(Own().feature_channels)
 
     def test_a_dry_run_looks_at_the_generator(self, program, tmp_path, capsys):
         from lagm.cli import main

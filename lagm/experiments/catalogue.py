@@ -691,7 +691,7 @@ def missing_inputs(
         if made: continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
-    named = _name_problems(run) + _generator_problems(run.parameters, root)
+    named = _name_problems(run) + _generator_problems(run, root)
     return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #84862a22
@@ -702,16 +702,16 @@ def _name_problems(run: Run) -> list[str]:
     return name_problems(run.parameters)
 
 
-def _generator_problems(parameters: Mapping[str, Any], root: Path) -> list[str]:
+def _generator_problems(run: Run, root: Path) -> list[str]:
     """Whether a generator that is given by a name or described is there; a comparison of methods takes its style's."""
     from lagm.generators.diffusers_folder import check_diffusers, is_diffusers
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
-    given = parameters.get("generator") or parameters.get("style")
-    label = parameters.get("generator_class", -1)
+    given = run.parameters.get("generator") or run.parameters.get("style")
+    label = run.parameters.get("generator_class", -1)
     try:
         if is_outside(given): from_elsewhere(given, label=label if label >= 0 else None, folder=root)
-        elif given and is_diffusers(Path(root, given)): check_diffusers(Path(root, given), parameters.get("diffusion"))
+        elif given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
         else: generator_file(given)
     except InputError as error: return [f"generator: {error}"]
     return []

@@ -343,8 +343,8 @@ def _hint_of_pictures(module: nn.Module) -> str:
     """What is added for a module that seems to take pictures, not latents."""
     first = next((layer for layer in module.modules() if isinstance(layer, _WEIGHTED)), None)
     if not isinstance(first, nn.Conv2d) or first.in_channels not in (1, 3): return ""
-    names = ("decode", "generate", "sample", "decoder")
-    name = next((name for name in names if callable(getattr(module, name, None))), "decode")
+    names = ("decode", "generate", "sample")
+    name = next((name for name in names if inspect.ismethod(getattr(module, name, None))), "decode")
     return (f" (its first layer reads pictures: of an autoencoder, give the method that draws, adapt(module.{name}) or "
             f"method: {name}, or a module whose forward(z) calls it)")
 
@@ -358,8 +358,9 @@ def _like(module: nn.Module) -> Tensor:
 # %% ../../nbs/reference/generators/28_adapt.ipynb #d4a11003
 def _where(error: Exception) -> str:
     """The line of somebody's file that raised an error; empty: it was torch's."""
+    libraries = Path(inspect.getfile(InputError)).parents[1], Path(torch.__file__).parent
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename != __file__ and not {"torch", "lagm"} & set(Path(frame.filename).parts)]
+              if not any(Path(frame.filename).is_relative_to(folder) for folder in libraries)]
     return f", {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 
 

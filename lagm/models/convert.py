@@ -20,6 +20,7 @@ from torch import nn
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path, checksum
 from ..core.progress import progress_bar
+from ..core.seeds import random_generator
 from ..core.tensors import save_tensors
 from ..data.labels import LabelSet
 from ..generators.adapt import Adapted
@@ -217,8 +218,10 @@ def _inspect_diffusers(path: Path) -> dict[str, Any]:
 def _inspect_outside(given: Any) -> dict[str, Any]:
     """What a generator of another package is; its module is imported. `InputError` if it cannot be used."""
     generator = from_elsewhere(given, Sampling(1.0, None))
-    network, side = generator.network if isinstance(generator, FrozenGenerator) else generator, generator.resolution
-    facts: dict[str, Any] = {"class": type(network).__name__, "resolution": side, "z_dim": generator.z_dim,
+    network = generator.network if isinstance(generator, FrozenGenerator) else generator
+    z = generator.sample_z(1, random_generator(0, "inspect"))  # the contract names neither width nor resolution
+    side = max(generator(z, random_generator(0, "inspect"))[0].shape[-2:])
+    facts: dict[str, Any] = {"class": type(network).__name__, "resolution": side, "z_dim": z[0].numel(),
                              "feature_maps": [f"{c} × {s} × {s}" for c, s in zip(generator.feature_channels,
                                                                                  generator.feature_sizes)]}
     if isinstance(network, Adapted):
