@@ -52,6 +52,22 @@ def test_a_row_for_each_method(tmp_path):
         64] and files["gradient-matching"]["step"] == 6
 
 
+def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
+    both = "supervised, paper's recipe"
+    first = call(tmp_path, methods=both)
+    assert first.returncode == 0, first.stderr
+    kept = {name: (tmp_path / name / "run.json").stat().st_mtime_ns for name in ("supervised", "papers-recipe")}
+    again = call(tmp_path, methods=both, steps="{supervised: 5, paper's recipe: 3}")
+    assert again.returncode == 0, again.stderr
+    assert "set aside, with other steps or settings: supervised" in again.stdout + again.stderr
+    rows = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert [rows[name]["own_steps"] for name in ("supervised", "paper's recipe")] == [5, 3]
+    now = {name: (tmp_path / name / "run.json").stat().st_mtime_ns for name in kept}
+    assert now["papers-recipe"] == kept["papers-recipe"] and now["supervised"] > kept["supervised"]
+    assert (tmp_path / "aside-1" / "supervised" / "run.json").is_file()
+    assert (tmp_path / "aside-2" / "supervised-finished" / "run.json").is_file()  # it began from the old network
+
+
 @pytest.mark.parametrize("change, words",
                          [(dict(methods="magic"), "there is no baseline 'magic'"), (dict(pairs=0), "pairs is 0"),
                           (dict(steps="{supervised: 0}"), "steps of supervised are 0")])
