@@ -402,7 +402,7 @@ class TestDoor:
         segmenter = UNet(8, width=4, levels=2)
         annotator = FPNAnnotator([4, 4], 8, channels=4)
         for door in (lambda: train_self_training(segmenter, wrong, images, masks, recipe=FAST, progress=False),
-                     lambda: train_finish(segmenter, wrong, images, masks, get_recipe("fast", steps=1, finish=4.0),
+                     lambda: train_finish(segmenter, wrong, images, masks, get_recipe("fast", steps=1, finish=16.0),
                                           progress=False),
                      lambda: draw_to_label(wrong, 1),
                      lambda: generate(wrong, annotator, tmp_path / "pairs", Plan(2, size=(16, 16)), progress=False)):

@@ -127,7 +127,7 @@ def test_files(name, tmp_path):
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_a_run_with_every_stage_goes_on_where_it_stopped(name, tmp_path):
     """Warm start, alignment, matching and finish; the same numbers after a stop in between."""
-    recipe = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=0.5, align=1.0)
+    recipe = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=2.0, align=1.0)
     def run(**options):
         torch.manual_seed(3)
         annotator = build_annotator(name, ToyGenerator.feature_channels, 5, channels=4)

@@ -17,7 +17,7 @@ from lagm.core.errors import InputError
 from lagm.training.batches import SyntheticBatches
 from lagm.training.finishing import anchor_labels, finish_step
 from lagm.training.lagm import estimate_lagm, train_finish, train_lagm
-from lagm.training.recipe import PAPER, get_recipe, labels_say
+from lagm.training.recipe import PAPER, anchor_every, get_recipe, labels_say
 from lagm.training.signs import class_shares, signs, warning_sign
 from lagm.training.state import TrainState
 from lagm.training.steps import alignment, reweighed
@@ -27,9 +27,10 @@ CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
 def test_length_and_share_by_hand():
     recipe = get_recipe("fast", steps=1000, finish=2.5, finish_anchor=4)
-    assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [100, 278, 625, 900, 2025]
-    assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 625
+    assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [4, 31, 156, 324, 1640]
+    assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 156
     assert labels_say(2, 6) == 0.25 and labels_say(3, 0) == 1
+    assert [anchor_every(k, 2) for k in (1, 2, 3, 4, 5, 30)] == [1, 1, 1, 2, 2, 15] and anchor_every(9, 0) == 0
     assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
     assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4
 
@@ -133,6 +134,14 @@ def test_without_an_anchor_no_picture_is_generated():
     done = train_finish(networks()[1], Asleep(), *labelled(), dataclasses.replace(FAST, finish_anchor=0.0),
                         progress=False)
     assert done.step == round(FAST.finish * FAST.steps)
+
+
+def test_the_anchor_is_asked_less_often_where_labels_are_many():
+    """Of five labelled pictures and an anchor that counts as two: every second step, with half of the say."""
+    images, masks = (torch.cat([part] * 3)[:5] for part in labelled())
+    recipe = dataclasses.replace(FAST, finish=6 / FAST.steps / labels_say(5, 2) ** 4, finish_anchor=2.0)
+    done = train_finish(networks()[1], ToyGenerator(), images, masks, recipe, progress=False, record_every=1)
+    assert ["loss_anchor" in record for record in done.history["losses"]] == [True, False] * 3
 
 
 def test_in_parts_and_estimated():

@@ -318,7 +318,7 @@ def test_annotate_finish_and_evaluate(kind, name, annotator, group, tmp_path):
 
 
 def test_the_estimate_and_a_project(small, tmp_path, monkeypatch):
-    few = dict(steps=2, warm_segmenter=1, warm_annotator=1, finish=0.5)
+    few = dict(steps=2, warm_segmenter=1, warm_annotator=1, finish=8.0)
     monkeypatch.setattr("lagm.experiments.project.get_recipe", lambda name, **more: get_recipe(name, **(more | few)))
     generator, (images, masks) = tiny_generator(), tiny_pictures(2)
     annotator, segmenter = build_annotator("mlp", generator.feature_channels, 3, channels=4), build_segmenter(small, 3)

@@ -62,7 +62,7 @@ def test_a_dry_run_still_gives_an_estimate_and_names_what_to_call():
     calls = {"estimate_lagm": lambda: train_lagm(ToyGenerator(), *networks(), images, masks, FAST, dry_run=True),
              "estimate_supervised": lambda: train_supervised(networks()[1], images, masks, FAST, dry_run=True),
              "finish_loop": lambda: train_finish(networks()[1], ToyGenerator(), images, masks,
-                                                 dataclasses.replace(FAST, finish=1.0), dry_run=True)}
+                                                 dataclasses.replace(FAST, finish=4.0), dry_run=True)}
     for instead, call in calls.items():
         with pytest.warns(DeprecationWarning, match=instead): assert isinstance(call(), Estimate)
 

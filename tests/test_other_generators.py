@@ -43,7 +43,7 @@ def test_annotate_finish_and_evaluate(tmp_path, kind):
     torch.manual_seed(0)
     common = dict(dataset="avatars:big-ears", size=[16, 16], out_dir=str(tmp_path / "annotate"))
     values = common | dict(generator=str(make(tmp_path)), k=2, width=4, levels=2, channels=4, layers=1, iterations=1,
-                           warm_up=1, validation="", changes={"finish": 2, "batch_labelled": 2, "batch_synthetic": 2})
+                           warm_up=1, validation="", changes={"finish": 8, "batch_labelled": 2, "batch_synthetic": 2})
     if label is not None: values["generator_class"] = label
     (tmp_path / "annotate.yaml").write_text(json.dumps(values))  # JSON is YAML, too
     run_cells(experiment_folder() / "annotate.ipynb", read_parameter_file(tmp_path / "annotate.yaml"))

@@ -85,7 +85,7 @@ def test_without_batch_norm_parts_are_the_whole(shared, label_weight):
     assert not close(parts.annotator, annotator, 1e-6)
 
 
-PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=1.0, finish_anchor=2.0, parts=2,
+PARTS = get_recipe("fast", steps=4, warm_segmenter=2, warm_annotator=2, finish=4.0, finish_anchor=2.0, parts=2,
                    lr_segmenter=1e-3)
 
 

@@ -155,7 +155,7 @@ def same(first, second):
 
 RECIPES = {
     "fast": FAST,
-    "fast, finished": dataclasses.replace(FAST, finish=4.0, finish_anchor=2.0),
+    "fast, finished": dataclasses.replace(FAST, finish=16.0, finish_anchor=2.0),
     "paper": PAPER,
     "paper, augmented and resized": dataclasses.replace(PAPER, augment=Augment(), wide_crop=True),
     "double backward, shared": dataclasses.replace(FAST, gradients="double"),
@@ -463,7 +463,7 @@ def test_the_demo_resumed_from_each_checkpoint_ends_in_the_same_metrics(tmp_path
     """
     parameters = dict(k=2, psi=1.0, iterations=6, warm_up=2, checkpoint_every=2, validate_every=3,
                       validation_pictures=4, evaluation_batch=4, width=8, threads=1)
-    parameters["changes"] = dict(batch_labelled=2, batch_synthetic=2, finish=0.5, finish_anchor=1.0)
+    parameters["changes"] = dict(batch_labelled=2, batch_synthetic=2, finish=1.125, finish_anchor=1.0)
     notebook, kept = ROOT / "nbs" / "experiments" / "annotate.ipynb", []
     save = Checkpoints.save
 

@@ -169,7 +169,7 @@ def train_alone(
 BASELINES: Registry[Baseline] = Registry("baseline", lambda name, entry: entry if isinstance(entry, Baseline) else None)
 
 RIVALS = (
-    Baseline("supervised", "the labelled pictures", train_alone, needs="nothing", warm_up="none", steps=2400),
+    Baseline("supervised", "the labelled pictures", train_alone, needs="nothing", warm_up="none", steps=9600),
     Baseline("self-training", "generated pictures and its own first guesses, where it was sure",
              train_self_training, SELF_TRAINING, "Lee, 2013"),
     Baseline("mean teacher", "generated pictures and its running average's guesses",

@@ -31,7 +31,7 @@ from .drawn import Drawn, DrawnBatches, joined, truth_step
 from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
 from .processes import check_shares, launch
-from .recipe import FAST, SUPERVISED_FIELDS, Recipe, check_counting, labels_say
+from .recipe import FAST, SUPERVISED_FIELDS, Recipe, anchor_every, check_counting, labels_say
 from .state import Stage, TrainState, frozen_note
 from .steps import alignment, imitation_step, matching_step, supervised_step
 from .watching import Estimate
@@ -335,7 +335,8 @@ def finish_stage(
         where its batches come from
     """
     recipe, parts, labelled = state.recipe, sources.parts, len(sources.labelled.images)
-    share = labels_say(labelled, recipe.finish_anchor)
+    every = anchor_every(labelled, recipe.finish_anchor)
+    share = min(0.5, labels_say(labelled, recipe.finish_anchor))  # of the labels, in a step that asks the anchor
     if state.annotator is None: state.networks["teacher"] = copy.deepcopy(state.segmenter).requires_grad_(False)
     teachers = [state.networks["teacher"]] if state.annotator is None else []
 
@@ -346,7 +347,8 @@ def finish_stage(
     def labels(batch: SyntheticBatch) -> Tensor: return anchor_labels(teachers, state.annotator, batch)
 
     def finish(step: int) -> dict[str, Tensor]:
-        generated = in_parts(sources.changed, step, "finish", parts) if share < 1 else None
+        asked = every and step % every == 0
+        generated = in_parts(sources.changed, step, "finish", parts) if asked else None
         return finish_step(state, in_parts(sources.labelled, step, "finish", parts), generated, labels, share)
 
     rates = {"segmenter": recipe.lr_finish}
@@ -603,7 +605,7 @@ def finish_loop(
     if annotator is not None: check_sides(segmenter, annotator)
     if not recipe.finish_steps(len(images)):
         raise InputError(f"recipe: finish is {recipe.finish} of {recipe.steps} steps, which makes none; "
-                         "give the recipe finish=2.5, say")
+                         "give the recipe finish=10, say")
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights)
     if recipe.finish_anchor: check_generator(generator, images)

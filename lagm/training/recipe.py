@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'FAST', 'RECIPES', 'SUPERVISED_FIELDS', 'PaperRecipe', 'RecipeWithAdditions', 'labels_say',
-           'Recipe', 'get_recipe', 'make_optimizer', 'learning_rate', 'check_counting']
+           'anchor_every', 'Recipe', 'get_recipe', 'make_optimizer', 'learning_rate', 'check_counting']
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #2d8d04cc
 import dataclasses
@@ -143,7 +143,7 @@ def labels_say(
     labelled: int,  # k, the number of labelled pictures
     anchor: float,  # a: the matched networks count as so many
 ) -> float:  # k / (k + a), from 0 to 1
-    """The labelled pictures' share of the loss of the finish; its square is that of the steps.
+    """The labelled pictures' share of the finish; its fourth power is that of the steps.
 
     Parameters
     ----------
@@ -158,6 +158,27 @@ def labels_say(
         k / (k + a), from 0 to 1
     """
     return labelled / (labelled + anchor)
+
+
+def anchor_every(
+    labelled: int,  # k, the number of labelled pictures
+    anchor: float,  # a: the matched networks count as so many
+) -> int:  # 1 or more; 0: never
+    """Each how many steps of the finish the anchor is asked: k / a, rounded down.
+
+    Parameters
+    ----------
+    labelled
+        k, the number of labelled pictures
+    anchor
+        a: the matched networks count as so many
+
+    Returns
+    -------
+    int
+        1 or more; 0: never
+    """
+    return max(1, int(labelled / anchor)) if anchor else 0
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #826ed822
 @dataclass(frozen=True)
@@ -204,14 +225,14 @@ class Recipe(RecipeWithAdditions):
         self,
         labelled: int,  # k, the number of labelled pictures
     ) -> int:
-        """Steps of the finish: `finish * steps`, times the square of the labels' say in it, k / (k + finish_anchor).
+        """Steps of the finish: `finish * steps`, times the labels' say in it, k / (k + finish_anchor), to the fourth.
 
         Parameters
         ----------
         labelled
             k, the number of labelled pictures
         """
-        return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 2)
+        return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 4)
 
     def total_steps(
         self,
@@ -233,7 +254,7 @@ FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam",
     lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all", schedule="cosine", shared_batch=True,
     label_weight=1.0, balance=0.5, average=0.98, augment=Augment(), warm_segmenter=300, warm_annotator=300, align=20.0,
-    finish=2.4, channels_last=True, keep_memory=True)
+    finish=9.6, channels_last=True, keep_memory=True)
 
 RECIPES = {"paper": PAPER, "fast": FAST}
 
