@@ -15,12 +15,15 @@ from torch import nn
 
 from lagm.core.errors import InputError
 from lagm.training.batches import SyntheticBatches
+from lagm.training.checkpoints import Identity
 from lagm.training.finishing import anchor_labels, finish_step
 from lagm.training.lagm import estimate_lagm, train_finish, train_lagm
-from lagm.training.recipe import PAPER, anchor_every, get_recipe, labels_say
+from lagm.training.loop import Loop
+from lagm.training.recipe import PAPER, get_recipe, labels_say
 from lagm.training.signs import class_shares, signs, warning_sign
-from lagm.training.state import TrainState
+from lagm.training.state import Stage, TrainState
 from lagm.training.steps import alignment, reweighed
+from lagm.training.watching import Cost
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
 
@@ -30,7 +33,8 @@ def test_length_and_share_by_hand():
     assert [recipe.finish_steps(k) for k in (1, 2, 4, 6, 36)] == [4, 31, 156, 324, 1640]
     assert recipe.total_steps(4) == recipe.warm_segmenter + recipe.warm_annotator + 1000 + 156
     assert labels_say(2, 6) == 0.25 and labels_say(3, 0) == 1
-    assert [anchor_every(k, 2) for k in (1, 2, 3, 4, 5, 30)] == [1, 1, 1, 2, 2, 15] and anchor_every(9, 0) == 0
+    usual, never = get_recipe("fast", finish_anchor=2), get_recipe("fast", finish_anchor=0)
+    assert [usual.anchor_every(k) for k in (1, 2, 3, 4, 5, 30)] == [1, 1, 1, 2, 2, 15] and never.anchor_every(9) == 0
     assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
     assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4
 
@@ -142,6 +146,24 @@ def test_the_anchor_is_asked_less_often_where_labels_are_many():
     recipe = dataclasses.replace(FAST, finish=6 / FAST.steps / labels_say(5, 2) ** 4, finish_anchor=2.0)
     done = train_finish(networks()[1], ToyGenerator(), images, masks, recipe, progress=False, record_every=1)
     assert ["loss_anchor" in record for record in done.history["losses"]] == [True, False] * 3
+
+
+def test_an_estimate_knows_that_the_anchor_is_dear():
+    """Costs of four steps: 9 s at the very first, then 1 s, and 4 s whenever the anchor is asked, each second time."""
+    import lagm.training.loop as training_loop
+
+    times, taken = iter([9.0, 1.0, 4.0]), []
+    stage = Stage("finish", 10, lambda within: taken.append(within) or {}, {}, period=2)
+    state = TrainState(networks()[1], None, dataclasses.replace(FAST, average=0.0), CPU)
+
+    def measured(function, device):
+        function()
+        return Cost(next(times), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop, "measure", measured)
+        estimate = Loop(state, [stage], Identity(FAST, 0, "none", "", ""), progress=False).estimate()
+    assert taken == [0, 1, 2] and estimate.steps["finish"] == (10, 2.5)
 
 
 def test_in_parts_and_estimated():

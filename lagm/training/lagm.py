@@ -31,7 +31,7 @@ from .drawn import Drawn, DrawnBatches, joined, truth_step
 from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
 from .processes import check_shares, launch
-from .recipe import FAST, SUPERVISED_FIELDS, Recipe, anchor_every, check_counting, labels_say
+from .recipe import FAST, SUPERVISED_FIELDS, Recipe, check_counting, labels_say
 from .state import Stage, TrainState, frozen_note
 from .steps import alignment, imitation_step, matching_step, supervised_step
 from .watching import Estimate
@@ -335,7 +335,7 @@ def finish_stage(
         where its batches come from
     """
     recipe, parts, labelled = state.recipe, sources.parts, len(sources.labelled.images)
-    every = anchor_every(labelled, recipe.finish_anchor)
+    every = recipe.anchor_every(labelled)
     share = min(0.5, labels_say(labelled, recipe.finish_anchor))  # of the labels, in a step that asks the anchor
     if state.annotator is None: state.networks["teacher"] = copy.deepcopy(state.segmenter).requires_grad_(False)
     teachers = [state.networks["teacher"]] if state.annotator is None else []
@@ -352,7 +352,8 @@ def finish_stage(
         return finish_step(state, in_parts(sources.labelled, step, "finish", parts), generated, labels, share)
 
     rates = {"segmenter": recipe.lr_finish}
-    return Stage("finish", recipe.finish_steps(labelled), finish, rates, averaged=True, start=start)
+    return Stage("finish", recipe.finish_steps(labelled), finish, rates, averaged=True, start=start,
+                 period=max(1, every))
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #db524959
 def check_lagm(

@@ -587,7 +587,7 @@ def go_on(loop: Loop) -> Trained:
 
 # %% ../../nbs/reference/training/59_loop.ipynb #cb83a2eb
 def estimate_loop(loop: Loop) -> Estimate:
-    """Do two steps of each stage, put everything back, and multiply."""
+    """Do two or three steps of each stage, put everything back, and multiply."""
     state = loop.state
     networks, steps, peaks, size = list(state.networks.values()), {}, [], 0
     held = copy.deepcopy([network.state_dict() for network in networks])
@@ -595,10 +595,12 @@ def estimate_loop(loop: Loop) -> Estimate:
         stage.start()
         state.begin(stage.rates, stage.averaged, stage.fused)
         kept = kept_random_state(), kept_random_state(state.device), kept_modes(*networks)
+        last = stage.steps - 1
         with surroundings(state.recipe), kept[0], kept[1], kept[2]:
             costs = [measure(functools.partial(take_step, state, stage, within, loop.seed), state.device)
-                     for within in (0, min(1, stage.steps - 1))]
-        steps[stage.name] = (stage.steps, costs[1].seconds)
+                     for within in (0, min(1, last), *[min(stage.period, last)] * (stage.period > 1))]
+        dear, usual = costs[-1].seconds, costs[1].seconds  # the very first step is never a usual one
+        steps[stage.name] = (stage.steps, (dear + (stage.period - 1) * usual) / stage.period)
         size = max(size, sum(t.nbytes for t in pack_state(state).values()))
         peaks += [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
     for network, weights in zip(networks, held): network.load_state_dict(weights)

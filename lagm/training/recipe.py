@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'FAST', 'RECIPES', 'SUPERVISED_FIELDS', 'PaperRecipe', 'RecipeWithAdditions', 'labels_say',
-           'anchor_every', 'Recipe', 'get_recipe', 'make_optimizer', 'learning_rate', 'check_counting']
+           'Recipe', 'get_recipe', 'make_optimizer', 'learning_rate', 'check_counting']
 
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #2d8d04cc
 import dataclasses
@@ -159,27 +159,6 @@ def labels_say(
     """
     return labelled / (labelled + anchor)
 
-
-def anchor_every(
-    labelled: int,  # k, the number of labelled pictures
-    anchor: float,  # a: the matched networks count as so many
-) -> int:  # 1 or more; 0: never
-    """Each how many steps of the finish the anchor is asked: k / a, rounded down.
-
-    Parameters
-    ----------
-    labelled
-        k, the number of labelled pictures
-    anchor
-        a: the matched networks count as so many
-
-    Returns
-    -------
-    int
-        1 or more; 0: never
-    """
-    return max(1, int(labelled / anchor)) if anchor else 0
-
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #826ed822
 @dataclass(frozen=True)
 class Recipe(RecipeWithAdditions):
@@ -225,7 +204,7 @@ class Recipe(RecipeWithAdditions):
         self,
         labelled: int,  # k, the number of labelled pictures
     ) -> int:
-        """Steps of the finish: `finish * steps`, times the labels' say in it, k / (k + finish_anchor), to the fourth.
+        """Steps of the finish: `finish * steps`, times the fourth power of the labels' say, k / (k + finish_anchor).
 
         Parameters
         ----------
@@ -233,6 +212,24 @@ class Recipe(RecipeWithAdditions):
             k, the number of labelled pictures
         """
         return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 4)
+
+    def anchor_every(
+        self,
+        labelled: int,  # k, the number of labelled pictures
+    ) -> int:  # 1 or more; 0: never
+        """Each how many steps of the finish the anchor is asked: k / finish_anchor, rounded down.
+
+        Parameters
+        ----------
+        labelled
+            k, the number of labelled pictures
+
+        Returns
+        -------
+        int
+            1 or more; 0: never
+        """
+        return max(1, int(labelled / self.finish_anchor)) if self.finish_anchor else 0
 
     def total_steps(
         self,

@@ -149,6 +149,8 @@ class Stage:
         called before the first step
     fused
         the optimisers' form, see `make_optimizer`
+    period
+        each so many steps the first costs more than the others, as the estimate has to know
     """
     name: str
     steps: int
@@ -157,6 +159,7 @@ class Stage:
     averaged: bool = False  # whether the recipe's running average applies
     start: Callable[[], None] = lambda: None  # called before the first step
     fused: bool = True  # the optimisers' form, see `make_optimizer`
+    period: int = 1  # each so many steps the first costs more than the others, as the estimate has to know
 
 # %% ../../nbs/reference/training/53_state.ipynb #db4815fa
 def locate(
