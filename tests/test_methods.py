@@ -59,7 +59,7 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
     kept = {name: (tmp_path / name / "run.json").stat().st_mtime_ns for name in ("supervised", "papers-recipe")}
     again = call(tmp_path, methods=both, steps="{supervised: 5, paper's recipe: 3}")
     assert again.returncode == 0, again.stderr
-    assert "set aside, with other steps or settings: supervised" in again.stdout + again.stderr
+    assert "set aside, of other steps, settings or recipe: supervised" in again.stdout + again.stderr
     rows = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert [rows[name]["own_steps"] for name in ("supervised", "paper's recipe")] == [5, 3]
     now = {name: (tmp_path / name / "run.json").stat().st_mtime_ns for name in kept}
