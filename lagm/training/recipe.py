@@ -138,6 +138,24 @@ class RecipeWithAdditions(PaperRecipe):
     finish_anchor: float = 2.0
     lr_finish: float = 1e-3  # learning rate of the finish
 
+    def anchor_every(
+        self,
+        labelled: int,  # k, the number of labelled pictures
+    ) -> int:  # 1 or more; 0: never
+        """Each how many steps of the finish the anchor is asked: k / finish_anchor, rounded down.
+
+        Parameters
+        ----------
+        labelled
+            k, the number of labelled pictures
+
+        Returns
+        -------
+        int
+            1 or more; 0: never
+        """
+        return max(1, int(labelled / self.finish_anchor)) if self.finish_anchor else 0
+
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #0f74f184
 def labels_say(
     labelled: int,  # k, the number of labelled pictures
@@ -212,24 +230,6 @@ class Recipe(RecipeWithAdditions):
             k, the number of labelled pictures
         """
         return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 4)
-
-    def anchor_every(
-        self,
-        labelled: int,  # k, the number of labelled pictures
-    ) -> int:  # 1 or more; 0: never
-        """Each how many steps of the finish the anchor is asked: k / finish_anchor, rounded down.
-
-        Parameters
-        ----------
-        labelled
-            k, the number of labelled pictures
-
-        Returns
-        -------
-        int
-            1 or more; 0: never
-        """
-        return max(1, int(labelled / self.finish_anchor)) if self.finish_anchor else 0
 
     def total_steps(
         self,
