@@ -22,7 +22,7 @@ from lagm.training.loop import Loop
 from lagm.training.recipe import PAPER, get_recipe, labels_say
 from lagm.training.signs import class_shares, signs, warning_sign
 from lagm.training.state import Stage, TrainState
-from lagm.training.steps import alignment, reweighed
+from lagm.training.steps import _reweighed, alignment
 from lagm.training.watching import Cost
 
 CPU, FAST = torch.device("cpu"), RECIPES["fast, finished"]
@@ -228,9 +228,9 @@ def test_alignment_by_hand():
     factors = alignment(players, SyntheticBatches(ToyGenerator(), 2, (16, 16), 0), masks)
     assert factors.tolist() == pytest.approx([0.5, 2.0, 5.0, 2.0], rel=1e-5)  # the third: 7, but 5 at most
     q = torch.tensor([0.80, 0.15, 0.04, 0.01]).reshape(1, 4, 1, 1)
-    assert reweighed(q, factors).flatten().tolist() == pytest.approx([0.4 / 0.92, 0.3 / 0.92, 0.2 / 0.92, 0.02 / 0.92],
+    assert _reweighed(q, factors).flatten().tolist() == pytest.approx([0.4 / 0.92, 0.3 / 0.92, 0.2 / 0.92, 0.02 / 0.92],
                                                                      rel=1e-5)
-    assert reweighed(q, None) is q
+    assert _reweighed(q, None) is q
     none = alignment(players, SyntheticBatches(ToyGenerator(), 2, (16, 16), 0), masks.clamp(max=2))
     assert none[3].item() == pytest.approx(0.2)  # a class that no mask shows
 

@@ -53,6 +53,7 @@ from ..models.annotators import ANNOTATORS, build_annotator
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import data_digest
 from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
+from ..training.inversion import find_labelled
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import get_recipe
 
@@ -481,8 +482,9 @@ def train_project(
         return train_supervised(segmenter, images, masks, recipe, settings.steps, seed=settings.seed, device=device,
                                 **options)
     annotator = build_annotator(settings.annotator, generator.feature_channels, n_classes)
+    found = find_labelled(generator, images, masks, recipe, seed=settings.seed, progress=options.get("progress", True))
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
-                      drawn=drawn, **options)
+                      drawn=drawn, found=found, **options)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #95af6a45
 def _number(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")

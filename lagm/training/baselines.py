@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'RIVALS', 'Baseline', 'with_numbers', 'Matching', 'train
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,18 @@ from ..models.contracts import Generator
 from .datasetgan import DatasetGANNumbers, train_datasetgan
 from .drawn import Drawn
 from .encoders import FrozenEncoder, train_frozen_encoder
-from .inversion import HandsOff, Prototyping, train_handsoff, train_prototypes
+from lagm.training.inversion import (
+    HandsOff,
+    Inversion,
+    Prototyping,
+    find_labelled,
+    train_handsoff,
+    train_prototypes,
+)
 from .lagm import train_lagm, train_supervised
 from .loop import Trained
 from .recipe import FAST, RECIPES, Recipe
+from .rivals import told
 from .teachers import MEAN_TEACHER, SELF_TRAINING, train_mean_teacher, train_self_training
 from .weak_to_strong import WEAK_TO_STRONG, train_weak_to_strong
 
@@ -135,11 +143,14 @@ class Matching:
         False: the annotator stays as its warm start left it
     weigh_labels
         False: its labels get no class weights
+    inversion
+        how labelled pictures are looked for, if the recipe does
     """
     annotator: str = "fpn"  # a name of `lagm.models.annotators`
     channels: int = 32  # of the annotator
     match: bool = True  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True  # False: its labels get no class weights
+    inversion: Inversion = field(default_factory=Inversion)  # how labelled pictures are looked for, if the recipe does
 
     def __post_init__(self) -> None: check_fields(self, "matching")
 
@@ -154,7 +165,9 @@ def train_matching(
         torch.manual_seed(seed)
         annotator = build_annotator(setting.annotator, generator.feature_channels, segmenter.n_classes,
                                     channels=setting.channels)
-    return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device,
+    found = find_labelled(generator, images, masks, recipe, plan=setting.inversion, seed=seed, folder=folder,
+                          progress=told(options).progress)
+    return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device, found=found,
                       match=setting.match, weigh_labels=setting.weigh_labels, drawn=drawn, **options)
 
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #7738c4f6

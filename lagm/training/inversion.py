@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'read_kept', 'keep', 'Inverted', 'invert', 'HandsOff', 'learn_pixels', 'train_handsoff', 'unit_maps',
-           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'Inverted', 'invert', 'find_labelled', 'HandsOff', 'learn_pixels', 'train_handsoff',
+           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -32,6 +32,7 @@ from ..generators.contract import FrozenGenerator, Generated, check_generated
 from ..generators.protocol import check_generator
 from ..generators.stylegan1 import StyleGAN1, limited
 from ..generators.stylegan2 import StyleGAN2
+from ..models.contracts import Generator
 from ..ops.convolutions import FastConvolutions
 from .checkpoints import digest, forced, generator_digest, set_aside
 from lagm.training.datasetgan import (
@@ -460,6 +461,50 @@ def _invert_labelled(
     if found is None: return Inverted(drawn.z, image, features, image.new_zeros(len(image), 0)), known
     both = [torch.cat(pair) for pair in zip(found.features, features, strict=True)]
     return dataclasses.replace(found, images=torch.cat([found.images, image]), features=both), known
+
+# %% ../../nbs/reference/training/69_inversion.ipynb #a61d001b
+def find_labelled(
+    generator: Generator,  # any
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # its `truth` and `wide_crop` count
+    *,
+    plan: Inversion = Inversion(),  # how the descent goes
+    seed: int = 0,  # of the random latents to start from
+    folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped search goes on
+    progress: bool = True,  # whether a line shows how far it is
+) -> tuple[list[Tensor], Tensor] | None:  # features (n, C_i, H_i, W_i) and masks (n, R, R); None: there is no use
+    """The labelled pictures in the generator's space, for `train_lagm`. Raises `InputError` as `invert` does.
+
+    Parameters
+    ----------
+    generator
+        any
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        its `truth` and `wide_crop` count
+    plan
+        how the descent goes
+    seed
+        of the random latents to start from
+    folder
+        keeps inversion.safetensors; a stopped search goes on
+    progress
+        whether a line shows how far it is
+
+    Returns
+    -------
+    tuple[list[Tensor], Tensor] | None
+        features (n, C_i, H_i, W_i) and masks (n, R, R); None: there is no use
+    """
+    network = getattr(generator, "network", None)
+    if not (recipe.truth and len(images) and isinstance(network, StyleGAN1 | StyleGAN2)): return None
+    found, known = _invert_labelled(cast(FrozenGenerator, generator), images, masks, None, plan, recipe.wide_crop,
+                                    seed=seed, folder=folder, progress=progress)
+    return found.features, known
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #ea4b9739
 @dataclass(frozen=True)

@@ -12,21 +12,21 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.seeds import choose_device
+from ..core.seeds import choose_device, random_generator
 from ..data.checks import check_pictures
 from ..data.labels import IGNORE
 from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from ..models.segmenters import matched_parameter_names
 from .batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
-from .checkpoints import Identity, data_digest, generator_digest
+from .checkpoints import Identity, data_digest, digest, generator_digest
 from .drawn import Drawn, DrawnBatches, joined, truth_step
 from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
@@ -232,6 +232,8 @@ class Sources:
         of everything random
     drawn
         those of the pictures whose latents are known; None: none
+    found
+        features and masks, of `find_labelled`; None: none
     """
 
     def __init__(
@@ -242,6 +244,7 @@ class Sources:
         masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
         seed: int,  # of everything random
         drawn: Drawn | None = None,  # those of the pictures whose latents are known; None: none
+        found: tuple[Sequence[Tensor], Tensor] | None = None,  # features and masks, of `find_labelled`; None: none
     ):
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
@@ -252,6 +255,14 @@ class Sources:
                              state.arrange, recipe.clip) for augment in (None, recipe.augment)]
         count = self.plain.batch
         self.drawn = DrawnBatches(drawn, generator, count, seed, state.arrange) if drawn is not None else None
+        self._found, self._seed, self._arrange, self._batch = found, seed, state.arrange, recipe.batch_labelled
+
+    def found(self, step: int, stage: str) -> tuple[list[Tensor], Tensor] | None:
+        """Some of the found pictures, a function of the seed, the stage and the step: features (B, ...) and masks."""
+        if self._found is None: return None
+        (features, masks), rng = self._found, random_generator(self._seed, "found", stage, step)
+        chosen = torch.randperm(len(masks), generator=rng)[:self._batch]
+        return [self._arrange(f[chosen], "annotator") for f in features], masks[chosen]
 
 
 def warm_stages(
@@ -278,7 +289,8 @@ def warm_stages(
 
     def annotator(step: int) -> dict[str, Tensor]:
         if sources.drawn is not None: return truth_step(state, in_parts(sources.drawn, step, "warm", parts))
-        return imitation_step(state, in_parts(sources.plain, step, "warm", parts), factors())
+        return imitation_step(state, in_parts(sources.plain, step, "warm", parts), factors(),
+                              sources.found(step, "warm"))
 
     return [Stage("warm segmenter", recipe.warm_segmenter, segmenter, {"segmenter": recipe.lr_warm}),
             Stage("warm annotator", recipe.warm_annotator, annotator, {"annotator": recipe.lr_warm},
@@ -314,7 +326,8 @@ def match_stage(
         labelled = in_parts(sources.labelled, step, "match", parts)
         synthetic = in_parts(sources.changed, step, "match", parts) if first else None
         fresh = in_parts(sources.changed, step, "match, phase S", parts) if second else None
-        return matching_step(state, names, labelled, synthetic, fresh, act, learn)
+        known = sources.found(step, "match") if act else None
+        return matching_step(state, names, labelled, synthetic, fresh, act, learn, known)
 
     rates = {"segmenter": recipe.lr_segmenter} | ({"annotator": recipe.lr_annotator} if match else {})
     return Stage("match", recipe.steps, take_turns, rates, averaged=True)
@@ -406,6 +419,7 @@ def lagm_loop(
     match: bool = True,  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True,  # False: no class weights on the annotator's labels
     drawn: Drawn | None = None,  # labelled pictures of the generator, with their latents
+    found: tuple[Sequence[Tensor], Tensor] | None = None,  # of `lagm.training.inversion.find_labelled`
     options: RunOptions | None = None,  # what it leaves behind and tells
     **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
@@ -435,6 +449,8 @@ def lagm_loop(
         False: no class weights on the annotator's labels
     drawn
         labelled pictures of the generator, with their latents
+    found
+        of `lagm.training.inversion.find_labelled`
     options
         what it leaves behind and tells
     **changes
@@ -445,10 +461,11 @@ def lagm_loop(
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state = TrainState(segmenter, annotator, recipe, choose_device(device), weights, weigh_labels)
     check_generator(generator, images)
-    sources = Sources(state, generator, images, masks, seed, drawn)
+    sources = Sources(state, generator, images, masks, seed, drawn, found)
     stages = [*warm_stages(state, sources), match_stage(state, sources, match), finish_stage(state, sources)]
     arm = ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights")
     arm += frozen_note(state) + (drawn.note() if drawn is not None else "")
+    if found is not None: arm += f", {len(found[1])} found ({digest([*found[0], found[1]])[:8]})"
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))
     size = size_of(images)
     to_show = SyntheticBatches(generator, 4, size, seed, None, recipe.wide_crop, state.arrange, recipe.clip)
@@ -472,6 +489,9 @@ def train_lagm(
     # labelled pictures of the generator, with their latents (`lagm.training.drawn.read_drawn`): they count among the
     # labelled ones, of which there may then be none else, and the annotator is warmed on the truth about them
     drawn: Drawn | None = None,
+    # labelled pictures that were found in the generator's space (`lagm.training.inversion.find_labelled`): features
+    # (n, C_i, H_i, W_i) and masks (n, R, R), on which the annotator learns beside its matching, by `recipe.truth`
+    found: tuple[Sequence[Tensor], Tensor] | None = None,
     # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more need Fabric and a checkpoint
     processes: int = 1,
     options: RunOptions | None = None,  # what the run leaves behind and tells; see `RunOptions`
@@ -512,6 +532,9 @@ def train_lagm(
     drawn
         labelled pictures of the generator, with their latents (`lagm.training.drawn.read_drawn`): they count among the
         labelled ones, of which there may then be none else, and the annotator is warmed on the truth about them
+    found
+        labelled pictures that were found in the generator's space (`lagm.training.inversion.find_labelled`): features
+        (n, C_i, H_i, W_i) and masks (n, R, R), on which the annotator learns beside its matching, by `recipe.truth`
     processes
         so many share the recipe's parts: of GPUs one each, of a CPU its cores; more need Fabric and a checkpoint
     options
@@ -525,10 +548,10 @@ def train_lagm(
         check_lagm(annotator, segmenter, *joined(images, masks, drawn, recipe.wide_crop), recipe, changes)
         check_processes(recipe, processes, run_options(options, changes))
         launch(processes, train_lagm, (generator, annotator, segmenter, images, masks, recipe), device,
-               recipe.precision, seed=seed, match=match, weigh_labels=weigh_labels, drawn=drawn, options=options,
-               **changes)
+               recipe.precision, seed=seed, match=match, weigh_labels=weigh_labels, drawn=drawn, found=found,
+               options=options, **changes)
     loop = lagm_loop(generator, annotator, segmenter, images, masks, recipe, seed=seed, device=device, match=match,
-                     weigh_labels=weigh_labels, drawn=drawn, options=options, **changes)
+                     weigh_labels=weigh_labels, drawn=drawn, found=found, options=options, **changes)
     return run_or_estimate(loop, dry_run, "estimate_lagm")
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #bc8e5a7c

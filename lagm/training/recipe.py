@@ -107,6 +107,8 @@ class RecipeWithAdditions(PaperRecipe):
         learning rate of both warm starts
     align
         A's warm start: S's predictions times this at most, so that each class fills its labelled share; 0: not
+    truth
+        weight, for A, of the loss on labelled pictures that were found in the generator's space
     finish
         length of the finish, in units of `steps`, for many labelled pictures; see `finish_steps`
     finish_anchor
@@ -133,6 +135,7 @@ class RecipeWithAdditions(PaperRecipe):
     lr_warm: float = 1e-3  # learning rate of both warm starts
     # A's warm start: S's predictions times this at most, so that each class fills its labelled share; 0: not
     align: float = 0.0
+    truth: float = 0.0  # weight, for A, of the loss on labelled pictures that were found in the generator's space
     finish: float = 0.0  # length of the finish, in units of `steps`, for many labelled pictures; see `finish_steps`
     # the matched networks count as much as so many labelled pictures in the finish; 0: only the labelled ones count
     finish_anchor: float = 2.0
@@ -251,7 +254,7 @@ FAST = Recipe(
     steps=1000, batch_labelled=4, batch_synthetic=4, clip=True, optimizer="adam",
     lr_annotator=1e-3, lr_segmenter=1e-3, lr_warm=1e-3, matched="all", schedule="cosine", shared_batch=True,
     label_weight=1.0, balance=0.5, average=0.98, augment=Augment(), warm_segmenter=300, warm_annotator=300, align=20.0,
-    finish=9.6, channels_last=True, keep_memory=True)
+    truth=0.1, finish=9.6, channels_last=True, keep_memory=True)
 
 RECIPES = {"paper": PAPER, "fast": FAST}
 

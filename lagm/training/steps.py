@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pair', 'labelled_gradients', 'supervised_step', 'Matched', 'match_by_double_backward', 'match_by_tangents',
-           'phase_annotator', 'phase_segmenter', 'matching_step', 'reweighed', 'imitation_step', 'alignment']
+           'phase_annotator', 'phase_segmenter', 'matching_step', 'imitation_step', 'alignment']
 
 # %% ../../nbs/reference/training/54_steps.ipynb #6b7035da
 import contextlib
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.augment import resize_nearest
 from ..data.labels import IGNORE
 from ..matching.distances import distance_and_derivative
 from ..matching.forward import SyntheticPass, directional_derivative
@@ -191,6 +192,30 @@ def match_by_tangents(
 
     return Matched(loss_gm, loss_syn, gradients_s, label_gradient)
 
+# %% ../../nbs/reference/training/54_steps.ipynb #6081e13b
+_Known = tuple[Sequence[Tensor], Tensor]  # features of pictures (B, C_i, H_i, W_i), and their masks (B, R, R)
+
+
+def _add_truth(
+    state: TrainState,  # networks, optimisers and averages
+    known: _Known | None,  # None: nothing is added
+) -> None:
+    """Add to A's gradients those of `truth` times its loss on what is known; classes weigh as in the labelled loss.
+
+    Parameters
+    ----------
+    state
+        networks, optimisers and averages
+    known
+        None: nothing is added
+    """
+    if known is None or not state.recipe.truth: return
+    features, masks = known
+    with state.passes(): logits = state.networks["annotator"](features).float()
+    target = resize_nearest(masks, (logits.shape[-2], logits.shape[-1]))
+    loss = F.cross_entropy(logits, target, state.class_weights, ignore_index=IGNORE)
+    (state.recipe.truth * loss).backward()
+
 # %% ../../nbs/reference/training/54_steps.ipynb #6081e137
 def phase_annotator(
     state: TrainState,  # networks, optimisers and averages
@@ -199,6 +224,7 @@ def phase_annotator(
     parts: int,  # portions of the batch
     gradients_l: Sequence[Tensor],  # the labelled gradient of these
     shared: SyntheticPass | None = None,  # a pass that both phases use; None: a new one
+    known: _Known | None = None,  # labelled pictures found in the generator's space; None: none
 ) -> Matched:
     """Phase A: move the annotator so that the gradients of its labels come closer to `gradients_l`.
 
@@ -216,6 +242,8 @@ def phase_annotator(
         the labelled gradient of these
     shared
         a pass that both phases use; None: a new one
+    known
+        labelled pictures found in the generator's space; None: none
     """
     annotator = state.train("annotator")
     if state.recipe.gradients == "double":
@@ -229,6 +257,7 @@ def phase_annotator(
 
     do_parts(annotator, parts, backward)
     sum_over_processes([p.grad for p in annotator.parameters() if p.grad is not None])
+    _add_truth(state, known)
     state.update("annotator")
     return matched
 
@@ -295,6 +324,7 @@ def matching_step(
     fresh: Sequence[SyntheticBatch] | None = None,  # phase S's; None: shared
     match: bool = True,  # False: no phase A
     learn: bool = True,  # False: no phase S
+    known: _Known | None = None,  # labelled pictures found in the generator's space, for phase A; None: none
 ) -> dict[str, Tensor]:  # loss_label, loss_gm (the distance D), loss_syn (of phase A), loss_s (of phase S)
     """One iteration: phase A, then phase S.
 
@@ -314,6 +344,8 @@ def matching_step(
         False: no phase A
     learn
         False: no phase S
+    known
+        labelled pictures found in the generator's space, for phase A; None: none
 
     Returns
     -------
@@ -332,7 +364,7 @@ def matching_step(
         with state.passes(): shared = SyntheticPass(segmenter, batches[0].images, tangents=tangents)
     if match and gradients_l is not None:
         by_name = dict(zip(wanted, gradients_l, strict=True))
-        matched = phase_annotator(state, names, batches, parts, [by_name[name] for name in names], shared)
+        matched = phase_annotator(state, names, batches, parts, [by_name[name] for name in names], shared, known)
         losses["loss_gm"], losses["loss_syn"] = matched.loss_gm, matched.loss_syn
         if not recipe.fresh_labels: gradients_s = matched.gradients_s
     if not learn: return losses
@@ -343,7 +375,7 @@ def matching_step(
     return losses
 
 # %% ../../nbs/reference/training/54_steps.ipynb #1d73f161
-def reweighed(
+def _reweighed(
     probabilities: Tensor,  # (B, C, H, W)
     factors: Tensor | None,  # (C,); None: as they are
 ) -> Tensor:  # (B, C, H, W), sum 1 over the classes
@@ -370,6 +402,7 @@ def imitation_step(
     state: TrainState,  # networks, optimisers and averages
     synthetic: Sequence[SyntheticBatch],  # the parts of a batch, not augmented
     factors: Tensor | None = None,  # (C,), from `alignment`
+    known: _Known | None = None,  # labelled pictures found in the generator's space; None: none
 ) -> dict[str, Tensor]:  # loss_imitation
     """The annotator learns from what the segmenter, in eval mode, predicts: cross-entropy against its probabilities.
 
@@ -381,6 +414,8 @@ def imitation_step(
         the parts of a batch, not augmented
     factors
         (C,), from `alignment`
+    known
+        labelled pictures found in the generator's space; None: none
 
     Returns
     -------
@@ -392,7 +427,7 @@ def imitation_step(
     def one(part: int) -> Tensor:
         batch = synthetic[part]
         with state.passes():
-            with torch.no_grad(): target = reweighed(segmenter(batch.images).float().softmax(dim=1), factors)
+            with torch.no_grad(): target = _reweighed(segmenter(batch.images).float().softmax(dim=1), factors)
             logits = batch.warp(annotator(batch.features).float())
         loss = F.cross_entropy(logits, target) / parts
         loss.backward()
@@ -400,6 +435,7 @@ def imitation_step(
 
     loss, = sum_over_processes([torch.stack(do_parts(annotator, parts, one)).sum()])
     sum_over_processes([p.grad for p in annotator.parameters() if p.grad is not None])
+    _add_truth(state, known)
     state.update("annotator")
     return {"loss_imitation": loss}
 
