@@ -30,6 +30,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+# %% ../../nbs/reference/experiments/85_project.ipynb #2d716e1b
 from ..core.errors import InputError
 from ..core.files import atomic_path, parse_yaml, read_yaml, write_json
 from ..core.seeds import choose_device, random_generator, seed_everything

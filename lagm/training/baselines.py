@@ -201,16 +201,15 @@ RIVALS = (
 for rival in RIVALS: BASELINES.register(rival.name, rival)
 
 # %% ../../nbs/book/13_the_control_and_the_rivals.ipynb #d9ec7b84
-_PAPER = "Yang et al., 2022"
 _OURS = (
     Baseline("gradient matching", "pairs labelled by an annotator whose labels have the right gradients",
-             train_matching, Matching(), _PAPER, "features", warm_up="both", finish="annotator"),
+             train_matching, Matching(), "Yang et al., 2022", "features", warm_up="both", finish="annotator"),
     Baseline("never matched", "the same, but the annotator stays an imitation of the warmed-up segmenter",
              train_matching, Matching(match=False, weigh_labels=False), "", "features", warm_up="both",
              finish="annotator", in_all=False),
-    Baseline("matching on generated labels", "the same, with DatasetGAN's labels", train_matching, Matching(), _PAPER,
-             "features", "generated", warm_up="both", finish="annotator", in_all=False),
+    Baseline("matching on generated labels", "the same, with DatasetGAN's labels", train_matching, Matching(),
+             "Yang et al., 2022", "features", "generated", warm_up="both", finish="annotator", in_all=False),
     Baseline("paper's recipe", "the same, by the authors' algorithm with nothing added", train_matching, Matching(),
-             _PAPER, "features", warm_up="none", steps=1600, finish="annotator", recipe="paper"),
+             "Yang et al., 2022", "features", warm_up="none", steps=1600, finish="annotator", recipe="paper"),
 )
 for one in _OURS: BASELINES.register(one.name, one)

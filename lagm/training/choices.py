@@ -20,8 +20,8 @@ CHOICES = {"optimizer": ("sgd", "adam"), "schedule": ("constant", "cosine"), "me
 # whole numbers, this or more
 _LEAST = dict(steps=0, batch_labelled=1, batch_synthetic=1, interval_annotator=1, interval_segmenter=1, parts=1,
              warm_segmenter=0, warm_annotator=0)
-FACTORS = ("lr_annotator", "lr_segmenter", "lr_warm", "lr_finish", "align", "truth", "label_weight", "balance", "finish",
-           "finish_anchor")  # numbers, 0 or more
+FACTORS = ("lr_annotator", "lr_segmenter", "lr_warm", "lr_finish", "align", "truth", "label_weight", "balance",
+           "finish", "finish_anchor")  # numbers, 0 or more
 
 # %% ../../nbs/reference/training/51_choices.ipynb #7ebdc84a
 def _need(recipe: Any, name: str, condition: bool, advice: str) -> None:

@@ -264,7 +264,7 @@ class Sources:
         chosen = torch.randperm(len(masks), generator=rng)[:self._batch]
         return [self._arrange(f[chosen], "annotator") for f in features], masks[chosen]
 
-
+# %% ../../nbs/reference/training/60_lagm.ipynb #28176d9b
 def warm_stages(
     state: TrainState,  # networks, optimisers and averages
     sources: Sources,  # where its batches come from
