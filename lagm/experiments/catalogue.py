@@ -444,6 +444,7 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "euclidean": dict(metric="l2"),
     "inner_product": dict(metric="dotprod"),
     "no_labelled_loss": dict(label_weight=0.0),
+    "no_found_pictures": dict(truth=0.0),
 }
 _STURDY = {  # settings that somebody might reasonably choose instead, scored on validation pictures
     "mild_hue": dict(augment=dict(hue=15.0)),
