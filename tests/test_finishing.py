@@ -36,6 +36,7 @@ def test_length_and_share_by_hand():
     usual, never = get_recipe("fast", finish_anchor=2), get_recipe("fast", finish_anchor=0)
     assert [usual.anchor_every(k) for k in (1, 2, 3, 4, 5, 30)] == [1, 1, 1, 2, 2, 15] and never.anchor_every(9) == 0
     assert PAPER.finish_steps(10) == 0 and get_recipe("fast", finish=0).finish_steps(10) == 0
+    assert get_recipe("fast", steps=4).finish_steps(1) == 1 and get_recipe("fast", steps=0).finish_steps(1) == 0
     assert get_recipe("fast", steps=4, finish=1.0, finish_anchor=0).finish_steps(1) == 4
 
 

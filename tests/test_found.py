@@ -1,4 +1,4 @@
-"""Labelled pictures found in the generator's space: what they add to the annotator's gradient, and when there are none."""
+"""Labelled pictures found in the generator's space: what they add to the annotator's gradient; when there are none."""
 
 import copy
 import dataclasses
@@ -68,8 +68,8 @@ def test_found_pictures_train_the_annotator_and_a_stopped_run_ends_in_the_same_b
 
     def run(found, recipe=SHORT, **options):
         torch.manual_seed(0)
-        return train_lagm(generator, tiny_annotators(generator)[0], tiny_segmenter(), images, masks, recipe, found=found,
-                          progress=False, **options)
+        return train_lagm(generator, tiny_annotators(generator)[0], tiny_segmenter(), images, masks, recipe,
+                          found=found, progress=False, **options)
 
     whole, without = run(found), run(None)
     bits = lambda trained: [*trained.annotator.state_dict().values(), *trained.segmenter.state_dict().values()]

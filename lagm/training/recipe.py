@@ -199,7 +199,7 @@ class Recipe(RecipeWithAdditions):
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     compile
-        torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
+        torch.compile for A, and for S where no tangents are recorded; a warning if it does not work
     parts
         each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     """
@@ -212,8 +212,7 @@ class Recipe(RecipeWithAdditions):
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     keep_memory: bool = False
-    # torch.compile for A, and for S where no tangents are recorded; where it does not work, a warning says so, once
-    compile: bool = False
+    compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; a warning if it does not work
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
 
@@ -232,7 +231,8 @@ class Recipe(RecipeWithAdditions):
         labelled
             k, the number of labelled pictures
         """
-        return round(self.finish * self.steps * labels_say(labelled, self.finish_anchor) ** 4)
+        most = self.finish * self.steps
+        return max(1, round(most * labels_say(labelled, self.finish_anchor) ** 4)) if most else 0
 
     def total_steps(
         self,
