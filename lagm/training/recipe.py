@@ -199,7 +199,7 @@ class Recipe(RecipeWithAdditions):
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     compile
-        torch.compile for A, and for S where no tangents are recorded; a warning if it does not work
+        torch.compile for A, and for S without tangents; if it does not work, a warning says so
     parts
         each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     """
@@ -212,7 +212,7 @@ class Recipe(RecipeWithAdditions):
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
     keep_memory: bool = False
-    compile: bool = False  # torch.compile for A, and for S where no tangents are recorded; a warning if it does not work
+    compile: bool = False  # torch.compile for A, and for S without tangents; if it does not work, a warning says so
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
 
