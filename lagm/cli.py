@@ -487,6 +487,9 @@ def main(
     except BrokenPipeError:
         _heard()
         return 1
+    except SystemExit:  # of --help, say
+        _heard()
+        raise
     except Exception as error:
         _heard()
         if getattr(arguments, "traceback", False): traceback.print_exc()

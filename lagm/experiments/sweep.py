@@ -10,6 +10,7 @@ __all__ = ['Step', 'plan_steps', 'describe_steps', 'execute', 'child', 'start', 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #ebf99e90
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -232,7 +233,7 @@ def _end_all(
 def last_error(
     log: str | Path,  # run.log
 ) -> str:  # "" if it has none
-    """The last line of a log that reports an error of ours, or else its last line.
+    """The last line of a log that reports an error of ours, else one of Python's, else its last line.
 
     Parameters
     ----------
@@ -248,7 +249,8 @@ def last_error(
     except OSError: return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("lagm: error: ") for line in lines if line.startswith("lagm: error: ")]
-    return (errors or lines or [""])[-1]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)(: |$)", line)]
+    return (errors or raised or lines or [""])[-1]
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #93d00005
 class _Jobs:

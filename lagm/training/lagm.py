@@ -262,7 +262,8 @@ class Sources:
         if self._found is None: return None
         (features, masks), rng = self._found, random_generator(self._seed, "found", stage, step)
         chosen = torch.randperm(len(masks), generator=rng)[:self._batch]
-        return [self._arrange(f[chosen], "annotator") for f in features], masks[chosen]
+        device = features[0].device
+        return [self._arrange(f[chosen], "annotator") for f in features], masks[chosen].to(device)
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #28176d9b
 def warm_stages(
