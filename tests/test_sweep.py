@@ -155,6 +155,8 @@ def test_a_missing_file_stops_before_the_start(project, capsys):
 def test_the_last_error_of_a_log(tmp_path):
     (tmp_path / "log").write_text("a\nlagm: error: x went wrong\nb\n\n")
     assert last_error(tmp_path / "log") == "x went wrong" and last_error(tmp_path / "none") == ""
+    (tmp_path / "mixed").write_text("library: a leak, see x.htmllagm: error: y\nlibrary: another\n")
+    assert last_error(tmp_path / "mixed") == "y"
     (tmp_path / "raised").write_text("Traceback (most recent call last):\n  ...\nKeyError: 'x'\nlibrary: a leak\n")
     assert last_error(tmp_path / "raised") == "KeyError: 'x'"  # not what a library says when it is unloaded
 

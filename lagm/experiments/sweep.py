@@ -248,7 +248,7 @@ def last_error(
     try: text = Path(log).read_text(encoding="utf-8", errors="replace")
     except OSError: return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("lagm: error: ") for line in lines if line.startswith("lagm: error: ")]
+    errors = [said[2] for line in lines if (said := line.partition("lagm: error: "))[1]]  # a library may begin the line
     raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)(: |$)", line)]
     return (errors or raised or lines or [""])[-1]
 
