@@ -191,8 +191,8 @@ ROWS = [Row(*row) for row in (
     ("data.labels", "    table[IGNORE] = IGNORE_COLOUR\n", "", "test_labels.py"),
     ("data.demo", "RandomState([seed, 0x1A6])", "RandomState([0, 0x1A6])", "test_data.py -k choice"),
     ("data.demo", ".float() / 127.5 - 1", ".float() / 128 - 1", "test_data.py -k items"),
-    ("experiments.sweep", "return (errors or lines or [\"\"])[-1]", "return (errors or lines or [\"\"])[0]",
-     "test_pinned.py -k last_error"),
+    ("experiments.sweep", "return (errors or raised or lines or [\"\"])[-1]",
+     "return (errors or raised or lines or [\"\"])[0]", "test_pinned.py -k last_error"),
 )]
 
 
