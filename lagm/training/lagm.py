@@ -26,7 +26,7 @@ from ..generators.protocol import check_generator
 from ..models.contracts import Generator
 from ..models.segmenters import matched_parameter_names
 from .batches import LabelledBatches, SyntheticBatch, SyntheticBatches, balanced_weights, in_parts, size_of
-from .checkpoints import Identity, data_digest, digest, generator_digest
+from .checkpoints import Identity, data_digest, generator_digest
 from .drawn import Drawn, DrawnBatches, joined, truth_step
 from .finishing import anchor_labels, finish_step
 from .loop import Loop, RunOptions, Signs, Snapshots, Trained, check_options, run_options
@@ -466,7 +466,7 @@ def lagm_loop(
     stages = [*warm_stages(state, sources), match_stage(state, sources, match), finish_stage(state, sources)]
     arm = ("matching" if match else "no matching") + ("" if weigh_labels else ", labels without class weights")
     arm += frozen_note(state) + (drawn.note() if drawn is not None else "")
-    if found is not None: arm += f", {len(found[1])} found ({digest([*found[0], found[1]])[:8]})"
+    if found is not None: arm += f", {len(found[1])} found"  # their features round otherwise elsewhere
     identity = Identity(recipe, seed, arm, data_digest(images, masks), generator_digest(generator))
     size = size_of(images)
     to_show = SyntheticBatches(generator, 4, size, seed, None, recipe.wide_crop, state.arrange, recipe.clip)
