@@ -1,5 +1,6 @@
 """From a folder of pictures to a folder of masks by the commands a newcomer types, and the mistakes on that road."""
 
+import functools
 import json
 
 import nbformat
@@ -15,6 +16,7 @@ from lagm.core.errors import InputError
 from lagm.data.demo import Avatars, stack
 from lagm.data.folder import save_folder
 from lagm.data.images import read_mask
+from lagm.experiments import project
 from lagm.experiments.project import (
     Settings,
     disagreement,
@@ -32,6 +34,7 @@ from lagm.experiments.template import write_notebook
 from lagm.labelling.album import Album, labelled_shares, save_painted
 from lagm.models.saved import save_segmenter
 from lagm.models.segmenters import UNet
+from lagm.training import inversion
 from lagm.training.drawn import draw_for_labelling
 
 CLASSES = Avatars().classes
@@ -151,6 +154,23 @@ def test_a_run_that_fails_leaves_the_result(pictures, tmp_path, monkeypatch):
                         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
     with pytest.raises(RuntimeError): run_project(tmp_path / "p", progress=False)
     assert (tmp_path / "p" / "results" / "segmenter.safetensors").read_bytes() == before
+
+
+def test_a_stopped_run_keeps_what_it_found(pictures, tmp_path, monkeypatch):
+    """The search in the generator's space is done once, and a finished run leaves nothing of it."""
+    new_project(tmp_path / "p", pictures, CLASSES, Settings(size=64, steps=1, width=4, generator="big-ears"))
+    paint(tmp_path / "p", (0,))
+    brief, descend, descents = inversion.Inversion(steps=2, samples=2), inversion._descend, []
+    monkeypatch.setattr(project, "find_labelled", functools.partial(inversion.find_labelled, plan=brief))
+    monkeypatch.setattr(inversion, "_descend", lambda *a, **k: descents.append(1) or descend(*a, **k))
+    with monkeypatch.context() as stopped, pytest.raises(RuntimeError):
+        stopped.setattr("lagm.experiments.project.train_lagm",
+                        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+        run_project(tmp_path / "p", progress=False)
+    run_project(tmp_path / "p", progress=False)
+    assert len(descents) == 1
+    assert (sorted(path.name for path in (tmp_path / "p" / "results").iterdir())
+            == ["generator.png", "look.png", "metrics.json", "segmenter.safetensors"])
 
 
 def test_a_changed_project_is_trained_anew(pictures, tmp_path):

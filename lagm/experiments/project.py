@@ -52,7 +52,7 @@ from ..labelling.album import Album, Desk, check_parts, labelled_shares, picture
 from ..labelling.page import LabelServer, respond
 from ..models.annotators import ANNOTATORS, build_annotator
 from ..models.segmenters import SEGMENTERS, build_segmenter
-from ..training.checkpoints import data_digest
+from ..training.checkpoints import data_digest, generator_digest
 from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
 from ..training.inversion import find_labelled
 from ..training.lagm import train_lagm, train_supervised
@@ -483,7 +483,10 @@ def train_project(
         return train_supervised(segmenter, images, masks, recipe, settings.steps, seed=settings.seed, device=device,
                                 **options)
     annotator = build_annotator(settings.annotator, generator.feature_channels, n_classes)
-    found = find_labelled(generator, images, masks, recipe, seed=settings.seed, progress=options.get("progress", True))
+    run, kept = options.get("checkpoint"), None
+    if run is not None: kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}")
+    found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept,
+                          progress=options.get("progress", True))
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
                       drawn=drawn, found=found, **options)
 
@@ -721,7 +724,7 @@ def run_project(
                            title="labelled pictures, then those to label next")
     with atomic_path(results / "look.png") as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
     write_json(results / "metrics.json", facts)
-    for path in results.glob("run-*"): path.unlink()
+    for path in results.glob("run-*"): shutil.rmtree(path) if path.is_dir() else path.unlink()
     return facts
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3d4
