@@ -66,6 +66,8 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
     assert now["papers-recipe"] == kept["papers-recipe"] and now["supervised"] > kept["supervised"]
     assert (tmp_path / "aside-1" / "supervised" / "run.json").is_file()
     assert (tmp_path / "aside-2" / "supervised-finished" / "run.json").is_file()  # it began from the old network
+    asked = json.loads((tmp_path / "papers-recipe" / "asked.json").read_text())
+    assert "pull=0.02" in asked["settings"]  # the kit's defaults, too: other ones train anew
 
 
 @pytest.mark.parametrize("change, words",

@@ -108,7 +108,7 @@ class Inversion:
     """
     steps: int = 250
     lr: float = 0.12  # of Adam, in standard deviations; it falls to zero along a cosine
-    pull: float = 0.1  # weight of the squared distance from the mean style
+    pull: float = 0.02  # weight of the squared distance from the mean style
     samples: int = 200  # random latents, of which the best is the start; 0: the mean style
     scales: int = 4  # sizes at which pictures are compared: full, half, quarter ...
     batch: int = 10  # pictures at a time
