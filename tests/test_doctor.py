@@ -237,7 +237,8 @@ def test_a_whole_picture_with_something_after_its_end_is_whole(small):
 
 def test_the_backbone(small, monkeypatch):
     (small[1] / "torchvision" / "resnet101-63fe2227.pth").unlink()
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(small[0] / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(small[0]))
+    assert torch.hub.get_dir() == str(small[0] / "hub")  # where torchvision keeps what it downloads
     (finding,) = ([finding for finding in examine(EXPERIMENTS["celeba_2"], Doctor(*small))
                    if finding.need == "resnet101"])
     assert (finding.status == "missing" and finding.mend.startswith("lagm fetch resnet101")

@@ -34,6 +34,16 @@ def test_showing_a_notebook_needs_no_torch():
                         HEAVY[:2] + HEAVY[3:-1]) == []
 
 
+def test_showing_a_run_of_the_demo_needs_no_torch():
+    assert loaded_after("from lagm.cli import main; assert not main(['show', 'demo_k2'])",
+                        HEAVY[:2] + HEAVY[3:-1]) == []
+
+
+def test_the_doctor_needs_no_torch_where_there_is_nothing_to_read(tmp_path):
+    words = ["doctor", "celeba_10", "--data", str(tmp_path), "--checkpoints", str(tmp_path)]
+    assert loaded_after(f"from lagm.cli import main; assert main({words!r}) == 1", HEAVY[:2] + HEAVY[3:-1]) == []
+
+
 def test_the_public_names():
     assert len(lagm.__all__) == len(set(lagm.__all__)) and 20 <= len(lagm.__all__) <= 30
     assert set(lagm.__all__) <= set(dir(lagm))

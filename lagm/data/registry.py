@@ -13,22 +13,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..core.errors import InputError
 from ..core.registry import Registry
-from .base import label_sets_of
-from .celeba import CELEBA_SPLITS, CelebAMaskHQ, celeba_numbers
-from .cgpart import CGPartReal, CGPartRendered
-from .datasetgan import DatasetGAN
-from .demo import Avatars
-from .folder import Folder
 from .labels import LabelSet
-from .pascal import PascalPart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
 # %% ../../nbs/reference/data/16_registry.ipynb #c9a6755a
 @dataclass(frozen=True)
@@ -76,7 +69,9 @@ class Resized:
     def __init__(self, size: tuple[int, int]):  # (width, height)
         self.size = tuple(size)[::-1]
 
-    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: "Tensor", mask: "Tensor") -> "tuple[Tensor, Tensor]":
+        import torch.nn.functional as F
+
         if tuple(mask.shape) == self.size: return image, mask
         image = F.interpolate(image[None], self.size, mode="bilinear", align_corners=False, antialias=True)[0]
         mask = F.interpolate(mask[None, None].float(), self.size, mode="nearest-exact")[0, 0].long()
@@ -210,14 +205,18 @@ class DatasetEntry:
     @property
     def label_sets(self) -> list[str]:
         """The names that `labels` may be."""
+        from lagm.data.base import label_sets_of
+
         return [name for native in self.objects.values() if native for name in label_sets_of(native)]
 
 # %% ../../nbs/reference/data/16_registry.ipynb #272e3aea
 def as_dataset_entry(name: str, found: Any) -> DatasetEntry | None:
     """An entry as it is; one for a class of datasets, of which each argument is filled that it has; else None."""
     if isinstance(found, DatasetEntry): return found
+    from torch.utils.data import Dataset
+
     if not (isinstance(found, type) and issubclass(found, Dataset)): return None
-    takes, build = list(inspect.signature(found).parameters), cast(Callable[..., Dataset], found)
+    takes, build = list(inspect.signature(found).parameters), cast(Callable[..., Any], found)
 
     def opened(asked: Request) -> Dataset:
         return build(asked.data, **{key: value for key, value in vars(asked).items() if key in takes[1:]})
@@ -249,8 +248,10 @@ def dataset_entry(
     return DATASETS.get(f"{family}:{name}"), object_class
 
 # %% ../../nbs/reference/data/16_registry.ipynb #601fb847
-def _avatars(asked: Request) -> Dataset:
+def _avatars(asked: Request) -> "Dataset":
     """The faces that come with the kit."""
+    from lagm.data.demo import Avatars
+
     return Avatars(asked.object_class or "big-ears", asked.split, transforms=Resized(asked.size))
 
 
@@ -259,14 +260,19 @@ DATASETS.register("avatars", DatasetEntry(
     reads=None, pool=True, says_absent=True))
 
 # %% ../../nbs/reference/data/16_registry.ipynb #e16d66eb
-def _celeba(asked: Request) -> Dataset:
+def _celeba(asked: Request) -> "Dataset":
     """Faces with 19 or, if nothing is said, 8 classes."""
+    from lagm.data.celeba import CelebAMaskHQ
+
     return CelebAMaskHQ(asked.data, asked.split, asked.labels or "celebA_8", asked.size, k=asked.k)
 
 
 def _differing(data: Path) -> list[str]:
     """The splits that files in celeba_split/ change."""
     own = [split for split in ("train", "val", "test") if (data / "celeba_split" / f"{split}.txt").is_file()]
+    if not own: return []
+    from lagm.data.celeba import CELEBA_SPLITS, celeba_numbers
+
     try: return [s for s in own if celeba_numbers(data, s) != [str(number) for number in CELEBA_SPLITS[s]]]
     except InputError: return own
 
@@ -277,7 +283,7 @@ def _examine_celeba(doctor: Examiner, item: Experiment) -> list:
     folder, mend = source.place(data), f"ask for CelebAMask-HQ at {source.page}; unpack it as {source.place(data)}"
     findings = []
     for split, k in (("train", item.k), ("val", None), ("test", None)):
-        def make(split: str = split, k: int | None = k) -> Dataset: return CelebAMaskHQ(data, split, k=k)
+        def make(split: str = split, k: int | None = k) -> Any: return open_dataset("celeba", split, data, k=k or 0)
         findings.append(doctor.items(f"CelebAMask-HQ {split}", folder, mend, make, k or 1))
     if differing := _differing(data):
         detail = f"{', '.join(differing)} not the official split: scores cannot be set beside the paper's"
@@ -295,8 +301,10 @@ DATASETS.register("celeba", DatasetEntry(
         for k in (2, 10, 30, 150, 1500))))
 
 # %% ../../nbs/reference/data/16_registry.ipynb #2dc8a176
-def _pascal(asked: Request) -> Dataset:
+def _pascal(asked: Request) -> "Dataset":
     """Crops of horses or aeroplanes."""
+    from lagm.data.pascal import PascalPart
+
     return PascalPart(asked.data, asked.object_class, asked.split, asked.size, k=asked.k)
 
 
@@ -308,7 +316,7 @@ def _examine_pascal(doctor: Examiner, item: Experiment) -> list:
     if not voc.exists(): mend = f"get VOC 2010 ({source.page}) and the parts ({source.note.split()[-1]}), then: {mend}"
     findings = []
     for split, k in (("train", item.k), ("val", None), ("test", None)):
-        def make(split: str = split) -> Dataset: return PascalPart(data, name, split)
+        def make(split: str = split) -> Any: return open_dataset(item.dataset, split, data)
         findings.append(doctor.items(f"Pascal-Part {name} {split}", folder, mend, make, k or 1, k))
     return findings
 
@@ -323,8 +331,10 @@ DATASETS.register("pascal", DatasetEntry(
         for name in ("horse", "aeroplane") for k in (2, 10, 30, 100, 180))))
 
 # %% ../../nbs/reference/data/16_registry.ipynb #1865cadc
-def _datasetgan(asked: Request) -> Dataset:
+def _datasetgan(asked: Request) -> "Dataset":
     """Cars, cats or faces."""
+    from lagm.data.datasetgan import DatasetGAN
+
     return DatasetGAN(asked.data, asked.object_class, asked.split, asked.labels, asked.size, k=asked.k)
 
 
@@ -334,7 +344,7 @@ def _examine_datasetgan(doctor: Examiner, item: Experiment) -> list:
     base = source.place(doctor.data)
     mend, findings = f"get the annotations at {source.page}; unpack them as {base}", []
     for split, least, first in (("train", item.k or 1, item.k), ("test", 5, None)):
-        def make(split: str = split) -> Dataset: return DatasetGAN(doctor.data, name, split)
+        def make(split: str = split) -> Any: return open_dataset(item.dataset, split, doctor.data)
         findings.append(doctor.items(f"DatasetGAN {name} {split}", base, mend, make, least, first))
     return findings
 
@@ -363,21 +373,26 @@ DATASETS.register("datasetgan", DatasetEntry(
 _CARS: dict[str, Any] = dict(labels="CGPart_car_simplified_v0", models=["minivan", "suv", "sedan", "wagon"])
 
 
-def _rendered(asked: Request) -> Dataset:
+def _rendered(asked: Request) -> "Dataset":
     """Rendered cars or aeroplanes, a choice of them."""
+    from lagm.data.cgpart import CGPartRendered
+
     return CGPartRendered(asked.data, asked.object_class, [*asked.models] or None, asked.labels, asked.size,
                           length=asked.k, seed=asked.seed)
 
 
-def _real(asked: Request) -> Dataset:
+def _real(asked: Request) -> "Dataset":
     """Photographs, stretched to a size."""
+    from lagm.data.cgpart import CGPartReal
+
     return CGPartReal(asked.data, asked.object_class, asked.split, asked.labels, None, Resized(asked.size), asked.k)
 
 # %% ../../nbs/reference/data/16_registry.ipynb #9b12f5b2
 def _examine_cgpart(doctor: Examiner, item: Experiment) -> list:
     """Rendered cars of four models, and the real ones for validation."""
-    def rendered() -> Dataset: return CGPartRendered(doctor.data, "car", _CARS["models"], _CARS["labels"])
-    def real() -> Dataset: return CGPartReal(doctor.data, "car", "val", _CARS["labels"])
+    data, cars = doctor.data, dict(_CARS, models=tuple(_CARS["models"]))
+    def rendered() -> Any: return open_dataset("cgpart-render:car", "train", data, **cars)
+    def real() -> Any: return open_dataset("cgpart-real:car", "val", data, labels=_CARS["labels"])
     where = "" if str(doctor.data) == "data" else f" --data {doctor.data}"
     place = {name: doctor.raw(name).place(doctor.data) for name in ("cgpart-rendered-cars", "cgpart-real")}
     return [doctor.items("CGPart rendered cars", place["cgpart-rendered-cars"],
@@ -395,8 +410,10 @@ DATASETS.register("cgpart-real", DatasetEntry(
     reads="CGPart_real", policy="stretch"))
 
 # %% ../../nbs/reference/data/16_registry.ipynb #103114e5
-def _folder(asked: Request) -> Dataset:
+def _folder(asked: Request) -> "Dataset":
     """images/, masks/ and classes.txt."""
+    from lagm.data.folder import Folder
+
     listed = asked.split != "train" or (Path(asked.data) / "train.txt").is_file()
     return Folder(asked.data, asked.split if asked.split and listed else None, size=asked.size, k=asked.k)
 

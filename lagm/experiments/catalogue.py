@@ -698,6 +698,7 @@ def missing_inputs(
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #84862a22
 def _name_problems(run: Run) -> list[str]:
     """What is wrong with the names of a segmenter and of entries of other packages."""
+    if not any(run.parameters.get(name) for name in ("uses", "segmenter", "annotator")): return []
     from lagm.experiments.stages import name_problems
 
     return name_problems(run.parameters)
@@ -705,14 +706,15 @@ def _name_problems(run: Run) -> list[str]:
 
 def _generator_problems(run: Run, root: Path) -> list[str]:
     """Whether a generator that is given by a name or described is there; a comparison of methods takes its style's."""
+    given = run.parameters.get("generator") or run.parameters.get("style")
+    if not given or given in DEMO_STYLES: return []
     from lagm.generators.diffusers_folder import check_diffusers, is_diffusers
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
-    given = run.parameters.get("generator") or run.parameters.get("style")
     label = run.parameters.get("generator_class", -1)
     try:
         if is_outside(given): from_elsewhere(given, label=label if label >= 0 else None, folder=root)
-        elif given and is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
+        elif is_diffusers(root / given): check_diffusers(root / given, run.parameters.get("diffusion"))
         else: generator_file(given)
     except InputError as error: return [f"generator: {error}"]
     return []
@@ -726,6 +728,7 @@ def _source_problem(path: Path, name: str) -> str | None:
 
 def _data_problems(run: Run, root: Path) -> list[str]:
     """What the readers of a run's datasets have to say; the doctor they send one to is asked about this experiment."""
+    if not run.parameters.get("dataset"): return []
     from lagm.data.registry import EXPERIMENTS
     from lagm.experiments.stages import split_problems
 

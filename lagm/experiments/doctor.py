@@ -9,6 +9,7 @@ __all__ = ['Finding', 'Doctor', 'look_at_source', 'examine', 'can_run', 'examine
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #250490d1
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import Any
 
 from ..core.environment import environment_report
 from ..core.errors import InputError
-from ..core.origins import install_advice
 from ..data.registry import EXPERIMENTS, Experiment, dataset_entry, match_experiments, open_dataset
 from ..download.sources import SOURCES, Source, array_problem, get_source, picture_problem, source_problem
 from .catalogue import Run, choose_runs, missing_inputs, project_folder, project_path, read_catalogue
 from .notebooks import find_experiment, list_experiments, named_paths
-from ..generators.diffusers_folder import is_diffusers
+
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #345d9160
 @dataclass(frozen=True)
@@ -170,10 +170,18 @@ def look_at_source(
     if problem: return Finding(name, "broken", str(path), f"{path}: {problem}", mend)
     return Finding(name, "present", str(path), f"{path.stat().st_size / 1e6:,.1f} MB")
 
-# %% ../../nbs/reference/experiments/19_doctor.ipynb #689b2434
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #689b2433
 _GENERATOR_FILES = (".pkl", ".pt", ".pth", ".ckpt", ".safetensors")
 
 
+def _is_generator(name: str) -> bool:
+    """Whether it names a generator's file or a folder of diffusers, and no experiment."""
+    if not Path(name).is_dir(): return Path(name).suffix in _GENERATOR_FILES
+    from lagm.generators.diffusers_folder import is_diffusers
+
+    return is_diffusers(name)
+
+# %% ../../nbs/reference/experiments/19_doctor.ipynb #689b2434
 def _look_at_generator(
     path: str | Path,  # a file of any format of `lagm.generators.formats`, or a folder of diffusers
 ) -> list[Finding]:
@@ -212,15 +220,16 @@ def _look_at_diffusion(name: str, told: str, facts: Mapping[str, Any]) -> list[F
     found.append(Finding("diffusion", "note", told, "of each size the last block is used, at levels 50 and 150, of "
                          "runs of 20 steps", "for others give diffusion: {steps: 20, times: [50, 150], blocks: []}"))
     if importlib.util.find_spec("diffusers"): return found
+    from lagm.core.origins import install_advice
+
     return [*found, Finding("diffusers", "missing", told, "the library is not installed", install_advice("diffusion"))]
 
 # %% ../../nbs/reference/experiments/19_doctor.ipynb #29a98e94
 def _backbone(doctor: Doctor) -> Finding:
     """The ImageNet weights, in the place that the parameter files name."""
-    import torch
-
-    ours = look_at_source(doctor, "resnet101")
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(get_source("resnet101").path).name
+    ours, home = look_at_source(doctor, "resnet101"), os.environ.get("TORCH_HOME")
+    cache = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")).expanduser()  # as torch.hub has
+    cached = cache / "hub" / "checkpoints" / Path(get_source("resnet101").path).name
     if ours.status == "present" or source_problem(get_source("resnet101"), cached): return ours
     return replace(ours, mend=f"{ours.mend} --from {cached}")
 
@@ -358,7 +367,7 @@ def report(
         plain values, for JSON
     """
     doctor = Doctor(data, checkpoints, deep)
-    if name and (Path(name).suffix in _GENERATOR_FILES or is_diffusers(name)): found = {name: _look_at_generator(name)}
+    if name and _is_generator(name): found = {name: _look_at_generator(name)}
     elif name: found = examine_named(name, doctor)
     else: found = {item.name: examine(item, doctor) for item in EXPERIMENTS.values()}
     return {
