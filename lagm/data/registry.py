@@ -19,11 +19,12 @@ from ..core.errors import InputError
 from ..core.registry import Registry
 from .labels import LabelSet
 
+# %% ../../nbs/reference/data/16_registry.ipynb #c9a6755a
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
-# %% ../../nbs/reference/data/16_registry.ipynb #c9a6755a
+
 @dataclass(frozen=True)
 class Request:
     """What is wanted of a dataset.
