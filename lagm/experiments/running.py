@@ -278,6 +278,7 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     except InputError as error:
         if kept is None: raise
         _put_back(kept, aside)
+        (output.parent / ".threads.json").unlink(missing_ok=True)  # of the refused run
         os.replace(target, refused)
         said = str(error).replace(str(target), str(refused))
         raise InputError(f"{said}; the finished run in {output.parent} is as it was") from None
