@@ -170,7 +170,7 @@ def test_a_stopped_run_keeps_what_it_found(pictures, tmp_path, monkeypatch):
     run_project(tmp_path / "p", progress=False)
     assert len(descents) == 1
     assert (sorted(path.name for path in (tmp_path / "p" / "results").iterdir())
-            == ["generator.png", "look.png", "metrics.json", "segmenter.safetensors"])
+            == ["found.png", "generator.png", "look.png", "metrics.json", "segmenter.safetensors"])
 
 
 def test_a_changed_project_is_trained_anew(pictures, tmp_path):

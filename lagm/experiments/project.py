@@ -54,7 +54,7 @@ from ..models.annotators import ANNOTATORS, build_annotator
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import data_digest, generator_digest
 from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
-from ..training.inversion import find_labelled
+from ..training.inversion import FoundPictures, as_labelled, find_labelled
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import get_recipe
 
@@ -440,6 +440,28 @@ def drawn_pictures(
     known = set(read_latents(folder)[1]["names"]) & set(data.names)
     return read_drawn(folder, data.labels) if known else None
 
+# %% ../../nbs/reference/experiments/85_project.ipynb #7a985874
+def _look_at_found(
+    images: Tensor,  # (n, 3, H, W) in [-1, 1], labelled
+    found: FoundPictures,  # where the generator draws them
+    results: Path,  # found.png goes there
+) -> None:
+    """Put what the generator draws in their place below labelled pictures, and say how far apart they are.
+
+    Parameters
+    ----------
+    images
+        (n, 3, H, W) in [-1, 1], labelled
+    found
+        where the generator draws them
+    results
+        found.png goes there
+    """
+    drawn = as_labelled(found.images, images.shape[2:], wide=False).cpu()
+    figure = image_grid(torch.cat([images[:12], drawn[:12]]), min(12, len(images)), tile=96, names=("yours", "its"))
+    with atomic_path(results / "found.png") as temporary: figure.savefig(temporary, format="png")
+    print(f"labelled pictures {found}: look at {results / 'found.png'}")
+
 # %% ../../nbs/reference/experiments/85_project.ipynb #56937bs1
 def train_project(
     folder: str | Path,  # of the project
@@ -487,6 +509,7 @@ def train_project(
     if run is not None: kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}")
     found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept,
                           progress=options.get("progress", True))
+    if found is not None and run is not None: _look_at_found(images, found, Path(run).parent)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
                       drawn=drawn, found=found, **options)
 

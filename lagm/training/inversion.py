@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'read_kept', 'keep', 'Inverted', 'invert', 'find_labelled', 'HandsOff', 'learn_pixels', 'train_handsoff',
-           'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'Inverted', 'invert', 'FoundPictures', 'find_labelled', 'HandsOff', 'learn_pixels',
+           'train_handsoff', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ class Inversion:
     Attributes
     ----------
     lr
-        of Adam, in standard deviations; it falls to zero along a cosine
+        of Adam, in standard deviations, the highest; it climbs, then falls to zero
     pull
         weight of the squared distance from the mean style
     samples
@@ -107,8 +107,8 @@ class Inversion:
         pictures at a time
     """
     steps: int = 250
-    lr: float = 0.12  # of Adam, in standard deviations; it falls to zero along a cosine
-    pull: float = 0.02  # weight of the squared distance from the mean style
+    lr: float = 0.5  # of Adam, in standard deviations, the highest; it climbs, then falls to zero
+    pull: float = 0.005  # weight of the squared distance from the mean style
     samples: int = 200  # random latents, of which the best is the start; 0: the mean style
     scales: int = 4  # sizes at which pictures are compared: full, half, quarter ...
     batch: int = 10  # pictures at a time
@@ -225,6 +225,22 @@ def best_start(
     return points[torch.cat(distances, 1).argmin(1)]
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #3a914e3d
+def _rate(
+    plan: Inversion,  # how the descent goes
+    step: int,  # from 0
+) -> float:
+    """Adam's learning rate in one step: it climbs over the first third, and falls to zero along a cosine.
+
+    Parameters
+    ----------
+    plan
+        how the descent goes
+    step
+        from 0
+    """
+    return plan.lr * min(1.0, 3 * (step + 1) / plan.steps) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+
+
 def _descend(
     space: StyleSpace,  # the generator's styles
     images: Tensor,  # (B, 3, H, W)
@@ -258,7 +274,7 @@ def _descend(
     v, wanted, distances = start.clone().requires_grad_(), pyramid(images, plan.scales), []
     optimizer = torch.optim.Adam([v], lr=plan.lr)
     for step in range(plan.steps):
-        optimizer.param_groups[0]["lr"] = plan.lr * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+        optimizer.param_groups[0]["lr"] = _rate(plan, step)
         with torch.enable_grad():
             drawn = as_labelled(space(v).image, images.shape[2:], wide)
             distance = picture_distance(pyramid(drawn, plan.scales), wanted)
@@ -463,6 +479,32 @@ def _invert_labelled(
     return dataclasses.replace(found, images=torch.cat([found.images, image]), features=both), known
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a61d001b
+class FoundPictures(NamedTuple):
+    """Labelled pictures in the generator's space. What `train_lagm` takes as `found` are the first two.
+
+    Attributes
+    ----------
+    features
+        (n, C_i, H_i, W_i)
+    masks
+        (n, H, W) in the form of the generator's maps
+    images
+        (n, 3, R, R): what the generator draws there
+    errors
+        (n,): the root of the mean squared difference from the labelled picture, from 0 to 1, black to white
+    """
+    features: list[Tensor]  # (n, C_i, H_i, W_i)
+    masks: Tensor  # (n, H, W) in the form of the generator's maps
+    images: Tensor  # (n, 3, R, R): what the generator draws there
+    # (n,): the root of the mean squared difference from the labelled picture, from 0 to 1, black to white
+    errors: Tensor
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{error:.1%}" for error in self.errors.tolist()[:10]) + ", …" * (len(self.errors) > 10)
+        return ("found in the generator's space, drawn with an error of "
+                f"{each} (0 % is the picture itself, 100 % black for white)")
+
+
 def find_labelled(
     generator: Generator,  # any
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
@@ -473,7 +515,7 @@ def find_labelled(
     seed: int = 0,  # of the random latents to start from
     folder: str | Path | None = None,  # keeps inversion.safetensors; a stopped search goes on
     progress: bool = True,  # whether a line shows how far it is
-) -> tuple[list[Tensor], Tensor] | None:  # features (n, C_i, H_i, W_i) and masks (n, R, R); None: there is no use
+) -> FoundPictures | None:  # None: there is no use
     """The labelled pictures in the generator's space, for `train_lagm`. Raises `InputError` as `invert` does.
 
     Parameters
@@ -497,14 +539,16 @@ def find_labelled(
 
     Returns
     -------
-    tuple[list[Tensor], Tensor] | None
-        features (n, C_i, H_i, W_i) and masks (n, R, R); None: there is no use
+    FoundPictures | None
+        None: there is no use
     """
     network = getattr(generator, "network", None)
     if not (recipe.truth and len(images) and isinstance(network, StyleGAN1 | StyleGAN2)): return None
     found, known = _invert_labelled(cast(FrozenGenerator, generator), images, masks, None, plan, recipe.wide_crop,
                                     seed=seed, folder=folder, progress=progress)
-    return found.features, known
+    drawn = as_labelled(found.images, images.shape[2:], recipe.wide_crop).clamp(-1, 1)
+    errors = (drawn - images.to(drawn)).square().flatten(1).mean(1).sqrt() / 2
+    return FoundPictures(found.features, known, found.images, errors.cpu())
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #ea4b9739
 @dataclass(frozen=True)
@@ -637,7 +681,7 @@ def train_handsoff(
                           folder=folder, **options)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #237ea974
-def unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
+def _unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """A map (B, C, h, w) with features of length 1, then upsampled to `size`."""
     unit = F.normalize(features.float(), dim=1)
     return unit if size is None else F.interpolate(unit, tuple(size), mode="bilinear", align_corners=False)
@@ -692,7 +736,7 @@ class Prototypes(nn.Module):
         size: Any = max(tuple(f.shape[-2:]) for f in features)
         total: Any = 0
         for i in self.layers:
-            part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), unit_maps(features[i]))
+            part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), _unit_maps(features[i]))
             total = total + F.interpolate(part, size, mode="bilinear", align_corners=False)
         logits = total / (len(self.layers) ** 0.5 * self.temperature)
         logits = logits + self.share.log().clamp(min=-1e4)[:, None, None]
@@ -730,7 +774,7 @@ def prototypes_of(
     sums: dict[int, Any] = {}
     for i in made.layers:
         pairs = zip(one_hot, features[i])
-        sums[i] = sum(torch.einsum("hwk,chw->kc", hot, unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
+        sums[i] = sum(torch.einsum("hwk,chw->kc", hot, _unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
     squares: Any = sum(s.square().sum(1, keepdim=True) for s in sums.values())
     length = squares.sqrt().clamp(min=1e-12)
     for i, s in sums.items(): getattr(made, f"map{i}").copy_(s / length)

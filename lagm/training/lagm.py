@@ -215,6 +215,9 @@ def run_or_estimate(loop: Loop, dry_run: bool, instead: str) -> Trained:
     return cast(Trained, loop.estimate())
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #28176d98
+_FoundFeatures = tuple[Sequence[Tensor], Tensor] | tuple[Sequence[Tensor], Tensor, Tensor, Tensor]
+
+
 class Sources:
     """Where a run's batches come from.
 
@@ -233,7 +236,7 @@ class Sources:
     drawn
         those of the pictures whose latents are known; None: none
     found
-        features and masks, of `find_labelled`; None: none
+        features, masks, and what more `find_labelled` gives; None: none
     """
 
     def __init__(
@@ -244,7 +247,7 @@ class Sources:
         masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
         seed: int,  # of everything random
         drawn: Drawn | None = None,  # those of the pictures whose latents are known; None: none
-        found: tuple[Sequence[Tensor], Tensor] | None = None,  # features and masks, of `find_labelled`; None: none
+        found: _FoundFeatures | None = None,  # features, masks, and what more `find_labelled` gives; None: none
     ):
         recipe, size = state.recipe, size_of(images)
         self.parts, self.masks = recipe.parts, masks
@@ -260,7 +263,7 @@ class Sources:
     def found(self, step: int, stage: str) -> tuple[list[Tensor], Tensor] | None:
         """Some of the found pictures, a function of the seed, the stage and the step: features (B, ...) and masks."""
         if self._found is None: return None
-        (features, masks), rng = self._found, random_generator(self._seed, "found", stage, step)
+        (features, masks), rng = self._found[:2], random_generator(self._seed, "found", stage, step)
         chosen = torch.randperm(len(masks), generator=rng)[:self._batch]
         device = features[0].device
         return [self._arrange(f[chosen], "annotator") for f in features], masks[chosen].to(device)
@@ -420,7 +423,7 @@ def lagm_loop(
     match: bool = True,  # False: the annotator stays as its warm start left it
     weigh_labels: bool = True,  # False: no class weights on the annotator's labels
     drawn: Drawn | None = None,  # labelled pictures of the generator, with their latents
-    found: tuple[Sequence[Tensor], Tensor] | None = None,  # of `lagm.training.inversion.find_labelled`
+    found: _FoundFeatures | None = None,  # of `lagm.training.inversion.find_labelled`
     options: RunOptions | None = None,  # what it leaves behind and tells
     **changes: Any,  # fields of `RunOptions`
 ) -> Loop:
@@ -492,7 +495,7 @@ def train_lagm(
     drawn: Drawn | None = None,
     # labelled pictures that were found in the generator's space (`lagm.training.inversion.find_labelled`): features
     # (n, C_i, H_i, W_i) and masks (n, R, R), on which the annotator learns beside its matching, by `recipe.truth`
-    found: tuple[Sequence[Tensor], Tensor] | None = None,
+    found: _FoundFeatures | None = None,
     # so many share the recipe's parts: of GPUs one each, of a CPU its cores; more need Fabric and a checkpoint
     processes: int = 1,
     options: RunOptions | None = None,  # what the run leaves behind and tells; see `RunOptions`
