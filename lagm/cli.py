@@ -81,7 +81,7 @@ def _show_run(name: str, run: Any, root: Path) -> None:
     from lagm.core.errors import printable
     from lagm.experiments.catalogue import declared_parameters, missing_inputs
 
-    missing = missing_inputs(run, root)
+    missing = missing_inputs(run, root, data=False)
     state = "finished" if run.finished(root) else "not run yet" + (", and it lacks something" if missing else "")
     print(f"{name}: {printable(run.about)}", f"  notebook  {run.notebook.name}", sep="\n")
     print(f"  results   {run.folder.as_posix()} ({state})")

@@ -1,6 +1,7 @@
 """The experiments as data: every file fits its notebook, says what the paper did, and mistakes in files are named."""
 
 import copy
+import shutil
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from sync import ROOT
 from lagm.core.errors import InputError
 from lagm.data.registry import EXPERIMENTS
 from lagm.experiments.catalogue import (
+    _OWN_NETWORKS,
     SMALL,
     change_runs,
     choose_runs,
@@ -22,6 +24,8 @@ from lagm.experiments.catalogue import (
     read_catalogue,
     write_parameter_files,
 )
+from lagm.models.annotators import ANNOTATORS
+from lagm.models.segmenters import SEGMENTERS
 from lagm.training.recipe import Recipe
 
 CATALOGUE = read_catalogue(ROOT)
@@ -172,11 +176,29 @@ def test_variants_keep_to_themselves():
     with pytest.raises(InputError, match="is not int"): change_runs(runs, {"epochs": "few"})
 
 
+def test_a_glance_at_the_data_agrees_with_its_readers(tmp_path):
+    """Of each released experiment: what is not there at all, both miss, and a reader names the place."""
+    for name in EXPERIMENTS:
+        run = CATALOGUE[f"{name}/annotate"]
+        glance, opened = (missing_inputs(run, tmp_path, data=data) for data in (False, True))
+        absent = [line for line in glance if "dataset" in line.partition(":")[0]]
+        places = [line.partition("there is no ")[2].partition(";")[0] for line in absent]
+        assert absent and all(f"`lagm doctor {name}`" in line for line in absent)
+        assert places[0].split("/")[1] in " ".join(opened), (places, opened)
+        for place in places: (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        assert not [line for line in missing_inputs(run, tmp_path, data=False) if "dataset" in line.partition(":")[0]]
+        for place in places: shutil.rmtree(tmp_path / place)
+
+
+def test_networks_that_need_no_look_are_there():
+    assert {*_OWN_NETWORKS["segmenter"]} <= {*SEGMENTERS} and {*_OWN_NETWORKS["annotator"]} <= {*ANNOTATORS}
+
+
 def test_what_is_missing_is_told(tmp_path):
     def lacking(name, **options): return missing_inputs(CATALOGUE[name], tmp_path, **options)
     assert lacking("demo_paper_k2/annotate") == [] and lacking("demo_paper_k2/evaluate", data=False) == []
     assert ([line.split(":")[0] for line in lacking("face34_stylegan_deeplab/annotate", data=False)]
-            == ["generator", "avg_latent", "backbone"])
+            == ["generator", "avg_latent", "backbone", "dataset"])
     assert any("CelebAMask-HQ not found" in line for line in lacking("celeba_2/evaluate"))
     assert (any("rendered CGPart" in line for line in lacking("cgpart_car/annotate"))
             and any("real CGPart" in line for line in lacking("cgpart_car/annotate")))

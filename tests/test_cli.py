@@ -179,10 +179,13 @@ def test_list_and_help_and_version(checkout, capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("lagm ")
 
 
-def test_help_does_not_load_torch():
-    code = "import sys, lagm.cli\ntry: lagm.cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("False"), done.stderr
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["show", "celeba_10"], ["show", "demo_k2"], ["doctor"],
+                                   ["doctor", "cgpart_car"]])
+def test_first_commands_do_not_load_torch(words, tmp_path):
+    code = ("import sys, lagm.cli\ntry: print('it ends with', lagm.cli.main(sys.argv[1:]))\nexcept SystemExit: pass\n"
+            "print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip().endswith("False") and "it ends with 2" not in done.stdout, done.stdout + done.stderr
 
 
 def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):

@@ -665,7 +665,7 @@ def _moved(value: Any, before: str, after: str) -> Any:
 def missing_inputs(
     run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
-    data: bool = True,  # open the datasets, too
+    data: bool = True,  # open the datasets, too; False: see only whether the folders of the kit's own are there
     others: Iterable[Run] = (),  # runs that come before; what is in their folders counts as there
 ) -> list[str]:  # a line each; empty: it could start
     """What a run lacks, not counting the results of other runs.
@@ -677,7 +677,7 @@ def missing_inputs(
     root
         what relative paths start from
     data
-        open the datasets, too
+        open the datasets, too; False: see only whether the folders of the kit's own are there
     others
         runs that come before; what is in their folders counts as there
 
@@ -693,12 +693,16 @@ def missing_inputs(
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
     named = _name_problems(run) + _generator_problems(run, root)
-    return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else [])))
+    return list(dict.fromkeys(found + named + (_data_problems(run, root) if data else _absent_data(run, root))))
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #84862a22
+_OWN_NETWORKS = {"segmenter": ("unet", "deeplabv3"), "annotator": ("fpn", "mlp", "attention")}  # known to be there
+
+
 def _name_problems(run: Run) -> list[str]:
     """What is wrong with the names of a segmenter and of entries of other packages."""
-    if not any(run.parameters.get(name) for name in ("uses", "segmenter", "annotator")): return []
+    given = {name: run.parameters.get(name) for name in ("uses", "segmenter", "annotator")}
+    if all(not value or value in _OWN_NETWORKS.get(name, ()) for name, value in given.items()): return []
     from lagm.experiments.stages import name_problems
 
     return name_problems(run.parameters)
@@ -708,6 +712,7 @@ def _generator_problems(run: Run, root: Path) -> list[str]:
     """Whether a generator that is given by a name or described is there; a comparison of methods takes its style's."""
     given = run.parameters.get("generator") or run.parameters.get("style")
     if not given or given in DEMO_STYLES: return []
+    if given in named_paths(run.parameters).values() and not (root / given).exists(): return []  # that is told already
     from lagm.generators.diffusers_folder import check_diffusers, is_diffusers
     from lagm.generators.load import from_elsewhere, generator_file, is_outside
 
@@ -735,3 +740,17 @@ def _data_problems(run: Run, root: Path) -> list[str]:
     lines, name = split_problems(run.stage, run.parameters, root), run.experiment.partition("-")[0]
     if name not in EXPERIMENTS: return lines
     return [re.sub("`lagm doctor [^`]*`", f"`lagm doctor {name}`", line) for line in lines]
+
+
+def _absent_data(run: Run, root: Path) -> list[str]:
+    """Which folders of the kit's own datasets are not there. No reader is asked, so that this takes no time."""
+    from lagm.data.registry import DATASETS
+
+    found = []
+    for key in ("dataset", "validation_dataset"):
+        family, _, named = (run.parameters.get(key) or "").partition(":")
+        if family not in DATASETS or (reads := DATASETS.get(family).reads) is None: continue
+        path = Path(run.parameters.get("data") or "data") / reads.format(named)
+        if not (root / path).exists():
+            found.append(f"{key}: there is no {path.as_posix()}; `lagm doctor {run.experiment}` says where to get it")
+    return found
