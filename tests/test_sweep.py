@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import nursery
@@ -14,7 +15,7 @@ from notebooks import write_experiment
 from lagm import cli
 from lagm.core.errors import InputError
 from lagm.experiments import sweep as sweeps
-from lagm.experiments.catalogue import read_catalogue
+from lagm.experiments.catalogue import Run, read_catalogue
 from lagm.experiments.sweep import Sweep, describe_steps, execute, last_error, plan_steps
 from lagm.training.checkpoints import folder_lock
 
@@ -150,6 +151,24 @@ def test_a_missing_file_stops_before_the_start(project, capsys):
     for words in (["run", "c"], ["run", "c", "--dry-run"]):
         assert cli.main(words) == 2 and "there is no checkpoints/none.bin" in capsys.readouterr().err
     assert not (project / "outputs/c").exists()
+
+
+def test_a_plan_looks_at_each_run_once(tmp_path, monkeypatch):
+    """Twice as many runs, twice as much work, though each of them lacks a file that another one might make."""
+    looks, folder = [], Run.folder
+    monkeypatch.setattr(Run, "folder", property(lambda run: looks.append(run) or folder.fget(run)))
+
+    def planned(number):
+        runs = {f"r{i}": Run(f"r{i}", "", tmp_path / "toy.ipynb", {"generator": f"made/{i}/g.pkl"},
+                             Path(f"out/{i}/toy.ipynb")) for i in range(number)}
+        looks.clear()
+        assert {step.state for step in plan_steps(runs, tmp_path).values()} == {"blocked"}
+        return len(looks)
+
+    assert planned(80) == 2 * planned(40)
+    maker = Run("maker", "", tmp_path / "toy.ipynb", {}, Path("made/0/toy.ipynb"))
+    reader = Run("reader", "", tmp_path / "toy.ipynb", {"generator": "made/0/deep/g.pkl"}, Path("out/toy.ipynb"))
+    assert [step.state for step in plan_steps({"maker": maker, "reader": reader}, tmp_path).values()] == ["to do"] * 2
 
 
 def test_the_last_error_of_a_log(tmp_path):

@@ -15,7 +15,7 @@ import difflib
 import fnmatch
 import graphlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -666,7 +666,7 @@ def missing_inputs(
     run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
     data: bool = True,  # open the datasets, too; False: see only whether the folders of the kit's own are there
-    others: Iterable[Run] = (),  # runs that come before; what is in their folders counts as there
+    others: Collection[Path] = frozenset(),  # folders of runs that come before; what is in them counts as there
 ) -> list[str]:  # a line each; empty: it could start
     """What a run lacks, not counting the results of other runs.
 
@@ -679,17 +679,16 @@ def missing_inputs(
     data
         open the datasets, too; False: see only whether the folders of the kit's own are there
     others
-        runs that come before; what is in their folders counts as there
+        folders of runs that come before; what is in them counts as there
 
     Returns
     -------
     list[str]
         a line each; empty: it could start
     """
-    root, found, folders = Path(root), [], [other.folder for other in others]
+    root, found = Path(root), list[str]()
     for name, path in named_paths(run.parameters).items():
-        made = path.startswith("outputs/") or any(Path(path).is_relative_to(folder) for folder in folders)
-        if made: continue
+        if path.startswith("outputs/") or any(place in others for place in (Path(path), *Path(path).parents)): continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
     named = _name_problems(run) + _generator_problems(run, root)

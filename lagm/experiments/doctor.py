@@ -301,7 +301,7 @@ def _examine_others(runs: Mapping[str, Run]) -> list[Finding]:
     """What `lagm run` says that runs of other experiments lack."""
     found = []
     for name, run in runs.items():
-        lacking = missing_inputs(run, project_folder(), others=runs.values())
+        lacking = missing_inputs(run, project_folder(), others={other.folder for other in runs.values()})
         found += [Finding(name, "missing", str(run.notebook), line) for line in lacking]
         if not lacking: found.append(Finding(name, "present", str(run.notebook), "nothing that it reads is missing"))
     return found

@@ -67,7 +67,7 @@ def plan_steps(
     data
         open the datasets of what is to do
     """
-    steps: dict[str, Step] = {}
+    steps, folders = dict[str, Step](), {run.folder for run in runs.values()}
     for name, run in runs.items():
         needs = [steps[need] for need in run.needs if need in steps]
         blocking = [step.run.name for step in needs if step.state == "blocked"]
@@ -75,7 +75,7 @@ def plan_steps(
         if name not in force and ready and run.finished(root): steps[name] = Step(run, "finished")
         elif blocking: steps[name] = Step(run, "blocked", f"it needs {', '.join(blocking)}")
         else:
-            missing = missing_inputs(run, root, data, runs.values())
+            missing = missing_inputs(run, root, data, folders)
             steps[name] = Step(run, "blocked" if missing else "to do", "; ".join(missing) or run.odd_record(root))
     return steps
 
