@@ -180,12 +180,30 @@ def test_list_and_help_and_version(checkout, capsys):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["show", "celeba_10"], ["show", "demo_k2"], ["doctor"],
-                                   ["doctor", "cgpart_car"]])
+                                   ["doctor", "cgpart_car"], ["run", "quickstart", "--dry-run"],
+                                   ["run", "demo_k2", "demo_micah_k2", "--dry-run"]])
 def test_first_commands_do_not_load_torch(words, tmp_path):
     code = ("import sys, lagm.cli\ntry: print('it ends with', lagm.cli.main(sys.argv[1:]))\nexcept SystemExit: pass\n"
             "print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip().endswith("False") and "it ends with 2" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("asked", ["", "1", "2"])
+def test_what_is_said_of_torch_before_it_is_loaded_is_true(asked):
+    """Its version with the build, its threads, its GPUs: a run's process does not load it to write a record."""
+    code = ("import json, sys\nfrom lagm.core.origins import provenance\nfrom lagm.core.threads import usual_threads\n"
+            "def facts(): p = provenance(); return [p['versions']['torch'], p['hardware'], usual_threads()]\n"
+            "before, loaded = facts(), 'torch' in sys.modules\n"
+            "import torch\n"
+            "threads = torch.get_num_threads(), str(torch.__version__)\n"
+            "print(json.dumps([before, facts(), loaded, threads]))")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if asked: environment["OMP_NUM_THREADS"] = asked
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    before, after, loaded, (threads, version) = json.loads(done.stdout)
+    assert before == after and not loaded, done.stderr
+    assert before[0] == version and before[2] == before[1]["threads"] == threads
 
 
 def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "data.squares:_side_for": "the first bytes of pictures, for their sizes",
     "experiments.course:StoredRun.__init__": "compressed arrays of the kit's own, plain values only",
     "experiments.serve:open_page": "the script of the page, a file of the kit",
-    "training.checkpoints:folder_lock": "a lock, which holds nothing",
+    "core.files:folder_lock": "a lock, which holds nothing",
     "cli:_heard": "a stream of the process itself",
     "experiments.report:write_pages": "pictures of our own, as bytes",
     "models.deeplab:_imagenet_weights": "torchvision's weights, tensors only",

@@ -9,17 +9,20 @@ __all__ = ['provenance', 'install_advice']
 import contextlib
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import os
 import platform
+import runpy
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from packaging.requirements import Requirement
 
 from .environment import environment_of_record
+from .threads import usual_threads
 
 # %% ../../nbs/reference/core/03_origins.ipynb #929382a5
 def _commit() -> dict[str, str | bool | None]:
@@ -40,6 +43,27 @@ def _commit() -> dict[str, str | bool | None]:
         return {"commit": None, "modified": None}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #471f8674
+_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of graphics cards, on Linux
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs. Where no driver is, PyTorch is not loaded to be asked: that takes longer than the rest."""
+    loaded, maybe = "torch" in sys.modules, sys.platform != "linux" or any(map(os.path.exists, _DRIVERS))
+    if not (loaded or maybe): return []
+    import torch
+
+    there = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [torch.cuda.get_device_name(i) for i in there]
+
+
+def _torch_version() -> str:
+    """PyTorch's, with its build, which the package's metadata lack."""
+    if "torch" in sys.modules: return str(sys.modules["torch"].__version__)
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None: return ""
+    return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
+
+
 def _hardware() -> dict[str, Any]:
     """The processor, its cores, the memory in GiB, torch's threads and the names of the GPUs."""
     cpu = platform.processor() or platform.machine()
@@ -49,9 +73,7 @@ def _hardware() -> dict[str, Any]:
     memory = None
     with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    there = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": memory,
-            "gpus": [torch.cuda.get_device_name(i) for i in there]}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": _gpus()}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
@@ -62,8 +84,7 @@ def provenance() -> dict[str, Any]:  # plain values only: write it with `write_j
     dict[str, Any]
         plain values only: write it with `write_json`
     """
-    # torch's with the build, which the package's metadata lack
-    versions: dict[str, str] = {"torch": torch.__version__}
+    versions: dict[str, str] = {"torch": _torch_version()}
     for name in ("lagm", "torchvision", "numpy", "pillow", "safetensors", "papermill"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

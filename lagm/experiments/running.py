@@ -21,7 +21,6 @@ from typing import Any
 
 import nbformat
 import papermill
-import torch
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -33,9 +32,9 @@ from ..core.errors import printable
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #94ac3e5a
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path, folder_lock, read_json, set_aside, write_json
 from ..core.origins import provenance
-from ..core.threads import choose_threads
+from ..core.threads import choose_threads, usual_threads
 from lagm.experiments.notebooks import (
     as_stored,
     check_parameters,
@@ -48,7 +47,6 @@ from lagm.experiments.notebooks import (
     read_record,
     unfinished_copy,
 )
-from ..training.checkpoints import folder_lock, set_aside
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #3976561b
 class _AtomicFiles(LocalHandler):
@@ -248,7 +246,7 @@ def _threads_of_run(notebook: Path, given: dict[str, Any], folder: Path, force: 
     if isinstance(held, dict) and held.get("parameters") == asked and isinstance(held.get("threads"), int):
         return {"threads": held["threads"], "of": held.get("of"), "taken": held.get("taken")}
     threads, taken = choose_threads()
-    most = torch.get_num_threads()
+    most = usual_threads()
     chosen = {"threads": threads, "of": most, "taken": None if taken is None else round(taken, 2)}
     write_json(path, chosen | {"parameters": asked})
     if threads < most:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #f695f046
 from ..core.errors import InputError
-from ..core.files import read_json, write_json
+from ..core.files import read_json, set_aside, write_json
 from ..core.origins import provenance
 from ..core.tensors import load_tensors
 from ..data.demo import choose_labelled, stack
@@ -40,7 +40,6 @@ from ..models.annotator import FPNAnnotator
 from ..models.annotators import ANNOTATORS
 from ..models.results import Results, load_results
 from ..models.segmenters import SEGMENTERS, build_segmenter
-from ..training.checkpoints import set_aside
 from ..training.drawn import Drawn, read_drawn
 from ..training.lagm import train_lagm
 from ..training.networks import is_network, network_lines

@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #84ed5244
 from ..core.errors import InputError, printable
+from ..core.files import folder_lock
 from .catalogue import Run, missing_inputs
 from .running import explain_error, run_notebook
-from ..training.checkpoints import folder_lock
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #b82f83e1
 _STATES = ("finished", "done", "running", "to do", "failed", "blocked")

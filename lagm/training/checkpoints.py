@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['History', 'random_states', 'restore_random_states', 'digest', 'data_digest', 'generator_digest', 'Identity',
-           'CheckpointError', 'Checkpoints', 'folder_lock', 'checkpoint_lock', 'forced', 'set_aside', 'pack_state',
-           'unpack_state', 'describe_run', 'restore_state', 'CheckpointWriter', 'check_same_run', 'own_checkpoint',
-           'resume']
+           'CheckpointError', 'Checkpoints', 'checkpoint_lock', 'pack_state', 'unpack_state', 'describe_run',
+           'restore_state', 'CheckpointWriter', 'check_same_run', 'own_checkpoint', 'resume']
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #9dc5d541
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import os
-import platform
 import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -29,8 +26,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, printable
-from ..core.files import atomic_path
+from ..core.errors import InputError
+from ..core.files import atomic_path, folder_lock, forced, set_aside
 from ..core.origins import provenance
 from ..core.tensors import load_tensors, save_tensors
 from ..data.labels import LabelSet
@@ -271,57 +268,6 @@ def _first_readable(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str,
     if first: raise first
     return None
 
-# %% ../../nbs/reference/training/57_checkpoints.ipynb #76901cc9
-def _hold(file: Any) -> bool:
-    """Take the system's lock on an open file, if there are such locks here; False: another process has it."""
-    try:
-        import fcntl
-    except ImportError: return True
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: pass  # a disk without locks
-    return True
-
-
-def _same_file(file: Any, path: Path) -> bool:
-    """Whether an open file is still the one at `path`: its last holder may have removed it in between."""
-    try: return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError: return False
-
-# %% ../../nbs/reference/training/57_checkpoints.ipynb #35b51c21
-@contextlib.contextmanager
-def folder_lock(
-    folder: str | Path,  # made if it is not there
-    name: str = ".lagm.lock",  # of the file that is locked, and removed afterwards
-) -> Iterator[None]:
-    """Hold a folder; `InputError` if another run does, or if the folder cannot be written to.
-
-    Parameters
-    ----------
-    folder
-        made if it is not there
-    name
-        of the file that is locked, and removed afterwards
-    """
-    path = Path(folder) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    with file:
-        if not _hold(file):
-            file.seek(0)
-            who = printable(file.read(80).strip()) or "it does not say which"
-            raise InputError(f"another process is working in {folder} ({who}); wait for it, or stop it")
-        if _same_file(file, path):
-            file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-            try: yield
-            finally: path.unlink(missing_ok=True)
-            return
-    with folder_lock(folder, name): yield
-
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #4d9f8e0e
 def checkpoint_lock(
     path: str | Path | None,  # of a checkpoint; None: nothing is held
@@ -334,40 +280,6 @@ def checkpoint_lock(
         of a checkpoint; None: nothing is held
     """
     return folder_lock(Path(path).parent, f".lagm-{Path(path).name}.lock") if path else contextlib.nullcontext()
-
-# %% ../../nbs/reference/training/57_checkpoints.ipynb #68a13918
-def forced() -> bool:
-    """Whether this run was asked to get past what another run left."""
-    return os.environ.get("LAGM_FORCE") == "1"
-
-
-def set_aside(
-    paths: Iterable[str | Path],  # files and folders, all in one folder; those that are not there are passed over
-    why: str = "of another run",  # for the message
-) -> Path | None:  # the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
-    """Move what is in the way into a folder of its own, and say so in a line.
-
-    Parameters
-    ----------
-    paths
-        files and folders, all in one folder; those that are not there are passed over
-    why
-        for the message
-
-    Returns
-    -------
-    Path | None
-        the folder they are in now: aside-1, aside-2, ... beside them; None: there were none
-    """
-    there = [path for path in map(Path, paths) if os.path.lexists(path)]
-    if not there: return None
-    parent = there[0].parent
-    aside = next(place for n in itertools.count(1) if not (place := parent / f"aside-{n}").exists())
-    aside.mkdir()
-    for path in there: path.rename(aside / path.name)
-    more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-    print(f"set aside, {why}: {', '.join(path.name for path in there[:3])}{more}, now in {aside}", flush=True)
-    return aside
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #3c966738
 def pack_state(state: TrainState) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.errors import InputError, printable
-from ..core.files import read_text
+from ..core.files import forced, read_text, set_aside
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import load_tensors
 from ..core.values import check_fields
@@ -32,7 +32,7 @@ from ..data.checks import check_pictures
 from ..data.labels import IGNORE, LabelSet
 from ..evaluation.metrics import evaluate
 from ..models.saved import save_segmenter, segmenter_options
-from .checkpoints import Identity, check_same_run, checkpoint_lock, forced, set_aside
+from .checkpoints import Identity, check_same_run, checkpoint_lock
 from .loop import Appointment, Diverged, Loop, Moment, RunOptions
 from .processes import PRECISIONS, do_parts, launch, sum_over_processes, this_process
 from .recipe import Recipe

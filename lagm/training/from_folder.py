@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, read_json, write_json
+from ..core.files import atomic_path, folder_lock, read_json, set_aside, write_json
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import describe_tensors
@@ -36,7 +36,6 @@ from ..generators.ada import AdaptiveRecipe, AdaptiveTrainer
 from ..generators.load import load_generator
 from ..generators.train import load_training, sample_grid, save_training, training_state
 from ..generators.weights import save_generator
-from .checkpoints import folder_lock, set_aside
 
 # %% ../../nbs/reference/training/70_from_folder.ipynb #79beed3d
 _PRECISIONS = ("auto", "float32", "bfloat16")

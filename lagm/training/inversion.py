@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'read_kept', 'keep', 'Inverted', 'invert', 'FoundPictures', 'find_labelled', 'HandsOff', 'learn_pixels',
-           'train_handsoff', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'keep', 'Inverted', 'invert', 'FoundPictures', 'find_labelled', 'HandsOff', 'learn_pixels', 'train_handsoff',
+           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..core.files import forced, set_aside
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import all_finite, load_tensors, save_tensors
@@ -34,7 +35,7 @@ from ..generators.stylegan1 import StyleGAN1, limited
 from ..generators.stylegan2 import StyleGAN2
 from ..models.contracts import Generator
 from ..ops.convolutions import FastConvolutions
-from .checkpoints import digest, forced, generator_digest, set_aside
+from .checkpoints import digest, generator_digest
 from lagm.training.datasetgan import (
     Annotated,
     FeatureStore,
@@ -286,7 +287,7 @@ def _descend(
     return v.detach(), torch.stack(distances, 1) if distances else images.new_zeros(len(images), 0)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a62e6627
-def read_kept(
+def _read_kept(
     path: Path | None,  # of a file that `keep` wrote; None: nothing is kept
     kind: str,  # what is expected there
     identity: dict[str, Any],  # plain values: what the tensors depend on
@@ -421,7 +422,7 @@ def invert(
     space, path = StyleSpace(generator, seed), Path(folder) / "inversion.safetensors" if folder else None
     identity = dataclasses.asdict(plan) | {"seed": seed, "wide": wide, "pictures": digest([images]),
                                            "generator": generator_digest(generator)}
-    v, losses = _found(path, read_kept(path, "inversion", identity), space, len(images), plan.steps)
+    v, losses = _found(path, _read_kept(path, "inversion", identity), space, len(images), plan.steps)
     points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
     batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
     hidden = not progress or not batches
@@ -619,7 +620,7 @@ def learn_pixels(
     ensemble = new_ensemble([f.shape[1] for f in features], n_classes, plan.members, start).to(device)
     identity = dict(members=plan.members, pixel_steps=plan.pixel_steps, seed=seed, data=digest([*features, masks]))
     path = Path(folder) / "ensemble.safetensors" if folder else None
-    if kept := read_kept(path, "ensemble", identity):
+    if kept := _read_kept(path, "ensemble", identity):
         ensemble.load_state_dict(kept)
         return ensemble.eval()
     store = FeatureStore(features, tuple(masks.shape[1:]))

@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..core.errors import InputError, printable
-from ..core.files import decode_text, parse_json, read_json, write_json
+from ..core.files import decode_text, forced, parse_json, read_json, set_aside, write_json
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device
 from ..data.images import decode_picture, png
 from ..data.labels import CELEBA8, LabelSet
 from ..generators.protocol import check_generator, modules_of
 from ..models.contracts import Generator
-from .checkpoints import forced, set_aside
 from .synthetic import LabelledPair, Plan, as_bytes, as_item, make_pair
 
 # %% ../../nbs/reference/training/63_shards.ipynb #2762490a
