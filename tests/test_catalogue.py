@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,10 +10,11 @@ from notebooks import write_experiment
 from sync import ROOT
 
 from lagm.core.errors import InputError
-from lagm.data.registry import EXPERIMENTS
+from lagm.data.registry import DATASETS, EXPERIMENTS, splits_of
 from lagm.experiments.catalogue import (
     _OWN_NETWORKS,
     SMALL,
+    Run,
     change_runs,
     choose_runs,
     declared_parameters,
@@ -177,17 +179,37 @@ def test_variants_keep_to_themselves():
 
 
 def test_a_glance_at_the_data_agrees_with_its_readers(tmp_path):
-    """Of each released experiment: what is not there at all, both miss, and a reader names the place."""
-    for name in EXPERIMENTS:
-        run = CATALOGUE[f"{name}/annotate"]
-        glance, opened = (missing_inputs(run, tmp_path, data=data) for data in (False, True))
-        absent = [line for line in glance if "dataset" in line.partition(":")[0]]
-        places = [line.partition("there is no ")[2].partition(";")[0] for line in absent]
-        assert absent and all(f"`lagm doctor {name}`" in line for line in absent)
-        assert places[0].split("/")[1] in " ".join(opened), (places, opened)
+    """In each stage of each released experiment: what is not there, both miss; what is there, neither."""
+    def lines(run): return [line for line in missing_inputs(run, tmp_path, data=False) if line.startswith("dataset ")]
+
+    for run in (run for run in CATALOGUE.values() if run.experiment in EXPERIMENTS):
+        glance, opened = lines(run), missing_inputs(run, tmp_path)
+        places = [line.partition("there is no ")[2].partition(";")[0] for line in glance]
+        named = [one["dataset"].partition(":") for one in splits_of(run.stage, run.parameters)]
+        assert {*places} == {"data/" + DATASETS.get(family).reads.format(rest) for family, _, rest in named}
+        assert all(place.split("/")[1] in " ".join(opened) for place in places), (places, opened)
+        assert all(f"`lagm doctor {run.experiment}`" in line for line in glance)
         for place in places: (tmp_path / place).mkdir(parents=True, exist_ok=True)
-        assert not [line for line in missing_inputs(run, tmp_path, data=False) if "dataset" in line.partition(":")[0]]
+        assert lines(run) == []
         for place in places: shutil.rmtree(tmp_path / place)
+
+
+@pytest.mark.parametrize("stage, changes, said", [
+    ("annotate", dict(dataset="celebba"), "did you mean 'celeba'?"),
+    ("annotate", dict(dataset="pascal:cow"), "not 'cow'"),
+    ("annotate", dict(dataset="nopkg.mod:DATA"), "nopkg"),
+    ("annotate", dict(validation_dataset="cgpart:real", validation=""), "celeba: there is no data/CelebAMask-HQ"),
+    ("downstream", dict(validation=""), None),
+    ("evaluate", dict(validation_dataset="pascal:horse"), "celeba: there is no data/CelebAMask-HQ"),
+    ("cross_domain", dict(dataset="avatars:micah", target="pascal:horse"), "there is no data/PascalPart"),
+    ("annotate", dict(dataset="folder", data="data/faces"), "data: there is no data/faces"),
+])
+def test_a_glance_is_at_what_the_stage_reads(tmp_path, stage, changes, said):
+    parameters = dict(dataset="celeba", k=2, validation="val") | changes
+    run = Run("mine", stage, tmp_path / "x.ipynb", parameters, Path("outputs/mine/x.ipynb"))
+    lines = missing_inputs(run, tmp_path, data=False)
+    assert len(lines) == (said is not None), lines
+    assert all(said in line and "doctor mine" not in line for line in lines), lines
 
 
 def test_networks_that_need_no_look_are_there():
@@ -198,7 +220,7 @@ def test_what_is_missing_is_told(tmp_path):
     def lacking(name, **options): return missing_inputs(CATALOGUE[name], tmp_path, **options)
     assert lacking("demo_paper_k2/annotate") == [] and lacking("demo_paper_k2/evaluate", data=False) == []
     assert ([line.split(":")[0] for line in lacking("face34_stylegan_deeplab/annotate", data=False)]
-            == ["generator", "avg_latent", "backbone", "dataset"])
+            == ["generator", "avg_latent", "backbone", "dataset datasetgan"])
     assert any("CelebAMask-HQ not found" in line for line in lacking("celeba_2/evaluate"))
     assert (any("rendered CGPart" in line for line in lacking("cgpart_car/annotate"))
             and any("real CGPart" in line for line in lacking("cgpart_car/annotate")))

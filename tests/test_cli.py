@@ -189,21 +189,25 @@ def test_first_commands_do_not_load_torch(words, tmp_path):
     assert done.stdout.strip().endswith("False") and "it ends with 2" not in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("asked", ["", "1", "2"])
+@pytest.mark.parametrize("asked", ["", "OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2,3", "OMP_NUM_THREADS=junk",
+                                   "OMP_NUM_THREADS=64", "MKL_NUM_THREADS=1", "MKL_NUM_THREADS=3 MKL_DYNAMIC=FALSE"])
 def test_what_is_said_of_torch_before_it_is_loaded_is_true(asked):
     """Its version with the build, its threads, its GPUs: a run's process does not load it to write a record."""
-    code = ("import json, sys\nfrom lagm.core.origins import provenance\nfrom lagm.core.threads import usual_threads\n"
+    code = ("import json, sys\nfrom lagm.core.origins import _DRIVERS, provenance\n"
+            "from lagm.core.threads import usual_threads\nfrom pathlib import Path\n"
             "def facts(): p = provenance(); return [p['versions']['torch'], p['hardware'], usual_threads()]\n"
             "before, loaded = facts(), 'torch' in sys.modules\n"
+            "may = sys.platform == 'linux' and not any(Path(driver).exists() for driver in _DRIVERS)\n"
             "import torch\n"
-            "threads = torch.get_num_threads(), str(torch.__version__)\n"
-            "print(json.dumps([before, facts(), loaded, threads]))")
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    if asked: environment["OMP_NUM_THREADS"] = asked
+            "print(json.dumps([before, facts(), loaded, may, torch.backends.mkl.is_available(),\n"
+            "                  torch.get_num_threads(), str(torch.__version__)]))")
+    own = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DYNAMIC")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment |= dict(pair.split("=") for pair in asked.split())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    before, after, loaded, (threads, version) = json.loads(done.stdout)
-    assert before == after and not loaded, done.stderr
-    assert before[0] == version and before[2] == before[1]["threads"] == threads
+    before, after, loaded, may, mkl, threads, version = json.loads(done.stdout.splitlines()[-1])
+    assert before[0] == after[0] == version and loaded != may, done.stderr
+    if mkl or not asked: assert before == after and before[2] == before[1]["threads"] == threads
 
 
 def test_no_experiments_is_said(tmp_path, monkeypatch, capsys):

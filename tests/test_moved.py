@@ -101,7 +101,8 @@ def test_every_moved_name_is_there():
                       ("lagm.data", "Avatars"), ("lagm.experiments", "run_notebook"),
                       ("lagm.pictures", "labelled_grid"), ("lagm.labelling.project", "run_project"),
                       ("lagm.labelling.serve", "open_page"), ("lagm.download.hub", "push_to_hub"),
-                      ("lagm.cli", "EXPORTS")):
+                      ("lagm.run_state", "folder_lock"), ("lagm.run_state", "set_aside"),
+                      ("lagm.run_state", "Checkpoints"), ("lagm.cli", "EXPORTS")):
         with pytest.warns(DeprecationWarning, match=f"{old}.{name} has moved; write: from lagm"):
             assert getattr(importlib.import_module(old), name) is not None
     with pytest.warns(DeprecationWarning, match="import TrainState"):

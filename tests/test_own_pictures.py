@@ -167,8 +167,14 @@ def test_a_stopped_run_keeps_what_it_found(pictures, tmp_path, monkeypatch):
         stopped.setattr("lagm.experiments.project.train_lagm",
                         lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
         run_project(tmp_path / "p", progress=False)
+    with monkeypatch.context() as later, pytest.raises(RuntimeError):  # a kit that searches otherwise begins anew
+        later.setattr(project, "Inversion", functools.partial(inversion.Inversion, lr=0.3))
+        later.setattr("lagm.experiments.project.train_lagm",
+                      lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped again")))
+        run_project(tmp_path / "p", progress=False)
+    assert len(descents) == 2
     run_project(tmp_path / "p", progress=False)
-    assert len(descents) == 1
+    assert len(descents) == 2
     assert (sorted(path.name for path in (tmp_path / "p" / "results").iterdir())
             == ["found.png", "generator.png", "look.png", "metrics.json", "segmenter.safetensors"])
 

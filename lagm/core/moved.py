@@ -68,7 +68,7 @@ HOMES |= {
     "readme": "experiments.readme",
     "regions": "data.regions",
     "report": "experiments.report",
-    "run_state": "training.checkpoints",
+    "run_state": "training.checkpoints core.files",
     "saved": "models.saved models.segmenters generators.weights",
     "segmenters": "models.segmenters",
     "signs": "training.signs",

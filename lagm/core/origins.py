@@ -73,7 +73,8 @@ def _hardware() -> dict[str, Any]:
     memory = None
     with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": _gpus()}
+    gpus = _gpus()  # first: if it loads PyTorch, that knows the number of its threads
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": gpus}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`

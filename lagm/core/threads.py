@@ -85,8 +85,15 @@ def _fitting_threads(
     return max(1, min(threads, math.ceil(cores - taken - 0.5)))
 
 # %% ../../nbs/reference/core/03_threads.ipynb #7e02fd64
+def _whole_cores() -> int:
+    """The cores that this process may use; two hardware threads of one core are one."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try: return len({Path(topology.format(core)).read_text(encoding="ascii") for core in _own_cores()})
+    except OSError: return len(_own_cores())
+
+
 def usual_threads() -> int:  # 1 or more
-    """The number of threads that PyTorch computes with; before it is loaded, the one that it would choose on Linux.
+    """The number of threads that PyTorch computes with; before it is loaded, what its builds with MKL would choose.
 
     Returns
     -------
@@ -94,8 +101,9 @@ def usual_threads() -> int:  # 1 or more
         1 or more
     """
     if "torch" in sys.modules: return int(sys.modules["torch"].get_num_threads())
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) else len(_own_cores())
+    said = (os.environ.get(name, "").partition(",")[0].strip() for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"))
+    wanted = next((int(first) for first in said if first.isdecimal() and int(first)), len(_own_cores()))
+    return wanted if os.environ.get("MKL_DYNAMIC", "").lower() == "false" else min(wanted, _whole_cores())
 
 
 _LOOK = 0.3  # seconds

@@ -6,7 +6,7 @@ for it.
 
 # %% auto #0
 __all__ = ['DATASETS', 'EXPERIMENTS', 'Request', 'Resized', 'Experiment', 'Examiner', 'DatasetEntry',
-           'as_dataset_entry', 'dataset_entry', 'open_dataset', 'read_below', 'match_experiments']
+           'as_dataset_entry', 'dataset_entry', 'open_dataset', 'read_below', 'splits_of', 'match_experiments']
 
 # %% ../../nbs/reference/data/16_registry.ipynb #801aefcb
 import inspect
@@ -492,6 +492,38 @@ def read_below(
     except InputError: return [""]
     if not found or any(entry.reads == "" for entry, _ in found): return [""]
     return sorted({entry.reads.format(rest) for entry, rest in found if entry.reads})
+
+# %% ../../nbs/reference/data/16_registry.ipynb #f6fbaf6c
+def splits_of(
+    stage: str,  # annotate, evaluate ...
+    parameters: Mapping[str, Any],  # of a run
+) -> list[dict[str, Any]]:  # arguments of `open_dataset`
+    """The datasets that a run will open; `InputError` if there is none of its name.
+
+    Parameters
+    ----------
+    stage
+        annotate, evaluate ...
+    parameters
+        of a run
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        arguments of `open_dataset`
+    """
+    if not parameters.get("dataset"): return []
+    p: dict[str, Any] = dict(data="data", labels="", size=(64, 64), models=(), k=0) | dict(parameters)
+    common = dict(data=p["data"], labels=p["labels"], size=p["size"])
+    k = 0 if dataset_entry(p["dataset"])[0].pool else p["k"]
+    train = dict(dataset=p["dataset"], split="train", k=k, models=p["models"], **common)
+    look = dict(dataset=p.get("validation_dataset") or p["dataset"], split=p.get("validation", "val"), **common)
+    target = dict(dataset=p.get("target", ""), split=p.get("target_split") or "test", **common)
+    own = dict(dataset=p["dataset"], split=p.get("split", "test"), **common)
+    looks = [look] * bool(look["split"])
+    targets = [target] * bool(target["dataset"])
+    opens = {"annotate": [train, *looks], "downstream": looks, "evaluate": [own], "cross_domain": [train, *targets]}
+    return opens.get(stage, [])
 
 # %% ../../nbs/reference/data/16_registry.ipynb #5cfe69c9
 EXPERIMENTS = {item.name: item for _, entry in DATASETS.items() for item in entry.experiments}

@@ -15,7 +15,7 @@ import difflib
 import fnmatch
 import graphlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -666,7 +666,7 @@ def missing_inputs(
     run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
     data: bool = True,  # open the datasets, too; False: see only whether the folders of the kit's own are there
-    others: Collection[Path] = frozenset(),  # folders of runs that come before; what is in them counts as there
+    others: Collection[Path | Run] = (),  # runs that come before, or their folders; what is in these counts as there
 ) -> list[str]:  # a line each; empty: it could start
     """What a run lacks, not counting the results of other runs.
 
@@ -679,7 +679,7 @@ def missing_inputs(
     data
         open the datasets, too; False: see only whether the folders of the kit's own are there
     others
-        folders of runs that come before; what is in them counts as there
+        runs that come before, or their folders; what is in these counts as there
 
     Returns
     -------
@@ -687,8 +687,9 @@ def missing_inputs(
         a line each; empty: it could start
     """
     root, found = Path(root), list[str]()
+    made = others if isinstance(others, Set) else {getattr(other, "folder", other) for other in others}
     for name, path in named_paths(run.parameters).items():
-        if path.startswith("outputs/") or any(place in others for place in (Path(path), *Path(path).parents)): continue
+        if path.startswith("outputs/") or any(place in made for place in (Path(path), *Path(path).parents)): continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
     named = _name_problems(run) + _generator_problems(run, root)
@@ -742,14 +743,22 @@ def _data_problems(run: Run, root: Path) -> list[str]:
 
 
 def _absent_data(run: Run, root: Path) -> list[str]:
-    """Which folders of the kit's own datasets are not there. No reader is asked, so that this takes no time."""
-    from lagm.data.registry import DATASETS
+    """Which folders of the kit's own datasets are not there. No reader is asked, so that this takes no time, unless a
+    name is unknown.
+    """
+    from lagm.data.registry import DATASETS, EXPERIMENTS, splits_of
 
-    found = []
-    for key in ("dataset", "validation_dataset"):
-        family, _, named = (run.parameters.get(key) or "").partition(":")
-        if family not in DATASETS or (reads := DATASETS.get(family).reads) is None: continue
-        path = Path(run.parameters.get("data") or "data") / reads.format(named)
-        if not (root / path).exists():
-            found.append(f"{key}: there is no {path.as_posix()}; `lagm doctor {run.experiment}` says where to get it")
+    try: wanted = splits_of(run.stage, run.parameters)
+    except InputError: return _data_problems(run, root)
+    found, experiment = [], run.experiment.partition("-")[0]
+    told = {Path(path) for path in named_paths(run.parameters).values()}
+    for arguments in wanted:
+        family, _, named = arguments["dataset"].partition(":")
+        if family not in DATASETS: continue
+        entry = DATASETS.get(family)
+        if entry.objects and named not in entry.objects: return _data_problems(run, root)
+        path = Path(arguments["data"]) / (entry.reads or "").format(named)
+        if entry.reads is None or path in told or (root / path).exists(): continue
+        ask = f"; `lagm doctor {experiment}` says where to get it" if experiment in EXPERIMENTS else ""
+        found.append(f"dataset {arguments['dataset']}: there is no {path.as_posix()}{ask}")
     return found

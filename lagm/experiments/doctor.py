@@ -286,7 +286,7 @@ def _chosen(name: str, catalogue: Mapping[str, Run]) -> dict[str, Run]:
 
 def _read_by(runs: Iterable[Run], findings: Iterable[Finding]) -> list[Finding]:
     """The findings about files and splits that runs of the paper's experiments read."""
-    from lagm.experiments.stages import splits_of
+    from lagm.data.registry import splits_of
 
     runs = list(runs)
     paths = {path for run in runs for path in named_paths(run.parameters).values()}

@@ -54,7 +54,7 @@ from ..models.annotators import ANNOTATORS, build_annotator
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import data_digest, generator_digest
 from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
-from ..training.inversion import FoundPictures, as_labelled, find_labelled
+from ..training.inversion import FoundPictures, Inversion, as_labelled, find_labelled
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import get_recipe
 
@@ -506,7 +506,9 @@ def train_project(
                                 **options)
     annotator = build_annotator(settings.annotator, generator.feature_channels, n_classes)
     run, kept = options.get("checkpoint"), None
-    if run is not None: kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}")
+    if run is not None:  # another search than that of a former version is another folder
+        search = hashlib.sha256(repr(Inversion()).encode()).hexdigest()[:8]
+        kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}-{search}")
     found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept,
                           progress=options.get("progress", True))
     if found is not None and run is not None: _look_at_found(images, found, Path(run).parent)

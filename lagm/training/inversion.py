@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StyleSpace', 'Inversion', 'pyramid', 'picture_distance', 'as_labelled', 'as_generated', 'best_start',
-           'keep', 'Inverted', 'invert', 'FoundPictures', 'find_labelled', 'HandsOff', 'learn_pixels', 'train_handsoff',
-           'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
+           'read_kept', 'keep', 'Inverted', 'invert', 'FoundPictures', 'find_labelled', 'HandsOff', 'learn_pixels',
+           'train_handsoff', 'unit_maps', 'Prototypes', 'prototypes_of', 'Prototyping', 'train_prototypes']
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #4dac90e8
 import dataclasses
@@ -97,7 +97,7 @@ class Inversion:
     Attributes
     ----------
     lr
-        of Adam, in standard deviations, the highest; it climbs, then falls to zero
+        of Adam, in standard deviations; times a climb and a fall, which leave three quarters at most
     pull
         weight of the squared distance from the mean style
     samples
@@ -108,7 +108,7 @@ class Inversion:
         pictures at a time
     """
     steps: int = 250
-    lr: float = 0.5  # of Adam, in standard deviations, the highest; it climbs, then falls to zero
+    lr: float = 0.5  # of Adam, in standard deviations; times a climb and a fall, which leave three quarters at most
     pull: float = 0.005  # weight of the squared distance from the mean style
     samples: int = 200  # random latents, of which the best is the start; 0: the mean style
     scales: int = 4  # sizes at which pictures are compared: full, half, quarter ...
@@ -230,7 +230,7 @@ def _rate(
     plan: Inversion,  # how the descent goes
     step: int,  # from 0
 ) -> float:
-    """Adam's learning rate in one step: it climbs over the first third, and falls to zero along a cosine.
+    """Adam's learning rate in one step: `lr`, times a climb over the first third, times a cosine that falls to zero.
 
     Parameters
     ----------
@@ -287,7 +287,7 @@ def _descend(
     return v.detach(), torch.stack(distances, 1) if distances else images.new_zeros(len(images), 0)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #a62e6627
-def _read_kept(
+def read_kept(
     path: Path | None,  # of a file that `keep` wrote; None: nothing is kept
     kind: str,  # what is expected there
     identity: dict[str, Any],  # plain values: what the tensors depend on
@@ -420,9 +420,9 @@ def invert(
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise InputError(f"the pictures to invert have shape {tuple(images.shape)}; give (n, 3, H, W), n of 1 or more")
     space, path = StyleSpace(generator, seed), Path(folder) / "inversion.safetensors" if folder else None
-    identity = dataclasses.asdict(plan) | {"seed": seed, "wide": wide, "pictures": digest([images]),
+    identity = dataclasses.asdict(plan) | {"rate": "climbing", "seed": seed, "wide": wide, "pictures": digest([images]),
                                            "generator": generator_digest(generator)}
-    v, losses = _found(path, _read_kept(path, "inversion", identity), space, len(images), plan.steps)
+    v, losses = _found(path, read_kept(path, "inversion", identity), space, len(images), plan.steps)
     points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
     batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
     hidden = not progress or not batches
@@ -620,7 +620,7 @@ def learn_pixels(
     ensemble = new_ensemble([f.shape[1] for f in features], n_classes, plan.members, start).to(device)
     identity = dict(members=plan.members, pixel_steps=plan.pixel_steps, seed=seed, data=digest([*features, masks]))
     path = Path(folder) / "ensemble.safetensors" if folder else None
-    if kept := _read_kept(path, "ensemble", identity):
+    if kept := read_kept(path, "ensemble", identity):
         ensemble.load_state_dict(kept)
         return ensemble.eval()
     store = FeatureStore(features, tuple(masks.shape[1:]))
@@ -682,7 +682,7 @@ def train_handsoff(
                           folder=folder, **options)
 
 # %% ../../nbs/reference/training/69_inversion.ipynb #237ea974
-def _unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
+def unit_maps(features: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """A map (B, C, h, w) with features of length 1, then upsampled to `size`."""
     unit = F.normalize(features.float(), dim=1)
     return unit if size is None else F.interpolate(unit, tuple(size), mode="bilinear", align_corners=False)
@@ -737,7 +737,7 @@ class Prototypes(nn.Module):
         size: Any = max(tuple(f.shape[-2:]) for f in features)
         total: Any = 0
         for i in self.layers:
-            part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), _unit_maps(features[i]))
+            part = torch.einsum("kc,bchw->bkhw", getattr(self, f"map{i}"), unit_maps(features[i]))
             total = total + F.interpolate(part, size, mode="bilinear", align_corners=False)
         logits = total / (len(self.layers) ** 0.5 * self.temperature)
         logits = logits + self.share.log().clamp(min=-1e4)[:, None, None]
@@ -775,7 +775,7 @@ def prototypes_of(
     sums: dict[int, Any] = {}
     for i in made.layers:
         pairs = zip(one_hot, features[i])
-        sums[i] = sum(torch.einsum("hwk,chw->kc", hot, _unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
+        sums[i] = sum(torch.einsum("hwk,chw->kc", hot, unit_maps(f[None], masks.shape[1:])[0]) for hot, f in pairs)
     squares: Any = sum(s.square().sum(1, keepdim=True) for s in sums.values())
     length = squares.sqrt().clamp(min=1e-12)
     for i, s in sums.items(): getattr(made, f"map{i}").copy_(s / length)

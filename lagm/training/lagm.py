@@ -215,6 +215,7 @@ def run_or_estimate(loop: Loop, dry_run: bool, instead: str) -> Trained:
     return cast(Trained, loop.estimate())
 
 # %% ../../nbs/reference/training/60_lagm.ipynb #28176d98
+# FoundPictures of lagm.training.inversion, or its first two fields: features (n, C_i, H_i, W_i), and masks (n, H, W)
 _FoundFeatures = tuple[Sequence[Tensor], Tensor] | tuple[Sequence[Tensor], Tensor, Tensor, Tensor]
 
 
