@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED_RANGES', 'SKINS', 'HAIRS', 'IRISES', 'MOUTHS', 'CLOTHES', 'BIG_EARS', 'TOON_HEAD', 'MICAH',
-           'AVATAR_RECIPES', 'split_seeds', 'need_package', 'load_definition', 'hex_to_rgb', 'to_hex', 'mix',
-           'colour_distance', 'face_colours', 'clothed_colours', 'Piece', 'AvatarRecipe', 'get_avatar_recipe',
-           'resolve_colour']
+           'AVATAR_RECIPES', 'split_seeds', 'need_package', 'load_definition', 'hex_to_rgb', 'mix', 'face_colours',
+           'clothed_colours', 'Piece', 'AvatarRecipe', 'get_avatar_recipe', 'resolve_colour']
 
 # %% ../../nbs/reference/data/12_avatars.ipynb #4f40ef2a
 import colorsys
@@ -117,17 +116,17 @@ def hex_to_rgb(
     return red, green, blue
 
 
-def to_hex(rgb: Sequence[float]) -> str:
+def _to_hex(rgb: Sequence[float]) -> str:
     """Three numbers 0..255 to '#rrggbb', clipped and rounded."""
     return "#" + "".join(f"{int(round(min(max(float(value), 0.0), 255.0))):02x}" for value in rgb)
 
 
 def mix(a: str, b: str, t: float) -> str:
     """The colour a fraction `t` of the way from `a` to `b`."""
-    return to_hex([(1 - t) * x + t * y for x, y in zip(hex_to_rgb(a), hex_to_rgb(b))])
+    return _to_hex([(1 - t) * x + t * y for x, y in zip(hex_to_rgb(a), hex_to_rgb(b))])
 
 
-def colour_distance(a: str, b: str) -> float:
+def _colour_distance(a: str, b: str) -> float:
     """Euclidean distance of two colours in RGB, 0..441."""
     return float(np.linalg.norm(np.subtract(hex_to_rgb(a), hex_to_rgb(b))))
 
@@ -142,23 +141,23 @@ CLOTHES = ("#2f3a4a", "#3b6ea5", "#6b4a8a", "#3f7f5f", "#b5533c", "#e0c15a", "#d
 
 def _one_of(rng: np.random.RandomState, colours: Sequence[str], jitter: float) -> str:
     """One of the colours, each channel moved by up to `jitter`."""
-    return to_hex(np.add(hex_to_rgb(colours[rng.randint(len(colours))]), rng.uniform(-jitter, jitter, 3)).tolist())
+    return _to_hex(np.add(hex_to_rgb(colours[rng.randint(len(colours))]), rng.uniform(-jitter, jitter, 3)).tolist())
 
 
 def _pastel(rng: np.random.RandomState) -> str:
     """A light colour of any hue."""
     hue, saturation, value = rng.uniform(), rng.uniform(0.12, 0.42), rng.uniform(0.82, 1.0)
-    return to_hex([255 * channel for channel in colorsys.hsv_to_rgb(hue, saturation, value)])
+    return _to_hex([255 * channel for channel in colorsys.hsv_to_rgb(hue, saturation, value)])
 
 # %% ../../nbs/reference/data/12_avatars.ipynb #69805dae
 def face_colours(rng: np.random.RandomState) -> dict[str, str]:
     """The colours of one face, name to '#rrggbb'; hair and background stand out from the skin and from each other."""
     skin = _one_of(rng, SKINS, 8)
     hair = _one_of(rng, HAIRS, 10)
-    while colour_distance(hair, skin) <= 70:
+    while _colour_distance(hair, skin) <= 70:
         hair = _one_of(rng, HAIRS, 10)
     background = _pastel(rng)
-    while min(colour_distance(background, skin), colour_distance(background, hair)) <= 60:
+    while min(_colour_distance(background, skin), _colour_distance(background, hair)) <= 60:
         background = _pastel(rng)
     iris, mouth = _one_of(rng, IRISES, 8), _one_of(rng, MOUTHS, 8)
     return {
@@ -175,7 +174,7 @@ def clothed_colours(rng: np.random.RandomState) -> dict[str, str]:
     """`face_colours` and the colour of the clothes, for the styles that have shoulders."""
     colours = face_colours(rng)
     colours["clothes"] = _one_of(rng, CLOTHES, 10)
-    while colour_distance(colours["clothes"], colours["skin"]) <= 70:
+    while _colour_distance(colours["clothes"], colours["skin"]) <= 70:
         colours["clothes"] = _one_of(rng, CLOTHES, 10)
     return colours
 
