@@ -16,6 +16,7 @@ from lagm.generators.load import load_generator
 from lagm.models.saved import load_segmenter
 from lagm.training.baselines import BASELINES
 from lagm.training.drawn import draw_for_labelling
+from lagm.training.inversion import Inversion
 
 SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
              methods="supervised, DatasetGAN, gradient matching, paper's recipe", warm_up=2, person_steps=2,
@@ -67,7 +68,7 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
     assert (tmp_path / "aside-1" / "supervised" / "run.json").is_file()
     assert (tmp_path / "aside-2" / "supervised-finished" / "run.json").is_file()  # it began from the old network
     asked = json.loads((tmp_path / "papers-recipe" / "asked.json").read_text())
-    assert "pull=0.02" in asked["settings"]  # the kit's defaults, too: other ones train anew
+    assert f"pull={Inversion().pull}" in asked["settings"]  # the kit's defaults, too: other ones train anew
 
 
 @pytest.mark.parametrize("change, words",

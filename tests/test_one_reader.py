@@ -21,6 +21,7 @@ ALLOWED = {  # module:function -> why it may; * stands for all of a module
     "core.origins:_hardware": "the system's description of itself",
     "core.threads:_Neighbours._now": "the system's description of itself",
     "core.threads:_can_rest": "the system's description of itself",
+    "core.threads:_whole_cores": "the system's description of itself",
     "training.tuning:emulates_bfloat16": "the system's description of itself",
     "data.images:_decoded": "the reader of pictures",
     "data.images:describe_file": "the first bytes, to name the kind",
