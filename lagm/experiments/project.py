@@ -445,8 +445,9 @@ def _look_at_found(
     images: Tensor,  # (n, 3, H, W) in [-1, 1], labelled
     found: FoundPictures,  # where the generator draws them
     results: Path,  # found.png goes there
+    told: bool = True,  # print how far apart they are
 ) -> None:
-    """Put what the generator draws in their place below labelled pictures, and say how far apart they are.
+    """Put what the generator draws in their place below labelled pictures.
 
     Parameters
     ----------
@@ -456,11 +457,13 @@ def _look_at_found(
         where the generator draws them
     results
         found.png goes there
+    told
+        print how far apart they are
     """
     drawn = as_labelled(found.images, images.shape[2:], wide=False).cpu()
     figure = image_grid(torch.cat([images[:12], drawn[:12]]), min(12, len(images)), tile=96, names=("yours", "its"))
     with atomic_path(results / "found.png") as temporary: figure.savefig(temporary, format="png")
-    print(f"labelled pictures {found}: look at {results / 'found.png'}")
+    if told: print(f"labelled pictures {found}: look at {results / 'found.png'}")
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #56937bs1
 def train_project(
@@ -509,9 +512,9 @@ def train_project(
     if run is not None:  # another search than that of a former version is another folder
         search = hashlib.sha256(repr(Inversion()).encode()).hexdigest()[:8]
         kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}-{search}")
-    found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept,
-                          progress=options.get("progress", True))
-    if found is not None and run is not None: _look_at_found(images, found, Path(run).parent)
+    told = options.get("progress", True)
+    found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept, progress=told)
+    if found is not None and run is not None: _look_at_found(images, found, Path(run).parent, told)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
                       drawn=drawn, found=found, **options)
 
