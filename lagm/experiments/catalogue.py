@@ -458,6 +458,9 @@ _STURDY = {  # settings that somebody might reasonably choose instead, scored on
     "short_warm_up": dict(warm_segmenter=100, warm_annotator=100),
     "long_warm_up": dict(warm_segmenter=900, warm_annotator=900),
 }
+_CURVE_STEPS = (1000, 2400, 4800, 9600)  # of every rival alike: which number helps it most
+_RIVALS = ("supervised", "self-training", "mean teacher", "weak to strong", "frozen encoder", "DatasetGAN", "HandsOff",
+           "prototypes")
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #641856s1
 def _demo(name: str, k: int, training: Mapping[str, Any], **more: Any) -> dict[str, dict[str, Any]]:
@@ -507,7 +510,7 @@ def _demo_cross(name: str, style: str) -> dict[str, dict[str, Any]]:
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #e587d48f
 def _demo_methods(name: str, k: int, **more: Any) -> dict[str, dict[str, Any]]:
     """The comparison of methods."""
-    return {"methods": {"k": k, **more, **DEMO_METHODS, "out_dir": f"outputs/{name}/methods"}}
+    return {"methods": {"k": k, **more, **DEMO_METHODS, **more, "out_dir": f"outputs/{name}/methods"}}
 
 
 def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # as `paper_experiments`
@@ -540,6 +543,11 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
             name, what = f"demo_sturdy_{setting}_k{k}", setting.replace("_", " ")
             found[name] = (f"Demo, {_faces(k)}, {what}, on validation pictures", _demo_methods(
                 name, k, methods="supervised, gradient matching", changes=changes, tested_on="val"))
+    for steps in _CURVE_STEPS:
+        for k in (2, 10):
+            name = f"demo_steps_{steps}_k{k}"
+            found[name] = (f"Demo, {_faces(k)}, rivals of {steps:,} steps, on validation pictures", _demo_methods(
+                name, k, methods=", ".join(_RIVALS), finish=False, tested_on="val", iterations=steps, steps={}))
     for style in DEMO_STYLES[1:]:
         name = f"demo_cross_{style.replace('-', '_')}"
         found[name] = (f"Demo, {_faces(30)} of the style {style}, generator of big-ears", _demo_cross(name, style))
