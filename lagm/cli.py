@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_LINES', 'list_command', 'show_command', 'describe_results', 'run_one', 'chosen_runs', 'run_command',
-           'add_run_parser', 'build_parser', 'short_warnings', 'main']
+           'add_run_parser', 'build_parser', 'main']
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #96f330a1
 import argparse
@@ -440,7 +440,7 @@ def _add_everywhere(parser: argparse.ArgumentParser) -> None:
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #1743fdf4
 @contextlib.contextmanager
-def short_warnings() -> Iterator[None]:
+def _short_warnings() -> Iterator[None]:
     """Warnings as one line each, without the place in the code."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"lagm: warning: {message}\n"
@@ -479,7 +479,7 @@ def main(
         with contextlib.suppress(AttributeError, ValueError):  # names that the terminal cannot show
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         arguments = build_parser().parse_args(argv)
-        with short_warnings(): code = arguments.command(arguments) or 0
+        with _short_warnings(): code = arguments.command(arguments) or 0
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that was given up
         print("lagm: interrupted; the same command goes on from what is saved", file=sys.stderr)

@@ -49,6 +49,7 @@ from lagm.experiments.report import (
     own_table,
     paper_rows,
     paper_table,
+    steps_figure,
     why_missing,
     write_pages,
 )
@@ -153,7 +154,7 @@ def whole_report(root, runs):
     tables = [paper_table(rows), own_table(groups, group_minutes(results)), ablation_table(results),
               comparison_table(cells), saved_table(cells), minutes_table(cells, "big-ears")]
     figures = [quality_figure(cells), saved_figure(cells), finish_figure(cells, "big-ears"),
-               learning_curves_figure(results), *class_figures(results).values()]
+               learning_curves_figure(results), steps_figure(results), *class_figures(results).values()]
     for figure in figures:
         if figure is not None: figure.canvas.draw()
     return (results, broken, write_pages([Section("a", "\n\n".join(broken), table) for table in tables],
@@ -164,10 +165,10 @@ def test_one_odd_record_does_not_cost_the_report(tmp_path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.setattr("lagm.experiments.report.missing_inputs", lambda run, root: [])
     rng, passed_over = random.Random(0), 0
-    (tmp_path / "outputs" / "demo_k2" / "methods").mkdir(parents=True)
-    (tmp_path / "outputs" / "celeba_2" / "evaluate").mkdir(parents=True)
+    folders = ("demo_k2/methods", "demo_steps_1000_k2/methods", "celeba_2/evaluate")
+    for folder in folders: (tmp_path / "outputs" / folder).mkdir(parents=True)
     for i in range(80):
-        for folder in ("demo_k2/methods", "celeba_2/evaluate"):
+        for folder in folders:
             record = changed(RECORD, rng)
             for _ in range(i % 3): record = changed(record, rng)
             text = json.dumps(record)
@@ -175,7 +176,7 @@ def test_one_odd_record_does_not_cost_the_report(tmp_path, monkeypatch):
             (tmp_path / "outputs" / folder / "metrics.json").write_text(text)
         results, broken, _ = (whole_report(tmp_path, {}) if i % 4 == 0 or i > 70
                               else (*find_results(tmp_path / "outputs"), None))
-        assert (len(results) + len(broken) == 2
+        assert (len(results) + len(broken) == 3
                 and all(line.startswith("passed over: ") and "metrics.json" in line for line in broken))
         group_results(results), group_minutes(results), ablation_table(results), paper_rows(results, {}, tmp_path)
         passed_over += len(broken)

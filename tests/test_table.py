@@ -42,6 +42,8 @@ from lagm.experiments.report import (
     group_minutes,
     group_results,
     learning_curves_figure,
+    own_table,
+    steps_figure,
 )
 from lagm.experiments.stages import without_finish
 from lagm.generators.load import generator_file, kit_generators, load_generator
@@ -207,6 +209,27 @@ def test_the_whole_table(table):
     assert {text.get_text() for text in figures[2].axes[0].texts} == set(
         NAMES), "no curves of finished rows, and those of the others"
     assert class_figures(results) == {}, "twenty methods are too many bars"
+
+
+def test_runs_that_ask_for_steps_draw_a_curve_and_are_in_no_table(tmp_path):
+    put_cell(tmp_path, "demo_", 2, 0)
+    for steps, value in ((1000, 0.41), (4800, 0.63), (2400, 0.52)):
+        for k in (2, 10):
+            folder = tmp_path / "outputs" / f"demo_steps_{steps}_k{k}-seed0" / "methods"
+            folder.mkdir(parents=True)
+            record = dict(stage="methods", classes=CLASSES, parameters=dict(tested_on="val"), seconds={},
+                          metrics={"mean teacher": dict(fg_miou=value, iou=[value] * 8, miou=value,
+                                                        fg_miou_present=value, pixel_accuracy=value)},
+                          validation={"mean teacher": [dict(step=1, fg_miou=0.99)]})
+            write_json(folder / "metrics.json", record)
+    results = find_results(tmp_path / "outputs")[0]
+    groups, minutes = group_results(results), group_minutes(results)
+    lines = [axis.lines[0] for axis in steps_figure(results).axes]
+    assert [[*line.get_xdata()] for line in lines] == [[1000, 2400, 4800]] * 2
+    assert [line.get_ydata().tolist() for line in lines] == [pytest.approx([41, 52, 63])] * 2
+    assert not any("demo_steps" in word for row in own_table(groups, minutes) for word in row)
+    assert {k for _, k in read_cells(results)} == {2} and not class_figures(results)
+    assert max(max(line.get_ydata()) for line in learning_curves_figure(results).axes[0].lines) < 99
 
 
 def test_a_partial_table_has_dashes(tmp_path):

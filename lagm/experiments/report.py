@@ -6,8 +6,8 @@
 __all__ = ['DOMAINS', 'FINISHED', 'NUMBERS', 'check_record', 'Result', 'find_results', 'Row', 'why_missing',
            'paper_rows', 'decimal', 'paper_table', 'in_markdown', 'in_html', 'as_markdown', 'as_html', 'Table',
            'on_validation', 'group_results', 'group_minutes', 'own_table', 'cell_of', 'benchmark_table',
-           'ablation_table', 'sturdy_table', 'number_of_labels_figure', 'learning_curves_figure', 'class_figures',
-           'result_pictures', 'Section', 'save_figure', 'write_pages']
+           'ablation_table', 'sturdy_table', 'number_of_labels_figure', 'learning_curves_figure', 'steps_figure',
+           'class_figures', 'result_pictures', 'Section', 'save_figure', 'write_pages']
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #68d5bb6f
 import base64
@@ -751,6 +751,38 @@ def learning_curves_figure(
         ax=ax,
     )
     ax.set_xscale("log")
+    return figure
+
+# %% ../../nbs/reference/experiments/94_report.ipynb #5eb10a02
+def steps_figure(
+    results: Iterable[Result],  # of `find_results`
+) -> Figure | None:
+    """Validation FG-mIoU of every rival against the steps of its run, mean over seeds, a panel per number of labelled
+    pictures: of the experiments demo_steps_N_kK; None if there is no record of them.
+
+    Parameters
+    ----------
+    results
+        of `find_results`
+    """
+    found: dict[int, dict[str, dict[int, list[float]]]] = {}
+    for r in results:
+        parts = re.fullmatch(r"demo_steps_(\d+)_k(\d+)", r.experiment)
+        if not parts or "small" in r.variant: continue
+        for method in r.record.get("metrics", {}):
+            value = r.value("fg_miou", method)
+            if value is None: continue
+            found.setdefault(int(parts[2]), {}).setdefault(method, {}).setdefault(int(parts[1]), []).append(value)
+    if not found: return None
+    figure, axes = panels(len(found), 6.4, 3.8)
+    for ax, (k, methods) in zip(axes, sorted(found.items()), strict=True):
+        lines = {method: ([*sorted(points)], [sum(points[n]) / len(points[n]) for n in sorted(points)])
+                 for method, points in methods.items()}
+        curves(lines, "steps of the run", "validation FG-mIoU (%)", f"{k} labelled pictures", ax=ax)
+        known = sorted({steps for points in methods.values() for steps in points})
+        ax.set_xscale("log")
+        ax.set_xticks(known, [f"{steps:,}" for steps in known])
+        ax.minorticks_off()
     return figure
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #58996dc7
