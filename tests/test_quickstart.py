@@ -129,6 +129,8 @@ def test_a_killed_run_is_readable_and_goes_on_to_the_same_numbers(finished, tmp_
     again = call(folder)
     assert again.returncode == 0, again.stderr
     assert results(folder) == results(finished[0])
+    whole, resumed = (json.loads((f / "metrics.json").read_text())["seconds"] for f in (finished[0], folder))
+    assert {*resumed} == {*whole} - {"supervised only", "warm starts"}, "what was trained before has no seconds here"
 
 
 @pytest.mark.parametrize("change, sentence", [

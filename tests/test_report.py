@@ -155,6 +155,7 @@ def test_ablations_are_set_beside_the_whole_recipe_with_the_same_pictures(tmp_pa
     put(tmp_path, "demo_ablation_last_layer-seed1/evaluate", {"segmenter": scores(0.70)})
     put(tmp_path, "demo_ablation_last_layer-seed5/evaluate", {"segmenter": scores(0.60)})
     put(tmp_path, "demo_ablation_last_layer-small/evaluate", {"segmenter": scores(0.01)})
-    assert (ablation_table(find_results(tmp_path / "outputs")[0])[1:]
-            == [["last layer", "segmenter", "65.0 ± 7.1", "75.0", "-5.0", "2"]])
+    for seed in (4, 5): put(tmp_path, f"demo_ablation_up-seed{seed}/evaluate", {"segmenter": scores(0.10 * seed)})
+    assert ablation_table(find_results(tmp_path / "outputs")[0])[1:] == [
+        ["last layer", "segmenter", "70.0", "75.0", "-5.0", "1"], ["up", "segmenter", "45.0 ± 7.1", "–", "–", "2"]]
     assert ablation_table([]) == [["ablation", "network", "FG-mIoU", "whole recipe", "difference", "seeds"]]

@@ -623,7 +623,7 @@ def ablation_table(
     results: Iterable[Result],  # of `find_results`
 ) -> list[list[str]]:
     """A row per experiment demo_ablation_NAME and method: its test FG-mIoU in per cent, and the mean difference from
-    the whole recipe, finished if this is, over the seeds that both have.
+    the whole recipe, finished if this is; all over the seeds that both have, or all of its own if these are none.
 
     Parameters
     ----------
@@ -645,10 +645,10 @@ def ablation_table(
     for (name, method), values in sorted(found.items()):
         ending = FINISHED if method.endswith(FINISHED) else ""
         both = [(value, whole[seed, ending]) for seed, value in values.items() if (seed, ending) in whole]
-        change, beside = (statistics.fmean(value - other for value, other in both),
-                          statistics.fmean(other for _, other in both)) if both else (None, None)
-        table.append([name, method, _mean([*values.values()]), decimal(beside, 1), decimal(change, 1, sign=True),
-                      str(len(values))])
+        own = [value for value, _ in both] or [*values.values()]
+        beside = statistics.fmean(other for _, other in both) if both else None
+        change = statistics.fmean(value - other for value, other in both) if both else None
+        table.append([name, method, _mean(own), decimal(beside, 1), decimal(change, 1, sign=True), str(len(own))])
     return table
 
 # %% ../../nbs/reference/experiments/94_report.ipynb #4c28939a
