@@ -304,13 +304,14 @@ def run_command(
     if arguments.all == bool(names):
         raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
-        from lagm.experiments.project import next_step, project_command, project_generator, read_settings
+        from lagm.experiments.project import missing, next_step, project_command, project_generator, read_settings
 
         _refuse(arguments, f"{names[0]} is a project", "--folds", f", or change {Path(names[0]) / 'project.yaml'}")
         if arguments.dry_run:
-            project_generator(names[0], read_settings(names[0]), "cpu")
+            if not any("generator" in what for what in missing(names[0])):
+                project_generator(names[0], read_settings(names[0]), "cpu")
             return print(next_step(names[0]))
-        return project_command(names[0], arguments.folds)
+        return project_command(names[0], arguments.folds, arguments.force)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):
         _refuse(arguments, f"{names[0]} is a single notebook", "-p -f -o --seeds --small")
         return _run_seeds(arguments, find_experiment(names[0]))

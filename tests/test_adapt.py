@@ -196,6 +196,12 @@ class TestAdapt:
         class OneHot(Named):
             def forward(self, z, c): return DCGAN.forward(self, z + (c @ self.table.weight)[:, :, None, None])
 
+        class Rows(DCGAN):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Parameter(torch.randn(3, 6))
+            def forward(self, z, c): return super().forward(z + (c @ self.table)[:, :, None, None])
+
         torch.manual_seed(0)
         named, one_hot = Named(), OneHot()
         one_hot.load_state_dict(named.state_dict())
@@ -206,6 +212,12 @@ class TestAdapt:
         assert torch.allclose(adapt(one_hot, label=[0.0, 0.0, 1.0])(z).image, pictures[1], atol=1e-6)
         with pytest.raises(InputError, match="asks for more than latents.*give label="): adapt(named)
         with pytest.raises(InputError, match="from 0 to 2"): adapt(one_hot, label=3, classes=3)
+        for number in (np.int64(2), torch.tensor(2)): assert adapt(named, label=number)(z).image.equal(pictures[1])
+        for wrong in ("cat", 1.5, True):
+            with pytest.raises(InputError, match=f"label is {wrong}; give the number of a class"):
+                adapt(named, label=wrong)
+        with pytest.raises(InputError, match="if it wants a class as zeros and a one: classes=, how many there are"):
+            adapt(Rows(), label=2)
 
     def test_truncation(self):
         class Styled(DCGAN):
@@ -577,6 +589,18 @@ class TestFiles:
         facts = inspect("test_adapt:Own")["generator"]
         assert facts["class"] == "Own" and facts["resolution"] == 16 and facts["z_dim"] == 4
         assert len(facts["feature_maps"]) == len(Own().feature_channels)
+
+    def test_inspect_tells_of_wide_pictures_as_they_are(self, monkeypatch, tmp_path):
+        (tmp_path / "broad.py").write_text("""
+from torch import nn
+class Generator(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(5, 96), nn.Unflatten(1, (8, 3, 4)), nn.Upsample(scale_factor=4),
+                         nn.Conv2d(8, 3, 3, padding=1), nn.Tanh())
+""")
+        monkeypatch.syspath_prepend(tmp_path)
+        facts = inspect("broad:Generator")["generator"]
+        assert facts["resolution"] == "12 × 16" and "8 × 3 × 4" in facts["feature_maps"]
 
     def test_a_dry_run_looks_at_the_generator(self, program, tmp_path, capsys):
         from lagm.cli import main

@@ -372,6 +372,16 @@ def test_what_cannot_be_pictures_is_refused_everywhere(number):
             train_downstream(s, TensorDataset(wrong, masks), DownstreamRecipe(1, batch=1), **quiet)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pictures_that_a_network_does_not_compute_with_are_refused(dtype):
+    images, masks = tiny_pictures(3)
+    s, quiet, says = tiny_segmenter(), dict(progress=False), f"hold {dtype}, the network computes in torch.float32"
+    for call in (lambda x: train_lagm(generator(), tiny_annotators(generator())[0], s, x, masks, SHORT, **quiet),
+                 lambda x: train_supervised(s, x, masks, SHORT, 1, **quiet),
+                 lambda x: train_self_training(s, generator(), x, masks, recipe=SHORT, **quiet)):
+        with pytest.raises(InputError, match=says): call(images.to(dtype))
+
+
 def test_raw_pictures_of_a_generator_are_pictures():
     images, masks = tiny_pictures(2)
     train_supervised(tiny_segmenter(), 2.2 * images, masks, SHORT, 1, progress=False)

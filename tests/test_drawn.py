@@ -253,6 +253,27 @@ def test_a_project_of_generated_and_real_pictures(project, tmp_path, monkeypatch
     with pytest.raises(InputError, match="drawn by another generator"): run_project(place, progress=False)
 
 
+def test_a_project_takes_the_latents_of_pictures_that_its_generator_drew(project, tmp_path, monkeypatch, capsys):
+    """The road of `lagm generate`: draw, paint, `lagm new --images`, run."""
+    monkeypatch.setattr("lagm.experiments.project.get_recipe", lambda name, **lengths: RECIPE)
+    place, settings = project
+    asked = dict(generator=settings.generator, output=str(tmp_path / "d"), n=3, seed=1, psi=0.5, device="cpu",
+                 generator_class=-1, diffusion="")
+    generate_command(argparse.Namespace(**asked, classes=",".join(LABELS.classes)))
+    said = capsys.readouterr().out
+    assert f"--classes {','.join(LABELS.classes)} --generator {settings.generator}" in said and "lagm new " in said
+    paint(tmp_path / "d", ["0000", "0002"])
+    assert new_project(place, tmp_path / "d", LABELS.classes, settings) == {}
+    assert run_project(place, progress=False)["latents_known"] == 2
+    save_generator(tmp_path / "other.safetensors", tiny_generator(1).network)
+    other = dataclasses.replace(settings, generator=str(tmp_path / "other.safetensors"))
+    none = dataclasses.replace(settings, generator="")
+    for i, (how, why) in enumerate(((other, "another generator drew"), (none, "no generator"))):
+        told = new_project(tmp_path / f"q{i}", tmp_path / "d", LABELS.classes, how)
+        assert why in told[LATENTS] and not (tmp_path / f"q{i}" / LATENTS).exists()
+        assert run_project(tmp_path / f"q{i}", progress=False)["latents_known"] == 0
+
+
 def test_mistakes_of_new_projects(project):
     place, settings = project
     for wrong, words in ((dict(images=None), "would be empty"),

@@ -171,6 +171,31 @@ def test_predict_gives_classes(labelled):
     assert predictions.equal(masks) and predictions.dtype == torch.int64
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_pictures_in_other_numbers_are_those_of_the_network(labelled, dtype):
+    """What numpy gives is float64; a network in float32 is given what it computes in, and one in float64 as well."""
+    images, masks = labelled
+    assert predict(Student(), images.to(dtype)).equal(masks)
+    assert predict(Student().double(), images.to(dtype)).equal(masks)
+    assert evaluate(Student(), images.to(dtype), masks, 4).pixel_accuracy == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 5), (3, 6, 5), (2, 4, 6, 5)])
+def test_what_has_another_shape_is_no_picture(shape):
+    with pytest.raises(InputError, match=r"have shape .*; give \(n, 3, H, W\)"): predict(Student(), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("strange", [4, -5])
+def test_numbers_that_are_no_class_are_told(labelled, strange):
+    images, masks = labelled
+    wrong = masks.clone()
+    wrong[1] = strange
+    with pytest.warns(UserWarning, match=f"the masks hold {strange}, which is none of the 4 classes"):
+        scores = evaluate(Student(), images, wrong, 4)
+    wrong[1] = 255
+    assert scores == evaluate(Student(), images, wrong, 4), "they do not count"
+
+
 def test_evaluate_needs_as_many_masks_as_pictures(labelled):
     images, masks = labelled
     with pytest.raises(InputError, match="10 pictures and 9 masks"):

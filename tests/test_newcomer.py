@@ -12,11 +12,14 @@ import shell
 from PIL import Image
 
 from lagm.core.errors import InputError
+from lagm.core.tensors import load_tensors
 from lagm.data.demo import Avatars, stack
-from lagm.data.folder import save_folder
-from lagm.data.images import read_image
+from lagm.data.folder import read_classes, save_folder
+from lagm.data.images import read_image, read_mask
+from lagm.experiments import project as own
 from lagm.experiments.project import Settings, new_project, run_project
 from lagm.labelling.album import Album, save_painted
+from lagm.training.checkpoints import digest
 from lagm.training.drawn import draw_for_labelling, read_latents
 
 CLASSES = list(Avatars().classes)
@@ -111,11 +114,128 @@ def test_too_early(desk):
     assert not (desk / "out").exists()
 
 
+def test_a_generator_that_is_gone_asks_for_it_not_for_paint(desk):
+    project(desk, generator="gone.pth")
+    for words in (("run", "p"), ("run", "p", "--dry-run")):
+        said = lagm(desk, *words, code=0 if "--dry-run" in words else 2)
+        assert "the generator gone.pth is not there: put it there, or change generator in p/project.yaml" in said
+        assert "lagm label" not in said
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_one_class_is_nothing_to_learn(desk, value):
     folder = project(desk, painted=())
     save_painted(Album(folder), 0, np.full((64, 64), value, np.uint8))
     assert f"one class only, {CLASSES[value]}: paint another one" in lagm(desk, "run", "p")
+
+
+def test_black_and_white_masks_are_told_what_white_means(desk):
+    """White is 255, and 255 means 'no label': the commonest mask of two classes shows background alone."""
+    new_project(desk / "p", desk / "pics", ["background", "face"], Settings(size=16, steps=1, width=4))
+    (desk / "p" / "masks").mkdir(exist_ok=True)
+    for i in range(2): Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(desk / "p" / "masks" / f"f{i}.png")
+    said = lagm(desk, "run", "p")
+    assert "whose 255 (white) stands for face, save them with 1 in its place" in said
+
+
+def test_black_and_white_masks_come_in_as_the_one_part(desk):
+    (desk / "bw" / "masks").mkdir(parents=True)
+    (desk / "pics").rename(desk / "bw" / "images")
+    for i in range(2): Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(desk / "bw" / "masks" / f"f{i}.png")
+    said = lagm(desk, "prepare", "masks", "bw", "--classes", "background,face", "--out", "own", code=0)
+    assert "255 was taken for face" in said and "--classes background,face\n" in said
+    assert (read_mask(desk / "own" / "masks" / "f0.png") == np.tri(64)).all()
+    lagm(desk, "new", "p", "--images", "own", "--classes", "background,face", "--size", 16, code=0)
+    assert (read_mask(desk / "p" / "masks" / "f1.png") == np.tri(64)).all()
+    Image.fromarray(np.tri(64, dtype=np.uint8)).save(desk / "bw" / "masks" / "f2.png")  # one that knows better
+    assert "255 was taken" not in lagm(desk, "prepare", "masks", "bw", "--classes", "face", "--out", "two", code=0)
+    assert (read_mask(desk / "two" / "masks" / "f0.png") == np.tri(64) * 255).all()
+
+
+@pytest.mark.parametrize("words", ["disc,core", "disc core", "background,disc,core", "background disc, core"])
+def test_classes_to_prepare_in_every_form(desk, words):
+    (desk / "m" / "masks").mkdir(parents=True)
+    (desk / "pics").rename(desk / "m" / "images")
+    Image.fromarray(np.tri(64, dtype=np.uint8) * 2).save(desk / "m" / "masks" / "f0.png")
+    said = lagm(desk, "prepare", "masks", "m", "--classes", *words.split(" "), "--out", "own", code=0)
+    assert read_classes(desk / "own" / "classes.txt").classes == ("background", "disc", "core")
+    assert "--classes background,disc,core\n" in said
+
+
+def test_masks_without_a_list_of_classes_are_not_left_behind_in_silence(desk):
+    (desk / "pics" / "masks").mkdir()
+    Image.fromarray(np.tri(64, dtype=np.uint8)).save(desk / "pics" / "masks" / "f0.png")
+    said = lagm(desk, "new", "p", "--images", "pics", "--classes", "background,face", code=0)
+    assert "left out: pics/masks: no classes.txt beside it says what its numbers mean" in said
+
+
+# ---- lagm run, again
+
+
+def weights(folder): return digest([*load_tensors(folder / "results" / "segmenter.safetensors")[0].values()])
+
+
+def test_what_is_finished_is_kept_until_something_changes(desk):
+    folder = project(desk)
+    first, made = run_project(folder, progress=False), weights(folder)
+    assert not first["kept"] and run_project(folder, progress=False)["kept"] and weights(folder) == made
+    said = lagm(desk, "run", "p", code=0)
+    assert "kept, since labels, settings and generator are the same (--force trains anew)" in said
+    assert not run_project(folder, progress=False, again=True)["kept"] and weights(folder) == made, "the same digits"
+    assert "kept" not in lagm(desk, "run", "p", "--force", code=0)
+    text = (folder / "project.yaml").read_text()
+    (folder / "project.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    assert not run_project(folder, progress=False)["kept"] and weights(folder) != made
+    mask = np.full((64, 64), 1, np.uint8)
+    save_painted(Album(folder), 0, mask)
+    assert not run_project(folder, progress=False)["kept"]
+    (folder / "results" / "segmenter.safetensors").unlink()
+    assert not run_project(folder, progress=False)["kept"]
+
+
+def test_a_score_alone_does_not_train_again_and_stays(desk, monkeypatch):
+    folder = project(desk)
+    run_project(folder, progress=False)
+    trained = []
+    whole = own.train_project
+    monkeypatch.setattr(own, "train_project", lambda *a, **k: trained.append(len(a[1])) or whole(*a, **k))
+    scored = run_project(folder, folds=2, progress=False)
+    assert trained == [1, 1] and scored["kept"] and scored["cross_validation"]["folds"] == 2
+    assert run_project(folder, progress=False)["cross_validation"] == scored["cross_validation"]
+    assert run_project(folder, folds=2, progress=False)["kept"] and trained == [1, 1]
+
+
+def test_folds_that_were_ended_in_the_middle_go_on(desk, monkeypatch):
+    whole, folder, trained = own.train_project, project(desk, painted=(0, 1, 2)), []
+    expected = run_project(folder, folds=3, progress=False, again=True)["cross_validation"]
+
+    def ended(*arguments, **options):
+        trained.append(options["checkpoint"].name)
+        if len(trained) == 2: raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(own, "train_project", ended)
+    for name in ("metrics.json", "segmenter.safetensors"): (folder / "results" / name).unlink()
+    with pytest.raises(KeyboardInterrupt): run_project(folder, folds=3, progress=False)
+    left = folder / "results" / trained[0]
+    assert left.is_file() and "-fold1of3" in left.name
+    assert run_project(folder, folds=3, progress=False)["cross_validation"] == expected
+    assert trained[2] == trained[0] and len(trained) == 6
+    assert not [*(folder / "results").glob("run-*")], "a finished run leaves nothing to go on from"
+
+
+def test_a_short_run_leaves_a_stopped_long_one(desk):
+    folder = project(desk, steps=3)
+    images, masks, data = own.labelled_pictures(folder, 16)
+    long = own.run_file(folder / "results", own.read_settings(folder), images, masks)
+    (folder / "results").mkdir()
+    long.write_bytes(b"state")
+    other = long.with_name("run-00000000-00000000.safetensors")  # of other labels
+    other.write_bytes(b"state")
+    text = (folder / "project.yaml").read_text()
+    (folder / "project.yaml").write_text(text.replace("steps: 3", "steps: 1"))
+    run_project(folder, progress=False)
+    assert [path.name for path in (folder / "results").glob("run-*")] == [long.name]
 
 
 def test_one_labelled_picture(desk):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK_SCALE', 'VOTE_WEIGHTS', 'draw_choices', 'avatar_svg', 'draw_svg', 'rasterise', 'decode_flat',
-           'reduce_labels', 'convex_hull', 'fill_nose', 'render_avatar', 'render_set', 'array_hash', 'renderer',
-           'style_metadata', 'write_assets']
+           'reduce_labels', 'fill_nose', 'render_avatar', 'render_set', 'array_hash', 'renderer', 'style_metadata',
+           'write_assets']
 
 # %% ../../nbs/reference/data/12_draw_avatars.ipynb #4db3ed47
 import io
@@ -278,7 +278,7 @@ def reduce_labels(
     return votes.argmax(0).astype(np.uint8)
 
 # %% ../../nbs/reference/data/12_draw_avatars.ipynb #287ac7ec
-def convex_hull(
+def _convex_hull(
     points: np.ndarray,  # (n, 2), sorted by the first column, then by the second
 ) -> list[tuple[int, int]]:  # the corners in order
     """The smallest convex polygon around some points (Andrew, 1979).
@@ -325,7 +325,7 @@ def fill_nose(
             for x in sorted({int(row.argmax()), len(row) - 1 - int(row[::-1].argmax())})]
     if len(rows) < 3: return labels
     inside = Image.new("L", labels.shape[::-1])
-    ImageDraw.Draw(inside).polygon([(x, y) for y, x in convex_hull(np.array(rows))], fill=1)
+    ImageDraw.Draw(inside).polygon([(x, y) for y, x in _convex_hull(np.array(rows))], fill=1)
     return np.where((np.asarray(inside) == 1) & (labels == skin), np.uint8(nose), labels)
 
 # %% ../../nbs/reference/data/12_draw_avatars.ipynb #30bbb6fc

@@ -7,7 +7,7 @@ __all__ = ['masks_beside', 'import_masks', 'import_voc']
 
 # %% ../../nbs/reference/data/15_mask_files.ipynb #cd58ddb7
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files, read_mask
 from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
-from .labels import LabelSet
+from .labels import IGNORE, LabelSet
 
 # %% ../../nbs/reference/data/15_mask_files.ipynb #fe35ff86
 _WORDS = r"[ ._-]?(?:mask|masks|label|labels|seg|segmentation|annotation)"
@@ -96,9 +96,23 @@ def _classes(folder: Path, classes: Sequence[str] | None, what: str) -> LabelSet
                      "of the classes 1, 2, ... (--classes)")
 
 
-def _read_numbers(path: Path, labels: LabelSet) -> Callable:
-    """What reads a mask when its turn comes."""
-    def draw(picture: Path, size: tuple[int, int]) -> np.ndarray: return read_mask(path, labels.n_classes)
+def _black_and_white(paths: Iterable[Path], labels: LabelSet) -> bool:
+    """Whether the masks of a single part hold 0 and 255 alone, as many programs save two classes: 255 is the part."""
+    if labels.n_classes != 2: return False
+    white = False
+    for path in paths:
+        try: values = set(np.unique(read_mask(path)).tolist())
+        except InputError: continue  # it is told when its picture is read
+        if not values <= {0, IGNORE}: return False
+        white = white or IGNORE in values
+    return white
+
+
+def _read_numbers(path: Path, labels: LabelSet, white: bool = False) -> Callable:
+    """What reads a mask when its turn comes; `white`: 255 is the class 1."""
+    def draw(picture: Path, size: tuple[int, int]) -> np.ndarray:
+        mask = read_mask(path, labels.n_classes)
+        return np.where(mask == IGNORE, 1, mask).astype(np.uint8) if white else mask
     return draw
 
 # %% ../../nbs/reference/data/15_mask_files.ipynb #697a2a71
@@ -141,10 +155,12 @@ def import_masks(
         found = {path: _stem(path, masks, pictures) for path in list_files(masks, MASK_SUFFIXES)[0]}
     if not found: raise InputError(f"there are no masks in {masks}: PNG or TIFF files named like their pictures, or "
                                    "NAME_mask.png beside NAME.jpg")
-    work = Import(root, Pictures(images, but=root, leave_out={**found, **beside}), labels)
+    white = _black_and_white(found, labels)
+    notes = [f"the masks hold 0 and 255 alone: 255 was taken for {labels.classes[1]}, not for 'no label'"] * white
+    work = Import(root, Pictures(images, but=root, leave_out={**found, **beside}), labels, notes)
     find = Finder(work.pictures, list(found.values()), stems=True)
     records = [ImportRecord(path.relative_to(masks).as_posix(), lambda stem=stem: find(stem),  # type: ignore[misc]
-                            _read_numbers(path, labels), stem) for path, stem in found.items()]
+                            _read_numbers(path, labels, white), stem) for path, stem in found.items()]
     return finish_import(work, records, only_labelled, least)
 
 

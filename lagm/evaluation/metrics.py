@@ -6,6 +6,7 @@
 __all__ = ['Metrics', 'metrics_from_counts', 'as_classes', 'ConfusionMatrix', 'predict', 'evaluate']
 
 # %% ../../nbs/book/06_scoring.ipynb #7be86aaa
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..data.checks import check_pictures
+from ..data.labels import IGNORE
 from ..models.modes import eval_mode
 
 # %% ../../nbs/book/06_scoring.ipynb #eaecc97d
@@ -161,10 +163,13 @@ def predict(
         (n, H, W) int64 class indices on the CPU
     """
     check_pictures(images)
-    if device is None:
-        device = next((p.device for p in segmenter.parameters()), torch.device("cpu"))
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"the pictures have shape {tuple(images.shape)}; give (n, 3, H, W): of grey ones, "
+                         "pictures.expand(-1, 3, -1, -1)")
+    like = next((p for p in segmenter.parameters() if p.is_floating_point()), None)
+    device, dtype = device or getattr(like, "device", "cpu"), getattr(like, "dtype", images.dtype)
     with eval_mode(segmenter):
-        return torch.cat([segmenter(part.to(device)).argmax(1).cpu() for part in images.split(batch_size)])
+        return torch.cat([segmenter(part.to(device, dtype)).argmax(1).cpu() for part in images.split(batch_size)])
 
 # %% ../../nbs/book/06_scoring.ipynb #21685cfa
 def evaluate(
@@ -194,7 +199,13 @@ def evaluate(
     if len(images) != len(masks) or not len(images):
         raise InputError(f"there are {len(images)} pictures and {len(masks)} masks to evaluate; give one mask per "
                          "picture, and at least one")
+    masks = torch.as_tensor(masks)
+    strange = sorted({*masks.unique().tolist()} - {*range(n_classes), IGNORE})
+    if strange:
+        warnings.warn(f"the masks hold {strange[0]}{' and other numbers' * bool(strange[1:])}, which is none of the "
+                      f"{n_classes} classes (0 to {n_classes - 1}) and not {IGNORE}: these pixels do not count",
+                      stacklevel=2)
     matrix = ConfusionMatrix(n_classes)
-    for x, y in zip(images.split(batch_size), torch.as_tensor(masks).split(batch_size), strict=True):
+    for x, y in zip(images.split(batch_size), masks.split(batch_size), strict=True):
         matrix.update(predict(segmenter, x, batch_size, device), y.cpu())
     return matrix.compute()

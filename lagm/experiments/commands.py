@@ -145,8 +145,8 @@ def _add_export(kinds: "argparse._SubParsersAction[Any]", name: str) -> None:
         tool.add_argument("--panoptic", metavar="FOLDER", help="panoptic annotations: the folder of their PNGs")
     if name not in _WITHOUT_CLASSES:
         tool.add_argument("--classes", nargs="+", metavar="NAME",
-                          help="the classes after the background, in order (default: as the export says, or "
-                               "alphabetical)")
+                          help="the classes after the background, in order, with spaces or commas between (default: as "
+                               "the export says, or alphabetical)")
     tool.add_argument("--only-labelled", action="store_true",
                       help="leave pictures without labels behind (default: they come along)")
     tool.set_defaults(command=_import_labels)
@@ -259,7 +259,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     about = ("Draw pictures to label, with their latents: the annotator then learns true labels of true features. "
-             "Next: `lagm label FOLDER`, and `lagm run annotate -p drawn FOLDER`.")
+             "Next: `lagm label FOLDER`, then `lagm new PROJECT --images FOLDER --generator FILE`, which takes them "
+             "along.")
     drawing = commands.add_parser("generate", help="draw pictures to label", description=about)
     add = drawing.add_argument
     add("generator", metavar="FILE", nargs="?", default="", help="a generator, or the name of one of the kit's")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e1b
 from ..core.errors import InputError
-from ..core.files import atomic_path, parse_yaml, read_yaml, write_json
+from ..core.files import atomic_path, parse_yaml, read_json, read_yaml, write_json
 from ..core.seeds import choose_device, random_generator, seed_everything
 from ..core.values import check_field_names, check_fields
 from ..data.folder import Folder, read_classes
@@ -51,12 +51,13 @@ from ..generators.modules import described_generator
 from ..labelling.album import Album, Desk, check_parts, labelled_shares, pictures_in, unpainted_classes
 from ..labelling.page import LabelServer, respond
 from ..models.annotators import ANNOTATORS, build_annotator
+from ..models.saved import load_segmenter
 from ..models.segmenters import SEGMENTERS, build_segmenter
 from ..training.checkpoints import data_digest, generator_digest
-from ..training.drawn import LATENTS, Drawn, draw_for_labelling, joined, read_drawn, read_latents
+from ..training.drawn import LATENTS, Drawn, draw_for_labelling, drawn_by, joined, read_drawn, read_latents
 from ..training.inversion import FoundPictures, Inversion, as_labelled, find_labelled
 from ..training.lagm import train_lagm, train_supervised
-from ..training.recipe import get_recipe
+from ..training.recipe import Recipe, get_recipe
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #c8bf930b
 @dataclass(frozen=True)
@@ -221,18 +222,35 @@ def _passed_over(images: Path, masks: Mapping[Path, str]) -> dict[str, str]:
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #a2c390a0
 def _picture_folder(images: Path) -> Path:
-    """Where the pictures lie: in images/ where the classes stand beside it, as `lagm prepare` writes them."""
-    return images / "images" if (images / "images").is_dir() and (images / "classes.txt").is_file() else images
+    """Where the pictures lie: in images/ beside classes.txt or latents, as `lagm prepare` and `lagm generate` leave it.
+    """
+    made = any((images / name).is_file() for name in ("classes.txt", LATENTS))
+    return images / "images" if (images / "images").is_dir() and made else images
 
 
-def _take_masks(images: Path, project: Path, labels: LabelSet) -> None:
-    """Copy what `lagm label` painted in a folder of pictures; `InputError` if it was painted with other classes."""
-    if not (images / "masks").is_dir() or not (images / "classes.txt").is_file(): return
+def _take_masks(images: Path, project: Path, labels: LabelSet) -> dict[str, str]:
+    """Copy what `lagm label` painted in a folder of pictures, or why not; `InputError` if it has other classes."""
+    if not (images / "masks").is_dir(): return {}
+    if not (images / "classes.txt").is_file():
+        return {"masks": f"{images / 'masks'}: no classes.txt beside it says what its numbers mean; write one class a "
+                         "line, the background first, and begin anew"}
     painted = read_classes(images / "classes.txt", images.name).classes
     if painted != labels.classes[:len(painted)]:
         raise InputError(f"the masks in {images / 'masks'} were painted with the classes {','.join(painted)}; give "
                          "these, in this order, and new ones after them")
     shutil.copytree(images / "masks", project / "masks")
+    return {}
+
+
+def _take_latents(images: Path, project: Path, settings: Settings, generated: int) -> dict[str, str]:
+    """Copy the latents of pictures that the project's generator drew (`lagm generate`), or why not."""
+    if not (images / LATENTS).is_file(): return {}
+    why = ""
+    if not settings.generator: why = "no generator is named; with the one that drew the pictures they teach more"
+    elif generated: why = "the project draws pictures of its own; leave generated pictures or these out"
+    elif not drawn_by(images, _generator(project, settings)): why = "another generator drew the pictures"
+    if not why: shutil.copy(images / LATENTS, project / LATENTS)
+    return {LATENTS: f"{images / LATENTS}: {why}"} if why else {}
 
 
 def _unwritten(folder: Path, error: OSError) -> InputError:
@@ -295,7 +313,8 @@ def new_project(
             bad = _copy_pictures(found, place, half / "images") | _passed_over(place, masks)
         if generated: draw_for_labelling(_generator(folder, settings), half, generated, settings.seed, "drawn/")
         write_classes(half, labels)
-        if images is not None: _take_masks(Path(images), half, labels)
+        if images is not None:
+            bad |= _take_masks(Path(images), half, labels) | _take_latents(Path(images), half, settings, generated)
         (half / "project.yaml").write_text(settings_text(settings), encoding="utf-8")
         Album(half)
         half.chmod(0o755)
@@ -307,7 +326,7 @@ def new_project(
         raise
     return bad
 
-# %% ../../nbs/reference/experiments/85_project.ipynb #c9a26555
+# %% ../../nbs/reference/experiments/85_project.ipynb #c9a26550
 def generator_of_project(
     folder: str | Path,  # of the project
     generator: Any,  # as in project.yaml: a file, the name of one of the kit's, package.module:name, or a description
@@ -327,6 +346,13 @@ def generator_of_project(
     return generator if Path(str(generator)).exists() or generator in kit_generators() else None
 
 
+def _generator_missing(folder: str | Path) -> list[str]:
+    """That the generator a project names is not there; empty if it is, or if the project names none."""
+    generator = read_settings(folder).generator
+    there = not generator or generator_of_project(folder, generator) is not None
+    return [] if there else [f"the generator {generator} is not there"]
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #c9a26555
 def missing(
     folder: str | Path,  # of a project
 ) -> list[str]:
@@ -344,13 +370,13 @@ def missing(
     if len(lacking) >= album.labels.n_classes - 1:
         shown = next(name for name in album.labels.classes if name not in lacking)
         found.append(f"the masks show one class only, {shown}: paint another one, too (the rest of a picture with r)")
+        if shown == album.labels.classes[0] and min(share for share in shares if share) < 1:
+            found.append(f"if the masks are another program's, whose 255 (white) stands for {album.labels.classes[1]}, "
+                         "save them with 1 in its place: 255 means 'no label'")
     elif lacking:
         found.append(f"no mask shows {', '.join(lacking)}: nothing can be learnt about "
                      f"{'it' if len(lacking) == 1 else 'them'}")
-    generator = read_settings(folder).generator
-    if generator and generator_of_project(folder, generator) is None:
-        found.append(f"the generator {generator} is not there")
-    return found
+    return found + _generator_missing(folder)
 
 
 def next_step(
@@ -364,6 +390,8 @@ def next_step(
         of a project
     """
     name, lacks = shlex.quote(str(folder)), missing(folder)
+    if lacks and lacks == _generator_missing(folder):
+        return f"{lacks[0]}: put it there, or change generator in {Path(folder) / 'project.yaml'}"
     if lacks: return f"{'; '.join(lacks)}. Next: lagm label {name}"
     if not (Path(folder) / "results" / "segmenter.safetensors").is_file():
         first = f" (with some hundreds of pictures, lagm train-generator {name} before it)"
@@ -466,12 +494,21 @@ def _look_at_found(
     if told: print(f"labelled pictures {found}: look at {results / 'found.png'}")
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #56937bs1
+def _recipe(settings: Settings) -> Recipe:
+    """The fast recipe with a project's steps, and warm starts as long as its own, or in proportion."""
+    entry = SEGMENTERS.get(settings.segmenter)
+    matched = {"matched": entry.default_group} if entry.bound else {}
+    warm = min(300, max(1, round(0.3 * settings.steps)))
+    return get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm, **matched)
+
+
 def train_project(
     folder: str | Path,  # of the project
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
     masks: Tensor,  # (n, size, size)
     settings: Settings,  # of project.yaml
     drawn: Drawn | None = None,  # labelled pictures of its generator, with their latents
+    shown: bool = True,  # whether found.png shows where labelled pictures were found
     **options: Any,  # of the run: progress, checkpoint, labels ...
 ) -> Any:  # what the trainer returns
     """Train as a project says: by matching if it has a generator, else on the labels alone.
@@ -488,6 +525,8 @@ def train_project(
         of project.yaml
     drawn
         labelled pictures of its generator, with their latents
+    shown
+        whether found.png shows where labelled pictures were found
     **options
         of the run: progress, checkpoint, labels ...
 
@@ -496,10 +535,7 @@ def train_project(
     Any
         what the trainer returns
     """
-    entry, device = SEGMENTERS.get(settings.segmenter), choose_device(settings.device)
-    matched = {"matched": entry.default_group} if entry.bound else {}
-    warm = min(300, max(1, round(0.3 * settings.steps)))  # as long as the recipe's, or in proportion
-    recipe = get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm, **matched)
+    recipe, device = _recipe(settings), choose_device(settings.device)
     n_classes = options["labels"].n_classes
     seed_everything(settings.seed)
     segmenter = settings_network(settings, n_classes)
@@ -514,7 +550,7 @@ def train_project(
         kept = Path(run).with_name(f"{Path(run).stem}-found-{generator_digest(generator)}-{search}")
     told = options.get("progress", True)
     found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept, progress=told)
-    if found is not None and run is not None: _look_at_found(images, found, Path(run).parent, told)
+    if found is not None and run is not None and shown: _look_at_found(images, found, Path(run).parent, told)
     return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
                       drawn=drawn, found=found, **options)
 
@@ -529,6 +565,7 @@ def cross_validated(
     settings: Settings,  # of project.yaml
     folds: int,  # 2 or more, at most the number of labelled pictures
     drawn: Drawn | None = None,  # labelled pictures of its generator, with their latents
+    run: Path | None = None,  # of `run_file`: each fold goes on from a file beside it; None: none is kept
     **options: Any,
 ) -> dict[str, Any]:
     """FG-mIoU of labelled pictures that a training did not see, each once; `InputError` for an impossible number of
@@ -548,6 +585,8 @@ def cross_validated(
         2 or more, at most the number of labelled pictures
     drawn
         labelled pictures of its generator, with their latents
+    run
+        of `run_file`: each fold goes on from a file beside it; None: none is kept
     """
     every, truth = joined(images, masks, drawn)
     if not 2 <= folds <= len(every):
@@ -559,7 +598,8 @@ def cross_validated(
         rest = [i for i in range(len(every)) if i not in held]
         real, own = [i for i in rest if i < len(images)], [i - len(images) for i in rest if i >= len(images)]
         known = drawn.rows(own) if drawn is not None and own else None
-        trained = train_project(folder, images[real], masks[real], settings, known, **options)
+        kept = run and run.with_name(f"{run.stem}-fold{fold + 1}of{folds}{run.suffix}")
+        trained = train_project(folder, images[real], masks[real], settings, known, False, checkpoint=kept, **options)
         matrix.update(predict(trained.segmenter, every[held]), truth[held])
     scores = matrix.compute()
     return {"folds": folds, "fg_miou": scores.fg_miou, "iou": scores.iou}
@@ -684,7 +724,7 @@ def run_file(
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # (n, H, W) class indices
 ) -> Path:
-    """Where an interrupted run goes on: a file for these settings and labels, so that changed ones begin anew.
+    """Where an interrupted run goes on: a file for these labels and settings, so that changed ones begin anew.
 
     Parameters
     ----------
@@ -697,18 +737,108 @@ def run_file(
     masks
         (n, H, W) class indices
     """
-    content = settings_text(settings).encode() + data_digest(images, masks).encode()
-    return results / f"run-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
+    said = data_digest(images, masks), settings_text(settings)
+    labels, values = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in said)
+    return results / f"run-{labels}-{values}.safetensors"
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #8e164feb
+def _clear_runs(run: Path) -> None:
+    """Remove what a finished run went on from, and stopped runs with other labels; those with other settings stay."""
+    labels = run.stem.rpartition("-")[0]
+    for path in run.parent.glob("run-*"):
+        if path.name.startswith(f"{labels}-") and not path.name.startswith(run.stem): continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf201
+def _made_of(folder: Path, settings: Settings, run: Path) -> dict[str, Any]:
+    """Digests of all that a project's segmenter depends on: labels and settings, generator, and the kit's recipe."""
+    generator = project_generator(folder, settings, torch.device("cpu"))
+    recipe = repr((_recipe(settings), Inversion())).encode()
+    return {"run": run.stem, "generator": generator_digest(generator), "recipe": hashlib.sha256(recipe).hexdigest()[:8]}
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf204
+def _kept(
+    results: Path,  # of a project
+    made_of: Mapping[str, Any],  # as `_made_of` gives it
+) -> nn.Module | None:
+    """The segmenter that was made of the same before; None: there is none, or none that can be read.
+
+    Parameters
+    ----------
+    results
+        of a project
+    made_of
+        as `_made_of` gives it
+    """
+    made = results / "segmenter.safetensors"
+    if not made.is_file(): return None
+    try: segmenter, header = load_segmenter(made)
+    except InputError: return None
+    return segmenter if header.get("made_of") == made_of else None
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf205
+def _scores_before(results: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """The cross-validation of a finished run that was made of the same; empty: there is none."""
+    try: facts = read_json(results / "metrics.json") if (results / "metrics.json").is_file() else {}
+    except InputError: return {}
+    same = isinstance(facts, dict) and facts.get("made_of") == made_of
+    return facts.get("cross_validation", {}) if same else {}
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf202
+def _look_at_segmenter(
+    segmenter: nn.Module,  # the network
+    folder: Path,  # of the project
+    images: Tensor,  # (n, 3, H, W) in [-1, 1], labelled
+    data: Folder,  # what is labelled
+    settings: Settings,  # of project.yaml
+) -> list[str]:  # the pictures to label next
+    """Draw look.png: what it says of labelled pictures, and of those that are to be labelled next.
+
+    Parameters
+    ----------
+    segmenter
+        the network
+    folder
+        of the project
+    images
+        (n, 3, H, W) in [-1, 1], labelled
+    data
+        what is labelled
+    settings
+        of project.yaml
+
+    Returns
+    -------
+    list[str]
+        the pictures to label next
+    """
+    names, unsure = label_next(segmenter, folder, settings.size)
+    shown = torch.cat([images[:4], unsure])
+    figure = labelled_grid(shown, predict(segmenter, shown), data.labels,
+                           title="labelled pictures, then those to label next")
+    with atomic_path(folder / "results" / "look.png") as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
+    return names
+
+# %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf207
+def _results_of(folder: Path) -> Path:
+    """The folder of a project's results, which is made; `InputError` if it cannot be."""
+    try: (folder / "results").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; give yourself the right to") from error
+    return folder / "results"
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf2ee
 def run_project(
     folder: str | Path,  # of the project
     folds: int = 0,  # cross-validation with so many folds; 0: none
     progress: bool = True,  # show a progress bar
-) -> dict[str, Any]:  # facts, as in results/metrics.json
+    again: bool = False,  # train anew although nothing has changed
+) -> dict[str, Any]:  # facts, as in results/metrics.json; "kept": whether the segmenter was there already
     """Train a project's segmenter into results/; `InputError` with what is missing.
 
-    A finished result stays until the new one is there.
+    A finished result stays until the new one is there, and is not trained again while labels, settings, generator and
+    the kit's recipe are the same.
 
     Parameters
     ----------
@@ -718,11 +848,13 @@ def run_project(
         cross-validation with so many folds; 0: none
     progress
         show a progress bar
+    again
+        train anew although nothing has changed
 
     Returns
     -------
     dict[str, Any]
-        facts, as in results/metrics.json
+        facts, as in results/metrics.json; "kept": whether the segmenter was there already
     """
     folder, settings = Path(folder), read_settings(folder)
     lacks = [what for what in missing(folder) if "nothing can be learnt" not in what]
@@ -733,27 +865,25 @@ def run_project(
         real = [i for i, name in enumerate(data.names) if name not in drawn.names]
         images, masks = images[real], masks[real]
     every, truth = joined(images, masks, drawn)
-    options = {"labels": data.labels, "progress": progress}
-    facts = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
-             "generator": settings.generator or None, "settings": asdict(settings)}
-    results = folder / "results"
-    try: results.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; give yourself the right to") from error
+    results = _results_of(folder)
+    options: dict[str, Any] = {"labels": data.labels, "progress": progress}
+    run = run_file(results, settings, every, truth)
+    made_of = _made_of(folder, settings, run)
+    facts: dict[str, Any] = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
+                             "generator": settings.generator or None, "settings": asdict(settings), "made_of": made_of}
     _look_at_generator(folder, settings, results)
-    if folds: facts["cross_validation"] = cross_validated(folder, images, masks, settings, folds, drawn, **options)
-    trained = train_project(folder, images, masks, settings, drawn,
-                            checkpoint=run_file(results, settings, every, truth), **options)
-    trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names)
-    names, unsure = label_next(trained.segmenter, folder, settings.size)
-    facts["label_next"] = names
-    shown = torch.cat([every[:4], unsure])
-    figure = labelled_grid(shown, predict(trained.segmenter, shown), data.labels,
-                           title="labelled pictures, then those to label next")
-    with atomic_path(results / "look.png") as temporary: figure.savefig(temporary, format="png", bbox_inches="tight")
+    scores = {} if again else _scores_before(results, made_of)
+    if folds and scores.get("folds") != folds:
+        scores = cross_validated(folder, images, masks, settings, folds, drawn, run, **options)
+    if scores: facts["cross_validation"] = scores
+    kept = None if again else _kept(results, made_of)
+    if kept is None:
+        trained = train_project(folder, images, masks, settings, drawn, checkpoint=run, **options)
+        trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names, made_of=made_of)
+    facts["label_next"] = _look_at_segmenter(kept or trained.segmenter, folder, every, data, settings)
     write_json(results / "metrics.json", facts)
-    for path in results.glob("run-*"): shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return facts
+    _clear_runs(run)
+    return facts | {"kept": kept is not None}
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3d4
 def named_generator(
@@ -798,7 +928,9 @@ def new_command(
     settings = replace(_settings_of(arguments), size=arguments.size or 64)
     classes, folder = [name.strip() for name in arguments.classes.split(",")], Path(arguments.project)
     # a file that is none is told before anybody paints
-    draws = getattr(project_generator(folder, settings, torch.device("cpu")), "resolution", settings.size)
+    generator = project_generator(folder, settings, torch.device("cpu"))
+    draws = getattr(generator, "resolution", settings.size)
+    if getattr(generator, "sampling", None): settings = replace(settings, psi=generator.sampling.psi)
     if not arguments.size and 8 <= draws < settings.size: settings = replace(settings, size=draws // 8 * 8)
     if draws != settings.size:
         print(f"training is at {settings.size} pixels, the generator draws {draws}: size in project.yaml changes it")
@@ -826,9 +958,14 @@ def generate_command(
     folder = draw_for_labelling(generator, arguments.output, arguments.n, arguments.seed)
     if labels: write_classes(folder, labels)
     print(f"{arguments.n} pictures in {folder / 'images'}, their latents in {folder / LATENTS}")
-    more = "" if classes else " --classes background,PART,..."
-    print(f"next: lagm label {shlex.quote(str(folder))}{more}, then lagm run annotate -p drawn "
-          f"{shlex.quote(str(folder))}")
+    if getattr(generator, "sampling", None) and generator.sampling.psi != settings.psi:
+        print(f"this generator has no truncation: psi {settings.psi} changes nothing")
+    named, place = shlex.quote(arguments.generator or "big-ears"), shlex.quote(str(folder))
+    parts = shlex.quote(",".join(classes)) if classes else "background,PART,..."
+    choices = f" --class {arguments.generator_class}" * (arguments.generator_class >= 0)
+    if arguments.diffusion: choices += f" --diffusion {shlex.quote(arguments.diffusion)}"
+    print(f"next: lagm label {place}" + f" --classes {parts}" * (not classes)
+          + f", then lagm new PROJECT --images {place} --classes {parts} --generator {named}{choices}")
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3s1
 def proposals_for(
@@ -891,12 +1028,14 @@ def label_command(
           f"{folder / 'masks'}")
     print(next_step(folder) if (folder / "project.yaml").is_file() else
           f"next, to train on them: lagm new PROJECT --images {shlex.quote(str(folder))} "
-          f"--classes {shlex.quote(','.join(album.labels.classes))}")
+          f"--classes {shlex.quote(','.join(album.labels.classes))}"
+          + " --generator THE_ONE_THAT_DREW_THEM" * (folder / LATENTS).is_file())
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3s2
 def project_command(
     folder: str,  # of the project
     folds: int = 0,  # of a cross-validation; 0: none
+    again: bool = False,  # train anew although nothing has changed
 ) -> None:
     """`lagm run PROJECT`: train, and say what was made and what comes next.
 
@@ -906,11 +1045,15 @@ def project_command(
         of the project
     folds
         of a cross-validation; 0: none
+    again
+        train anew although nothing has changed
     """
-    facts = run_project(folder, folds)
+    facts = run_project(folder, folds, again=again)
+    if facts["kept"]: print("kept, since labels, settings and generator are the same (--force trains anew)")
     print(f"learnt from {_number(len(facts['labelled']), 'picture')}"
           + (" and a generator" if facts["generator"] else ", without a generator"))
-    if folds: print(f"FG-mIoU on pictures left out, {folds} folds: {100 * facts['cross_validation']['fg_miou']:.1f}")
+    if scores := facts.get("cross_validation"):
+        print(f"FG-mIoU on pictures left out, {scores['folds']} folds: {100 * scores['fg_miou']:.1f}")
     else:
         n, again = len(facts["labelled"]), f"lagm run {shlex.quote(str(folder))}"
         more = f"for one: {again} --folds {min(5, n)}" if n > 1 else "for one, label a second picture"

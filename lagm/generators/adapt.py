@@ -10,11 +10,12 @@ import copy
 import difflib
 import fnmatch
 import inspect
+import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -324,7 +325,13 @@ def _label_forms(
         of `Calling.label`
     """
     if label is None: return [None]
-    if not isinstance(label, int): return [tuple(float(share) for share in label)]
+    number = not isinstance(label, bool) and hasattr(label, "__index__") and getattr(label, "ndim", 0) == 0
+    if number: label = operator.index(cast(Any, label))
+    else:
+        try: return [tuple(float(share) for share in cast(Any, label))]
+        except (TypeError, ValueError):
+            raise InputError(f"label is {printable(label, 40)}; give the number of a class, from 0 on, or a list with "
+                             "a weight for each class") from None
     if label < 0 or (classes is not None and label >= classes):
         raise InputError(f"label is {label}; give a class from 0 {f'to {classes - 1}' if classes else 'on'}")
     return [label] + ([tuple(float(i == label) for i in range(classes))] if classes else [])
@@ -391,11 +398,13 @@ def _not_called(
     if isinstance(error, IndexError) and short:
         return f"label is {labels[0]}, and {kind} knows {short[0]} classes; give 0 to {short[0] - 1}"
     if isinstance(error, TypeError) and "required positional" in str(error) and [*labels] == [None]:
-        return (f"{kind} asks for more than latents ({said}); if that is a class, give label= (label: in a parameter "
-                "file, --class on the command line), or a module whose forward(z) calls it")
+        return (f"{kind} asks for more than latents ({said}); if that is a class, give label= (label: 0 in its "
+                "description, or --class where a command has it), or a module whose forward(z) calls it")
     tried = " or ".join(str(("B", *shape)).replace("'B'", "B") for shape in shapes)
-    return (f"{kind} cannot be called with latents {tried} ({said}); give z_dim= as it takes them, or a module whose "
-            f"forward(z) calls it{_hint_of_pictures(module)}")
+    rows = " (or, if it wants a class as zeros and a one: classes=, how many there are)" if (
+        isinstance(labels[0], int) and len(labels) == 1) else ""
+    return (f"{kind} cannot be called with latents {tried} ({said}); give z_dim= as it takes them{rows}, or a module "
+            f"whose forward(z) calls it{_hint_of_pictures(module)}")
 
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ad280011
 def _find_calling(

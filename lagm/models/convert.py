@@ -220,10 +220,11 @@ def _inspect_outside(given: Any) -> dict[str, Any]:
     generator = from_elsewhere(given, Sampling(1.0, None))
     network = generator.network if isinstance(generator, FrozenGenerator) else generator
     z = generator.sample_z(1, random_generator(0, "inspect"))  # the contract names neither width nor resolution
-    side = max(generator(z, random_generator(0, "inspect"))[0].shape[-2:])
-    facts: dict[str, Any] = {"class": type(network).__name__, "resolution": side, "z_dim": z[0].numel(),
-                             "feature_maps": [f"{c} × {s} × {s}" for c, s in zip(generator.feature_channels,
-                                                                                 generator.feature_sizes)]}
+    with torch.no_grad(): image, features = generator(z, random_generator(0, "inspect"))
+    height, width = image.shape[-2:]
+    facts: dict[str, Any] = {"class": type(network).__name__, "z_dim": z[0].numel(),
+                             "resolution": height if height == width else f"{height} × {width}",
+                             "feature_maps": [" × ".join(map(str, maps.shape[1:])) for maps in features]}
     if isinstance(network, Adapted):
         made, method = network.drawn_by
         facts |= {"class": type(made).__name__ + f".{method}" * bool(method), "latent": list(network.calling.latent),

@@ -731,7 +731,7 @@ def train_datasetgan(
         of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
     """
     check_options(options, recipe, train_datasetgan)
-    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes, learner=segmenter)
     store, known = _what_is_known(generator, images, masks, drawn, seed)
     images, masks = joined(images, masks, drawn, recipe.wide_crop)
     ensemble = new_ensemble(store.channels, segmenter.n_classes, setting.members, seed)

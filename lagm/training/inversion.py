@@ -673,7 +673,7 @@ def train_handsoff(
         of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
     """
     check_options(options, recipe, train_handsoff)
-    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes, learner=segmenter)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted, known = _invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)
     images, masks = joined(images, masks, drawn, recipe.wide_crop)
@@ -855,7 +855,7 @@ def train_prototypes(
         as in `train_handsoff`
     """
     check_options(options, recipe, train_prototypes)
-    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes)
+    check_labelled(*joined(images, masks, drawn, recipe.wide_crop), segmenter.n_classes, learner=segmenter)
     device = choose_device(device)
     shared: dict[str, Any] = dict(seed=seed, folder=folder, progress=told(options).progress)
     inverted, known = _invert_labelled(generator, images, masks, drawn, setting.inversion, recipe.wide_crop, **shared)

@@ -42,6 +42,7 @@ def check_labelled(
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
     n_classes: int,  # classes, the background included
     what: str = "labelled",  # whose they are, for messages
+    learner: nn.Module | None = None,  # that computes with them; None: any
 ) -> None:
     """Raise `InputError` unless these are pictures (n, 3, H, W) with masks (n, H, W) of class indices, or 255.
 
@@ -57,10 +58,16 @@ def check_labelled(
         classes, the background included
     what
         whose they are, for messages
+    learner
+        that computes with them; None: any
     """
     check_pictures(images, what)
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise InputError(f"the {what} pictures have shape {tuple(images.shape)}; give (n, 3, H, W) with n of 1 or more")
+    dtype = next((p.dtype for p in learner.parameters() if p.is_floating_point()), images.dtype) if learner else None
+    if dtype not in (None, images.dtype):
+        raise InputError(f"the {what} pictures hold {images.dtype}, the network computes in {dtype}; give "
+                         f"pictures.to({dtype})")
     if images.min() >= 0 and images.max() > 0:
         warnings.warn(f"no value of the {what} pictures is below 0; pictures here are in [-1, 1]: "
                       "if yours are in [0, 1], give 2 * pictures - 1", stacklevel=3)
@@ -121,7 +128,7 @@ def supervised_loop(
     """
     check_options(changes, recipe, train_supervised)
     check_counting(recipe, SUPERVISED_FIELDS, train_supervised)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(images, masks, segmenter.n_classes, learner=segmenter)
     recipe = dataclasses.replace(recipe, steps=steps, warm_segmenter=0, warm_annotator=0)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     state, parts = TrainState(segmenter, None, recipe, choose_device(device), weights), recipe.parts
@@ -401,7 +408,7 @@ def check_lagm(
     """
     check_options(changes, recipe, train_lagm)
     check_sides(segmenter, annotator)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(images, masks, segmenter.n_classes, learner=segmenter)
 
 
 def check_processes(recipe: Recipe, processes: int, options: RunOptions) -> None:
@@ -630,7 +637,7 @@ def finish_loop(
         fields of `RunOptions`
     """
     check_options(changes, recipe, train_finish)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(images, masks, segmenter.n_classes, learner=segmenter)
     if annotator is not None: check_sides(segmenter, annotator)
     if not recipe.finish_steps(len(images)):
         raise InputError(f"recipe: finish is {recipe.finish} of {recipe.steps} steps, which makes none; "

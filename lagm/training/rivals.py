@@ -56,7 +56,7 @@ def set_up(
     """
     check_options(options, recipe, function)
     check_counting(recipe, counting, function)
-    check_labelled(images, masks, segmenter.n_classes)
+    check_labelled(images, masks, segmenter.n_classes, learner=segmenter)
     weights = balanced_weights(masks, segmenter.n_classes, recipe.balance)
     return TrainState(segmenter, None, recipe, choose_device(device), weights)
 
