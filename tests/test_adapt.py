@@ -213,9 +213,8 @@ class TestAdapt:
         with pytest.raises(InputError, match="asks for more than latents.*give label="): adapt(named)
         with pytest.raises(InputError, match="from 0 to 2"): adapt(one_hot, label=3, classes=3)
         for number in (np.int64(2), torch.tensor(2)): assert adapt(named, label=number)(z).image.equal(pictures[1])
-        for wrong in ("cat", 1.5, True):
-            with pytest.raises(InputError, match=f"label is {wrong}; give the number of a class"):
-                adapt(named, label=wrong)
+        for wrong in ("cat", 1.5, True, "3", {}, [], [True, False, False], torch.tensor(1.5), torch.tensor(True)):
+            with pytest.raises(InputError, match=r"label is .*; give the number of a class"): adapt(named, label=wrong)
         with pytest.raises(InputError, match="if it wants a class as zeros and a one: classes=, how many there are"):
             adapt(Rows(), label=2)
 

@@ -27,7 +27,7 @@ from lagm.generators.train import GANRecipe
 from lagm.training.batches import Parts
 from lagm.training.datasetgan import label_generated
 from lagm.training.downstream import DownstreamRecipe, train_downstream
-from lagm.training.lagm import estimate_lagm, train_lagm, train_supervised
+from lagm.training.lagm import check_labelled, estimate_lagm, train_lagm, train_supervised
 from lagm.training.loop import Diverged, validated
 from lagm.training.recipe import FAST, PAPER, Recipe, get_recipe
 from lagm.training.state import TrainState
@@ -380,6 +380,18 @@ def test_pictures_that_a_network_does_not_compute_with_are_refused(dtype):
                  lambda x: train_supervised(s, x, masks, SHORT, 1, **quiet),
                  lambda x: train_self_training(s, generator(), x, masks, recipe=SHORT, **quiet)):
         with pytest.raises(InputError, match=says): call(images.to(dtype))
+
+
+def test_a_network_with_a_part_in_other_numbers_learns_as_before():
+    """A frozen encoder in bfloat16 below a head in float32, say: either kind of pictures is the network's affair."""
+    images, masks = tiny_pictures(3)
+    s = tiny_segmenter()
+    s.encoder = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    s.encoder.requires_grad_(False)
+    check_labelled(images, masks, s.n_classes, learner=s)
+    plain = tiny_segmenter()
+    plain.load_state_dict({k: v for k, v in s.state_dict().items() if not k.startswith("encoder")})
+    assert predict(s, images).equal(predict(plain, images))
 
 
 def test_raw_pictures_of_a_generator_are_pictures():

@@ -272,6 +272,13 @@ def test_a_project_takes_the_latents_of_pictures_that_its_generator_drew(project
         told = new_project(tmp_path / f"q{i}", tmp_path / "d", LABELS.classes, how)
         assert why in told[LATENTS] and not (tmp_path / f"q{i}" / LATENTS).exists()
         assert run_project(tmp_path / f"q{i}", progress=False)["latents_known"] == 0
+    (place / LATENTS).rename(tmp_path / "away")
+    assert not run_project(place, progress=False)["kept"], "without latents it is another run"
+    (tmp_path / "away").rename(place / LATENTS)
+    again = run_project(place, progress=False)
+    assert not again["kept"] and again["latents_known"] == 2 and run_project(place, progress=False)["kept"]
+    edit(tmp_path / "d" / "images" / "0001.png")
+    assert "or one was changed" in new_project(tmp_path / "e", tmp_path / "d", LABELS.classes, settings)[LATENTS]
 
 
 def test_mistakes_of_new_projects(project):

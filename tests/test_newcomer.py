@@ -120,6 +120,10 @@ def test_a_generator_that_is_gone_asks_for_it_not_for_paint(desk):
         said = lagm(desk, *words, code=0 if "--dry-run" in words else 2)
         assert "the generator gone.pth is not there: put it there, or change generator in p/project.yaml" in said
         assert "lagm label" not in said
+    (desk / "p" / "masks" / "f1.png").unlink()
+    save_painted(Album(desk / "p"), 0, np.tri(64, dtype=np.uint8))
+    said = lagm(desk, "run", "p")
+    assert "nothing can be learnt about" in said and "put it there" in said and "lagm label" not in said
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -150,6 +154,36 @@ def test_black_and_white_masks_come_in_as_the_one_part(desk):
     Image.fromarray(np.tri(64, dtype=np.uint8)).save(desk / "bw" / "masks" / "f2.png")  # one that knows better
     assert "255 was taken" not in lagm(desk, "prepare", "masks", "bw", "--classes", "face", "--out", "two", code=0)
     assert (read_mask(desk / "two" / "masks" / "f0.png") == np.tri(64) * 255).all()
+
+
+def test_what_nobody_labelled_does_not_become_the_one_part(desk):
+    """The kit's own masks, files with a palette, say 255 for what is not painted yet."""
+    (desk / "own" / "images").parent.mkdir()
+    (desk / "pics").rename(desk / "own" / "images")
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[:5] = 0
+    save_painted(Album(desk / "own", ["background", "face"]), 0, mask)
+    for words in ((), ("--classes", "face")):
+        said = lagm(desk, "prepare", "masks", "own", *words, "--out", f"out{len(words)}", code=0)
+        assert "255 was taken" not in said
+        assert (read_mask(desk / f"out{len(words)}" / "masks" / "f0.png") == mask).all()
+
+
+def test_masks_of_one_class_are_no_mistake_in_the_kit(desk):
+    (desk / "m" / "masks").mkdir(parents=True)
+    (desk / "pics").rename(desk / "m" / "images")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(desk / "m" / "masks" / "f0.png")
+    assert "1 labelled" in lagm(desk, "prepare", "masks", "m", "--classes", "background", "--out", "own", code=0)
+
+
+def test_yolo_numbers_stay_where_a_background_is_named(desk):
+    """In YOLO the background, if named, has the number 0: the classes after it keep theirs."""
+    (desk / "y" / "labels").mkdir(parents=True)
+    (desk / "pics").rename(desk / "y" / "images")
+    (desk / "y" / "labels" / "f0.txt").write_text("1 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9\n")
+    lagm(desk, "prepare", "yolo", "y", "--classes", "background,disc,core", "--out", "own", code=0)
+    assert read_classes(desk / "own" / "classes.txt").classes == ("background", "disc", "core")
+    assert read_mask(desk / "own" / "masks" / "f0.png")[32, 32] == 1
 
 
 @pytest.mark.parametrize("words", ["disc,core", "disc core", "background,disc,core", "background disc, core"])
@@ -189,6 +223,11 @@ def test_what_is_finished_is_kept_until_something_changes(desk):
     mask = np.full((64, 64), 1, np.uint8)
     save_painted(Album(folder), 0, mask)
     assert not run_project(folder, progress=False)["kept"]
+    classes = folder / "classes.txt"
+    classes.write_text(classes.read_text().replace("nose", "snout"))
+    facts = run_project(folder, progress=False)
+    header = load_tensors(folder / "results" / "segmenter.safetensors")[1]
+    assert not facts["kept"] and "snout" in header["labels"]["classes"], "another name is another segmenter"
     (folder / "results" / "segmenter.safetensors").unlink()
     assert not run_project(folder, progress=False)["kept"]
 
@@ -224,10 +263,52 @@ def test_folds_that_were_ended_in_the_middle_go_on(desk, monkeypatch):
     assert not [*(folder / "results").glob("run-*")], "a finished run leaves nothing to go on from"
 
 
+def test_a_run_without_folds_leaves_those_that_are_done(desk, monkeypatch):
+    whole, folder, trained = own.train_project, project(desk, painted=(0, 1, 2)), []
+    run_project(folder, progress=False)
+
+    def ended(*arguments, **options):
+        trained.append(options["checkpoint"].name)
+        if len(trained) == 3: raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(own, "train_project", ended)
+    with pytest.raises(KeyboardInterrupt): run_project(folder, folds=3, progress=False)
+    left = {path.name for path in (folder / "results").glob("run-*")}
+    assert len({name for name in left if "-fold" in name and ".step-" not in name}) == 2
+    assert run_project(folder, progress=False)["kept"]
+    assert {path.name for path in (folder / "results").glob("run-*")} == left
+    assert run_project(folder, folds=3, progress=False)["cross_validation"]["folds"] == 3
+    assert not [*(folder / "results").glob("run-*")]
+
+
+def test_force_sets_aside_what_a_stopped_run_left(desk):
+    folder = project(desk)
+    run_project(folder, progress=False)
+    name = load_tensors(folder / "results" / "segmenter.safetensors")[1]["made_of"]
+    state = folder / "results" / f"{name}.safetensors"
+    state.write_bytes(b"of a run that was stopped")
+    assert not run_project(folder, progress=False, again=True)["kept"]
+    assert [path.read_bytes() for path in (folder / "results").rglob(state.name)] == [b"of a run that was stopped"]
+    assert not state.exists()
+
+
+def test_a_generator_that_nobody_can_tell_apart_is_trained_with_again(desk, monkeypatch):
+    """One with no weights to look at: whether it is the same, only a run can say."""
+    monkeypatch.setattr(own, "generator_digest", lambda generator: None)
+    folder = project(desk)
+    run_project(folder, progress=False)
+    assert run_project(folder, progress=False)["kept"], "there is no generator"
+    text = (folder / "project.yaml").read_text()
+    (folder / "project.yaml").write_text(text.replace("generator: ''", "generator: big-ears"))
+    for _ in range(2): assert not run_project(folder, progress=False)["kept"]
+
+
 def test_a_short_run_leaves_a_stopped_long_one(desk):
     folder = project(desk, steps=3)
     images, masks, data = own.labelled_pictures(folder, 16)
-    long = own.run_file(folder / "results", own.read_settings(folder), images, masks)
+    about = own._made_of(folder, own.read_settings(folder), data.labels, None)
+    long = own.run_file(folder / "results", own.read_settings(folder), images, masks, about)
     (folder / "results").mkdir()
     long.write_bytes(b"state")
     other = long.with_name("run-00000000-00000000.safetensors")  # of other labels

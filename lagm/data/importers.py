@@ -136,9 +136,8 @@ def _is_labelme(path: Path) -> bool:
 def import_command(arguments: Any) -> None:
     """`lagm prepare` with the name of a labelling program, or auto; `InputError` if there are no labels."""
     given = {name: getattr(arguments, name, None) for name in ("panoptic", "classes")}
-    if given["classes"]:  # with spaces or commas between them, with the background or without
-        names = [part.strip() for word in given["classes"] for part in word.split(",") if part.strip()]
-        given["classes"] = names[names[0].lower() == "background":] if names else None
+    if given["classes"]:  # with spaces or commas between them
+        given["classes"] = [part.strip() for word in given["classes"] for part in word.split(",") if part.strip()]
     if arguments.what == "auto":
         arguments.what = recognise_export(arguments.source)
         print(f"{arguments.source} looks like {IMPORTS[arguments.what]}")

@@ -16,7 +16,7 @@ from ..core.errors import InputError
 from ..core.files import read_lines
 from .cvat import import_cvat
 from .folder import read_classes
-from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files, read_mask
+from .images import IMAGE_SUFFIXES, MASK_SUFFIXES, list_files, open_picture, read_mask
 from .import_folder import Import, Imported, ImportRecord, check_place, class_name, finish_import
 from .import_names import Finder, Pictures
 from .label_maps import make_labels
@@ -97,13 +97,16 @@ def _classes(folder: Path, classes: Sequence[str] | None, what: str) -> LabelSet
 
 
 def _black_and_white(paths: Iterable[Path], labels: LabelSet) -> bool:
-    """Whether the masks of a single part hold 0 and 255 alone, as many programs save two classes: 255 is the part."""
+    """Whether the masks of a single part hold 0 and 255 alone, as many programs save two classes: 255 is the part.
+
+    Files with a palette, as the kit and VOC write them, are not meant: their 255 is what nobody labelled.
+    """
     if labels.n_classes != 2: return False
     white = False
     for path in paths:
-        try: values = set(np.unique(read_mask(path)).tolist())
+        try: image, values = open_picture(path), set(np.unique(read_mask(path)).tolist())
         except InputError: continue  # it is told when its picture is read
-        if not values <= {0, IGNORE}: return False
+        if image.mode == "P" or not values <= {0, IGNORE}: return False
         white = white or IGNORE in values
     return white
 
@@ -155,8 +158,9 @@ def import_masks(
         found = {path: _stem(path, masks, pictures) for path in list_files(masks, MASK_SUFFIXES)[0]}
     if not found: raise InputError(f"there are no masks in {masks}: PNG or TIFF files named like their pictures, or "
                                    "NAME_mask.png beside NAME.jpg")
-    white = _black_and_white(found, labels)
-    notes = [f"the masks hold 0 and 255 alone: 255 was taken for {labels.classes[1]}, not for 'no label'"] * white
+    white = classes is not None and _black_and_white(found, labels)
+    told = "the masks hold 0 and 255 alone: 255 was taken for {}, not for 'no label'"
+    notes = [told.format(labels.classes[1])] if white else []
     work = Import(root, Pictures(images, but=root, leave_out={**found, **beside}), labels, notes)
     find = Finder(work.pictures, list(found.values()), stems=True)
     records = [ImportRecord(path.relative_to(masks).as_posix(), lambda stem=stem: find(stem),  # type: ignore[misc]

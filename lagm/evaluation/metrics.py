@@ -166,8 +166,9 @@ def predict(
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"the pictures have shape {tuple(images.shape)}; give (n, 3, H, W): of grey ones, "
                          "pictures.expand(-1, 3, -1, -1)")
-    like = next((p for p in segmenter.parameters() if p.is_floating_point()), None)
-    device, dtype = device or getattr(like, "device", "cpu"), getattr(like, "dtype", images.dtype)
+    known = [(p.device, p.dtype) for p in segmenter.parameters() if p.is_floating_point()]
+    device = device or (known[0][0] if known else "cpu")
+    dtype = images.dtype if not known or images.dtype in {dtype for _, dtype in known} else known[0][1]
     with eval_mode(segmenter):
         return torch.cat([segmenter(part.to(device, dtype)).argmax(1).cpu() for part in images.split(batch_size)])
 
@@ -200,7 +201,7 @@ def evaluate(
         raise InputError(f"there are {len(images)} pictures and {len(masks)} masks to evaluate; give one mask per "
                          "picture, and at least one")
     masks = torch.as_tensor(masks)
-    strange = sorted({*masks.unique().tolist()} - {*range(n_classes), IGNORE})
+    strange = masks[(masks < 0) | ((masks >= n_classes) & (masks != IGNORE))].unique().tolist()
     if strange:
         warnings.warn(f"the masks hold {strange[0]}{' and other numbers' * bool(strange[1:])}, which is none of the "
                       f"{n_classes} classes (0 to {n_classes - 1}) and not {IGNORE}: these pixels do not count",

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #2d716e1b
 from ..core.errors import InputError
-from ..core.files import atomic_path, parse_yaml, read_json, read_yaml, write_json
+from ..core.files import atomic_path, checksum, parse_yaml, read_json, read_yaml, set_aside, write_json
 from ..core.seeds import choose_device, random_generator, seed_everything
 from ..core.values import check_field_names, check_fields
 from ..data.folder import Folder, read_classes
@@ -248,11 +248,12 @@ def _take_latents(images: Path, project: Path, settings: Settings, generated: in
     why = ""
     if not settings.generator: why = "no generator is named; with the one that drew the pictures they teach more"
     elif generated: why = "the project draws pictures of its own; leave generated pictures or these out"
-    elif not drawn_by(images, _generator(project, settings)): why = "another generator drew the pictures"
+    elif not drawn_by(images, _generator(project, settings)):
+        why = "another generator drew the pictures, or one was changed"
     if not why: shutil.copy(images / LATENTS, project / LATENTS)
     return {LATENTS: f"{images / LATENTS}: {why}"} if why else {}
 
-
+# %% ../../nbs/reference/experiments/85_project.ipynb #a2c390a1
 def _unwritten(folder: Path, error: OSError) -> InputError:
     """What to say when a project cannot be written: no room, or no right to."""
     why = error.strerror or error
@@ -379,6 +380,11 @@ def missing(
     return found + _generator_missing(folder)
 
 
+def _blocking(lacks: Sequence[str]) -> list[str]:
+    """Of what `missing` says, that without which nothing can be run."""
+    return [what for what in lacks if "nothing can be learnt" not in what]
+
+
 def next_step(
     folder: str | Path,  # of a project
 ) -> str:
@@ -390,8 +396,8 @@ def next_step(
         of a project
     """
     name, lacks = shlex.quote(str(folder)), missing(folder)
-    if lacks and lacks == _generator_missing(folder):
-        return f"{lacks[0]}: put it there, or change generator in {Path(folder) / 'project.yaml'}"
+    if lacks and _blocking(lacks) == _generator_missing(folder) != []:
+        return f"{'; '.join(lacks)}: put it there, or change generator in {Path(folder) / 'project.yaml'}"
     if lacks: return f"{'; '.join(lacks)}. Next: lagm label {name}"
     if not (Path(folder) / "results" / "segmenter.safetensors").is_file():
         first = f" (with some hundreds of pictures, lagm train-generator {name} before it)"
@@ -723,6 +729,7 @@ def run_file(
     settings: Settings,  # of project.yaml
     images: Tensor,  # (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # (n, H, W) class indices
+    more: Sequence[Any] = (),  # what else the run depends on, such as the classes' names and the generator's digest
 ) -> Path:
     """Where an interrupted run goes on: a file for these labels and settings, so that changed ones begin anew.
 
@@ -736,39 +743,63 @@ def run_file(
         (n, 3, H, W) in [-1, 1]
     masks
         (n, H, W) class indices
+    more
+        what else the run depends on, such as the classes' names and the generator's digest
     """
-    said = data_digest(images, masks), settings_text(settings)
+    said = f"{data_digest(images, masks)} {[*more]}", settings_text(settings)
     labels, values = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in said)
     return results / f"run-{labels}-{values}.safetensors"
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #8e164feb
-def _clear_runs(run: Path) -> None:
-    """Remove what a finished run went on from, and stopped runs with other labels; those with other settings stay."""
+def _clear_runs(run: Path, scored: bool) -> None:
+    """Remove what a finished run went on from, and stopped runs with other labels; those with other settings stay, and
+    folds of this one that are not all done.
+    """
     labels = run.stem.rpartition("-")[0]
     for path in run.parent.glob("run-*"):
         if path.name.startswith(f"{labels}-") and not path.name.startswith(run.stem): continue
+        if path.name.startswith(f"{run.stem}-fold") and not scored: continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf201
-def _made_of(folder: Path, settings: Settings, run: Path) -> dict[str, Any]:
-    """Digests of all that a project's segmenter depends on: labels and settings, generator, and the kit's recipe."""
+def _made_of(
+    folder: Path,  # of the project
+    settings: Settings,  # of project.yaml
+    labels: LabelSet,  # the names and colours of the classes
+    drawn: Drawn | None,  # labelled pictures of its generator, with their latents
+) -> list[Any]:
+    """What a project's segmenter depends on beside settings and masks: names, latents, generator, the kit's recipe and
+    the weights of its encoder. The code of a module from elsewhere is not looked at.
+
+    Parameters
+    ----------
+    folder
+        of the project
+    settings
+        of project.yaml
+    labels
+        the names and colours of the classes
+    drawn
+        labelled pictures of its generator, with their latents
+    """
     generator = project_generator(folder, settings, torch.device("cpu"))
-    recipe = repr((_recipe(settings), Inversion())).encode()
-    return {"run": run.stem, "generator": generator_digest(generator), "recipe": hashlib.sha256(recipe).hexdigest()[:8]}
+    backbone = checksum(Path(settings.backbone)) if Path(settings.backbone).is_file() else settings.backbone
+    return [labels.classes, labels.palette, drawn.note() if drawn else "", generator_digest(generator), backbone,
+            get_recipe("fast"), Inversion()]
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf204
 def _kept(
     results: Path,  # of a project
-    made_of: Mapping[str, Any],  # as `_made_of` gives it
+    made_of: str,  # the name of its run
 ) -> nn.Module | None:
-    """The segmenter that was made of the same before; None: there is none, or none that can be read.
+    """The segmenter that this run made before; None: there is none, or none that can be read.
 
     Parameters
     ----------
     results
         of a project
     made_of
-        as `_made_of` gives it
+        the name of its run
     """
     made = results / "segmenter.safetensors"
     if not made.is_file(): return None
@@ -777,8 +808,8 @@ def _kept(
     return segmenter if header.get("made_of") == made_of else None
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf205
-def _scores_before(results: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """The cross-validation of a finished run that was made of the same; empty: there is none."""
+def _scores_before(results: Path, made_of: str) -> dict[str, Any]:
+    """The cross-validation of this run, if it was finished before; empty: there is none."""
     try: facts = read_json(results / "metrics.json") if (results / "metrics.json").is_file() else {}
     except InputError: return {}
     same = isinstance(facts, dict) and facts.get("made_of") == made_of
@@ -857,8 +888,7 @@ def run_project(
         facts, as in results/metrics.json; "kept": whether the segmenter was there already
     """
     folder, settings = Path(folder), read_settings(folder)
-    lacks = [what for what in missing(folder) if "nothing can be learnt" not in what]
-    if lacks: raise InputError(f"{folder}: {next_step(folder)}")
+    if _blocking(missing(folder)): raise InputError(f"{folder}: {next_step(folder)}")
     images, masks, data = labelled_pictures(folder, settings.size)
     drawn = drawn_pictures(folder, settings, data)
     if drawn is not None:
@@ -867,22 +897,24 @@ def run_project(
     every, truth = joined(images, masks, drawn)
     results = _results_of(folder)
     options: dict[str, Any] = {"labels": data.labels, "progress": progress}
-    run = run_file(results, settings, every, truth)
-    made_of = _made_of(folder, settings, run)
+    made_of = _made_of(folder, settings, data.labels, drawn)
+    run = run_file(results, settings, every, truth, made_of)
+    again = again or bool(settings.generator and made_of[3] is None)  # nobody knows whether that one is the same
+    if again: set_aside(results.glob(f"{run.stem}*"), "of a run that begins anew")
     facts: dict[str, Any] = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
-                             "generator": settings.generator or None, "settings": asdict(settings), "made_of": made_of}
+                             "generator": settings.generator or None, "settings": asdict(settings), "made_of": run.stem}
     _look_at_generator(folder, settings, results)
-    scores = {} if again else _scores_before(results, made_of)
+    scores = {} if again else _scores_before(results, run.stem)
     if folds and scores.get("folds") != folds:
         scores = cross_validated(folder, images, masks, settings, folds, drawn, run, **options)
     if scores: facts["cross_validation"] = scores
-    kept = None if again else _kept(results, made_of)
+    kept = None if again else _kept(results, run.stem)
     if kept is None:
         trained = train_project(folder, images, masks, settings, drawn, checkpoint=run, **options)
-        trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names, made_of=made_of)
+        trained.save(results / "segmenter.safetensors", policy="stretch", learnt_from=data.names, made_of=run.stem)
     facts["label_next"] = _look_at_segmenter(kept or trained.segmenter, folder, every, data, settings)
     write_json(results / "metrics.json", facts)
-    _clear_runs(run)
+    _clear_runs(run, bool(scores))
     return facts | {"kept": kept is not None}
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #d7c6c3d4

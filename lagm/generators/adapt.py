@@ -10,12 +10,11 @@ import copy
 import difflib
 import fnmatch
 import inspect
-import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -325,16 +324,15 @@ def _label_forms(
         of `Calling.label`
     """
     if label is None: return [None]
-    number = not isinstance(label, bool) and hasattr(label, "__index__") and getattr(label, "ndim", 0) == 0
-    if number: label = operator.index(cast(Any, label))
-    else:
-        try: return [tuple(float(share) for share in cast(Any, label))]
-        except (TypeError, ValueError):
-            raise InputError(f"label is {printable(label, 40)}; give the number of a class, from 0 on, or a list with "
-                             "a weight for each class") from None
-    if label < 0 or (classes is not None and label >= classes):
-        raise InputError(f"label is {label}; give a class from 0 {f'to {classes - 1}' if classes else 'on'}")
-    return [label] + ([tuple(float(i == label) for i in range(classes))] if classes else [])
+    given: Any = label.tolist() if hasattr(label, "tolist") else label  # of numpy or torch
+    shares = given if isinstance(given, list | tuple) else []
+    if shares and all(type(share) in (int, float) for share in shares): return [tuple(map(float, shares))]
+    if type(given) is not int:
+        raise InputError(f"label is {printable(label, 40)}; give the number of a class, from 0 on, or a list with a "
+                         "weight for each class")
+    if given < 0 or (classes is not None and given >= classes):
+        raise InputError(f"label is {given}; give a class from 0 {f'to {classes - 1}' if classes else 'on'}")
+    return [given] + ([tuple(float(i == given) for i in range(classes))] if classes else [])
 
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ffd28946
 _WEIGHTED = nn.Linear | nn.Conv2d | nn.ConvTranspose2d

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,6 +30,7 @@ from ..core.seeds import random_generator
 from ..core.tensors import load_tensors, save_tensors
 from ..data.augment import resize_nearest, wide_crop
 from ..data.folder import Folder
+from ..data.images import read_image
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import FrozenGenerator, Generated, Sampling, check_generated
 from ..generators.protocol import check_generator
@@ -279,7 +281,7 @@ def drawn_by(
     folder: str | Path,  # of `lagm generate`, or a project with drawn pictures
     generator: Any,  # anything that keeps the generator's contract
 ) -> bool:
-    """Whether the weights of a generator are those that drew the pictures; also if either is not known.
+    """Whether the weights of a generator are those that drew the pictures (or not known), and none was changed since.
 
     `InputError` if the folder has no latents.
 
@@ -290,8 +292,12 @@ def drawn_by(
     generator
         anything that keeps the generator's contract
     """
-    own, theirs = _weights_digest(generator), read_latents(folder)[1].get("weights")
-    return not own or not theirs or own == theirs
+    facts = read_latents(folder)[1]
+    own, theirs = _weights_digest(generator), facts.get("weights")
+    if own and theirs and own != theirs: return False
+    paths = {Path(folder) / "images" / f"{name}.png": known for name, known in zip(facts["names"], facts["pictures"])}
+    return all(digest([torch.from_numpy(np.array(read_image(path)))]) == known
+               for path, known in paths.items() if path.is_file())
 
 
 def check_drawn(

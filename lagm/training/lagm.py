@@ -64,10 +64,10 @@ def check_labelled(
     check_pictures(images, what)
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise InputError(f"the {what} pictures have shape {tuple(images.shape)}; give (n, 3, H, W) with n of 1 or more")
-    dtype = next((p.dtype for p in learner.parameters() if p.is_floating_point()), images.dtype) if learner else None
-    if dtype not in (None, images.dtype):
-        raise InputError(f"the {what} pictures hold {images.dtype}, the network computes in {dtype}; give "
-                         f"pictures.to({dtype})")
+    known = {p.dtype for p in learner.parameters() if p.is_floating_point()} if learner else set()
+    if known and images.dtype not in known:
+        raise InputError(f"the {what} pictures hold {images.dtype}, the network computes in {[*known][0]}; give "
+                         f"pictures.to({[*known][0]})")
     if images.min() >= 0 and images.max() > 0:
         warnings.warn(f"no value of the {what} pictures is below 0; pictures here are in [-1, 1]: "
                       "if yours are in [0, 1], give 2 * pictures - 1", stacklevel=3)
