@@ -432,9 +432,9 @@ DEMO_PAPER = dict(channels=32, layers=3, recipe="paper", iterations=15_000, vali
 
 # %% ../../nbs/reference/experiments/91_catalogue.ipynb #641856s0
 DEMO_STYLES, _DEMO_LABELS = ("big-ears", "toon-head", "micah"), (1, 2, 5, 10, 30)
-_DEMO_STEPS = {  # of each method, as many as help on validation pictures; looked at so far: supervised, HandsOff
-    "supervised": 9600, "self-training": 1000, "mean teacher": 1000, "weak to strong": 1000, "frozen encoder": 1000,
-    "DatasetGAN": 1000, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
+_DEMO_STEPS = {  # of each method, as many as help on validation pictures (demo_steps_*)
+    "supervised": 9600, "self-training": 1000, "mean teacher": 2400, "weak to strong": 2400, "frozen encoder": 2400,
+    "DatasetGAN": 2400, "HandsOff": 1000, "prototypes": 1000, "gradient matching": 1000, "paper's recipe": 1600}
 DEMO_METHODS = dict(iterations=1000, warm_up=300, steps=_DEMO_STEPS, person_steps=900, pretraining_steps=1000,
                     inversion_steps=250, pixel_steps=1500, members=10, pairs=500, width=16, test_pictures=240)
 _DEMO_TEST = dict(dataset="avatars:big-ears", size=[64, 64], pictures=0)
