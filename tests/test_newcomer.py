@@ -302,6 +302,13 @@ def test_a_generator_that_nobody_can_tell_apart_is_trained_with_again(desk, monk
     text = (folder / "project.yaml").read_text()
     (folder / "project.yaml").write_text(text.replace("generator: ''", "generator: big-ears"))
     for _ in range(2): assert not run_project(folder, progress=False)["kept"]
+    name = load_tensors(folder / "results" / "segmenter.safetensors")[1]["made_of"]
+    whole = own.train_project
+    monkeypatch.setattr(own, "train_project", lambda *a, **k: seen.append(k["checkpoint"].exists()) or whole(*a, **k))
+    seen, state = [], folder / "results" / f"{name}.safetensors"
+    state.write_bytes(b"of a run that was stopped")
+    with pytest.raises(InputError, match=state.name): run_project(folder, progress=False)
+    assert seen == [True] and state.exists(), "a stopped run is gone on from, not set aside"
 
 
 def test_a_short_run_leaves_a_stopped_long_one(desk):

@@ -899,8 +899,8 @@ def run_project(
     options: dict[str, Any] = {"labels": data.labels, "progress": progress}
     made_of = _made_of(folder, settings, data.labels, drawn)
     run = run_file(results, settings, every, truth, made_of)
-    again = again or bool(settings.generator and made_of[3] is None)  # nobody knows whether that one is the same
     if again: set_aside(results.glob(f"{run.stem}*"), "of a run that begins anew")
+    again = again or bool(settings.generator and made_of[3] is None)  # nobody knows whether that one is the same
     facts: dict[str, Any] = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
                              "generator": settings.generator or None, "settings": asdict(settings), "made_of": run.stem}
     _look_at_generator(folder, settings, results)
