@@ -548,6 +548,9 @@ def demo_experiments() -> dict[str, tuple[str, dict[str, dict[str, Any]]]]:  # a
             name = f"demo_steps_{steps}_k{k}"
             found[name] = (f"Demo, {_faces(k)}, rivals of {steps:,} steps, on validation pictures", _demo_methods(
                 name, k, methods=", ".join(_RIVALS), finish=False, tested_on="val", iterations=steps, steps={}))
+    for k in (2, 10):
+        found[f"demo_large_k{k}"] = (f"Demo, {_faces(k)} of 128 pixels, a generator of 64",
+                                     _demo_methods(f"demo_large_k{k}", k, pixels=128))
     for style in DEMO_STYLES[1:]:
         name = f"demo_cross_{style.replace('-', '_')}"
         found[name] = (f"Demo, {_faces(30)} of the style {style}, generator of big-ears", _demo_cross(name, style))
