@@ -165,6 +165,20 @@ def test_modes_are_restored_even_after_an_error(labelled):
     assert student.bn.num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [
+    lambda net, x: torch.jit.freeze(torch.jit.trace(net, x)),
+    lambda net, x: torch.export.export(net, (x,)).module()], ids=["TorchScript", "export"])
+def test_what_has_one_mode_for_good_predicts_too(make):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval(), torch.rand(2, 3, 8, 8) * 2 - 1
+    frozen = make(net, x)
+    assert predict(frozen, x, batch_size=2).equal(net(x).argmax(1))
+    with eval_mode(frozen, net.train()):
+        assert not net.training
+    assert net.training
+
+
 def test_predict_gives_classes(labelled):
     images, masks = labelled
     predictions = predict(Student(), images, batch_size=3)

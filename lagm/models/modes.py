@@ -7,7 +7,7 @@ __all__ = ['kept_modes', 'eval_mode', 'resting_modules', 'train_mode']
 
 # %% ../../nbs/reference/models/43_modes.ipynb #535306ec
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
@@ -23,7 +23,7 @@ def kept_modes(
     *modules
         whose modes are put back
     """
-    before = [(m, m.training) for module in modules for m in module.modules()]
+    before = [(m, m.training) for module in modules for m in module.modules() if hasattr(m, "training")]
     try:
         yield
     finally:
@@ -37,6 +37,8 @@ def eval_mode(
 ) -> Iterator[None]:
     """Put modules in eval mode for a while; afterwards every submodule has the mode it had before.
 
+    What torch.jit.freeze and torch.export made has one mode for good, and is left as it is.
+
     Parameters
     ----------
     *modules
@@ -44,7 +46,8 @@ def eval_mode(
     """
     with kept_modes(*modules):
         for module in modules:
-            module.eval()
+            with suppress(NotImplementedError):
+                if hasattr(module, "training"): module.eval()
         yield
 
 # %% ../../nbs/reference/models/43_modes.ipynb #f91a5839
