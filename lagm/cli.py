@@ -8,6 +8,7 @@ __all__ = ['MOST_LINES', 'list_command', 'show_command', 'describe_results', 'ru
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #96f330a1
 import argparse
+import ast
 import contextlib
 import fnmatch
 import importlib.metadata
@@ -84,7 +85,7 @@ def _show_run(name: str, run: Any, root: Path) -> None:
     missing = missing_inputs(run, root, data=False)
     state = "finished" if run.finished(root) else "not run yet" + (", and it lacks something" if missing else "")
     print(f"{name}: {printable(run.about)}", f"  notebook  {run.notebook.name}", sep="\n")
-    print(f"  results   {run.folder.as_posix()} ({state})")
+    print(f"  results   {(Path(os.path.relpath(root)) / run.folder).as_posix()} ({state})")
     if run.needs: print(f"  needs     {', '.join(run.needs)}")
     for line in missing: print(f"  lacks     {printable(line, 1000)}")
     for key, parameter in declared_parameters(run.notebook).items():
@@ -159,6 +160,11 @@ def describe_results(
     return "\n".join(lines + shown[:MOST_LINES] + more)
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #133edce3
+def _place(arguments: argparse.Namespace, output: Path) -> str:
+    """The folder for a single notebook's results: the one asked for, or its own, that of a small run beside it."""
+    return arguments.output or f"{output.parent}{'-small' if arguments.small else ''}"
+
+
 def run_one(
     arguments: argparse.Namespace,  # output, small, files, parameters, dry_run, force
     notebook: Path,  # the experiment
@@ -184,24 +190,35 @@ def run_one(
     from lagm.experiments.running import run_notebook
 
     output, root = default_output(notebook), working_folder(notebook)
-    if arguments.output: output = Path(arguments.output) / output.name
+    output = Path(_place(arguments, output)) / output.name
     beside = notebook.with_suffix(".yaml")
     parameters: dict[str, Any] = {}
     full_size = [beside] if beside.is_file() and not arguments.small else []
     for path in full_size + arguments.files: parameters |= read_parameter_file(path)
     parameters |= {name: value for name, value in arguments.parameters}
+    asked = check_parameters(notebook, parameters)
+    if own := asked.pop("out_dir", None): output = output if arguments.output else root / own / output.name
     if arguments.dry_run:
-        asked = check_parameters(notebook, parameters)
-        finished = is_finished(notebook, output, asked, root)
+        finished, run = is_finished(notebook, output, asked, root), Run(notebook.stem, "", notebook, asked, output)
         print(f"{notebook.stem}  {'finished' if finished else 'to do'}  {output.parent.as_posix()}")
-        lacks = [] if finished else missing_inputs(Run(notebook.stem, "", notebook, asked, output), root, data=False)
+        lacks = [] if finished else missing_inputs(run, root, data=False, others=())
+        if not finished and (arguments.parameters or arguments.files): lacks += filter(None, [_refusal(run)])
         if lacks: raise InputError(f"{notebook.stem} cannot start; {'; '.join(lacks)}")
         return
     root.mkdir(parents=True, exist_ok=True)
-    run_notebook(notebook, output, parameters, force=arguments.force, cwd=root, echo=True)
+    run_notebook(notebook, output, asked, force=arguments.force, cwd=root, echo=True)
     print(describe_results(output))
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #85d27095
+def _from_project(folder: str) -> str:
+    """A folder that was named from the current one, as the project's runs call it."""
+    from lagm.experiments.catalogue import project_folder
+
+    path, root = Path(os.path.abspath(folder)), project_folder()
+    if Path.cwd() == root: return folder
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
 def chosen_runs(
     arguments: argparse.Namespace,  # all, names, only, files, parameters, seeds, small, output, force
 ) -> tuple[dict[str, Any], set[str]]:  # the runs, and the names of those to repeat
@@ -219,23 +236,27 @@ def chosen_runs(
     tuple[dict[str, Any], set[str]]
         the runs, and the names of those to repeat
     """
+    from lagm.core.errors import InputError
     from lagm.experiments.catalogue import change_runs, choose_runs, read_catalogue
     from lagm.experiments.notebooks import list_experiments, read_parameter_file
 
     catalogue, values = read_catalogue(), {}
     for path in arguments.files: values |= read_parameter_file(path)
     values |= {name: value for name, value in arguments.parameters}
+    if arguments.seeds and "seed" in values:
+        raise InputError(f"seed is given twice, by --seeds and as {values['seed']}; leave one out")
     wanted = ["*/*"] if arguments.all else arguments.names
     runs, found, repeat = choose_runs(catalogue, wanted, list_experiments(), arguments.only), {}, set()
     experiments = {run.experiment for run in runs.values()}
-    alone = arguments.output and len(experiments) == 1 and len(arguments.seeds or [0]) == 1
+    place = _from_project(arguments.output) if arguments.output else None
+    alone = place and len(experiments) == 1 and len(arguments.seeds or [0]) == 1
     meant = [name for name, run in runs.items() for word in wanted
              if fnmatch.fnmatchcase(name, word) or fnmatch.fnmatchcase(run.experiment, word)]
     for seed in arguments.seeds or [None]:
         ending = ("-small" if arguments.small else "") + ("" if seed is None else f"-seed{seed}")
-        places = {name: f"{arguments.output or 'outputs'}/{name}{ending}" for name in experiments}
-        if alone: places = dict.fromkeys(experiments, arguments.output)
-        moves = places if ending or arguments.output else {}
+        places = {name: f"{place or 'outputs'}/{name}{ending}" for name in experiments}
+        if alone: places = dict.fromkeys(experiments, place)
+        moves = places if ending or place else {}
         variant = change_runs(runs, values | ({} if seed is None else {"seed": seed}), moves, arguments.small)
         renamed = {name: name.replace(run.experiment, run.experiment + ending, 1) for name, run in variant.items()}
         for name, run in variant.items():
@@ -274,9 +295,14 @@ def _refuse(
 
 def _run_seeds(arguments: argparse.Namespace, notebook: Path) -> None:
     """A single notebook, once for each seed that is asked for, in a folder for each."""
+    from lagm.core.errors import InputError
     from lagm.experiments.notebooks import default_output
 
-    seeds, place = arguments.seeds or [], arguments.output or str(default_output(notebook).parent)
+    given = dict(arguments.parameters)
+    if "out_dir" in given: raise InputError(f"out_dir is {given['out_dir']!r}; where results go is said by -o FOLDER")
+    if arguments.seeds and "seed" in given:
+        raise InputError(f"seed is given twice, by --seeds and as {given['seed']}; leave one out")
+    seeds, place = arguments.seeds or [], _place(arguments, default_output(notebook))
     if not seeds: run_one(arguments, notebook)
     for seed in seeds:
         own = place if arguments.output and len(seeds) == 1 else f"{place}-seed{seed}"
@@ -304,14 +330,10 @@ def run_command(
     if arguments.all == bool(names):
         raise InputError("name the experiments to run, or give --all (and not both); `lagm list` shows them")
     if len(names) == 1 and (Path(names[0]) / "project.yaml").is_file():
-        from lagm.experiments.project import missing, next_step, project_command, project_generator, read_settings
+        from lagm.experiments.project import project_command
 
         _refuse(arguments, f"{names[0]} is a project", "--folds", f", or change {Path(names[0]) / 'project.yaml'}")
-        if arguments.dry_run:
-            if not any("generator" in what for what in missing(names[0])):
-                project_generator(names[0], read_settings(names[0]), "cpu")
-            return print(next_step(names[0]))
-        return project_command(names[0], arguments.folds, arguments.force)
+        return project_command(names[0], arguments.folds, arguments.force, arguments.dry_run)
     if len(names) == 1 and (names[0].endswith(".ipynb") or names[0] in list_experiments()):
         _refuse(arguments, f"{names[0]} is a single notebook", "-p -f -o --seeds --small")
         return _run_seeds(arguments, find_experiment(names[0]))
@@ -319,24 +341,49 @@ def run_command(
     runs, repeat = chosen_runs(arguments)
     root = Path(os.path.relpath(project_folder()))
     root.mkdir(parents=True, exist_ok=True)
-    many = arguments.all or len({run.experiment for run in runs.values()}) > 1 or arguments.jobs > 1
-    if arguments.dry_run or not many: return _run_in_turn(runs, repeat, root, arguments.dry_run)
+    many = (arguments.all or len({run.experiment for run in runs.values()}) > 1 or arguments.jobs > 1
+            or bool(arguments.devices))
+    changed = bool(arguments.parameters or arguments.files or arguments.seeds)
+    if arguments.dry_run or not many: return _run_in_turn(runs, repeat, root, arguments.dry_run, changed)
     _run_sweep(arguments, runs, repeat, root)
 
+# %% ../nbs/reference/experiments/92_cli.ipynb #836a10c4
+def _refusal(run: Any) -> str:
+    """What a run's notebook has against its parameters, by its own cells up to where it opens its folder, `out`."""
+    from lagm.core.errors import InputError
+    from lagm.experiments.notebooks import read_notebook
+
+    sources = [cell.source for cell in read_notebook(run.notebook).cells if cell.cell_type == "code"]
+    last = next((i for i, source in enumerate(sources) if source.startswith("check_injected(")), -1)
+    names: dict[str, Any] = {}
+    try:
+        for source in sources[:max(last, 0)]: exec(source, names)
+        names |= {**run.parameters, "device": "cpu"}  # a plan may be for another machine
+        for statement in ast.parse(sources[last]).body if last >= 0 else []:
+            if "out" in {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}: break
+            exec(ast.unparse(statement), names)
+    except InputError as error: return f"{error}"
+    except Exception: return ""  # the cells do not run here, for lack of a package, say: then a plan cannot tell
+    return ""
+
 # %% ../nbs/reference/experiments/92_cli.ipynb #836a10c7
-def _run_in_turn(runs: dict[str, Any], repeat: set[str], root: Path, dry_run: bool) -> None:
+def _run_in_turn(runs: dict[str, Any], repeat: set[str], root: Path, dry_run: bool, changed: bool = False) -> None:
     """Run the stages of one experiment in this process, or say what would be done."""
     from lagm.core.errors import InputError
     from lagm.experiments.sweep import describe_steps, execute, plan_steps
 
     steps = plan_steps(runs, root, repeat)
-    if dry_run: print(describe_steps(steps))
-    lacking = {name: step.why for name, step in steps.items() if step.state == "blocked"}
+    for step in [step for step in steps.values() if step.state == "to do"] if dry_run and changed else ():
+        stuck = [need for need in step.run.needs if need in steps and steps[need].state == "blocked"]
+        said = f"it needs {', '.join(stuck)}" if stuck else _refusal(step.run)
+        if said: step.state, step.why = "blocked", said
+    if dry_run: print(describe_steps(steps, root))
+    lacking = {name: step.why.replace("\n", "; ") for name, step in steps.items() if step.state == "blocked"}
     if lacking:
         first, why = next(iter(lacking.items()))
         raise InputError(f"{len(lacking)} of {len(steps)} runs cannot start; {first}: {why}")
     if dry_run: return
-    for name, run in runs.items(): print(describe_results(root / execute(run, root, name in repeat, echo=True)))
+    for name, run in runs.items(): print(describe_results(execute(run, root, name in repeat, echo=True)))
 
 
 def _run_sweep(arguments: argparse.Namespace, runs: dict[str, Any], repeat: set[str], root: Path) -> None:
@@ -347,7 +394,7 @@ def _run_sweep(arguments: argparse.Namespace, runs: dict[str, Any], repeat: set[
 
     devices = arguments.devices.split(",") if arguments.devices else ()
     steps = Sweep(runs, root, arguments.jobs, devices, repeat).run()
-    print(describe_steps(steps))
+    print(describe_steps(steps, root))
     if arguments.all and "report" in list_experiments():
         output = root / "outputs" / "report" / "report.ipynb"
         run_notebook(find_experiment("report"), output, force=True, cwd=root)
@@ -376,8 +423,7 @@ def add_run_parser(
     """
     about = "Run a notebook, or an experiment with all its stages and what they need; what is finished is kept."
     more = ("Parameters come from the notebook, then the parameter file, then -f, then -p; later ones win. A value of "
-            "-p "
-            "goes to every stage that has such a parameter. A wrong name lists them.")
+            "-p goes to every stage that has such a parameter. A wrong name lists them.")
     run = commands.add_parser("run", help="run experiments", description=about, epilog=more)
     add = run.add_argument
     add("names", metavar="NAME", nargs="*", help="a project's folder, a name of `lagm list`, a stage such as "
@@ -393,13 +439,13 @@ def add_run_parser(
     add("--small", action="store_true",
         help="a few steps with the real files, into outputs/NAME-small: to see that everything fits")
     add("--dry-run", action="store_true",
-        help="check everything, say what would be run and what is missing, and run nothing")
+        help="check files and values, say what would be run and what is missing, and run nothing")
     add("--jobs", type=at_least_one, default=1, metavar="N", help="so many runs at a time (default: 1)")
     add("--devices", default="", metavar="0,1", help="numbers of the GPUs that the jobs get in turn")
     add("--only", action="store_true", help="not what they need, which must be there")
     add("--folds", type=int, default=0, metavar="N", help="of a project: a score by cross-validation with N folds")
     add("--force", action="store_true", help="run again even if finished runs with these parameters are there")
-    run.set_defaults(command=run_command)
+    run.set_defaults(command=run_command, resumes=True)
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #c234d8ab
 def build_parser() -> argparse.ArgumentParser:
@@ -483,7 +529,9 @@ def main(
         with _short_warnings(): code = arguments.command(arguments) or 0
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would report the cell that was given up
-        print("lagm: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        on = getattr(arguments, "resumes", False) and not getattr(arguments, "force", False)
+        more = "goes on from what is saved" if on else "begins anew"
+        print(f"lagm: interrupted; the same command {more}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         _heard()

@@ -21,9 +21,9 @@ out_dir: str = "."  # where results go"""
 
 
 def write_experiment(path: Path, *cells: str, parameters: str | None = PARAMETERS,
-                     title: str = "# Toy\n\n> Does little.\n> Quickly.") -> Path:
+                     title: str = "# Toy\n\n> Does little.\n> Quickly.", types: str = TYPES) -> Path:
     """Write an experiment notebook with the given code cells after its parameters."""
-    nb = v4.new_notebook(cells=[v4.new_markdown_cell(title), v4.new_code_cell(TYPES)])
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell(title), v4.new_code_cell(types)])
     if parameters is not None: nb.cells.append(v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     nb.cells += [v4.new_code_cell(cell) for cell in cells]
     nb.metadata.kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}

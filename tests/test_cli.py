@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_not_finished(checkout):
     process, _ = start_and_wait(out)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "lagm: interrupted" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "goes on from what is saved" in errors and "Traceback" not in errors
     assert not nbformat.read(out / "toy.ipynb", 4).metadata.lagm.finished
     assert printed(out / "toy.ipynb").startswith("stage 1 by")
 
@@ -167,7 +167,7 @@ def test_the_file_beside_an_experiment_gives_its_size(checkout, capsys):
     assert cli.main(["run", "toy", "-p", "k", "6"]) == 0
     assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [6, 0.5, "fast"]
     assert cli.main(["run", "toy", "--small", "-p", "k", "6"]) == 0
-    assert json.loads(printed(checkout / "outputs" / "toy" / "toy.ipynb")) == [6, 1e-3, "fast"]
+    assert json.loads(printed(checkout / "outputs" / "toy-small" / "toy.ipynb")) == [6, 1e-3, "fast"]
 
 
 def test_list_and_help_and_version(checkout, capsys):
@@ -245,3 +245,133 @@ def test_a_notebook_once_for_each_seed(tmp_path, monkeypatch, capsys):
         "seeded-seed3": ["seed 3"], "seeded-seed5": ["seed 5"]}
     assert cli.main(["run", "seeded", "--seeds", "7", "-o", "here"]) == 0
     assert (tmp_path / "here" / "metrics.json").is_file()
+
+
+TINY = """\
+k: int = 2  # how many, 0 to 9
+networks: str = ""  # of another run
+numbers: dict = {}  # by name
+wait: bool = False  # until the file hold is gone
+seed: int = 0  # of all that is random
+out_dir: str = ""  # folder"""
+CHECK = """\
+check_injected(globals())
+if not 0 <= k <= 9: raise InputError(f"k is {k}: give 0 to 9")
+out = Path(out_dir or ".")"""
+WORK = """\
+out.mkdir(parents=True, exist_ok=True)
+(out / "metrics.json").write_text(json.dumps({"summary": [f"k {k}, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}"]}))
+if wait: (out / "waiting").touch()
+while wait and Path("hold").exists(): time.sleep(0.05)"""
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """A checkout with the notebook tiny and three experiments of it: a, b, and c, which reads what a leaves."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    folder = tmp_path / "nbs" / "experiments"
+    head = ("import json, os, time\nfrom pathlib import Path\nfrom lagm.core.errors import InputError\n"
+            "from lagm.experiments.notebooks import check_injected")
+    write_experiment(folder / "tiny.ipynb", CHECK, WORK, parameters=TINY, types=head)
+    (folder / "tiny").mkdir()
+    for name, more in dict(a="k: 1", b="k: 2", c="networks: outputs/a/tiny/metrics.json").items():
+        (folder / "tiny" / f"{name}.yaml").write_text(f"# Tiny {name}\n{more}\nout_dir: outputs/{name}/tiny\n")
+    return tmp_path
+
+
+def test_one_experiment_gets_its_gpu_too(stages):
+    assert cli.main(["run", "a", "--devices", "7"]) == 0
+    assert json.loads((stages / "outputs/a/tiny/metrics.json").read_text())["summary"] == ["k 1, GPU 7"]
+
+
+def test_paths_are_right_from_another_folder(stages, monkeypatch, capsys):
+    (stages / "deep").mkdir()
+    monkeypatch.chdir(stages / "deep")
+    assert cli.main(["run", "a", "--dry-run"]) == 0 and "../outputs/a/tiny" in capsys.readouterr().out
+    assert cli.main(["run", "a"]) == 0
+    said = capsys.readouterr().out
+    assert "notebook  ../outputs/a/tiny/tiny.ipynb" in said and "k 1, GPU None" in said
+    assert cli.main(["show", "a"]) == 0 and "../outputs/a/tiny (finished)" in capsys.readouterr().out
+    assert cli.main(["run", "b", "-o", "here"]) == 0 and cli.main(["run", "tiny", "-o", "there"]) == 0
+    assert (stages / "deep/here/tiny/metrics.json").is_file() and (stages / "deep/there/tiny.ipynb").is_file()
+
+
+def test_a_small_run_of_a_single_notebook_has_a_folder_of_its_own(stages, capsys):
+    assert cli.main(["run", "tiny", "-p", "k", "3"]) == 0 and cli.main(["run", "tiny", "--small", "-p", "k", "4"]) == 0
+    assert "k 3" in (stages / "outputs/tiny/metrics.json").read_text()
+    assert "k 4" in (stages / "outputs/tiny-small/metrics.json").read_text()
+    capsys.readouterr()
+    assert cli.main(["run", "tiny", "--small", "--seeds", "3", "--dry-run"]) == 0
+    assert "outputs/tiny-small-seed3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["a", "b", "-p", "out_dir", "elsewhere"], "where results go is said by -o FOLDER"),
+    (["a", "-p", "k", "1000", "--dry-run"], "k is 1000: give 0 to 9"),
+    (["a", "-p", "numbers", "[1]", "--dry-run"], "numbers = '[1]' is not dict"),
+    (["a", "--seeds", "1", "-p", "seed", "3"], "seed is given twice, by --seeds and as 3"),
+    (["c", "--only", "--dry-run"], "there is no outputs/a/tiny/metrics.json"),
+    (["a", "c", "-p", "k", "1000", "--dry-run"], "2 of 2 runs cannot start"),
+    (["tiny", "-p", "k", "1000", "--dry-run"], "k is 1000: give 0 to 9"),
+    (["tiny", "-p", "networks", "outputs/none", "--dry-run"], "there is no outputs/none"),
+    (["tiny", "-p", "out_dir", "elsewhere"], "where results go is said by -o FOLDER"),
+    (["tiny", "--seeds", "1", "-p", "seed", "3"], "seed is given twice, by --seeds and as 3"),
+    (["a", "nbs/experiments/tiny.ipynb"], "is a single notebook: it runs alone"),
+    (["alone", "a"], "alone is a single notebook: it runs alone, lagm run alone")])
+def test_what_a_plan_refuses(stages, capsys, words, message):
+    write_experiment(stages / "nbs" / "experiments" / "alone.ipynb")
+    assert cli.main(["run", *words]) == 2 and message in capsys.readouterr().err
+    assert not (stages / "outputs").exists()
+
+
+def test_out_dir_of_a_file_is_where_all_of_it_goes(stages, capsys):
+    (stages / "mine.yaml").write_text("k: 3\nout_dir: mine\n")
+    assert cli.main(["run", "tiny", "-f", "mine.yaml"]) == 0
+    assert "k 3" in (stages / "mine/metrics.json").read_text() and "mine/metrics.json" in capsys.readouterr().out
+    assert not (stages / "outputs").exists()
+    (stages / "mine.yaml").write_text("out_dir: 5\n")
+    assert cli.main(["run", "tiny", "-f", "mine.yaml"]) == 2 and "out_dir = 5 is not str" in capsys.readouterr().err
+
+
+def test_a_folder_on_another_disk_stays_finished(stages, capsys):
+    (stages / "disk").mkdir()
+    (stages / "outputs").symlink_to(stages / "disk", target_is_directory=True)
+    for folder in ("outputs/run", "./near"):
+        assert cli.main(["run", "a", "-o", folder]) == 0
+        capsys.readouterr()
+        assert cli.main(["run", "a", "-o", folder, "--dry-run"]) == 0 and "finished" in capsys.readouterr().out
+
+
+def test_a_plan_tells_whole_sentences(stages, monkeypatch):
+    from lagm.experiments.catalogue import read_catalogue
+    from lagm.experiments.sweep import Step, describe_steps
+
+    one, other = list(read_catalogue(stages).values())[:2]
+    text = describe_steps({"one": Step(one, "blocked", "no faces; get them there\nno cars"),
+                           "other": Step(other, "blocked", "no cars\nno horses; get them there")})
+    assert text.splitlines()[:2] == ["one    blocked   no faces; get them there; no cars",
+                                     "other  blocked   no horses; get them there; the same as one"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_killed_run_over_a_finished_one_leaves_no_copy_and_loses_nothing(stages, capsys):
+    folder = stages / "outputs" / "a" / "tiny"
+    assert cli.main(["run", "a", "-p", "k", "7"]) == 0
+    (stages / "hold").touch()
+    process = subprocess.Popen([*LAGM, "run", "a", "-p", "k", "5", "-p", "wait", "true"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "waiting").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (stages / "hold").unlink()
+    assert "k 5" in (folder / "metrics.json").read_text() and (folder / ".tiny.before").is_dir()
+    deadline = time.monotonic() + 20
+    while cli.main(["run", "a", "-p", "k", "77"]) == 2 and "another process" in capsys.readouterr().err:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert "k 7," in (folder / "metrics.json").read_text(), "a refused run puts back what the killed one replaced"
+    assert not (folder / ".tiny.before").exists()
+    assert cli.main(["run", "a", "-p", "k", "8"]) == 0 and not (folder / ".tiny.before").exists()

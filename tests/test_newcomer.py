@@ -117,7 +117,7 @@ def test_too_early(desk):
 def test_a_generator_that_is_gone_asks_for_it_not_for_paint(desk):
     project(desk, generator="gone.pth")
     for words in (("run", "p"), ("run", "p", "--dry-run")):
-        said = lagm(desk, *words, code=0 if "--dry-run" in words else 2)
+        said = lagm(desk, *words)
         assert "the generator gone.pth is not there: put it there, or change generator in p/project.yaml" in said
         assert "lagm label" not in said
     (desk / "p" / "masks" / "f1.png").unlink()
@@ -413,3 +413,45 @@ def test_drawing_that_was_ended_in_the_middle_begins_again(tmp_path):
     draw_for_labelling(tiny_generator(), tmp_path / "d", 3)
     assert [path.name for path in sorted((tmp_path / "d").iterdir())] == ["images", "latents.safetensors"]
     assert read_latents(tmp_path / "d")[1]["names"] == [path.stem for path in sorted((tmp_path / "d/images").iterdir())]
+
+
+# ---- what comes after
+
+
+def test_the_next_step_knows_what_the_segmenter_was_made_of(desk):
+    run_project(project(desk), progress=False)
+    assert "next: lagm predict p/" in own.next_step(desk / "p").replace(f"{desk}/", "")
+    said = lagm(desk, "run", "p", "--dry-run", code=0)
+    assert "made of what it is now" in said and "next: lagm predict p/results" in said
+    assert "p would be trained" in lagm(desk, "run", "p", "--dry-run", "--force", code=0)
+    save_painted(Album(desk / "p"), 2, stack(Avatars(), [2])[1][0].numpy().astype(np.uint8))
+    assert own.next_step(desk / "p").startswith(f"next: lagm run {desk / 'p'}: labels, settings, generator or the kit")
+    assert "p would be trained" in lagm(desk, "run", "p", "--dry-run", code=0)
+
+
+def test_a_project_is_not_called_none(desk):
+    project(desk)
+    assert "p is a project: lagm run p, alone" in lagm(desk, "show", "p")
+    assert "p is a project: lagm run p, alone" in lagm(desk, "run", "p", "p")
+
+
+def test_a_project_without_its_pictures_or_classes(desk):
+    (project(desk) / "results").mkdir()
+    (desk / "p" / "images" / "f0.png").rename(desk / "p" / "results" / "look.png")
+    (desk / "p" / "images").rename(desk / "p" / "away")
+    for words in (("run", "p"), ("label", "p", "--no-browser")):
+        assert "there is no p/images, where the pictures of a project are" in lagm(desk, *words)
+    (desk / "p" / "away").rename(desk / "p" / "images")
+    (desk / "p" / "classes.txt").unlink()
+    assert "e.g. lagm label p --classes background,skin" in lagm(desk, "run", "p")
+
+
+def test_predict_that_labels_nothing_fails(desk):
+    run_project(project(desk), progress=False)
+    (desk / "bad").mkdir()
+    (desk / "bad" / "c.png").write_bytes((desk / "pics" / "f0.png").read_bytes()[:300])
+    said = lagm(desk, "predict", "p", "bad", "-o", "out", "--format", "labelme")
+    assert "no picture of bad could be labelled: " in said and "c.png" in said and "lagm prepare" not in said
+    said = lagm(desk, "predict", "p", "pics", "-o", "out", "--tolerance", "1")
+    assert "--tolerance is for polygons" in said and "pictures:" not in said
+    assert "--psi is 1.5; give 0 to 1" in lagm(desk, "generate", "-o", "drawn", "--n", "1", "--psi", "1.5")

@@ -314,8 +314,8 @@ def test_names_are_shown_harmless_on_the_terminal(tmp_path, monkeypatch, capsys)
 
 def test_a_reason_is_said_once():
     run = read_catalogue(ROOT)["celeba_2/annotate"]
-    text = describe_steps({"a": Step(run, "blocked", "no g; no b; no g"), "b": Step(run, "blocked", "no b; no c"),
-                           "c": Step(run, "blocked", "no g; no b"), "d": Step(run, "to do")})
+    text = describe_steps({"a": Step(run, "blocked", "no g\nno b\nno g"), "b": Step(run, "blocked", "no b\nno c"),
+                           "c": Step(run, "blocked", "no g\nno b"), "d": Step(run, "to do")})
     assert [" ".join(line.split()) for line in text.splitlines()] == ["a blocked no g; no b",
                                                                       "b blocked no c; the same as a",
                                                                       "c blocked the same as a",
@@ -341,7 +341,7 @@ def test_the_check_that_is_advised_is_of_the_experiment_that_was_asked_for(tmp_p
     (InputError("a\nb\x1b[2J"), 2, "lagm: error: a b\\x1b[2J\n"),
     (OSError(28, "No space left on device"), 1, "No space left on device"),
     (ZeroDivisionError(), 1, "ZeroDivisionError: "), (AssertionError("x\ny"), 1, "AssertionError: x y"),
-    (KeyboardInterrupt(), 130, "lagm: interrupted"),
+    (KeyboardInterrupt(), 130, "lagm: interrupted; the same command begins anew"),
 ])
 def test_every_error_is_one_line(toy, monkeypatch, capsys, error, code, message):
     def fail(*_): raise error

@@ -184,6 +184,8 @@ def test_evaluation_of_a_file(tmp_path):
                                                                        "worst.png"]
     assert json.loads((tmp_path / "report"
                        / "metrics.json").read_text())["metrics"]["miou"] == pytest.approx(report["metrics"]["miou"])
+    nothing = evaluate_checkpoint(tmp_path / "s.safetensors", images, torch.zeros_like(masks), tmp_path / "bare")
+    assert nothing["metrics"]["pixel_accuracy"] >= 0 and not (tmp_path / "bare" / "worst.png").exists()
     write_model_card(tmp_path / "card.md", tmp_path / "s.safetensors", "Tiny", "For tests.", "Apache-2.0", report)
     card = (tmp_path / "card.md").read_text()
     assert ("| 2 | bright | #0000ff |" in card and "Apache-2.0" in card

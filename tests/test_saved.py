@@ -588,3 +588,10 @@ def test_a_deeplab_is_built_without_memory(monkeypatch):
                                           "TorchvisionSegmenter", "FPNAnnotator", "MLPAnnotator", "AttentionAnnotator"}
     with pytest.raises(InputError, match="DeepLabV4"): saved.build_empty("f", "DeepLabV4", {})
     assert saved.segmenter_options(DeepLabV3(4)) == {"name": "deeplabv3", "n_classes": 4}
+
+
+def test_a_device_that_is_not_there_is_said_as_elsewhere(tmp_path):
+    save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS)
+    for device, said in (("foo", "unknown device 'foo'"), ("cuda:99", "no device 'cuda:99'")):
+        with pytest.raises(InputError, match=said): load_segmenter(tmp_path / "s.safetensors", device)
+        with pytest.raises(InputError, match=said): load_generator(device=device)

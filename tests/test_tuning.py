@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(cache, monkeypa
     file, _ = cache
     file.parent.write_text("a file where a folder should be")
     lines = []
-    assert tuned(say=lines.append)[1] == TIMES and "cannot be kept" in lines[0]
+    assert tuned(say=lines.append)[1] == TIMES and "not kept for the next time" in lines[0]
 
 
 def test_auto_in_a_recipe_becomes_plain_values(cache, capsys):
@@ -127,3 +127,10 @@ def test_lagm_tune_shows_the_table_and_the_choice(cache, capsys, monkeypatch):
     assert said[-1].startswith("auto: precision bfloat16, channels_last")
     assert cli.main(["tune", "--again", "--compile"]) == 0
     assert cache[1] == [False, True] and COMPILED in capsys.readouterr().out
+
+
+def test_a_folder_in_the_place_of_the_file_does_no_harm_either(cache):
+    file, _ = cache
+    file.mkdir(parents=True)
+    lines = []
+    assert tuned(say=lines.append)[1] == TIMES and "not kept for the next time" in lines[0]

@@ -473,8 +473,13 @@ def predict_command(
         of the command line
     """
     segmenter, labels, size, policy = settings_of(arguments.segmenter, arguments.size, arguments.policy)
-    print(predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch,
-                         arguments.device, form=arguments.format, tolerance=arguments.tolerance))
+    if arguments.tolerance and arguments.format not in ("labelme", "yolo"):
+        raise InputError("--tolerance is for polygons, of --format labelme or yolo: leave it out")
+    done = predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch,
+                          arguments.device, form=arguments.format, tolerance=arguments.tolerance)
+    if not done.done:
+        raise InputError(f"no picture of {arguments.folder} could be labelled: {next(iter(done.failed.values()))}")
+    print(done)
     print(_what_next(arguments.format, arguments.output))
 
 
@@ -503,7 +508,8 @@ def evaluate_checkpoint(
     batch_size: int = 32,  # pictures at a time
     device: str | torch.device = "cpu",  # cpu, cuda, cuda:N or mps
 ) -> dict[str, Any]:  # what metrics.json holds
-    """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and worst.png.
+    """Evaluate a segmenter file; writes metrics.json, table.png, confusion.png and, if a mask shows a part,
+    worst.png.
 
     Parameters
     ----------
@@ -535,8 +541,8 @@ def evaluate_checkpoint(
     report = evaluation_report(predictions, masks, labels.classes, checkpoint=Path(path).name)
     counts = torch.tensor(report["counts"])
     figures = {"table": iou_table({Path(path).stem: metrics_from_counts(counts)}, labels.classes),
-               "confusion": confusion_figure(counts, labels.classes),
-               "worst": worst_gallery(images, predictions, masks, labels)}
+               "confusion": confusion_figure(counts, labels.classes)}
+    if report["worst"]: figures["worst"] = worst_gallery(images, predictions, masks, labels)
     for name, figure in figures.items():
         with atomic_path(Path(out) / f"{name}.png") as temporary: figure.savefig(temporary)
     write_json(Path(out) / "metrics.json", report)

@@ -594,9 +594,13 @@ def choose_runs(
             for name, run in catalogue.items()
             if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(run.experiment, pattern)
         }
+        if not found and (Path(pattern) / "project.yaml").is_file():
+            raise InputError(f"{pattern} is a project: lagm run {pattern}, alone")
         if not found and Path(pattern).is_dir():
             raise InputError(f"{pattern} is a folder, but no project: it has no project.yaml. `lagm new` makes one; "
                              "`lagm list` shows the experiments")
+        if not found and (pattern in (others := list(others)) or pattern.endswith(".ipynb")):
+            raise InputError(f"{pattern} is a single notebook: it runs alone, lagm run {pattern}")
         if not found:
             known = sorted({run.experiment for run in catalogue.values()})
             close = difflib.get_close_matches(pattern, [*others, *known, *catalogue], n=1)
@@ -645,6 +649,8 @@ def change_runs(
     small
         apply SMALL first
     """
+    if "out_dir" in values:
+        raise InputError(f"out_dir is {values['out_dir']!r} for all of them; where results go is said by -o FOLDER")
     known = {name: declared_parameters(run.notebook) for name, run in runs.items()}
     nobody = [value for value in values if not any(value in parameters for parameters in known.values())]
     if nobody:
@@ -677,7 +683,8 @@ def missing_inputs(
     run: Run,  # a stage of an experiment
     root: str | Path = ".",  # what relative paths start from
     data: bool = True,  # open the datasets, too; False: see only whether the folders of the kit's own are there
-    others: Collection[Path | Run] = (),  # runs that come before, or their folders; what is in these counts as there
+    # runs that come before, or their folders; what is in these counts as there. None: all that is below outputs/
+    others: Collection[Path | Run] | None = None,
 ) -> list[str]:  # a line each; empty: it could start
     """What a run lacks, not counting the results of other runs.
 
@@ -690,7 +697,7 @@ def missing_inputs(
     data
         open the datasets, too; False: see only whether the folders of the kit's own are there
     others
-        runs that come before, or their folders; what is in these counts as there
+        runs that come before, or their folders; what is in these counts as there. None: all that is below outputs/
 
     Returns
     -------
@@ -698,9 +705,10 @@ def missing_inputs(
         a line each; empty: it could start
     """
     root, found = Path(root), list[str]()
-    made = others if isinstance(others, Set) else {getattr(other, "folder", other) for other in others}
+    made = others if isinstance(others, Set) else {getattr(other, "folder", other) for other in others or ()}
     for name, path in named_paths(run.parameters).items():
-        if path.startswith("outputs/") or any(place in made for place in (Path(path), *Path(path).parents)): continue
+        if others is None and path.startswith("outputs/"): continue
+        if any(place in made for place in (Path(path), *Path(path).parents)): continue
         if not (root / path).exists(): found.append(f"{name}: there is no {path}")
         elif problem := _source_problem(root / path, path): found.append(f"{name}: {path} cannot be used: {problem}")
     named = _name_problems(run) + _generator_problems(run, root)

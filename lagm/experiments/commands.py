@@ -117,7 +117,7 @@ def _add_pascal(kinds: "argparse._SubParsersAction[Any]") -> None:
     add("--minpx", type=at_least_one, metavar="N",
         help="least side of a box (default: 32 for horses, 50 for aeroplanes)")
     add("--workers", type=at_least_one, metavar="N", help="processes (default: one per core)")
-    pascal.set_defaults(command=_prepare_pascal)
+    pascal.set_defaults(command=_prepare_pascal, resumes=True)
 
 # %% ../../nbs/reference/experiments/87_commands.ipynb #c650dc99
 EXPORTS = {  # as `lagm.data.importers.IMPORTS`, and auto
@@ -187,7 +187,7 @@ def add_data_commands(
     add("--dry-run", action="store_true", help="show licence, size and place only")
     add("--force", action="store_true", help="again, even if it is there")
     _add_places(fetch)
-    fetch.set_defaults(command=_fetch)
+    fetch.set_defaults(command=_fetch, resumes=True)
 
     about = ("Look at everything the paper's experiments need. The exit code is 0 only if the named experiments could "
              "run, 1 if something is missing or broken.")
@@ -268,7 +268,7 @@ def _add_generate(commands: "argparse._SubParsersAction[Any]") -> None:
     add("-o", "--output", required=True, metavar="FOLDER", help="where images/ and the latents go")
     add("--classes", default="", metavar="A,B,C", help="the background first, then the parts, for classes.txt")
     _add_choices(drawing)
-    add("--psi", type=float, default=0.7, metavar="NUMBER", help="truncation, 0 to 2 (default: 0.7)")
+    add("--psi", type=float, default=0.7, metavar="NUMBER", help="truncation, 0 to 1 (default: 0.7)")
     add("--seed", type=int, default=0, metavar="N", help="of latents and noise (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     drawing.set_defaults(command=_generate)
@@ -287,7 +287,7 @@ def _add_label(commands: "argparse._SubParsersAction[Any]") -> None:
     _add_choices(label)
     add("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any that is free)")
     add("--no-browser", action="store_true", help="print the address only")
-    label.set_defaults(command=_label)
+    label.set_defaults(command=_label, resumes=True)
 
 # %% ../../nbs/reference/experiments/87_commands.ipynb #6213bfe5
 _FORMATS = ("masks", "labelme", "coco", "yolo", "voc", "cvat", "napari")

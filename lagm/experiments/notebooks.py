@@ -339,7 +339,9 @@ def _fit(value: Any, annotation: ast.expr) -> Any:
         for choice in map(ast.literal_eval, items):
             if value == str(choice) or (value == choice and type(value) is type(choice)): return choice
         raise _Misfit
-    return _parse_text(value) if isinstance(value, str) else value
+    value = _parse_text(value) if isinstance(value, str) else value
+    if kind == "dict" and not isinstance(value, dict): raise _Misfit
+    return value
 
 # %% ../../nbs/reference/experiments/90_notebooks.ipynb #2e87c2b0
 def _complaint(name: str, value: Any, known: Mapping[str, Parameter]) -> str:

@@ -22,7 +22,7 @@ import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -402,6 +402,10 @@ def next_step(
     if not (Path(folder) / "results" / "segmenter.safetensors").is_file():
         first = f" (with some hundreds of pictures, lagm train-generator {name} before it)"
         return f"next: lagm run {name}" + ("" if read_settings(folder).generator else first)
+    try: asked = _asked_for(Path(folder), read_settings(folder))
+    except InputError as error: return f"{error}. Then: lagm run {name}"
+    if _kept(Path(folder) / "results", asked.run.stem) is None:
+        return f"next: lagm run {name}: labels, settings, generator or the kit changed since its segmenter was made"
     return (f"next: lagm predict {name}/results/segmenter.safetensors PICTURES -o LABELLED, or label more: lagm label "
             f"{name}")
 
@@ -788,6 +792,44 @@ def _made_of(
             get_recipe("fast"), Inversion()]
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf204
+class _Asked(NamedTuple):
+    """What a project's run learns from, and where it goes on.
+
+    Attributes
+    ----------
+    images
+        (n, 3, H, W), the labelled pictures that the generator did not draw
+    masks
+        (n, H, W)
+    data
+        all that is labelled
+    drawn
+        labelled pictures of its generator, with their latents
+    run
+        its name says what the run is made of
+    certain
+        False: nobody knows whether the generator is the same as before
+    """
+    images: Tensor  # (n, 3, H, W), the labelled pictures that the generator did not draw
+    masks: Tensor  # (n, H, W)
+    data: Folder  # all that is labelled
+    drawn: Drawn | None  # labelled pictures of its generator, with their latents
+    run: Path  # its name says what the run is made of
+    certain: bool  # False: nobody knows whether the generator is the same as before
+
+
+def _asked_for(folder: Path, settings: Settings) -> _Asked:
+    """The run that a project is for, as it is now."""
+    images, masks, data = labelled_pictures(folder, settings.size)
+    drawn = drawn_pictures(folder, settings, data)
+    if drawn is not None:
+        real = [i for i, name in enumerate(data.names) if name not in drawn.names]
+        images, masks = images[real], masks[real]
+    made_of = _made_of(folder, settings, data.labels, drawn)
+    run = run_file(folder / "results", settings, *joined(images, masks, drawn), made_of)
+    return _Asked(images, masks, data, drawn, run, not settings.generator or made_of[3] is not None)
+
+
 def _kept(
     results: Path,  # of a project
     made_of: str,  # the name of its run
@@ -889,18 +931,11 @@ def run_project(
     """
     folder, settings = Path(folder), read_settings(folder)
     if _blocking(missing(folder)): raise InputError(f"{folder}: {next_step(folder)}")
-    images, masks, data = labelled_pictures(folder, settings.size)
-    drawn = drawn_pictures(folder, settings, data)
-    if drawn is not None:
-        real = [i for i, name in enumerate(data.names) if name not in drawn.names]
-        images, masks = images[real], masks[real]
-    every, truth = joined(images, masks, drawn)
-    results = _results_of(folder)
+    images, masks, data, drawn, run, certain = _asked_for(folder, settings)
+    every, results = joined(images, masks, drawn)[0], _results_of(folder)
     options: dict[str, Any] = {"labels": data.labels, "progress": progress}
-    made_of = _made_of(folder, settings, data.labels, drawn)
-    run = run_file(results, settings, every, truth, made_of)
     if again: set_aside(results.glob(f"{run.stem}*"), "of a run that begins anew")
-    again = again or bool(settings.generator and made_of[3] is None)  # nobody knows whether that one is the same
+    again = again or not certain
     facts: dict[str, Any] = {"labelled": data.names, "latents_known": len(drawn) if drawn else 0,
                              "generator": settings.generator or None, "settings": asdict(settings), "made_of": run.stem}
     _look_at_generator(folder, settings, results)
@@ -982,6 +1017,7 @@ def generate_command(
     arguments
         of the command line
     """
+    if not 0 <= arguments.psi <= 1: raise InputError(f"--psi is {arguments.psi}; give 0 to 1")
     settings = replace(_settings_of(arguments), psi=arguments.psi)
     generator = project_generator(".", replace(settings, generator=settings.generator or "big-ears"),
                                   choose_device(arguments.device))
@@ -1068,8 +1104,9 @@ def project_command(
     folder: str,  # of the project
     folds: int = 0,  # of a cross-validation; 0: none
     again: bool = False,  # train anew although nothing has changed
+    dry: bool = False,  # say only what would be done
 ) -> None:
-    """`lagm run PROJECT`: train, and say what was made and what comes next.
+    """`lagm run PROJECT`: train, and say what was made and what comes next. `InputError` with what is missing.
 
     Parameters
     ----------
@@ -1079,7 +1116,17 @@ def project_command(
         of a cross-validation; 0: none
     again
         train anew although nothing has changed
+    dry
+        say only what would be done
     """
+    if _blocking(missing(folder)): raise InputError(f"{folder}: {next_step(folder)}")
+    if dry:
+        asked, results = _asked_for(Path(folder), read_settings(folder)), Path(folder) / "results"
+        choose_device(read_settings(folder).device)
+        if folds: print(f"with a score by {folds} folds, if that is not there")
+        kept = asked.certain and not again and _kept(results, asked.run.stem) is not None
+        print(f"{folder} {'has a segmenter made of what it is now' if kept else 'would be trained'}")
+        return print(next_step(folder)) if kept else None
     facts = run_project(folder, folds, again=again)
     if facts["kept"]: print("kept, since labels, settings and generator are the same (--force trains anew)")
     print(f"learnt from {_number(len(facts['labelled']), 'picture')}"

@@ -584,7 +584,7 @@ def _benchmark(groups: Mapping[tuple[str, str], Any], domain: str = _FIRST_DOMAI
     for (group, method), values in groups.items():
         cell, more = cell_of(group), re.fullmatch(r"demo_(\w+)_k(\d{1,7})", group)
         if cell and cell[0] == domain: found.setdefault((False, method), {})[cell[1]] = values
-        elif more and not cell and domain == _FIRST_DOMAIN:
+        elif more and not cell and domain == _FIRST_DOMAIN and more[1] != "large":  # other pictures, other numbers
             found.setdefault((True, _LONGER.get(more[1], f"{more[1]}: {method}")), {})[int(more[2])] = values
     # the comparison of methods first
     return {name: found[one, name] for one, name in sorted(found, key=lambda key: key[0])}

@@ -174,9 +174,12 @@ def _link_or_copy(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #a5eda6d0
-def _keep(output: Path) -> Path:
-    """Keep the results of a finished run; the hidden folder they are in."""
+def _keep(output: Path) -> Path | None:
+    """Keep the results of a finished run; the hidden folder they are in. If a run in their place was killed, what was
+    kept then; None if that is not there.
+    """
     kept = output.with_name(f".{output.stem}.before")
+    if unfinished_copy(output).is_file(): return kept if kept.is_dir() else None
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir()
     for path in _beside(output):
@@ -264,7 +267,7 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
         except InputError as error: print(f"passed over: {error}", flush=True)
     target = unfinished_copy(output) if over else output
     refused = output.with_name(f"{output.stem}.refused.ipynb")
-    kept, aside = _keep(output) if over and not target.is_file() else None, list(output.parent.glob("aside-*"))
+    kept, aside = _keep(output) if over else None, list(output.parent.glob("aside-*"))
     threads = _threads_of_run(notebook, given, output.parent, force)
     chosen = {"OMP_NUM_THREADS": str(threads["threads"])} if threads and threads["threads"] < threads["of"] else {}
     told = {"threads": threads} if threads else {}
@@ -276,12 +279,13 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     except InputError as error:
         if kept is None: raise
         _put_back(kept, aside)
+        shutil.rmtree(kept, ignore_errors=True)
         (output.parent / ".threads.json").unlink(missing_ok=True)  # of the refused run
         os.replace(target, refused)
         said = str(error).replace(str(target), str(refused))
         raise InputError(f"{said}; the finished run in {output.parent} is as it was") from None
     finally:
-        if kept: shutil.rmtree(kept, ignore_errors=True)
+        if kept and finished: shutil.rmtree(kept, ignore_errors=True)
         if target.is_file():
             about = dict(finished=finished, parameters=as_stored(given), inputs=inputs, **told)
             _write_record(target, output.name, notebook, **about)

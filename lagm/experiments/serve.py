@@ -162,4 +162,6 @@ def serve_command(
     try: server.serve_forever()
     except KeyboardInterrupt: print()
     finally: server.server_close()
-    print(f"for whole folders: lagm predict {shlex.quote(arguments.segmenter)} PICTURES -o LABELLED")
+    own = f" --size {arguments.size[0]} {arguments.size[1]}" if arguments.size else ""
+    own += f" --policy {arguments.policy}" if arguments.policy else ""
+    print(f"for whole folders: lagm predict {shlex.quote(arguments.segmenter)} PICTURES -o LABELLED{own}")

@@ -41,11 +41,11 @@ class Step:
     state
         one of `_STATES`; before the sweep "finished", "to do" or "blocked"
     why
-        for blocked and failed ones
+        for blocked and failed ones: reasons, one a line
     """
     run: Run  # one stage of an experiment
     state: str  # one of `_STATES`; before the sweep "finished", "to do" or "blocked"
-    why: str = ""  # for blocked and failed ones
+    why: str = ""  # for blocked and failed ones: reasons, one a line
 
 
 def plan_steps(
@@ -76,12 +76,13 @@ def plan_steps(
         elif blocking: steps[name] = Step(run, "blocked", f"it needs {', '.join(blocking)}")
         else:
             missing = missing_inputs(run, root, data, folders)
-            steps[name] = Step(run, "blocked" if missing else "to do", "; ".join(missing) or run.odd_record(root))
+            steps[name] = Step(run, "blocked" if missing else "to do", "\n".join(missing) or run.odd_record(root))
     return steps
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #93d00002
 def describe_steps(
     steps: Mapping[str, Step],  # by name of the run
+    root: str | Path = ".",  # the project's folder, as seen from the current one
 ) -> str:  # a line per run, and one that counts
     """A plan or a result as text. A reason is said once; who has it, too, names the first that had it.
 
@@ -89,6 +90,8 @@ def describe_steps(
     ----------
     steps
         by name of the run
+    root
+        the project's folder, as seen from the current one
 
     Returns
     -------
@@ -98,11 +101,11 @@ def describe_steps(
     width, lines = max(map(len, steps), default=0), []
     said: dict[str, str] = {}  # reason -> who had it first
     for name, step in steps.items():
-        reasons = dict.fromkeys(step.why.split("; ")) if step.why else {}
+        reasons = dict.fromkeys(step.why.split("\n")) if step.why else {}
         known = dict.fromkeys(said[reason] for reason in reasons if reason in said)
         new = [reason for reason in reasons if said.setdefault(reason, name) == name]
         why = "; ".join([*new, f"the same as {', '.join(known)}"] if known else new)
-        text = printable(why or step.run.folder.as_posix(), 2000)
+        text = printable(why or (Path(root) / step.run.folder).as_posix(), 2000)
         lines.append(f"{printable(name):{width}}  {step.state:8}  {text}".rstrip())
     states = [step.state for step in steps.values()]
     counts = [f"{states.count(state)} {state}" for state in _STATES if state in states]
@@ -278,14 +281,15 @@ class _Jobs:
         """Start a run, unless it is finished or lacks something."""
         step = self.steps[name]
         if name not in self.force and step.run.finished(self.root): step.state = "finished"
-        elif missing := missing_inputs(step.run, self.root): step.state, step.why = "blocked", "; ".join(missing)
+        elif missing := missing_inputs(step.run, self.root, others={step.run.folder}):
+            step.state, step.why = "blocked", "\n".join(missing)
         else:
             if odd := step.run.odd_record(self.root): self.say(f"{name}: {odd}")
             process, log = start(step.run, self.root, name in self.force, self.free[-1], self.threads)
             self.going[name] = process, log, self.free[-1]
             step.state = "running"
             self.free.pop()
-            self.say(f"{name} started; log in {step.run.folder.as_posix()}/run.log")
+            self.say(f"{name} started; log in {(self.root / step.run.folder).as_posix()}/run.log")
 
     def try_to_begin(self, name: str) -> None:
         """`begin`; a run that cannot be started has failed, and the others go on."""
@@ -304,7 +308,7 @@ class _Jobs:
         if process.returncode:
             said = last_error(self.root / step.run.folder / "run.log")
             step.why = said or f"its process ended with code {process.returncode}"
-        self.say(f"{name} {step.state}" + (f": {step.why}" if step.why else ""))
+        self.say(f"{name} {step.state}" + (f": {step.why.replace(chr(10), '; ')}" if step.why else ""))
 
 # %% ../../nbs/reference/experiments/93_sweep.ipynb #98ffee99
 class Sweep(_Jobs):

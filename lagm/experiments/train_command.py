@@ -169,4 +169,4 @@ def add_train_generator_command(
     add("--device", help="auto, cpu, cuda, cuda:N or mps")
     add("--threads", type=int, default=1, metavar="N", help="of the processor (default: 1)")
     add("--nice", type=int, default=10, metavar="N", help="how far other programs come first, 0 to 19 (default: 10)")
-    parser.set_defaults(command=_train_generator_command)
+    parser.set_defaults(command=_train_generator_command, resumes=True)

@@ -746,8 +746,7 @@ def _warn_of_grey(module: nn.Module, drawn: Tensor, values: tuple[float, float])
 def _two(values: Sequence[float]) -> tuple[float, float]:
     """Black and white as a person gave them. `InputError` unless these are two numbers, the smaller first."""
     if isinstance(values, tuple | list) and len(values) == 2 and values[0] < values[1]: return values[0], values[1]
-    raise InputError(f"values is {printable(repr(values), 60)}; give two numbers, what black and what white is: "
-                     "(0, 1)")
+    raise InputError(f"values is {printable(repr(values), 60)}; give two, what black and what white is: (0, 1)")
 
 
 def _classes(module: nn.Module) -> int | None:
@@ -760,14 +759,15 @@ def _picture(module: nn.Module, calling: Calling, z: Tensor) -> Tensor:
     """The module's pictures. `InputError` if they have another number of channels than 1 or 3, or are no numbers."""
     drawn: Any = _pictures_in(module(*calling.arguments(z)))
     if drawn.shape[1] not in (1, 3):
-        raise InputError(f"{_kind(module)} gives {tuple(drawn.shape)}: pictures have 1 or 3 channels; wrap it "
-                         "in a module that returns those")
+        raise InputError(f"{_kind(module)} gives {tuple(drawn.shape)}: pictures have 1 or 3 channels; wrap it in a "
+                         "module that returns those")
     if max(drawn.shape[2:]) < 2:
         raise InputError(f"{_kind(module)} gives {tuple(drawn.shape)}: that is a pixel, no picture; "
                          f"give a module whose forward(z) draws{_hint_of_pictures(module)}")
+    if not drawn.is_floating_point():
+        raise InputError(f"{_kind(module)} gives pictures of {drawn.dtype}: wrap it in a module that gives floats")
     if not torch.isfinite(drawn).all():
-        raise InputError(f"{_kind(module)} draws NaN or infinite numbers: its weights are damaged, or they "
-                         "were not read into it")
+        raise InputError(f"{_kind(module)} draws NaN or infinite numbers: its weights are damaged, or not read into it")
     return drawn
 
 # %% ../../nbs/reference/generators/28_adapt.ipynb #ad280025

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.files import asset
 from ..core.pickle_records import GET_AGAIN, reading
-from ..core.seeds import random_generator
+from ..core.seeds import choose_device, random_generator
 from ..core.tensors import describe_tensors, load_tensors
 from ..core.unpickling import read_arrays
 from . import nvidia  # noqa: F401 (it registers its formats, and so do the next ones)
@@ -310,6 +310,7 @@ def load_generator(
     diffusion
         of a diffusion model, a folder of diffusers: steps, blocks, times ... (`lagm.generators.diffusion.Diffusing`)
     """
+    device = choose_device(device)
     if is_outside(path):
         if not diffusion and avg_latent is None: return from_elsewhere(path, sampling, dtype, device, label)
         raise InputError(f"generator: {printable(str(path), 60)} is a module: leave avg_latent and diffusion out")

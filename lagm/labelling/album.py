@@ -67,7 +67,7 @@ def agree_on_classes(
     if classes is None:
         if stored is None:
             raise InputError(f"{folder} has no classes.txt; say which parts there are, the background first, "
-                             "e.g. --classes background,skin,hair,eye")
+                             f"e.g. lagm label {folder} --classes background,skin,hair,eye")
         return stored
     labels = classes if isinstance(classes, LabelSet) else check_parts(make_labels(folder.name, list(classes)))
     if stored is None or stored.classes == labels.classes[: stored.n_classes]:
@@ -123,6 +123,8 @@ class Album:
         self.folder = Path(folder)
         if not self.folder.is_dir(): raise InputError(f"there is no folder {self.folder}; give one with pictures")
         where = self.folder / "images"
+        if not where.is_dir() and (self.folder / "project.yaml").is_file():
+            raise InputError(f"there is no {where}, where the pictures of a project are; put them there")
         where = where if where.is_dir() else self.folder
         found, self.masks_beside = pictures_in(where)
         if not found: raise InputError(f"there are no pictures in {where} ({', '.join(IMAGE_SUFFIXES)})")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError, printable
 from ..core.origins import provenance
 from ..core.pickle_records import Unreadable, quoted
+from ..core.seeds import choose_device
 from ..core.tensors import describe_tensors, load_tensors, save_tensors
 from ..data.label_maps import distinct_colours
 from ..data.labels import LabelSet
@@ -540,7 +541,7 @@ def load_segmenter(
     tuple[nn.Module, dict[str, Any]]
         the network in eval mode, the header; header["labels"] is a LabelSet, or None
     """
-    found = read_networks(path, device=device)
+    found = read_networks(path, device=choose_device(device))
     if found.segmenter is None: raise InputError(f"{path} holds no segmenter; give a segmenter.safetensors")
     return found.segmenter, found.header | {"network": segmenter_options(found.segmenter), "labels": found.labels}
 

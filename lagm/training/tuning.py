@@ -175,10 +175,16 @@ def _key() -> str:
     return f"{hardware['cpu']}, {hardware['cores']} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def _held(path: Path) -> dict[str, Any]:
+    """All that was measured; empty if the file cannot be used."""
+    try: held = read_json(path) if path.is_file() else {}
+    except (InputError, OSError): return {}
+    return held if isinstance(held, dict) else {}
+
+
 def _remembered(path: Path, key: str) -> dict[str, float]:
     """What was measured under this key; empty if there is nothing that can be used."""
-    try: held = read_json(path).get(key) if path.is_file() else None
-    except (InputError, AttributeError): return {}
+    held = _held(path).get(key)
     if not isinstance(held, dict) or not held.get("float32"): return {}
     good = all(isinstance(value, float) and 0 < value < 1e4 for value in held.values())
     return held if good else {}
@@ -210,11 +216,9 @@ def tuned(
     if not found or (compiled and not any(form.startswith("compiled") for form in found)):
         found = _measure_forms(compiled)
         try:
-            held = read_json(path) if path.is_file() else {}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, (held if isinstance(held, dict) else {}) | {key: found})
-        except InputError: write_json(path, {key: found})
-        except OSError as error: say(f"what was measured cannot be kept in {path}: {error.strerror}")
+            write_json(path, _held(path) | {key: found})
+        except (InputError, OSError) as error: say(f"what was measured is not kept for the next time: {error}")
     choice = _choose_forms(found, torch.get_num_threads())
     say("auto: " + ", ".join(f"{name} {value}" for name, value in choice.items()) + f" ({key})")
     return choice, found
