@@ -159,6 +159,25 @@ def describe_results(
     more = [f"... and {len(shown) - MOST_LINES} more lines"] if len(shown) > MOST_LINES else []
     return "\n".join(lines + shown[:MOST_LINES] + more)
 
+# %% ../nbs/reference/experiments/92_cli.ipynb #836a10c4
+def _refusal(run: Any) -> str:
+    """What a run's notebook has against its parameters, by its own cells up to where it opens its folder, `out`."""
+    from lagm.core.errors import InputError
+    from lagm.experiments.notebooks import read_notebook
+
+    sources = [cell.source for cell in read_notebook(run.notebook).cells if cell.cell_type == "code"]
+    last = next((i for i, source in enumerate(sources) if source.startswith("check_injected(")), -1)
+    names: dict[str, Any] = {}
+    try:
+        for source in sources[:max(last, 0)]: exec(source, names)
+        names |= {**run.parameters, "device": "cpu"}  # a plan may be for another machine
+        for statement in ast.parse(sources[last]).body if last >= 0 else []:
+            if "out" in {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}: break
+            exec(ast.unparse(statement), names)
+    except InputError as error: return f"{error}"
+    except Exception: return ""  # the cells do not run here, for lack of a package, say: then a plan cannot tell
+    return ""
+
 # %% ../nbs/reference/experiments/92_cli.ipynb #133edce3
 def _place(arguments: argparse.Namespace, output: Path) -> str:
     """The folder for a single notebook's results: the one asked for, or its own, that of a small run beside it."""
@@ -346,25 +365,6 @@ def run_command(
     changed = bool(arguments.parameters or arguments.files or arguments.seeds)
     if arguments.dry_run or not many: return _run_in_turn(runs, repeat, root, arguments.dry_run, changed)
     _run_sweep(arguments, runs, repeat, root)
-
-# %% ../nbs/reference/experiments/92_cli.ipynb #836a10c4
-def _refusal(run: Any) -> str:
-    """What a run's notebook has against its parameters, by its own cells up to where it opens its folder, `out`."""
-    from lagm.core.errors import InputError
-    from lagm.experiments.notebooks import read_notebook
-
-    sources = [cell.source for cell in read_notebook(run.notebook).cells if cell.cell_type == "code"]
-    last = next((i for i, source in enumerate(sources) if source.startswith("check_injected(")), -1)
-    names: dict[str, Any] = {}
-    try:
-        for source in sources[:max(last, 0)]: exec(source, names)
-        names |= {**run.parameters, "device": "cpu"}  # a plan may be for another machine
-        for statement in ast.parse(sources[last]).body if last >= 0 else []:
-            if "out" in {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}: break
-            exec(ast.unparse(statement), names)
-    except InputError as error: return f"{error}"
-    except Exception: return ""  # the cells do not run here, for lack of a package, say: then a plan cannot tell
-    return ""
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #836a10c7
 def _run_in_turn(runs: dict[str, Any], repeat: set[str], root: Path, dry_run: bool, changed: bool = False) -> None:
