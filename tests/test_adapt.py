@@ -154,6 +154,12 @@ class TestAdapt:
         with pytest.raises(InputError, match=r"values=\(low, high\)"): value_range(torch.tensor([-2.5, 2.6]))
         with pytest.raises(InputError, match="two numbers"): adapt(module(), values=[1, 0])
 
+    def test_whole_numbers_are_told(self):
+        class Bytes(DCGAN):
+            def forward(self, z): return ((super().forward(z) + 1) * 127.5).byte()
+
+        with pytest.raises(InputError, match="gives pictures of torch.uint8: wrap it"): adapt(Bytes())
+
     def test_own_noise_comes_from_rng(self):
         class Noisy(DCGAN):
             def forward(self, z): return super().forward(z) + 0.3 * torch.randn(3, 16, 16)
@@ -619,7 +625,7 @@ class Generator(nn.Sequential):
         assert not main([*asked[:1], "larger", *asked[2:], "--size", "32"])
         assert "training is at 32 pixels, the generator draws 16" in capsys.readouterr().out
         assert "size: 32" in (tmp_path / "larger" / "project.yaml").read_text()
-        assert not main(["run", "mine", "--dry-run"])
+        assert main(["run", "mine", "--dry-run"]) == 2 and "no picture is labelled yet" in capsys.readouterr().err
         settings = (tmp_path / "mine" / "project.yaml").read_text()
         (tmp_path / "mine" / "project.yaml").write_text(settings.replace("gan.pth", "gone.pth"))
         assert main(["run", "mine", "--dry-run"]) == 2 and "gone.pth" in capsys.readouterr().err

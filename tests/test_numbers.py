@@ -95,7 +95,8 @@ SMALL = {
 }
 # Beside the least numbers: methods takes 0 iterations for the table's, some thousand steps each
 FEW = {"methods": dict(steps=dict.fromkeys(BASELINES, 1), changes=dict(finish=0.01))}
-DEAR = {("methods", "test_pictures", 1)}  # ends that only have to pass the first cells
+# Ends that only have to pass the first cells
+DEAR = {("methods", "test_pictures", 1), ("methods", "pixels", 1)}
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["least", "most"])

@@ -1119,6 +1119,7 @@ def project_command(
     dry
         say only what would be done
     """
+    if dry and not _generator_missing(folder): project_generator(folder, read_settings(folder), "cpu")
     if _blocking(missing(folder)): raise InputError(f"{folder}: {next_step(folder)}")
     if dry:
         asked, results = _asked_for(Path(folder), read_settings(folder)), Path(folder) / "results"

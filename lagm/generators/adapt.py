@@ -746,7 +746,7 @@ def _warn_of_grey(module: nn.Module, drawn: Tensor, values: tuple[float, float])
 def _two(values: Sequence[float]) -> tuple[float, float]:
     """Black and white as a person gave them. `InputError` unless these are two numbers, the smaller first."""
     if isinstance(values, tuple | list) and len(values) == 2 and values[0] < values[1]: return values[0], values[1]
-    raise InputError(f"values is {printable(repr(values), 60)}; give two, what black and what white is: (0, 1)")
+    raise InputError(f"values is {printable(repr(values), 60)}; give two numbers, black and white: (0, 1)")
 
 
 def _classes(module: nn.Module) -> int | None:
