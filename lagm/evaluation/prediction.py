@@ -473,7 +473,7 @@ def predict_command(
         of the command line
     """
     segmenter, labels, size, policy = settings_of(arguments.segmenter, arguments.size, arguments.policy)
-    if arguments.tolerance and arguments.format not in ("labelme", "yolo"):
+    if arguments.tolerance and arguments.format == "masks":
         raise InputError("--tolerance is for polygons, of --format labelme or yolo: leave it out")
     done = predict_folder(segmenter, arguments.folder, arguments.output, labels, size, policy, arguments.batch,
                           arguments.device, form=arguments.format, tolerance=arguments.tolerance)
