@@ -424,6 +424,7 @@ def test_the_next_step_knows_what_the_segmenter_was_made_of(desk):
     said = lagm(desk, "run", "p", "--dry-run", code=0)
     assert "made of what it is now" in said and "next: lagm predict p/results" in said
     assert "p would be trained" in lagm(desk, "run", "p", "--dry-run", "--force", code=0)
+    assert "50 folds of 2 labelled pictures cannot be" in lagm(desk, "run", "p", "--dry-run", "--folds", "50")
     save_painted(Album(desk / "p"), 2, stack(Avatars(), [2])[1][0].numpy().astype(np.uint8))
     assert own.next_step(desk / "p").startswith(f"next: lagm run {desk / 'p'}: labels, settings, generator or the kit")
     assert "p would be trained" in lagm(desk, "run", "p", "--dry-run", code=0)

@@ -594,4 +594,5 @@ def test_a_device_that_is_not_there_is_said_as_elsewhere(tmp_path):
     save_segmenter(tmp_path / "s.safetensors", tiny_segmenter(), LABELS)
     for device, said in (("foo", "unknown device 'foo'"), ("cuda:99", "no device 'cuda:99'")):
         with pytest.raises(InputError, match=said): load_segmenter(tmp_path / "s.safetensors", device)
+        with pytest.raises(InputError, match=said): saved.read_networks(tmp_path / "s.safetensors", device=device)
         with pytest.raises(InputError, match=said): load_generator(device=device)

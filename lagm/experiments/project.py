@@ -568,6 +568,13 @@ def train_project(
 def _number(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")
 
 
+def _check_folds(folds: int, count: int) -> None:
+    """`InputError` if so many labelled pictures cannot be left out in so many parts."""
+    if 2 <= folds <= count: return
+    what = f"give 2 to {count}, or label more pictures" if count > 1 else "label a second picture"
+    raise InputError(f"{folds} folds of {_number(count, 'labelled picture')} cannot be; {what}")
+
+
 def cross_validated(
     folder: str | Path,  # of the project
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
@@ -599,9 +606,7 @@ def cross_validated(
         of `run_file`: each fold goes on from a file beside it; None: none is kept
     """
     every, truth = joined(images, masks, drawn)
-    if not 2 <= folds <= len(every):
-        what = f"give 2 to {len(every)}, or label more pictures" if len(every) > 1 else "label a second picture"
-        raise InputError(f"{folds} folds of {_number(len(every), 'labelled picture')} cannot be; {what}")
+    _check_folds(folds, len(every))
     matrix = ConfusionMatrix(options["labels"].n_classes)
     for fold in range(folds):
         held = torch.arange(fold, len(every), folds)
@@ -1124,7 +1129,7 @@ def project_command(
     if dry:
         asked, results = _asked_for(Path(folder), read_settings(folder)), Path(folder) / "results"
         choose_device(read_settings(folder).device)
-        if folds: print(f"with a score by {folds} folds, if that is not there")
+        if folds: _check_folds(folds, len(asked.data.names))
         kept = asked.certain and not again and _kept(results, asked.run.stem) is not None
         print(f"{folder} {'has a segmenter made of what it is now' if kept else 'would be trained'}")
         return print(next_step(folder)) if kept else None

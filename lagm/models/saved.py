@@ -508,6 +508,7 @@ def read_networks(
         has = part.arguments["n_classes"]
         if labels and labels.n_classes != has:
             raise InputError(f"{path} has a {part.name} for {has} classes, and names {labels.n_classes}: it is damaged")
+    device = choose_device(device)
     networks: dict[str, Any] = {role: _filled(path, part, shapes, device) for role, part in parts.items()}
     described = {role: {"name": part.name, "arguments": part.arguments} for role, part in parts.items()}
     return Saved(kind, networks.get("annotator"), networks.get("segmenter"), described, labels,
@@ -541,7 +542,7 @@ def load_segmenter(
     tuple[nn.Module, dict[str, Any]]
         the network in eval mode, the header; header["labels"] is a LabelSet, or None
     """
-    found = read_networks(path, device=choose_device(device))
+    found = read_networks(path, device=device)
     if found.segmenter is None: raise InputError(f"{path} holds no segmenter; give a segmenter.safetensors")
     return found.segmenter, found.header | {"network": segmenter_options(found.segmenter), "labels": found.labels}
 
