@@ -79,12 +79,12 @@ def test_what_others_take_is_without_our_own(monkeypatch):
 @pytest.mark.parametrize("name", SETTINGS[1:])
 def test_a_users_own_way_of_waiting_is_left_alone(name, clean, monkeypatch, two_threads):
     monkeypatch.setenv(name, "0")
-    assert not threads._can_rest()
+    assert not threads._can_rest(2)
     with considerate_threads() as watched: assert not watched
 
 
 def test_threads_rest_in_a_crowd_and_the_numbers_stay(clean, monkeypatch, two_threads):
-    if not threads._can_rest(): pytest.skip("not libgomp on Linux")
+    if not threads._can_rest(2): pytest.skip("not libgomp on Linux")
     monkeypatch.setattr(threads, "_EVERY", 0.02)
     taken, said, held = [0.0], [], []
     monkeypatch.setattr(threads._Neighbours, "look", lambda self: taken[0])
@@ -109,6 +109,15 @@ def test_threads_rest_in_a_crowd_and_the_numbers_stay(clean, monkeypatch, two_th
         assert torch.equal(spinning, asleep) and torch.equal(spinning, x.sum())
     assert held[0] >= 1 and held[1:] == [0, 0] and len(said) == 1 and "torch.set_num_threads(1)" in said[0]
     with considerate_threads() as watched: assert watched, "the watcher has gone home"
+
+
+@pytest.mark.parametrize("now, most, cores, taken, then", [
+    (2, 2, 2, [1.0] * 3, 2), (2, 2, 2, [1.0] * 4, 1), (2, 2, 2, [1.0, 1.0, 0.2, 1.0], 2), (2, 2, 2, [9.0] * 9, 1),
+    (1, 2, 2, [0.2] * 9, 1), (1, 2, 2, [0.2] * 10, 2), (1, 2, 2, [0.2] * 9 + [0.6], 1),
+    (1, 2, 2, [1.0] + [0.2] * 10, 2), (8, 8, 8, [3.0, 2.0, 3.0, 5.0], 6), (6, 8, 8, [0.0] * 5 + [1.0] * 5, 7),
+    (6, 8, 16, [4.0] * 10, 8), (2, 2, 2, [], 2)])
+def test_a_moment_changes_nothing_and_a_while_does(now, most, cores, taken, then):
+    assert threads._following(now, most, cores, taken) == then
 
 
 def test_libgomp_counts_the_idle_team_as_more_threads_than_cores(clean):
@@ -138,8 +147,13 @@ def toy(tmp_path, monkeypatch):
 
 def run(notebook, k=3, **options):
     """Run the toy; what its process saw and what its record says of threads."""
+    run_notebook(notebook, notebook.parent / "out" / "toy.ipynb", {"k": k}, cwd=notebook.parent, **options)
+    return run_of(notebook)
+
+
+def run_of(notebook):
+    """What a run of the toy left."""
     output = notebook.parent / "out" / "toy.ipynb"
-    run_notebook(notebook, output, {"k": k}, cwd=notebook.parent, **options)
     return json.loads((output.parent / "seen.json").read_text()), read_record(output)[1].get("threads")
 
 
@@ -156,6 +170,72 @@ def test_with_room_for_all_nothing_is_set(toy, clean, monkeypatch, capsys):
     assert seen == dict.fromkeys(SETTINGS) and told["threads"] == 2 and "instead" not in capsys.readouterr().out
 
 
+FOLLOW = """\
+import json, time, torch
+from pathlib import Path
+from lagm.core import threads
+from lagm.core.origins import provenance
+threads._EVERY, taken, said, seen = 0.01, [1.0], [], []
+threads._Neighbours.look = lambda self: taken[0]
+if k == 4: torch.set_num_threads(3)
+with threads.considerate_threads(said.append, follow=k != 5) as follow:
+    def wait_for(number):
+        deadline = time.monotonic() + (20 if k == 3 else 0.5)
+        while torch.get_num_threads() != number and time.monotonic() < deadline:
+            if follow: follow("step %d of 9" % (len(seen) + 1))
+            time.sleep(0.01)
+        seen.append(torch.get_num_threads())
+    wait_for(1)
+    taken[0] = 0.0
+    wait_for(2)
+hardware = provenance()["hardware"]
+Path(out_dir, "seen.json").write_text(json.dumps(dict(seen=seen, said=said, hardware=hardware)))
+Path(out_dir, "metrics.json").write_text("{}")"""
+
+
+def test_the_number_follows_the_crowd_and_the_record_tells_it(toy, clean, monkeypatch):
+    monkeypatch.setattr("lagm.experiments.running.choose_threads", lambda: (2, 0.03))
+    write_experiment(toy, "import torch\ntorch.set_num_threads(2)\n" + FOLLOW)
+    seen, told = run(toy)
+    assert seen["seen"] == [1, 2] and len(seen["said"]) == 1 and "from here on 1 thread(s) compute" in seen["said"][0]
+    changes = [{"threads": 1, "taken": 1.0, "at": "step 1 of 9"}, {"threads": 2, "taken": 0.0, "at": "step 2 of 9"}]
+    assert told == {"threads": 2, "of": 2, "taken": 0.03, "changes": changes}
+    assert seen["hardware"]["thread_changes"] == changes and seen["hardware"]["threads"] == 2
+    assert not (toy.parent / "out" / ".threads.json").exists()
+
+
+@pytest.mark.parametrize("k, number", [(4, 3), (5, 2)])
+def test_a_number_that_a_program_set_or_no_leave_to_follow_stays(toy, clean, monkeypatch, k, number):
+    monkeypatch.setattr("lagm.experiments.running.choose_threads", lambda: (2, 0.03))
+    write_experiment(toy, "import torch\ntorch.set_num_threads(2)\n" + FOLLOW)
+    seen, told = run(toy, k)
+    assert seen["seen"] == [number] * 2 and "changes" not in told and "thread_changes" not in seen["hardware"]
+
+
+def test_a_number_that_the_user_gave_stays(toy, clean, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    write_experiment(toy, FOLLOW)
+    seen, told = run(toy, 5)
+    assert len(set(seen["seen"])) == 1 and told is None
+
+
+def test_a_loop_asks_between_its_steps_and_several_processes_do_not(monkeypatch):
+    asked, leave = [], []
+
+    @contextlib.contextmanager
+    def watching(recipe, say=None, follow=False):
+        leave.append(follow)
+        yield asked.append
+
+    monkeypatch.setattr("lagm.training.loop.surroundings", watching)
+    recipe = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
+    train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 2)
+    assert asked == ["step 1 of 2", "step 2 of 2"] and leave == [True]
+    monkeypatch.setattr("lagm.training.loop.this_process", lambda: (0, 2))
+    train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 2)
+    assert leave == [True, False], "each process would choose another number"
+
+
 def test_a_users_own_number_wins(toy, clean, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     seen, told = run(toy)
@@ -169,6 +249,12 @@ def test_a_run_that_goes_on_keeps_its_threads(toy, clean, monkeypatch, capsys):
     monkeypatch.setattr("lagm.experiments.running.choose_threads", lambda: (2, 0.0))
     with pytest.raises(RuntimeError): run(toy, 7)
     assert json.loads((toy.parent / "out" / "seen.json").read_text())["OMP_NUM_THREADS"] == "1"
+    changes = [{"threads": 2, "taken": 0.1, "at": "step 5 of 9"}]
+    hidden.write_text(json.dumps({**json.loads(hidden.read_text()), "changes": changes}))
+    with pytest.raises(RuntimeError): run(toy, 7)
+    seen, told = run_of(toy)
+    assert seen["OMP_NUM_THREADS"] is None, "the last number"
+    assert told["threads"] == 1 and told["changes"] == changes
     hidden.write_text("{ damaged")
     assert run(toy, 4)[0]["OMP_NUM_THREADS"] is None, "other parameters, and a damaged file: chosen anew"
 
@@ -176,9 +262,9 @@ def test_a_run_that_goes_on_keeps_its_threads(toy, clean, monkeypatch, capsys):
 def test_advice_does_not_mix_with_results(monkeypatch, capsys):
     """What a command prints for programs to read stays as it is on a crowded machine."""
     @contextlib.contextmanager
-    def crowded(recipe, say=None):
+    def crowded(recipe, say=None, follow=False):
         if say: say("other programs take 1.5 of 2 cores")
-        yield
+        yield None
 
     monkeypatch.setattr("lagm.training.loop.surroundings", crowded)
     recipe = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)

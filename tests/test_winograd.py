@@ -57,7 +57,7 @@ def test_it_is_the_convolution_and_its_gradients(batch, inputs, outputs, height,
                                                              [dilation] * 2, False, [0, 0], 1, [True, True, False])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "_AT_ONCE", at_once)
-        patch.setattr(winograd, "MANY_TILES", many)
+        patch.setattr(winograd, "_MANY_TILES", many)
         ours = (tiled_conv2d(x, weight, dilation, False), tiled_conv2d(gradient, weight, dilation, True),
                 tiled_weight_gradient(x, gradient, dilation))
     for a, b in zip(ours, (expected, of_x, of_weight), strict=True):

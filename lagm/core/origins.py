@@ -22,7 +22,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from .environment import environment_of_record
-from .threads import usual_threads
+from .threads import thread_changes, usual_threads
 
 # %% ../../nbs/reference/core/03_origins.ipynb #929382a5
 def _commit() -> dict[str, str | bool | None]:
@@ -74,7 +74,9 @@ def _hardware() -> dict[str, Any]:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus = _gpus()  # first: if it loads PyTorch, that knows the number of its threads
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": gpus}
+    changes = thread_changes()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": gpus,
+            **({"thread_changes": changes} if changes else {})}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`

@@ -28,6 +28,7 @@ from ..core.errors import InputError, printable
 from ..core.files import atomic_path, write_json
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device
+from ..core.threads import considerate_threads
 from ..data.images import IMAGE_SUFFIXES, MAX_PIXELS, by_name, list_files, png, read_image
 from ..data.labels import CELEBA8, LabelSet, colourise
 from ..data.writers import CocoWriter, LabelWriter, open_writer
@@ -417,7 +418,8 @@ def predict_folder(
     _check_output(out, folder, folders)
     ask = partial(predict_pictures, segmenter.to(device), policy=policy, size=size, device=device)
     bar = progress_bar(total=len(paths), disable=not progress, desc="pictures")
-    with contextlib.closing(bar), _writer(form, out, labels, tolerance) as writer, ThreadPoolExecutor(_THREADS) as pool:
+    with (considerate_threads(), contextlib.closing(bar), _writer(form, out, labels, tolerance) as writer,
+          ThreadPoolExecutor(_THREADS) as pool):
         read = _in_order(pool, partial(_read, folder=folder, check=writer.check_name), paths, batch)
         asked = ((name, picture, mask) for group in _batches(read, result, batch)
                  for (name, picture), mask in zip(group, ask([picture for _, picture in group]), strict=True))

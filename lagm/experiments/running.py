@@ -34,7 +34,7 @@ from ..core.errors import printable
 from ..core.errors import InputError
 from ..core.files import atomic_path, folder_lock, read_json, set_aside, write_json
 from ..core.origins import provenance
-from ..core.threads import choose_threads, usual_threads
+from ..core.threads import choose_threads, thread_changes, usual_threads
 from lagm.experiments.notebooks import (
     as_stored,
     check_parameters,
@@ -247,7 +247,7 @@ def _threads_of_run(notebook: Path, given: dict[str, Any], folder: Path, force: 
     with contextlib.suppress(InputError):
         if path.is_file() and not force: held = read_json(path)
     if isinstance(held, dict) and held.get("parameters") == asked and isinstance(held.get("threads"), int):
-        return {"threads": held["threads"], "of": held.get("of"), "taken": held.get("taken")}
+        return {name: held[name] for name in ("threads", "of", "taken", "changes") if name in held}
     threads, taken = choose_threads()
     most = usual_threads()
     chosen = {"threads": threads, "of": most, "taken": None if taken is None else round(taken, 2)}
@@ -269,8 +269,10 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     refused = output.with_name(f"{output.stem}.refused.ipynb")
     kept, aside = _keep(output) if over else None, list(output.parent.glob("aside-*"))
     threads = _threads_of_run(notebook, given, output.parent, force)
-    chosen = {"OMP_NUM_THREADS": str(threads["threads"])} if threads and threads["threads"] < threads["of"] else {}
-    told = {"threads": threads} if threads else {}
+    path = output.parent / ".threads.json"
+    chosen = {"LAGM_THREADS": str(path.resolve()) if threads else ""}
+    number = [threads, *threads.get("changes", [])][-1].get("threads")
+    if threads and number < threads["of"]: chosen["OMP_NUM_THREADS"] = str(number)
     finished, inputs = False, describe_inputs(effective_parameters(notebook, values), cwd, output.parent)
     try:
         with _environment(LAGM_FORCE="1" if force else "0", LAGM_SUMS=known_sums(), **chosen):
@@ -280,17 +282,19 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
         if kept is None: raise
         _put_back(kept, aside)
         shutil.rmtree(kept, ignore_errors=True)
-        (output.parent / ".threads.json").unlink(missing_ok=True)  # of the refused run
+        path.unlink(missing_ok=True)  # of the refused run
         os.replace(target, refused)
         said = str(error).replace(str(target), str(refused))
         raise InputError(f"{said}; the finished run in {output.parent} is as it was") from None
     finally:
         if kept and finished: shutil.rmtree(kept, ignore_errors=True)
         if target.is_file():
+            changes = thread_changes(path)
+            told = {"threads": threads | ({"changes": changes} if changes else {})} if threads else {}
             about = dict(finished=finished, parameters=as_stored(given), inputs=inputs, **told)
             _write_record(target, output.name, notebook, **about)
     if over: os.replace(target, output)
-    for path in (unfinished_copy(output), refused, output.parent / ".threads.json"): path.unlink(missing_ok=True)
+    for left in (unfinished_copy(output), refused, path): left.unlink(missing_ok=True)
 
 # %% ../../nbs/reference/experiments/90_running.ipynb #cbe36d12
 def run_notebook(

@@ -22,6 +22,7 @@ from ..core.errors import InputError
 from ..core.origins import provenance
 from ..core.progress import progress_bar
 from ..core.tensors import load_tensors, save_tensors
+from ..core.threads import considerate_threads
 from ..core.values import check_fields
 from .stylegan2 import SQRT2, FullyConnected, StyleGAN2, leaky_relu
 
@@ -618,21 +619,21 @@ def train_gan(
     state = folder / "state.safetensors"
     if state.exists(): load_training(trainer, state)
     running: dict[str, float] = {}
-    bar = progress_bar(total=recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
-    while not trainer.finished:
-        before = trainer.seen
-        for name, loss in trainer.step().items():
-            running[name] = loss if name not in running else 0.98 * running[name] + 0.02 * loss
-        if not all(map(math.isfinite, running.values())):
-            raise FloatingPointError(f"a loss is not finite after {trainer.seen} images: {running}; the last good "
-                                     f"state is {state}")
-        bar.update(trainer.seen - before)
-        bar.set_postfix({name: f"{loss:.2f}" for name, loss in running.items()}, refresh=False)
-        if trainer.seen // grid_every > before // grid_every or trainer.finished:
-            (folder / "grids").mkdir(parents=True, exist_ok=True)
-            save_image(sample_grid(trainer.average), folder / "grids" / f"{trainer.seen:08d}.png")
-        if trainer.seen // save_every > before // save_every or trainer.finished:
-            trainer.history.append(dict(seen=trainer.seen, **running))
-            save_training(trainer, state)
-    bar.close()
+    bars = dict(total=recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
+    with considerate_threads(), progress_bar(**bars) as bar:
+        while not trainer.finished:
+            before = trainer.seen
+            for name, loss in trainer.step().items():
+                running[name] = loss if name not in running else 0.98 * running[name] + 0.02 * loss
+            if not all(map(math.isfinite, running.values())):
+                raise FloatingPointError(f"a loss is not finite after {trainer.seen} images: {running}; the last good "
+                                         f"state is {state}")
+            bar.update(trainer.seen - before)
+            bar.set_postfix({name: f"{loss:.2f}" for name, loss in running.items()}, refresh=False)
+            if trainer.seen // grid_every > before // grid_every or trainer.finished:
+                (folder / "grids").mkdir(parents=True, exist_ok=True)
+                save_image(sample_grid(trainer.average), folder / "grids" / f"{trainer.seen:08d}.png")
+            if trainer.seen // save_every > before // save_every or trainer.finished:
+                trainer.history.append(dict(seen=trainer.seen, **running))
+                save_training(trainer, state)
     return trainer

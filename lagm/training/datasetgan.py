@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
+from ..core.threads import considerate_threads
 from ..core.values import check_fields
 from ..data.labels import IGNORE, LabelSet
 from ..generators.contract import check_generated
@@ -417,15 +418,16 @@ def train_pixels(
     device = choose_device(device)
     ensemble = cast(PixelEnsemble, train_mode(ensemble.to(device), resting_modules(ensemble)))
     optimizer, losses = torch.optim.Adam(ensemble.parameters(), lr=lr, fused=True), []
-    for step in progress_bar(range(steps), disable=not progress, desc="pixels"):
-        rng = random_generator(seed, "pixels", step)
-        drawn = known[torch.randint(len(known), (ensemble.members * batch,), generator=rng)]
-        pixels = store.read(drawn.to(store.maps[0].device)).to(device).unflatten(0, (ensemble.members, batch))
-        loss = F.cross_entropy(ensemble(pixels).flatten(0, 1), flat[drawn].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        (loss * ensemble.members).backward()  # each member's own mean
-        optimizer.step()
-        if step % 20 == 0 or step == steps - 1: losses.append(loss.item())
+    with considerate_threads():
+        for step in progress_bar(range(steps), disable=not progress, desc="pixels"):
+            rng = random_generator(seed, "pixels", step)
+            drawn = known[torch.randint(len(known), (ensemble.members * batch,), generator=rng)]
+            pixels = store.read(drawn.to(store.maps[0].device)).to(device).unflatten(0, (ensemble.members, batch))
+            loss = F.cross_entropy(ensemble(pixels).flatten(0, 1), flat[drawn].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            (loss * ensemble.members).backward()  # each member's own mean
+            optimizer.step()
+            if step % 20 == 0 or step == steps - 1: losses.append(loss.item())
     return PixelTraining(ensemble.eval(), losses)
 
 # %% ../../nbs/reference/training/68_datasetgan.ipynb #a87fc184

@@ -29,6 +29,7 @@ from ..core.files import atomic_path, folder_lock, read_json, set_aside, write_j
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import describe_tensors
+from ..core.threads import considerate_threads
 from ..core.values import check_fields
 from ..data.squares import CROPS, Squares, check_side, read_squares
 from ..evaluation.likeness import Likeness
@@ -377,7 +378,7 @@ def _course(run: _Run, measure: Likeness, progress: bool) -> None:
     """Train to the end, or until it no longer improves; `KeyboardInterrupt` after the state is saved."""
     trainer, every = run.trainer, run.settings.every
     bars = dict(total=trainer.recipe.images, initial=trainer.seen, unit="img", mininterval=5, disable=not progress)
-    with _Interrupt() as interrupt, progress_bar(**bars) as bar:
+    with _Interrupt() as interrupt, considerate_threads(), progress_bar(**bars) as bar:
         while not trainer.finished and not _stalled(run):
             before, losses = trainer.seen, _step(run)
             bar.update(trainer.seen - before)

@@ -25,6 +25,7 @@ from ..core.files import forced, set_aside
 from ..core.progress import progress_bar
 from ..core.seeds import choose_device, random_generator
 from ..core.tensors import all_finite, load_tensors, save_tensors
+from ..core.threads import considerate_threads
 from ..core.values import check_fields
 from ..data.augment import resize_nearest, wide_crop
 from ..data.checks import check_pictures
@@ -426,7 +427,7 @@ def invert(
     points = torch.cat([space.centre, space.sample(plan.samples, random_generator(seed, "starts"))])
     batches = images[len(v):].to(v).split(plan.batch) if len(v) < len(images) else ()
     hidden = not progress or not batches
-    with progress_bar(total=len(batches) * plan.steps, disable=hidden, desc="inversion") as bar:
+    with considerate_threads(), progress_bar(total=len(batches) * plan.steps, disable=hidden, desc="inversion") as bar:
         for part in batches:
             found = _descend(space, part, best_start(space, part, points, plan, wide), plan, wide, bar.update)
             v, losses = torch.cat([v, found[0]]), torch.cat([losses, found[1]])

@@ -577,9 +577,10 @@ def go_on(loop: Loop) -> Trained:
     shown = options.progress and loop.first
     if shown and loop.step == 0 and loop.total >= LONG: print(f"estimate: {loop.estimate()}")
     bar = progress_bar(total=loop.total, initial=loop.step, disable=not shown)
-    around = surroundings(state.recipe, say_beside(bar) if shown else None)
-    with loop.records.open(loop.step), around, bar, finish_step_on_interrupt() as asked:
+    around = surroundings(state.recipe, say_beside(bar) if shown else None, this_process()[1] == 1)
+    with loop.records.open(loop.step), around as pace, bar, finish_step_on_interrupt() as asked:
         while loop.step < loop.total:
+            if pace: pace(f"step {loop.step + 1:,} of {loop.total:,}")
             advance(loop, bar)
             if asked.is_set() and loop.step < loop.total: _stop(loop)
     for network in state.networks.values(): network.eval()

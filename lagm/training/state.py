@@ -45,10 +45,11 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
 def surroundings(
     recipe: Recipe,  # whose steps are done
     say: Callable[[str], object] | None = None,  # gets a sentence if other programs need the cores; None: nobody
-) -> Iterator[None]:
+    follow: bool = False,  # the number of threads may change between steps, if `lagm run` chose it
+) -> Iterator[Callable[[str], None] | None]:
     """What a recipe wants around its steps: memory that is kept, convolutions that are compiled.
 
-    And threads that wait asleep while the processor is crowded, see `lagm.core.threads`.
+    And threads that wait asleep while the processor is crowded. Yields what `considerate_threads` yields.
 
     Parameters
     ----------
@@ -56,12 +57,14 @@ def surroundings(
         whose steps are done
     say
         gets a sentence if other programs need the cores; None: nobody
+    follow
+        the number of threads may change between steps, if `lagm run` chose it
     """
     with contextlib.ExitStack() as contexts:
-        contexts.enter_context(considerate_threads(say))
+        pace = contexts.enter_context(considerate_threads(say, follow))
         if recipe.keep_memory: contexts.enter_context(kept_memory())
         if recipe.compile_convolutions: contexts.enter_context(fused_winograd())
-        yield
+        yield pace
 
 # %% ../../nbs/reference/training/53_state.ipynb #5e7b1602
 def _warn_of_emulation(recipe: Recipe, device: torch.device) -> None:
