@@ -214,7 +214,7 @@ def _do(sums: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
         return _compiled(sums)(numbers)
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #399f5e6a
-_MANY_TILES = 512
+_MANY_TILES = 96
 
 
 def multiply(
@@ -245,7 +245,10 @@ def multiply(
         return products.view(36, batch, down, across, -1).permute(1, 2, 3, 0, 4)
     if swapped: kernel = kernel.transpose(1, 2)
     line = tiles.view(1, 1, n, 36 * channels).permute(0, 3, 1, 2)  # one picture, one pixel high
-    products = F.conv2d(line, kernel.reshape(-1, channels, 1, 1), groups=36)
+    kernel = kernel.reshape(-1, channels, 1, 1)
+    if tiles.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        products = torch.mkldnn_convolution(line, kernel, None, [0, 0], [1, 1], [1, 1], 36)
+    else: products = F.conv2d(line, kernel, groups=36)
     return products.permute(0, 2, 3, 1).view(batch, down, across, 36, -1)
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #84875d1a
