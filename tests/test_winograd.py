@@ -35,7 +35,7 @@ def uncompiled(monkeypatch):
     """Inside `fused_winograd` the sums are plain PyTorch, and small convolutions take part."""
     monkeypatch.setattr(winograd, "can_compile", lambda: True)
     monkeypatch.setattr(winograd, "_compiled", lambda sums: sums)
-    for name in ("_LEAST_CHANNELS", "LEAST_TILES", "LEAST_WORK", "LEAST_SIDE"): monkeypatch.setattr(winograd, name, 1)
+    for name in ("CHANNELS", "TILES", "WORK", "SIDE"): monkeypatch.setattr(winograd, f"_LEAST_{name}", 1)
 
 
 @settings(max_examples=60, deadline=None)

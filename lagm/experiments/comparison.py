@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.seeds import random_generator
 from ..evaluation.curves import name_the_ends
 from ..evaluation.figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plain_label
-from .report import DOMAINS, FINISHED, Result, cell_of, decimal
+from .report import CONSISTENT, DOMAINS, FINISHED, Result, cell_of, decimal
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #91b67206
 _OURS, ALONE = "gradient matching", "supervised"  # each also with ", finished"; `ALONE`: labelled pictures only
@@ -284,12 +284,18 @@ def _comparison(domain: str, k: int | None, method: str, rival: str, ours: Seque
                       statistics.fmean(gaps), interval(table), len(gaps), sum(gap > 0 for gap in gaps))
 
 
+def _last_of_ours(methods: Methods) -> str | None:
+    """Of the rows of ours that have most seeds the last one: consistent, else finished; None if there is none."""
+    rows = [row for row in (_OURS, _OURS + FINISHED, _OURS + CONSISTENT) if row in methods]
+    return max(rows, key=lambda row: (len(methods[row]), rows.index(row)), default=None)
+
+
 def compare_cell(
     domain: str,  # of the benchmark, such as big-ears
     k: int,  # labelled pictures
     methods: Methods,  # scores by method and seed, of one cell
 ) -> Comparison | None:  # None: ours or all rivals are missing
-    """Ours, finished if it is there, against the best rival.
+    """Ours, the last of its rows that has most seeds, against the best rival.
 
     Parameters
     ----------
@@ -305,7 +311,7 @@ def compare_cell(
     Comparison | None
         None: ours or all rivals are missing
     """
-    method = next((name for name in (_OURS + FINISHED, _OURS) if name in methods), None)
+    method = _last_of_ours(methods)
     rival = best_rival(methods, methods[method]) if method else None
     if rival is None: return None
     ours, theirs = methods[method], methods[rival]
@@ -429,9 +435,7 @@ def labels_saved(
     for domain in dict.fromkeys(domain for domain, _ in cells):
         own = {k: methods for (name, k), methods in cells.items() if name == domain}
         alone = {k: value for k, methods in own.items() if (value := better_of(methods, ALONE)) is not None}
-        best = _OURS + FINISHED
-        ours = {k: mean(methods[best if best in methods else _OURS]) for k, methods in own.items()
-                if {_OURS, _OURS + FINISHED} & methods.keys()}
+        ours = {k: mean(methods[row]) for k, methods in own.items() if (row := _last_of_ours(methods))}
         if alone and ours: found[domain] = {k: labels_needed(alone, value) for k, value in ours.items()}
     return found
 
@@ -449,7 +453,8 @@ def better_of(
     name
         without ", finished"
     """
-    return max((mean(methods[row]) for row in (name, name + FINISHED) if row in methods), default=None)
+    rows = (name, name + FINISHED, name + CONSISTENT)
+    return max((mean(methods[row]) for row in rows if row in methods), default=None)
 
 
 def saved_table(
@@ -492,7 +497,7 @@ def minutes_table(
     return table
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #084469d6
-_BEFORE, _AFTER = METHOD_COLOURS[1], METHOD_COLOURS[5]  # ours before and after the finish
+_BEFORE, _AFTER, _LAST = METHOD_COLOURS[1], METHOD_COLOURS[5], METHOD_COLOURS[3]  # ours, finished, and consistent
 _GREYS = ("#4d4d4d", "#9c9c9c", "#707070", "#b4b4b4", "#868686")  # rivals, so that neighbours differ
 _FAR_BELOW = 15  # points
 
@@ -501,8 +506,9 @@ def _lines(cells: Cells, domain: str) -> tuple[dict[str, dict[int, float]], dict
     """Means over seeds by number of labels: of ours, and of rivals."""
     own = {k: methods for (name, k), methods in cells.items() if name == domain}
     ours = {row: {k: mean(methods[row]) for k, methods in own.items() if row in methods}
-            for row in (_OURS, _OURS + FINISHED)}
-    names = dict.fromkeys(name.removesuffix(FINISHED) for methods in own.values() for name in methods if is_rival(name))
+            for row in (_OURS, _OURS + FINISHED, _OURS + CONSISTENT)}
+    names = dict.fromkeys(name.removesuffix(CONSISTENT).removesuffix(FINISHED)
+                          for methods in own.values() for name in methods if is_rival(name))
     rivals = {name: {k: value for k, methods in own.items() if (value := better_of(methods, name)) is not None}
               for name in names}
     return {row: line for row, line in ours.items() if line}, rivals
@@ -521,12 +527,13 @@ def _quality_panel(ax: Axes, cells: Cells, domain: str) -> list[tuple[str, float
                 else 1.1, markersize=4 if name == ALONE else 5, zorder=2)
         ends.append((plain_label(name), line[max(line)], colour))
     for name, line in ours.items():
-        after = name.endswith(FINISHED)
+        after = name != _OURS
+        colour = _LAST if name.endswith(CONSISTENT) else _AFTER if after else _BEFORE
         spread = [statistics.stdev(values) if len(values := [s.value for s in cells[domain, k][name].values()]) > 1
                   else 0 for k in line]
-        ax.errorbar([*line], [*line.values()], spread, fmt="o-" if after else "o--", color=_AFTER if after else _BEFORE,
+        ax.errorbar([*line], [*line.values()], spread, fmt="o-" if after else "o--", color=colour,
                     linewidth=2.4 if after else 1.8, markersize=5, capsize=3, zorder=4)
-        ends.append((plain_label(name.replace(_OURS, "matching")), line[max(line)], _AFTER if after else _BEFORE))
+        ends.append((plain_label(name.replace(_OURS, "matching")), line[max(line)], colour))
     ks = sorted({k for line in [*ours.values(), *drawn.values()] for k in line})
     ax.set(xscale="log", xlabel="labelled pictures", ylabel="test FG-mIoU (%)", title=plain_label(domain))
     ax.set_xticks(ks, [str(k) for k in ks])
@@ -629,14 +636,15 @@ def finish_figure(
     plt.close(figure)
     classes = next(s.classes for s in next(iter(own.values()))[_OURS].values() if s.classes)
     rows = {ALONE + FINISHED: ("#c4c4c4", "supervised, finished"), _OURS: (_BEFORE, "matching"),
-            _OURS + FINISHED: (_AFTER, "matching, finished")}
+            _OURS + FINISHED: (_AFTER, "matching, finished"), _OURS + CONSISTENT: (_LAST, "and consistent")}
     for ax, (k, methods) in zip(axes[:, 0], own.items(), strict=True):
+        last = _last_of_ours(methods)
         for i, (name, (colour, label)) in enumerate(rows.items()):
             heights = means(methods, name)
             if heights is None: continue
-            bars = ax.bar([c + 0.27 * (i - 1) for c in range(len(heights))], heights, 0.25, color=colour,
+            bars = ax.bar([c + 0.22 * (i - 1.5) for c in range(len(heights))], heights, 0.2, color=colour,
                           label=label if ax is axes[0, 0] else None)
-            if name != ALONE + FINISHED: ax.bar_label(bars, fmt="%.0f", fontsize=7.5, color=MUTED, padding=1)
+            if name in (_OURS, last): ax.bar_label(bars, fmt="%.0f", fontsize=7.5, color=MUTED, padding=1)
         ax.set(ylim=(0, 112), ylabel=f"k = {k}", yticks=(0, 50, 100)), ax.tick_params(axis="x", length=0)
     axes[-1, 0].set_xticks(range(len(classes)), [plain_label(name) for name in classes], color=INK)
     axes[0, 0].set_title(plain_label(f"{domain}: test IoU by class (%)"))

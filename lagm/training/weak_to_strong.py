@@ -6,12 +6,12 @@ or seen through perturbed features.
 
 # %% auto #0
 __all__ = ['WEAK_TO_STRONG', 'cutmix_boxes', 'mix_neighbours', 'deepest_maps', 'dropped_channels', 'PerturbedView',
-           'WeakToStrong', 'train_weak_to_strong']
+           'WeakToStrong', 'train_weak_to_strong', 'consistency_steps', 'train_consistency']
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #1a8208ba
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..data.augment import Augment, recolour, warp_images
 from ..matching.gradients import uncompiled
 from ..models.contracts import Generator
 from .loop import Trained, check_options
-from .recipe import FAST, Recipe
+from .recipe import FAST, Recipe, labels_say
 from .state import TrainState
 from .teachers import Teaching, View, teacher_labels, train_taught
 
@@ -220,4 +220,75 @@ def train_weak_to_strong(
     """`lagm.training.teachers.train_taught`, whose parameters it has, with strongly changed views. Raises as it does.
     """
     check_options(options, recipe, train_weak_to_strong)
+    return train_taught(segmenter, generator, images, masks, setting, recipe, seed=seed, device=device, **options)
+
+# %% ../../nbs/reference/training/66_weak_to_strong.ipynb #55fecb1a
+_CONSISTENCY = 1.8  # the most steps, in units of the recipe's
+
+
+def consistency_steps(
+    labelled: int,  # k, the number of labelled pictures
+    recipe: Recipe = FAST,  # its steps and finish_anchor
+) -> int:  # 0 or more; fewer, the more labels there are
+    """Steps of `train_consistency`: 1.8 times those of matching, times the annotator's say, a / (k + a).
+
+    Parameters
+    ----------
+    labelled
+        k, the number of labelled pictures
+    recipe
+        its steps and finish_anchor
+
+    Returns
+    -------
+    int
+        0 or more; fewer, the more labels there are
+    """
+    return round(_CONSISTENCY * recipe.steps * (1 - labels_say(labelled, recipe.finish_anchor)))
+
+# %% ../../nbs/reference/training/66_weak_to_strong.ipynb #dac59d13
+def train_consistency(
+    segmenter: nn.Module,  # trained in place; matched and finished, or any other
+    generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
+    masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
+    recipe: Recipe = FAST,  # its steps and anchor, and what `train_weak_to_strong` takes
+    *,
+    setting: WeakToStrong = WEAK_TO_STRONG,  # who teaches, and how
+    steps: int | None = None,  # 0 or more; None: as `consistency_steps` says
+    seed: int = 0,  # of everything random
+    device: str | torch.device = "cpu",  # "cpu", "cuda", "mps", or a torch device
+    **options: Any,  # of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
+) -> Trained:
+    """The last stage: a trained network learns to say the same of generated pictures however they are changed.
+
+    Raises as `train_weak_to_strong` does, and `InputError` for steps that are no number of steps.
+
+    Parameters
+    ----------
+    segmenter
+        trained in place; matched and finished, or any other
+    generator
+        G(z, rng) -> (image, features), with `sample_z(n, rng)`
+    images
+        x_l: (n, 3, H, W) in [-1, 1]
+    masks
+        y_l: (n, H, W) class indices, 255 = ignored
+    recipe
+        its steps and anchor, and what `train_weak_to_strong` takes
+    setting
+        who teaches, and how
+    steps
+        0 or more; None: as `consistency_steps` says
+    seed
+        of everything random
+    device
+        "cpu", "cuda", "mps", or a torch device
+    **options
+        of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
+    """
+    check_options(options, recipe, train_consistency)
+    number = consistency_steps(len(images), recipe) if steps is None else steps
+    if type(number) is not int or number < 0: raise InputError(f"steps is {steps!r}; give a whole number, 0 or more")
+    recipe = replace(recipe, steps=number, warm_segmenter=0)
     return train_taught(segmenter, generator, images, masks, setting, recipe, seed=seed, device=device, **options)
