@@ -35,10 +35,11 @@ def test_a_row_for_each_method(tmp_path):
     report = json.loads((tmp_path / "metrics.json").read_text())
     rows = report["metrics"]
     assert list(rows) == list(report["seconds"]) == [row for name in ("supervised", "DatasetGAN", "gradient matching",
-        "paper's recipe") for row in (name, f"{name}, finished")] and len(report["classes"]) == 8
+        "paper's recipe") for row in (name, f"{name}, finished", f"{name}, consistent")] and len(report["classes"]) == 8
     assert (report["parameters"]["k"], report["parameters"]["seed"]) == (2, 0)
     for name, row in rows.items():
-        assert row["own_steps"] == (3 if name == "paper's recipe" else 4) or name.endswith(", finished")
+        assert row["own_steps"] == (3 if name == "paper's recipe" else 4) or ", " in name
+        assert row["own_steps"] == 2 or not name.endswith(", consistent"), "1.8 x 2 x 2 / (2 + 2), rounded"
         assert row["interval"][0] <= row["fg_miou"] <= row["interval"][1] and row["labels_on"] == ("generated"
             if name.startswith("DatasetGAN") else "real")
     assert {"table.png", "test.png", "curves.png", "methods.ipynb"} <= {p.name for p in tmp_path.iterdir()}
@@ -49,7 +50,7 @@ def test_a_row_for_each_method(tmp_path):
                           tmp_path.name} and all(files[slug]["metrics"]["fg_miou"] == pytest.approx(row["fg_miou"],
                               abs=1e-5) for slug, row in slugs.items())
     ours = files[tmp_path.name]
-    assert ours["method"] == "gradient matching, finished" and ours["labels"].n_classes == 8 and ours["size"] == [64,
+    assert ours["method"] == "gradient matching, consistent" and ours["labels"].n_classes == 8 and ours["size"] == [64,
         64] and files["gradient-matching"]["step"] == 6
 
 
@@ -67,6 +68,7 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
     assert now["papers-recipe"] == kept["papers-recipe"] and now["supervised"] > kept["supervised"]
     assert (tmp_path / "aside-1" / "supervised" / "run.json").is_file()
     assert (tmp_path / "aside-2" / "supervised-finished" / "run.json").is_file()  # it began from the old network
+    assert (tmp_path / "aside-3" / "supervised-consistent" / "run.json").is_file()
     asked = json.loads((tmp_path / "papers-recipe" / "asked.json").read_text())
     assert f"pull={Inversion().pull}" in asked["settings"]  # the kit's defaults, too: other ones train anew
 

@@ -12,15 +12,17 @@ from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment
 from lagm.models.deeplab import DeepLabV3
 from lagm.models.segmenters import UNet
-from lagm.training.recipe import FAST
+from lagm.training.recipe import FAST, PAPER
 from lagm.training.state import TrainState
 from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
 from lagm.training.weak_to_strong import (
     WeakToStrong,
+    consistency_steps,
     cutmix_boxes,
     deepest_maps,
     dropped_channels,
     mix_neighbours,
+    train_consistency,
     train_weak_to_strong,
 )
 
@@ -249,6 +251,30 @@ def test_it_learns():
     from lagm.evaluation.metrics import evaluate
     trained = train_weak_to_strong(tiny_segmenter(width=8), Pictures(), images, masks, recipe=recipe, progress=False)
     assert evaluate(trained.segmenter, *tiny_pictures(20, seed=3), 3).fg_miou > 0.65
+
+
+@pytest.mark.parametrize("labelled, steps", [(1, 1200), (2, 900), (5, 514), (10, 300), (30, 112), (10**6, 0)])
+def test_the_fewer_labels_the_longer_the_consistency_stage(labelled, steps):
+    assert consistency_steps(labelled, dataclasses.replace(FAST, steps=1000, finish_anchor=2.0)) == steps
+    assert consistency_steps(labelled, PAPER) == consistency_steps(1, dataclasses.replace(FAST, steps=0)) == 0
+
+
+def test_the_consistency_stage_is_weak_to_strong_without_a_warm_start(generator):
+    images, masks = tiny_pictures(2)
+    told = dict(seed=3, progress=False)
+    longer = dataclasses.replace(RECIPE, steps=4, finish_anchor=2.0)  # 1.8 x 4 x 2 / (2 + 2), rounded
+    after = train_consistency(tiny_segmenter(), generator, images, masks, longer, **told)
+    alone = dataclasses.replace(longer, warm_segmenter=0)
+    same = train_weak_to_strong(tiny_segmenter(), generator, images, masks, recipe=alone, **told)
+    given = train_consistency(tiny_segmenter(), generator, images, masks, RECIPE, steps=4, **told)
+    assert after.step == same.step == given.step == 4
+    assert weights(after.segmenter).equal(weights(same.segmenter)) and weights(given.segmenter).equal(
+        weights(same.segmenter))
+    none = train_consistency(tiny_segmenter(), generator, images, masks, RECIPE, steps=0, **told)
+    assert none.step == 0 and weights(none.segmenter).equal(weights(tiny_segmenter()))
+    for steps in (-1, 2.5, True):
+        with pytest.raises(InputError, match="steps is"):
+            train_consistency(tiny_segmenter(), generator, images, masks, RECIPE, steps=steps, **told)
 
 
 def test_runs_of_before_are_still_known():

@@ -228,22 +228,25 @@ _CONSISTENCY = 1.8  # the most steps, in units of the recipe's
 
 def consistency_steps(
     labelled: int,  # k, the number of labelled pictures
-    recipe: Recipe = FAST,  # its steps and finish_anchor
+    recipe: Recipe = FAST,  # its steps, finish and finish_anchor
 ) -> int:  # 0 or more; fewer, the more labels there are
     """Steps of `train_consistency`: 1.8 times those of matching, times the annotator's say, a / (k + a).
+
+    None for a recipe without a finish, such as the paper's.
 
     Parameters
     ----------
     labelled
         k, the number of labelled pictures
     recipe
-        its steps and finish_anchor
+        its steps, finish and finish_anchor
 
     Returns
     -------
     int
         0 or more; fewer, the more labels there are
     """
+    if not recipe.finish: return 0
     return round(_CONSISTENCY * recipe.steps * (1 - labels_say(labelled, recipe.finish_anchor)))
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #dac59d13
