@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from templates import run_cells
 from tiny import tiny_generator, tiny_pictures, tiny_segmenter
 
 from lagm.core.errors import InputError
+from lagm.core.files import read_json
 from lagm.core.seeds import random_generator
 from lagm.data.augment import Augment
+from lagm.experiments.notebooks import experiment_folder
 from lagm.models.deeplab import DeepLabV3
+from lagm.models.saved import load_segmenter
 from lagm.models.segmenters import UNet
 from lagm.training.recipe import FAST, PAPER
 from lagm.training.state import TrainState
@@ -275,6 +279,25 @@ def test_the_consistency_stage_is_weak_to_strong_without_a_warm_start(generator)
     for steps in (-1, 2.5, True):
         with pytest.raises(InputError, match="steps is"):
             train_consistency(tiny_segmenter(), generator, images, masks, RECIPE, steps=steps, **told)
+
+
+def test_annotate_goes_on_to_consistency_if_asked_for(tmp_path):
+    small = dict(k=2, iterations=4, warm_up=2, width=4, channels=8, validation_pictures=2, threads=1, seed=3)
+    def run(name, **more):
+        run_cells(experiment_folder() / "annotate.ipynb", small | dict(out_dir=str(tmp_path / name)) | more)
+        found = read_json(tmp_path / name / "metrics.json")
+        return found, load_segmenter(tmp_path / name / "segmenter.safetensors")[0]
+
+    without, plain = run("without")
+    found, network = run("with", consistency=True)
+    finished = load_segmenter(tmp_path / "with" / "state.safetensors")[0]
+    assert weights(finished).equal(weights(plain)) and not weights(network).equal(weights(plain))
+    assert found["step"] == without["step"] + 4, "1.8 x 4 x 2 / (2 + 2), rounded"
+    assert "with the finish and consistency" in found["summary"][0] and "consist" not in without["summary"][0]
+    assert (tmp_path / "with" / "state-consistency.safetensors").is_file()
+    for more in (dict(recipe="paper"), dict(finish=False)):
+        with pytest.raises(InputError, match="consistency comes after a finish"): run("never", consistency=True, **more)
+    assert not (tmp_path / "never").exists()
 
 
 def test_runs_of_before_are_still_known():
