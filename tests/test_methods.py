@@ -39,7 +39,7 @@ def test_a_row_for_each_method(tmp_path):
     assert (report["parameters"]["k"], report["parameters"]["seed"]) == (2, 0)
     for name, row in rows.items():
         assert row["own_steps"] == (3 if name == "paper's recipe" else 4) or ", " in name
-        assert row["own_steps"] == 2 or not name.endswith(", consistent"), "1.8 x 2 x 2 / (2 + 2), rounded"
+        assert row["own_steps"] == 2 or not name.endswith(", consistent"), "0.9 x 2, rounded"
         assert row["interval"][0] <= row["fg_miou"] <= row["interval"][1] and row["labels_on"] == ("generated"
             if name.startswith("DatasetGAN") else "real")
     assert {"table.png", "test.png", "curves.png", "methods.ipynb"} <= {p.name for p in tmp_path.iterdir()}

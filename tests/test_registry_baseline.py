@@ -37,7 +37,8 @@ def test_it_is_compared_by_a_name_in_a_parameter_file(package, tmp_path):
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
-    assert [*rows] == ["supervised", "supervised, finished", "mirror", "mirror, finished", "mirror, alone"]
+    assert [*rows] == ["supervised", "supervised, finished", "supervised, consistent", "mirror", "mirror, finished",
+                       "mirror, consistent", "mirror, alone"]
     assert [rows[name]["own_steps"] for name in ("supervised", "mirror", "mirror, alone")] == [4, 5, 4]
     assert (tmp_path / "out" / "mirror" / "mirror.txt").read_text() == "Mirror(weight=0.5, members=3)"
 

@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 
+import matplotlib.text
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from lagm.experiments.catalogue import DEMO_METHODS, DEMO_STYLES, missing_inputs
 from lagm.experiments.comparison import (
     Score,
     best_rival,
+    better_of,
     cell_pictures,
     compare_all,
     comparison_table,
@@ -63,13 +65,13 @@ LEVELS = dict(zip(NAMES, ((60, 28), (57, 24), (58, 27), (60, 27), (61, 22), (68,
 def normal(rng, *size): return torch.randn(*size, generator=rng, dtype=torch.float64)
 
 
-def put_cell(root, name, k, seed, change=0.0, levels=LEVELS, draws=200, finished=True):
+def put_cell(root, name, k, seed, change=0.0, levels=LEVELS, draws=200, finished=True, endings=("", ", finished")):
     """A record as methods.ipynb writes it, with numbers by a formula."""
     rng = torch.Generator().manual_seed(1000 * k + seed)
     luck, pictures, x, rows = 2 * normal(rng, 1).item(), normal(torch.Generator().manual_seed(len(name)),
         draws), math.log(k) / math.log(30), {}
     for method, (low, gain) in levels.items():
-        for ending in ("", ", finished")[:1 + finished]:
+        for ending in endings if finished else ("",):
             more = (8 * x if method == "gradient matching" else 1.5 * x) if ending else 0
             value = low + gain * x + more + luck + 0.5 * normal(rng, 1).item() + (change if "matching" in method else 0)
             row = dict(fg_miou=round(value / 100, 5),
@@ -163,8 +165,32 @@ def test_ours_is_the_last_row_that_has_most_seeds():
     (found,) = compare_all({("micah", 2): methods})
     assert (found.method, found.rival) == ("gradient matching, consistent", "HandsOff, consistent")
     assert found.difference == pytest.approx((90 + 92 + 81) / 3 - 85)
+    methods["supervised, finished"] = scores([60, 60, 60])
+    assert compare_all({("micah", 2): methods})[0].method == "gradient matching, finished", "a rival is not consistent"
+    methods["supervised, consistent"] = scores([99, 61])
+    assert compare_all({("micah", 2): methods})[0].method == "gradient matching, finished", "not with all its seeds"
+    methods["supervised, consistent"] = scores([99, 99, 99])
+    (found,) = compare_all({("micah", 2): methods})
+    assert (found.method, found.rival) == ("gradient matching, consistent", "supervised, consistent")
+    assert better_of(methods, "supervised") == 60, "alone is what saw no generated picture"
+    assert better_of(methods, "HandsOff") == 85
     del methods["gradient matching, consistent"]
     assert compare_all({("micah", 2): methods})[0].method == "gradient matching, finished"
+
+
+def test_three_rows_of_each_method_in_tables_and_figures(tmp_path):
+    for k in (1, 2):
+        for seed in (0, 1): put_cell(tmp_path, "demo_", k, seed, endings=("", ", finished", ", consistent"))
+    results = find_results(tmp_path / "outputs")[0]
+    cells = read_cells(results)
+    assert {found.method for found in compare_all(cells)} == {"gradient matching, consistent"}
+    figure = quality_figure(cells)
+    said = {text.get_text() for text in figure.findobj(matplotlib.text.Text)}
+    assert {"matching", "matching, finished", "matching, consistent", "supervised, consistent"} <= said
+    bars = finish_figure(cells, "big-ears")
+    assert [text.get_text() for text in bars.legends[0].texts] == ["supervised, finished", "matching",
+                                                                    "matching, finished", "and consistent"]
+    assert len(bars.axes[0].containers) == 4
 
 
 def test_resamples_follow_from_the_name_and_the_number_of_pictures():

@@ -14,10 +14,12 @@ from tiny import tiny_pictures, tiny_segmenter
 
 from lagm.core import threads
 from lagm.core.threads import _crowded, _fitting_threads, choose_threads, considerate_threads
+from lagm.experiments.cost import clock
 from lagm.experiments.notebooks import read_record
 from lagm.experiments.running import run_notebook
 from lagm.training.lagm import train_supervised
 from lagm.training.recipe import get_recipe
+from lagm.training.state import surroundings
 
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 TELL = """\
@@ -214,12 +216,12 @@ def test_a_number_that_a_program_set_or_no_leave_to_follow_stays(toy, clean, mon
 
 def test_a_number_that_the_user_gave_stays(toy, clean, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    write_experiment(toy, FOLLOW)
-    seen, told = run(toy, 5)
-    assert len(set(seen["seen"])) == 1 and told is None
+    write_experiment(toy, "import torch\ntorch.set_num_threads(2)\n" + FOLLOW)
+    seen, told = run(toy, 6)
+    assert seen["seen"] == [2, 2] and told is None
 
 
-def test_a_loop_asks_between_its_steps_and_several_processes_do_not(monkeypatch):
+def test_a_loop_asks_between_its_steps_and_several_processes_do_not(monkeypatch, tmp_path):
     asked, leave = [], []
 
     @contextlib.contextmanager
@@ -230,10 +232,51 @@ def test_a_loop_asks_between_its_steps_and_several_processes_do_not(monkeypatch)
     monkeypatch.setattr("lagm.training.loop.surroundings", watching)
     recipe = get_recipe("fast", steps=1, warm_segmenter=1, warm_annotator=1, batch_labelled=2, batch_synthetic=2)
     train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 2)
-    assert asked == ["step 1 of 2", "step 2 of 2"] and leave == [True]
+    assert asked == ["supervised, step 1 of 2", "supervised, step 2 of 2"] and leave == [True]
+    train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 1, checkpoint=tmp_path / "alone.safetensors")
+    assert asked[2:] == ["alone, supervised, step 1 of 1"]
     monkeypatch.setattr("lagm.training.loop.this_process", lambda: (0, 2))
     train_supervised(tiny_segmenter(), *tiny_pictures(2), recipe, 2)
-    assert leave == [True, False], "each process would choose another number"
+    assert leave == [True, True, False], "each process would choose another number"
+
+
+def test_compiled_convolutions_keep_their_number(monkeypatch):
+    leave = []
+
+    @contextlib.contextmanager
+    def considerate(say, follow):
+        leave.append(follow)
+        yield None
+
+    monkeypatch.setattr("lagm.training.state.considerate_threads", considerate)
+    for compiled in (False, True):
+        recipe = get_recipe("fast", fast_convolutions=True, compile_convolutions=compiled, keep_memory=False)
+        with surroundings(recipe, None, True): pass
+    assert leave == [True, False], "each number would be compiled anew"
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("{ damaged")])
+def test_what_cannot_be_written_down_does_not_happen(tmp_path, monkeypatch, two_threads, damage):
+    file = tmp_path / "threads.json"
+    file.write_text('{"threads": 2, "of": 2}')
+    monkeypatch.setenv("LAGM_THREADS", str(file))
+    watcher = threads._Watcher(None, threads._wanted_threads())
+    watcher.taken, watcher.wanted = [1.0], 1
+    damage(file)
+    watcher.follow("step 1")
+    assert (torch.get_num_threads(), watcher.threads, watcher.follows, watcher.wanted) == (2, 2, False, 2)
+
+
+def test_seconds_are_of_one_clock_where_the_number_may_change(monkeypatch, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for path in ("", str(tmp_path / "threads.json")):
+            monkeypatch.setenv("LAGM_THREADS", path)
+            torch.set_num_threads(1)
+            start = clock()
+            torch.set_num_threads(2)
+            assert (abs(clock() - start) < 60) == bool(path) or abs(time.perf_counter() - time.process_time()) < 60
+    finally: torch.set_num_threads(before)
 
 
 def test_a_users_own_number_wins(toy, clean, monkeypatch):
@@ -255,6 +298,10 @@ def test_a_run_that_goes_on_keeps_its_threads(toy, clean, monkeypatch, capsys):
     seen, told = run_of(toy)
     assert seen["OMP_NUM_THREADS"] is None, "the last number"
     assert told["threads"] == 1 and told["changes"] == changes
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with pytest.raises(RuntimeError): run(toy, 7)
+    assert run_of(toy)[1] == {"changes": changes}, "what happened before the user chose a number"
+    monkeypatch.delenv("OMP_NUM_THREADS")
     hidden.write_text("{ damaged")
     assert run(toy, 4)[0]["OMP_NUM_THREADS"] is None, "other parameters, and a damaged file: chosen anew"
 

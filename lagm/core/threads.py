@@ -316,7 +316,7 @@ def _change_threads(
     taken: float,  # cores that other programs take
     at: str,  # where the run is, in words
 ) -> None:
-    """Set the number of threads, and write it down.
+    """Write the number of threads down, and set it. `InputError` or `OSError` if it cannot be written.
 
     Parameters
     ----------
@@ -329,11 +329,11 @@ def _change_threads(
     """
     import torch
 
-    torch.set_num_threads(threads)
     path = os.environ["LAGM_THREADS"]
     said = read_json(path)
     change = {"threads": threads, "taken": round(taken, 2), "at": at}
     write_json(path, said | {"changes": [*said.get("changes", []), change]})
+    torch.set_num_threads(threads)
 
 # %% ../../nbs/reference/core/03_threads.ipynb #e1080b0b
 class _Watcher(threading.Thread):
@@ -368,8 +368,11 @@ class _Watcher(threading.Thread):
     def follow(self, at: str) -> None:
         """Between two steps, in the thread that computes: the number that is wanted now. `at` says where, in words."""
         if self.wanted == self.threads: return
+        try: _change_threads(self.wanted, self.taken[-1], at)
+        except (InputError, OSError):  # it cannot be written down, so it does not happen
+            self.follows, self.wanted = False, self.threads
+            return
         self.threads = self.wanted
-        _change_threads(self.threads, self.taken[-1], at)
         self.tell(f"other programs take {self.taken[-1]:.1f} of {self.cores} cores: from here on {self.threads} "
                   f"thread(s) compute, {self.most} when there is room; OMP_NUM_THREADS={self.most} keeps them all")
 
@@ -384,10 +387,10 @@ _watching = threading.Lock()
 
 @contextlib.contextmanager
 def considerate_threads(
-    say: Callable[[str], object] | None = None,  # gets a sentence when it becomes crowded, once; None: nobody
+    say: Callable[[str], object] | None = None,  # gets a sentence, once, when it is crowded; None: nobody
     follow: bool = False,  # their number may change, too, if `lagm run` chose it
 ) -> Iterator[Callable[[str], None] | None]:
-    """While in this context, this process's threads wait asleep when other programs need the cores: the same numbers.
+    """While in this context, this process's threads wait asleep when other programs need the cores.
 
     Yields what is to be called between two steps, by the thread that computes, with words that say where: it changes
     the number of threads if that follows. Or None: nobody watches here, or another such context is open.
@@ -395,7 +398,7 @@ def considerate_threads(
     Parameters
     ----------
     say
-        gets a sentence when it becomes crowded, once; None: nobody
+        gets a sentence, once, when it is crowded; None: nobody
     follow
         their number may change, too, if `lagm run` chose it
     """

@@ -32,7 +32,7 @@ from ..evaluation.figures import INK, METHOD_COLOURS, MUTED, STYLE, panels, plai
 from .report import CONSISTENT, DOMAINS, FINISHED, Result, cell_of, decimal
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #91b67206
-_OURS, ALONE = "gradient matching", "supervised"  # each also with ", finished"; `ALONE`: labelled pictures only
+_OURS, ALONE = "gradient matching", "supervised"  # also ", finished", ", consistent"; `ALONE`: labelled pictures only
 _MOST_DRAWS = 100_000
 _ORDER = [*DOMAINS.values()]
 
@@ -285,8 +285,12 @@ def _comparison(domain: str, k: int | None, method: str, rival: str, ours: Seque
 
 
 def _last_of_ours(methods: Methods) -> str | None:
-    """Of the rows of ours that have most seeds the last one: consistent, else finished; None if there is none."""
+    """Of the rows of ours that have most seeds the last one; consistent only if the finished rivals are so, too."""
     rows = [row for row in (_OURS, _OURS + FINISHED, _OURS + CONSISTENT) if row in methods]
+    for name, scores in methods.items():
+        alike = methods.get(name.removesuffix(FINISHED) + CONSISTENT, {})
+        if name.endswith(FINISHED) and is_rival(name) and scores.keys() - alike.keys():
+            rows = [row for row in rows if row != _OURS + CONSISTENT]
     return max(rows, key=lambda row: (len(methods[row]), rows.index(row)), default=None)
 
 
@@ -444,7 +448,7 @@ def better_of(
     methods: Methods,  # scores by method and seed, of one cell
     name: str,  # without ", finished"
 ) -> float | None:
-    """The mean of a method, finished or not, whichever is higher; None if it is missing.
+    """The mean of a method's best row; None if it is missing. Alone is what saw no generated picture.
 
     Parameters
     ----------
@@ -453,7 +457,7 @@ def better_of(
     name
         without ", finished"
     """
-    rows = (name, name + FINISHED, name + CONSISTENT)
+    rows = (name, name + FINISHED, *([] if name == ALONE else [name + CONSISTENT]))
     return max((mean(methods[row]) for row in rows if row in methods), default=None)
 
 
@@ -507,8 +511,9 @@ def _lines(cells: Cells, domain: str) -> tuple[dict[str, dict[int, float]], dict
     own = {k: methods for (name, k), methods in cells.items() if name == domain}
     ours = {row: {k: mean(methods[row]) for k, methods in own.items() if row in methods}
             for row in (_OURS, _OURS + FINISHED, _OURS + CONSISTENT)}
-    names = dict.fromkeys(name.removesuffix(CONSISTENT).removesuffix(FINISHED)
-                          for methods in own.values() for name in methods if is_rival(name))
+    rows = (name for methods in own.values() for name in methods if is_rival(name))
+    names = dict.fromkeys(name if name == ALONE + CONSISTENT else name.removesuffix(CONSISTENT).removesuffix(FINISHED)
+                          for name in rows)
     rivals = {name: {k: value for k, methods in own.items() if (value := better_of(methods, name)) is not None}
               for name in names}
     return {row: line for row, line in ours.items() if line}, rivals
@@ -610,7 +615,7 @@ def finish_figure(
     cells: Cells,  # of `read_cells`
     domain: str,  # of the benchmark, such as big-ears
 ) -> Figure | None:  # None: no cell has both
-    """IoU of each class before and after the finish, a row of bars for each number of labels.
+    """IoU of each class after matching, after the finish and consistent, a row of bars for each number of labels.
 
     Parameters
     ----------
@@ -638,11 +643,11 @@ def finish_figure(
     rows = {ALONE + FINISHED: ("#c4c4c4", "supervised, finished"), _OURS: (_BEFORE, "matching"),
             _OURS + FINISHED: (_AFTER, "matching, finished"), _OURS + CONSISTENT: (_LAST, "and consistent")}
     for ax, (k, methods) in zip(axes[:, 0], own.items(), strict=True):
-        last = _last_of_ours(methods)
+        last, shown = next(row for row in reversed(rows) if row in methods), len([r for r in rows if r in methods])
         for i, (name, (colour, label)) in enumerate(rows.items()):
             heights = means(methods, name)
             if heights is None: continue
-            bars = ax.bar([c + 0.22 * (i - 1.5) for c in range(len(heights))], heights, 0.2, color=colour,
+            bars = ax.bar([c + 0.22 * (i - (shown - 1) / 2) for c in range(len(heights))], heights, 0.2, color=colour,
                           label=label if ax is axes[0, 0] else None)
             if name in (_OURS, last): ax.bar_label(bars, fmt="%.0f", fontsize=7.5, color=MUTED, padding=1)
         ax.set(ylim=(0, 112), ylabel=f"k = {k}", yticks=(0, 50, 100)), ax.tick_params(axis="x", length=0)

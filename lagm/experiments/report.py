@@ -826,6 +826,10 @@ def class_figures(
             for name, content in whole.items()
             if "iou" in content
         }
+        if len(scores) > _MOST_BARS:  # then without the rows in the middle
+            last = {name.removesuffix(CONSISTENT) for name in scores if name.endswith(CONSISTENT)}
+            scores = {name: score for name, score in scores.items() if name.removesuffix(FINISHED) not in last
+                      or not name.endswith(FINISHED)}
         if 0 < len(scores) <= _MOST_BARS and len(scores) * len(classes) <= 2000: figures[_group(result)] = iou_bars(
             scores, classes, title=f"{_group(result)}: IoU by class")
     return figures

@@ -268,6 +268,7 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     target = unfinished_copy(output) if over else output
     refused = output.with_name(f"{output.stem}.refused.ipynb")
     kept, aside = _keep(output) if over else None, list(output.parent.glob("aside-*"))
+    if force: (output.parent / ".threads.json").unlink(missing_ok=True)
     threads = _threads_of_run(notebook, given, output.parent, force)
     path = output.parent / ".threads.json"
     chosen = {"LAGM_THREADS": str(path.resolve()) if threads else ""}
@@ -290,7 +291,7 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
         if kept and finished: shutil.rmtree(kept, ignore_errors=True)
         if target.is_file():
             changes = thread_changes(path)
-            told = {"threads": threads | ({"changes": changes} if changes else {})} if threads else {}
+            told = {"threads": threads | ({"changes": changes} if changes else {})} if threads or changes else {}
             about = dict(finished=finished, parameters=as_stored(given), inputs=inputs, **told)
             _write_record(target, output.name, notebook, **about)
     if over: os.replace(target, output)

@@ -246,7 +246,7 @@ def multiply(
     if swapped: kernel = kernel.transpose(1, 2)
     line = tiles.view(1, 1, n, 36 * channels).permute(0, 3, 1, 2)  # one picture, one pixel high
     kernel = kernel.reshape(-1, channels, 1, 1)
-    if tiles.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if tiles.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         products = torch.mkldnn_convolution(line, kernel, None, [0, 0], [1, 1], [1, 1], 36)
     else: products = F.conv2d(line, kernel, groups=36)
     return products.permute(0, 2, 3, 1).view(batch, down, across, 36, -1)

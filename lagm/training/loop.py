@@ -567,6 +567,13 @@ def _stop(loop: Loop) -> None:
 LONG = 2000  # steps; a run of so many tells its estimate first
 
 
+def _place(loop: Loop) -> str:
+    """Where a run is, in words."""
+    stage, within = locate(loop.stages, loop.step)
+    of = f"{Path(loop.options.checkpoint).stem}, " if loop.options.checkpoint else ""
+    return f"{of}{stage.name}, step {within + 1:,} of {stage.steps:,}"
+
+
 def go_on(loop: Loop) -> Trained:
     """Do the steps that are left."""
     state, options = loop.state, loop.options
@@ -580,7 +587,7 @@ def go_on(loop: Loop) -> Trained:
     around = surroundings(state.recipe, say_beside(bar) if shown else None, this_process()[1] == 1)
     with loop.records.open(loop.step), around as pace, bar, finish_step_on_interrupt() as asked:
         while loop.step < loop.total:
-            if pace: pace(f"step {loop.step + 1:,} of {loop.total:,}")
+            if pace: pace(_place(loop))
             advance(loop, bar)
             if asked.is_set() and loop.step < loop.total: _stop(loop)
     for network in state.networks.values(): network.eval()

@@ -61,7 +61,8 @@ def surroundings(
         the number of threads may change between steps, if `lagm run` chose it
     """
     with contextlib.ExitStack() as contexts:
-        pace = contexts.enter_context(considerate_threads(say, follow))
+        # compiled sums are made for one number of threads
+        pace = contexts.enter_context(considerate_threads(say, follow and not recipe.compile_convolutions))
         if recipe.keep_memory: contexts.enter_context(kept_memory())
         if recipe.compile_convolutions: contexts.enter_context(fused_winograd())
         yield pace

@@ -23,7 +23,7 @@ from ..data.augment import Augment, recolour, warp_images
 from ..matching.gradients import uncompiled
 from ..models.contracts import Generator
 from .loop import Trained, check_options
-from .recipe import FAST, Recipe, labels_say
+from .recipe import FAST, Recipe
 from .state import TrainState
 from .teachers import Teaching, View, teacher_labels, train_taught
 
@@ -223,31 +223,25 @@ def train_weak_to_strong(
     return train_taught(segmenter, generator, images, masks, setting, recipe, seed=seed, device=device, **options)
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #55fecb1a
-_CONSISTENCY = 1.8  # the most steps, in units of the recipe's
+_CONSISTENCY = 0.9  # steps, in units of the recipe's
 
 
 def consistency_steps(
-    labelled: int,  # k, the number of labelled pictures
-    recipe: Recipe = FAST,  # its steps, finish and finish_anchor
-) -> int:  # 0 or more; fewer, the more labels there are
-    """Steps of `train_consistency`: 1.8 times those of matching, times the annotator's say, a / (k + a).
-
-    None for a recipe without a finish, such as the paper's.
+    recipe: Recipe = FAST,  # its steps and finish
+) -> int:  # 0 or more
+    """Steps of `train_consistency`: 0.9 times those of matching. None for a recipe without a finish (the paper's).
 
     Parameters
     ----------
-    labelled
-        k, the number of labelled pictures
     recipe
-        its steps, finish and finish_anchor
+        its steps and finish
 
     Returns
     -------
     int
-        0 or more; fewer, the more labels there are
+        0 or more
     """
-    if not recipe.finish: return 0
-    return round(_CONSISTENCY * recipe.steps * (1 - labels_say(labelled, recipe.finish_anchor)))
+    return round(_CONSISTENCY * recipe.steps) if recipe.finish else 0
 
 # %% ../../nbs/reference/training/66_weak_to_strong.ipynb #dac59d13
 def train_consistency(
@@ -255,7 +249,7 @@ def train_consistency(
     generator: Generator,  # G(z, rng) -> (image, features), with `sample_z(n, rng)`
     images: Tensor,  # x_l: (n, 3, H, W) in [-1, 1]
     masks: Tensor,  # y_l: (n, H, W) class indices, 255 = ignored
-    recipe: Recipe = FAST,  # its steps and anchor, and what `train_weak_to_strong` takes
+    recipe: Recipe = FAST,  # its steps, and what `train_weak_to_strong` takes of it
     *,
     setting: WeakToStrong = WEAK_TO_STRONG,  # who teaches, and how
     steps: int | None = None,  # 0 or more; None: as `consistency_steps` says
@@ -278,7 +272,7 @@ def train_consistency(
     masks
         y_l: (n, H, W) class indices, 255 = ignored
     recipe
-        its steps and anchor, and what `train_weak_to_strong` takes
+        its steps, and what `train_weak_to_strong` takes of it
     setting
         who teaches, and how
     steps
@@ -291,7 +285,7 @@ def train_consistency(
         of `RunOptions`: validation, validate_every, checkpoint, checkpoint_every, progress …
     """
     check_options(options, recipe, train_consistency)
-    number = consistency_steps(len(images), recipe) if steps is None else steps
+    number = consistency_steps(recipe) if steps is None else steps
     if type(number) is not int or number < 0: raise InputError(f"steps is {steps!r}; give a whole number, 0 or more")
     recipe = replace(recipe, steps=number, warm_segmenter=0)
     return train_taught(segmenter, generator, images, masks, setting, recipe, seed=seed, device=device, **options)
