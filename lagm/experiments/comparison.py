@@ -448,7 +448,9 @@ def better_of(
     methods: Methods,  # scores by method and seed, of one cell
     name: str,  # without ", finished"
 ) -> float | None:
-    """The mean of a method's best row; None if it is missing. Alone is what saw no generated picture.
+    """The mean of a method's best row, of those with most seeds; None if it is missing.
+
+    Alone is what saw no generated picture: its consistent row does not count.
 
     Parameters
     ----------
@@ -457,8 +459,9 @@ def better_of(
     name
         without ", finished"
     """
-    rows = (name, name + FINISHED, *([] if name == ALONE else [name + CONSISTENT]))
-    return max((mean(methods[row]) for row in rows if row in methods), default=None)
+    endings = ("", FINISHED) if name == ALONE else ("", FINISHED, CONSISTENT)
+    rows = [methods[name + ending] for ending in endings if name + ending in methods]
+    return max((mean(row) for row in rows if len(row) == max(map(len, rows))), default=None)
 
 
 def saved_table(
@@ -653,7 +656,7 @@ def finish_figure(
         ax.set(ylim=(0, 112), ylabel=f"k = {k}", yticks=(0, 50, 100)), ax.tick_params(axis="x", length=0)
     axes[-1, 0].set_xticks(range(len(classes)), [plain_label(name) for name in classes], color=INK)
     axes[0, 0].set_title(plain_label(f"{domain}: test IoU by class (%)"))
-    figure.legend(loc="outside lower center", ncols=3, handlelength=1.1, handleheight=1.1)
+    figure.legend(loc="outside lower center", ncols=4, handlelength=1.1, handleheight=1.1)
     return figure
 
 # %% ../../nbs/reference/experiments/95_comparison.ipynb #5ab2fe3e
