@@ -247,7 +247,11 @@ def _threads_of_run(notebook: Path, given: dict[str, Any], folder: Path, force: 
     with contextlib.suppress(InputError):
         if path.is_file() and not force: held = read_json(path)
     if isinstance(held, dict) and held.get("parameters") == asked and isinstance(held.get("threads"), int):
-        return {name: held[name] for name in ("threads", "of", "taken", "changes") if name in held}
+        changes = list(held.get("changes", []))
+        if changes and changes[-1]["threads"] != held["threads"]:
+            changes.append({"threads": held["threads"], "taken": None, "at": "called again"})
+            write_json(path, held | {"changes": changes})
+        return {name: held.get(name) for name in ("threads", "of", "taken")}
     threads, taken = choose_threads()
     most = usual_threads()
     chosen = {"threads": threads, "of": most, "taken": None if taken is None else round(taken, 2)}
@@ -272,8 +276,7 @@ def _run(notebook: Path, output: Path, given: dict[str, Any], force: bool, cwd: 
     threads = _threads_of_run(notebook, given, output.parent, force)
     path = output.parent / ".threads.json"
     chosen = {"LAGM_THREADS": str(path.resolve()) if threads else ""}
-    number = [threads, *threads.get("changes", [])][-1].get("threads")
-    if threads and number < threads["of"]: chosen["OMP_NUM_THREADS"] = str(number)
+    if threads and threads["threads"] < threads["of"]: chosen["OMP_NUM_THREADS"] = str(threads["threads"])
     finished, inputs = False, describe_inputs(effective_parameters(notebook, values), cwd, output.parent)
     try:
         with _environment(LAGM_FORCE="1" if force else "0", LAGM_SUMS=known_sums(), **chosen):
