@@ -41,6 +41,7 @@ def relative(a, b):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Winograd's algorithm for small convolutions, too."""
+    monkeypatch.setattr(convolutions, "has_wide_registers", lambda: False)
     monkeypatch.setattr(convolutions, "_LEAST_CHANNELS", 4)  # on several threads: 8
     monkeypatch.setattr(convolutions, "LEAST_PIXELS", 16)
 
@@ -103,7 +104,16 @@ def test_what_does_not_qualify_is_left_alone_to_the_bit():
 
 
 @needs_winograd
+@pytest.mark.parametrize("threads, wide, fits", [(1, False, True), (1, True, True), (2, False, True), (2, True, False)])
+def test_narrow_registers_of_the_kernel_against_wide_ones_of_the_definition(monkeypatch, threads, wide, fits):
+    monkeypatch.setattr(convolutions, "has_wide_registers", lambda: wide)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert winograd_fits(torch.zeros(1, 128, 64, 64), torch.zeros(128, 128, 3, 3)) == fits
+
+
+@needs_winograd
 def test_without_the_kernel_nothing_changes(monkeypatch):
+    monkeypatch.setattr(convolutions, "has_wide_registers", lambda: False)
     x, layer = torch.randn(1, 128, 64, 64), nn.Conv2d(128, 128, 3, padding=1)
     usual = layer(x)
     with FastConvolutions(): assert not torch.equal(layer(x), usual)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from lagm.core.errors import InputError
 from lagm.matching.forward import directional_derivative, match_forward_mode
@@ -35,6 +36,7 @@ def uncompiled(monkeypatch):
     """Inside `fused_winograd` the sums are plain PyTorch, and small convolutions take part."""
     monkeypatch.setattr(winograd, "can_compile", lambda: True)
     monkeypatch.setattr(winograd, "_compiled", lambda sums: sums)
+    monkeypatch.setattr(winograd, "has_wide_registers", lambda: False)
     for name in ("CHANNELS", "TILES", "WORK", "SIDE"): monkeypatch.setattr(winograd, f"_LEAST_{name}", 1)
 
 
@@ -143,10 +145,34 @@ def test_what_does_not_qualify_is_left_alone():
     assert not is_fused() and not winograd_fits(x, weight, 2)
 
 
-def test_the_rule_counts_tiles():
-    assert tiles_pay((2, 256, 32, 32), (256, 256, 3, 3)) and tiles_pay((2, 256, 32, 32), (256, 256, 3, 3), 2)
-    assert tiles_pay((2, 512, 16, 16), (512, 512, 3, 3)) and not tiles_pay((1, 512, 16, 16), (512, 512, 3, 3))
-    assert not tiles_pay((2, 63, 256, 256), (512, 63, 3, 3)) and not tiles_pay((2, 512, 32, 32), (512, 512, 3, 3), 8)
+def test_the_rule_counts_tiles(monkeypatch):
+    def pays(batch, inputs, side, outputs, dilation=1, **options):
+        return tiles_pay((batch, inputs, side, side), (outputs, inputs, 3, 3), dilation, **options)
+
+    for wide in (False, True):
+        monkeypatch.setattr(winograd, "has_wide_registers", lambda wide=wide: wide)
+        assert pays(2, 256, 32, 256) and pays(2, 256, 32, 256, 2) and pays(2, 256, 32, 256, of="weights")
+        assert not pays(1, 512, 16, 512) and not pays(2, 512, 32, 512, 8) and not pays(2, 16, 256, 512)
+        # measured on wide registers: 64 tiles take longer than the definition there, 64 channels for the weights
+        assert pays(2, 512, 16, 512) != wide and pays(4, 64, 128, 64)
+        assert pays(4, 64, 128, 64, of="weights") != wide and pays(4, 64, 64, 512, of="weights") != wide
+    assert not pays(4, 32, 64, 32) and pays(8, 512, 64, 512) and pays(8, 512, 64, 512, of="weights")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_each_gradient_takes_the_way_that_pays(uncompiled, monkeypatch, wide):
+    monkeypatch.setattr(winograd, "has_wide_registers", lambda: wide)
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 64, 128, 128), torch.randn(64, 64, 3, 3)
+    expected = torch.autograd.functional.vjp(lambda a, b: F.conv2d(a, b, padding=1), (x, weight), torch.ones_like(x))[1]
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    with fused_winograd(), FastConvolutions(), FlopCounterMode(display=False) as counter:
+        F.conv2d(x, weight, padding=1).backward(torch.ones_like(x))
+    counted = {str(name).split(".")[-1]: count for name, count in counter.get_flop_counts()["Global"].items()}
+    direct = 2 * 4 * 128 * 128 * 64 * 64 * 9
+    rest = {"convolution_backward": direct} if wide else {"winograd_weight_gradient": direct // 4}
+    assert counted == {"winograd_conv2d": direct // 2, **rest}
+    assert relative(x.grad, expected[0]) < 1e-5 and relative(weight.grad, expected[1]) < 1e-5
 
 
 def test_without_a_compiler_it_says_so_once_and_changes_nothing(monkeypatch):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .winograd import is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
+from .winograd import has_wide_registers, is_fused, tiled_conv2d, tiled_weight_gradient, tiles_pay
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #20a8b53c
 # Below these Winograd's sums cost more than its multiplications save: on one thread. On several, which memory keeps
@@ -52,6 +52,7 @@ def winograd_fits(
     if torch.is_autocast_enabled("cpu"): return False
     if is_fused(): return tiles_pay(x.shape, weight.shape, dilation)
     more = 1 if torch.get_num_threads() == 1 else 2
+    if more > 1 and has_wide_registers(): return False
     large = min(weight.shape[:2]) >= more * _LEAST_CHANNELS and x.shape[2] * x.shape[3] >= more**2 * LEAST_PIXELS
     return dilation == 1 and large and can_winograd()
 
@@ -111,12 +112,22 @@ class WinogradConv2d(torch.autograd.Function):
         return sum(terms[1:], terms[0])
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #d0726d53
+def _weight_gradient(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
+    """The gradient (O, I, 3, 3) to the weights, by tiles or, where they do not pay, by oneDNN."""
+    shape = gradient.shape[1], x.shape[1], 3, 3
+    tiles = not is_fused() or tiles_pay(x.shape, shape, dilation, "weights")
+    if tiles: return tiled_weight_gradient(x, gradient, dilation)
+    weight = torch.empty(shape, memory_format=torch.channels_last)  # only its shape counts
+    settings = [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1, [False, True, False]
+    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings)[1]
+
+# %% ../../nbs/reference/ops/21_convolutions.ipynb #dc409f71
 class WinogradWeightGradient(torch.autograd.Function):
     """The gradient of that convolution to its weights: `apply(x (B, I, H, W), gradient (B, O, H, W), dilation)`."""
 
     @staticmethod
     def forward(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
-        return tiled_weight_gradient(x, gradient, dilation)
+        return _weight_gradient(x, gradient, dilation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:

@@ -6,8 +6,8 @@ that a compiler fuses, and matrix products that a library does.
 
 # %% auto #0
 __all__ = ['Matrix', 'FROM_TILE', 'FROM_TAPS', 'TO_OUTPUTS', 'transposed', 'both_ways', 'picture_tiles', 'kernel_tiles',
-           'outputs_of', 'gradient_tiles', 'taps_of', 'can_compile', 'is_fused', 'fused_winograd', 'multiply',
-           'tiled_conv2d', 'tiled_weight_gradient', 'tiles_pay']
+           'outputs_of', 'gradient_tiles', 'taps_of', 'can_compile', 'is_fused', 'fused_winograd', 'tiled_conv2d',
+           'tiled_weight_gradient', 'has_wide_registers', 'tiles_pay']
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #1f4876e6
 import contextlib
@@ -217,10 +217,9 @@ def _do(sums: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
 _MANY_TILES = 96
 
 
-def multiply(
+def _multiply(
     tiles: Tensor,  # (B, down, across, 36, I)
-    kernel: Tensor,  # (36, O, I); of a swapped convolution (36, I, O)
-    swapped: bool = False,  # the kernel is that of the gradient with respect to the input
+    kernel: Tensor,  # (36, O, I)
 ) -> Tensor:  # (B, down, across, 36, O)
     """The 36 products over the channels.
 
@@ -229,9 +228,7 @@ def multiply(
     tiles
         (B, down, across, 36, I)
     kernel
-        (36, O, I); of a swapped convolution (36, I, O)
-    swapped
-        the kernel is that of the gradient with respect to the input
+        (36, O, I)
 
     Returns
     -------
@@ -241,9 +238,8 @@ def multiply(
     batch, down, across, _, channels = tiles.shape
     n = batch * down * across
     if n < _MANY_TILES:
-        products = torch.bmm(tiles.view(n, 36, channels).transpose(0, 1), kernel if swapped else kernel.transpose(1, 2))
+        products = torch.bmm(tiles.view(n, 36, channels).transpose(0, 1), kernel.transpose(1, 2))
         return products.view(36, batch, down, across, -1).permute(1, 2, 3, 0, 4)
-    if swapped: kernel = kernel.transpose(1, 2)
     line = tiles.view(1, 1, n, 36 * channels).permute(0, 3, 1, 2)  # one picture, one pixel high
     kernel = kernel.reshape(-1, channels, 1, 1)
     if tiles.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
@@ -270,8 +266,10 @@ def _padded(x: Tensor, rows: range, across: int, border: int) -> Tensor:
     """Rows of tiles of (B, H, W, C), with zeros around the map: (B, 4 len(rows) + 2 border, 4 across + 2 border, C)."""
     above = 4 * rows.start - border
     first, last = max(0, above), min(x.shape[1], 4 * rows.stop + border)
-    padded = x.new_zeros(len(x), 4 * len(rows) + 2 * border, 4 * across + 2 * border, x.shape[3])
-    padded[:, first - above : last - above, border : border + x.shape[2]] = x[:, first:last]
+    top, bottom, right = first - above, last - above, border + x.shape[2]
+    padded = x.new_empty(len(x), 4 * len(rows) + 2 * border, 4 * across + 2 * border, x.shape[3])
+    for edge in (padded[:, :top], padded[:, bottom:], padded[:, :, :border], padded[:, :, right:]): edge.zero_()
+    padded[:, top:bottom, border:right] = x[:, first:last]
     return padded
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #737a615f
@@ -317,13 +315,14 @@ def tiled_conv2d(x: Tensor, weight: Tensor, dilation: int, swapped: bool) -> Ten
 
     Or, swapped, its gradient to the input for x (B, O, H, W). Without graph.
     """
+    if swapped: weight = weight.transpose(0, 1)
     maps, taps = _phases(x, dilation), weight.permute(2, 3, 0, 1).reshape(9, -1).contiguous()
     down, across = _grid(*maps.shape[1:3])
     kernel = _do(kernel_tiles, taps.flip(0) if swapped else taps).view(36, *weight.shape[:2])
-    y = x.new_empty(len(maps), 4 * down, 4 * across, weight.shape[1 if swapped else 0])
+    y = x.new_empty(len(maps), 4 * down, 4 * across, len(weight))
     for some, rows in _portions(maps, max(weight.shape[:2]), kernel.numel()):
         tiles = _do(picture_tiles, _padded(maps[some], rows, across, 1))
-        y[some, 4 * rows.start : 4 * rows.stop] = _do(outputs_of, multiply(tiles, kernel, swapped))
+        y[some, 4 * rows.start : 4 * rows.stop] = _do(outputs_of, _multiply(tiles, kernel))
     return _joined(y, dilation, *x.shape[2:])
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #0fb206d6
@@ -335,11 +334,11 @@ def tiled_weight_gradient(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
     """
     maps, gradients = _phases(x, dilation), _phases(gradient, dilation)
     across, channels = _grid(*maps.shape[1:3])[1], (gradient.shape[1], x.shape[1])
-    products = x.new_zeros(36, *channels)
-    for some, rows in _portions(maps, sum(channels), products.numel()):
+    products = x.new_empty(36, *channels)
+    for i, (some, rows) in enumerate(_portions(maps, sum(channels), products.numel())):
         of_map = _do(picture_tiles, _padded(maps[some], rows, across, 1)).flatten(0, 2).transpose(0, 1)
         of_gradient = _do(gradient_tiles, _padded(gradients[some], rows, across, 0)).flatten(0, 2).permute(1, 2, 0)
-        products.baddbmm_(of_gradient, of_map)
+        products.baddbmm_(of_gradient, of_map, beta=min(i, 1))
     taps = _do(taps_of, products.flatten(1)).view(3, 3, *products.shape[1:])
     return taps.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
@@ -360,15 +359,24 @@ def _count_weight_gradient(x, gradient, dilation, *_, **__) -> int:
     return _multiplied(x[0], x[2], x[3], dilation, x[1], gradient[1])
 
 # %% ../../nbs/reference/ops/21_winograd.ipynb #a8fdcd36
-_LEAST_CHANNELS, _LEAST_TILES, _LEAST_WORK, _LEAST_SIDE = 64, 32, 2**22, 8
+def has_wide_registers() -> bool:
+    """Whether PyTorch computes with AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+# %% ../../nbs/reference/ops/21_winograd.ipynb #36d95db6
+_LEAST_SIDE = 8  # of the map, in pixels that are `dilation` apart
+_LEAST_CHANNELS, _LEAST_TILES, _LEAST_WORK = 64, 32, 2**22  # with narrow registers
+# with wide ones: products, sums of the maps, sums of the kernel, all of the direct convolution's time
+_SHARES = {"output": (0.25, 22, 50), "weights": (0.7, 20, 10)}
 
 
 def tiles_pay(
     x: Sequence[int],  # shape (B, I, H, W)
     weight: Sequence[int],  # shape (O, I, 3, 3)
     dilation: int = 1,  # space between the kernel's taps; also the padding
+    of: str = "output",  # or "weights", for the gradient to them
 ) -> bool:
-    """Whether a convolution of these shapes (stride 1, padding = dilation) gains.
+    """Whether a convolution of these shapes (stride 1, padding = dilation) gains; as its gradient to the input does.
 
     Parameters
     ----------
@@ -378,8 +386,14 @@ def tiles_pay(
         shape (O, I, 3, 3)
     dilation
         space between the kernel's taps; also the padding
+    of
+        or "weights", for the gradient to them
     """
     down, across = _grid(x[2], x[3], dilation)
-    tiles = x[0] * dilation**2 * down * across
-    large = min(x[2:]) >= _LEAST_SIDE * dilation and tiles >= _LEAST_TILES
-    return large and min(weight[:2]) >= _LEAST_CHANNELS and tiles * weight[0] * weight[1] >= _LEAST_WORK
+    tiles, (outputs, inputs) = x[0] * dilation**2 * down * across, weight[:2]
+    if min(x[2:]) < _LEAST_SIDE * dilation: return False
+    if has_wide_registers():
+        products, maps, kernel = _SHARES[of]
+        return products + maps * (1 / inputs + 1 / outputs) + kernel / tiles < 1
+    wide = min(inputs, outputs) >= _LEAST_CHANNELS
+    return wide and tiles >= _LEAST_TILES and tiles * inputs * outputs >= _LEAST_WORK
