@@ -65,7 +65,7 @@ def _torch_version() -> str:
 
 
 def _hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory in GiB, torch's threads and the names of the GPUs."""
+    """The processor, its cores, the memory in GiB, torch's threads and instructions, and the names of the GPUs."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -74,9 +74,10 @@ def _hardware() -> dict[str, Any]:
     with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus = _gpus()  # first: if it loads PyTorch, that knows the number of its threads
-    changes = thread_changes()
+    changes, torch = thread_changes(), sys.modules.get("torch")
+    instructions = {"instructions": torch.backends.cpu.get_cpu_capability()} if torch else {}  # such as AVX512
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": gpus,
-            **({"thread_changes": changes} if changes else {})}
+            **instructions, **({"thread_changes": changes} if changes else {})}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
