@@ -24,9 +24,9 @@ SIZES = dict(iterations=2, steps="{supervised: 4, paper's recipe: 3}",
              threads=1)
 
 
-def call(folder, **parameters):
+def call(folder, *more, **parameters):
     words = [word for name, value in (SIZES | parameters).items() for word in ("-p", name, str(value))]
-    return lagm("run", "methods", "--small", "-o", folder, *words)
+    return lagm("run", "methods", "--small", "-o", folder, *words, *more)
 
 
 def test_a_row_for_each_method(tmp_path):
@@ -75,9 +75,11 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
 
 @pytest.mark.parametrize("change, words",
                          [(dict(methods="magic"), "there is no baseline 'magic'"), (dict(pairs=0), "pairs is 0"),
-                          (dict(steps="{supervised: 0}"), "steps of supervised are 0")])
-def test_a_mistake_gives_one_line(tmp_path, change, words):
-    done = call(tmp_path / "run", **change)
+                          (dict(steps="{supervised: 0}"), "steps of supervised are 0"),
+                          (dict(settings="{DatasetGAN: {memberz: 3}}"), "there is no memberz in DatasetGAN")])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_mistake_gives_one_line(tmp_path, change, words, more):
+    done = call(tmp_path / "run", *more, **change)
     assert (done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]
             and not (tmp_path / "run" / "metrics.json").exists())
 
