@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -26,11 +27,13 @@ from lagm.experiments.project import (
     new_project,
     proposals_for,
     run_project,
+    settings_text,
 )
 from lagm.generators.contract import Sampling
 from lagm.generators.stylegan2 import StyleGAN2
 from lagm.generators.weights import save_generator
 from lagm.labelling.album import Album, save_painted
+from lagm.models.saved import load_segmenter
 from lagm.training.datasetgan import DatasetGANNumbers, train_datasetgan
 from lagm.training.drawn import LATENTS, DrawnBatches, check_drawn, draw_for_labelling, joined, read_drawn, truth_step
 from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_handsoff, train_prototypes
@@ -251,6 +254,41 @@ def test_a_project_of_generated_and_real_pictures(project, tmp_path, monkeypatch
     assert facts["labelled"] == ["0", "drawn/0001", "drawn/0002"] and facts["latents_known"] == 2
     save_generator(tmp_path / "g.safetensors", tiny_generator(1).network)
     with pytest.raises(InputError, match="drawn by another generator"): run_project(place, progress=False)
+
+
+def test_a_project_ends_with_the_consistency_stage_and_goes_on_in_it(project, tmp_path, monkeypatch):
+    place, settings = project
+    new_project(place, None, LABELS.classes, settings, generated=2)
+    paint(place, ["drawn/0000", "drawn/0001"])
+    own = importlib.import_module("lagm.experiments.project")
+    begun, stage = [], own.train_consistency
+
+    def counted(segmenter, *a, **k):
+        begun.append({name: value.clone() for name, value in segmenter.state_dict().items()})
+        return stage(segmenter, *a, **k)
+
+    def ended(*a, **k):
+        counted(*a, **k)
+        raise KeyboardInterrupt
+
+    def weights():
+        assert not [*(place / "results").glob("run-*")], "what a finished run went on from is removed"
+        return load_segmenter(place / "results" / "segmenter.safetensors")[0].state_dict()
+
+    def same(a, b): return all(torch.equal(a[name], b[name]) for name in b)
+
+    monkeypatch.setattr(own, "train_consistency", counted)
+    run_project(place, progress=False)
+    whole, finished = weights(), begun[0]
+    assert not same(whole, finished)
+    monkeypatch.setattr(own, "train_consistency", ended)
+    with pytest.raises(KeyboardInterrupt): run_project(place, progress=False, again=True)
+    monkeypatch.setattr(own, "train_consistency", counted)
+    (place / "results" / "segmenter.safetensors").unlink()
+    run_project(place, progress=False)
+    assert same(weights(), whole) and all(same(network, finished) for network in begun)
+    (place / "project.yaml").write_text(settings_text(dataclasses.replace(settings, consistency=False)))
+    assert not run_project(place, progress=False)["kept"] and same(weights(), finished) and len(begun) == 3
 
 
 def test_a_project_takes_the_latents_of_pictures_that_its_generator_drew(project, tmp_path, monkeypatch, capsys):

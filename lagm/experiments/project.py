@@ -58,6 +58,7 @@ from ..training.drawn import LATENTS, Drawn, draw_for_labelling, drawn_by, joine
 from ..training.inversion import FoundPictures, Inversion, as_labelled, find_labelled
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import Recipe, get_recipe
+from ..training.weak_to_strong import train_consistency
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #c8bf930b
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Settings:
         channels of the U-Net's first level
     annotator
         what labels generated pictures: fpn, mlp or attention
+    consistency
+        with a generator: at last the network learns to say the same of changed pictures
     seed
         of everything random
     device
@@ -106,6 +109,7 @@ class Settings:
     backbone: str = "none"  # weights of its encoder, but for the U-Net: imagenet (downloaded once), a file, or none
     width: int = 16  # channels of the U-Net's first level
     annotator: str = "fpn"  # what labels generated pictures: fpn, mlp or attention
+    consistency: bool = True  # with a generator: at last the network learns to say the same of changed pictures
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
 
@@ -134,6 +138,7 @@ MEANING = {"size": "pictures are brought to this height and width for training",
            "backbone": "weights of its encoder: imagenet (downloaded once), a file, or none",
            "width": "channels of the U-Net's first level",
            "annotator": "what labels generated pictures: fpn, mlp or attention",
+           "consistency": "with a generator: at last learn to say the same of changed pictures; helps with few labels",
            "seed": "of everything random", "device": "auto, cpu, cuda, cuda:N or mps"}
 
 
@@ -511,7 +516,7 @@ def _recipe(settings: Settings) -> Recipe:
     warm = min(300, max(1, round(0.3 * settings.steps)))
     return get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm, **matched)
 
-
+# %% ../../nbs/reference/experiments/85_project.ipynb #8500c0de
 def train_project(
     folder: str | Path,  # of the project
     images: Tensor,  # (n, 3, size, size) in [-1, 1]
@@ -521,7 +526,7 @@ def train_project(
     shown: bool = True,  # whether found.png shows where labelled pictures were found
     **options: Any,  # of the run: progress, checkpoint, labels ...
 ) -> Any:  # what the trainer returns
-    """Train as a project says: by matching if it has a generator, else on the labels alone.
+    """Train as a project says: by matching and what follows it if it has a generator, else on the labels alone.
 
     Parameters
     ----------
@@ -561,8 +566,12 @@ def train_project(
     told = options.get("progress", True)
     found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept, progress=told)
     if found is not None and run is not None and shown: _look_at_found(images, found, Path(run).parent, told)
-    return train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
-                      drawn=drawn, found=found, **options)
+    trained = train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
+                         drawn=drawn, found=found, **options)
+    if not settings.consistency: return trained
+    if run is not None: options["checkpoint"] = Path(run).with_name(f"{Path(run).stem}-consistent{Path(run).suffix}")
+    return train_consistency(trained.segmenter, generator, *joined(images, masks, drawn), recipe, seed=settings.seed,
+                             device=device, **options)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #95af6a45
 def _number(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")
