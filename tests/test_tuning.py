@@ -9,6 +9,7 @@ import torch
 from lagm import cli
 from lagm.core.errors import InputError
 from lagm.models.segmenters import UNet
+from lagm.ops import winograd as winograd
 from lagm.training import choices, tuning
 from lagm.training.choices import settled
 from lagm.training.recipe import FAST, get_recipe
@@ -31,6 +32,14 @@ def cache(tmp_path, monkeypatch):
         return TIMES | ({COMPILED: 0.3} if compiled else {})
     monkeypatch.setattr(tuning, "_measure_forms", measure)
     return tmp_path / "lagm" / "tuning.json", calls
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_one_of_the_measured_convolutions_is_one_that_tiles_are_for(monkeypatch, wide):
+    """Else `compiled` would measure nothing but the usual ones."""
+    monkeypatch.setattr(winograd, "has_wide_registers", lambda: wide)
+    gains = [winograd.tiles_pay((n, c, side, side), (c, c, 3, 3)) for n, c, side in tuning._SHAPES]
+    assert gains[-1] and not gains[0]
 
 
 @pytest.mark.parametrize("times, expected", [

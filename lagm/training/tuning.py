@@ -52,7 +52,7 @@ def emulates_bfloat16(
     return None if flags is None else not _BFLOAT16 & set(flags)
 
 # %% ../../nbs/reference/training/50_tuning.ipynb #44fbb26c
-_SHAPES = ((1, 16, 128), (1, 64, 32), (1, 128, 16))  # pictures, channels in and out, side of the map
+_SHAPES = ((4, 16, 128), (8, 64, 32), (4, 128, 32))  # pictures, channels in and out, side of the map
 
 
 def _work(dtype: torch.dtype, layout: torch.memory_format, shapes: Sequence[tuple[int, int, int]]) -> list[Any]:
@@ -171,8 +171,9 @@ def _cache_file() -> Path:
 
 def _key() -> str:
     """What a measurement holds for."""
-    hardware = provenance()["hardware"]
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    hardware, threads = provenance()["hardware"], torch.get_num_threads()
+    sizes = ", ".join(f"{n}×{c}×{side}²" for n, c, side in _SHAPES)
+    return f"{hardware['cpu']}, {hardware['cores']} cores, {threads} threads, torch {torch.__version__}, maps {sizes}"
 
 
 def _held(path: Path) -> dict[str, Any]:
