@@ -163,11 +163,13 @@ def describe_results(
 def _refusal(run: Any) -> str:
     """What a run's notebook has against its parameters, by its own cells up to where it opens its folder, `out`."""
     from lagm.core.errors import InputError
+    from lagm.experiments.catalogue import project_folder
     from lagm.experiments.notebooks import read_notebook
 
     sources = [cell.source for cell in read_notebook(run.notebook).cells if cell.cell_type == "code"]
     last = next((i for i, source in enumerate(sources) if source.startswith("check_injected(")), -1)
     names: dict[str, Any] = {}
+    sys.path.insert(0, str(project_folder()))  # as in the notebook's kernel, for modules from elsewhere
     try:
         for source in sources[:max(last, 0)]: exec(source, names)
         names |= {**run.parameters, "device": "cpu"}  # a plan may be for another machine
@@ -176,6 +178,7 @@ def _refusal(run: Any) -> str:
             exec(ast.unparse(statement), names)
     except InputError as error: return f"{error}"
     except Exception: return ""  # the cells do not run here, for lack of a package, say: then a plan cannot tell
+    finally: sys.path.remove(str(project_folder()))
     return ""
 
 # %% ../nbs/reference/experiments/92_cli.ipynb #133edce3

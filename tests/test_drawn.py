@@ -40,7 +40,7 @@ from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_hand
 from lagm.training.lagm import estimate_lagm, train_lagm
 from lagm.training.recipe import get_recipe
 from lagm.training.teachers import train_mean_teacher, train_self_training
-from lagm.training.weak_to_strong import train_weak_to_strong
+from lagm.training.weak_to_strong import consistency_steps, train_weak_to_strong
 
 NOTHING = torch.zeros(0, 3, 16, 16), torch.zeros(0, 16, 16, dtype=torch.int64)
 RECIPE = get_recipe("fast", steps=2, warm_segmenter=2, warm_annotator=3, batch_labelled=2, batch_synthetic=2)
@@ -280,6 +280,9 @@ def test_a_project_ends_with_the_consistency_stage_and_goes_on_in_it(project, tm
     monkeypatch.setattr(own, "train_consistency", counted)
     run_project(place, progress=False)
     whole, finished = weights(), begun[0]
+    step = load_segmenter(place / "results" / "segmenter.safetensors")[1]["step"]
+    recipe = get_recipe("fast", steps=2, warm_segmenter=1, warm_annotator=1)
+    assert step == recipe.total_steps(2) + consistency_steps(recipe), "of all stages"
     assert not same(whole, finished)
     monkeypatch.setattr(own, "train_consistency", ended)
     with pytest.raises(KeyboardInterrupt): run_project(place, progress=False, again=True)

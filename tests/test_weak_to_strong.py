@@ -16,6 +16,7 @@ from lagm.experiments.notebooks import experiment_folder
 from lagm.models.deeplab import DeepLabV3
 from lagm.models.saved import load_segmenter
 from lagm.models.segmenters import UNet
+from lagm.training.lagm import train_supervised
 from lagm.training.recipe import FAST, PAPER
 from lagm.training.state import TrainState
 from lagm.training.teachers import MEAN_TEACHER, SELF_TRAINING, Teaching, taught_step, train_taught
@@ -318,3 +319,18 @@ def test_mistakes(generator):
         train_weak_to_strong(tiny_segmenter(), generator, images, masks, recipe=alone, progress=False)
     with pytest.raises(InputError, match="did you mean validation"):
         train_weak_to_strong(tiny_segmenter(), generator, images, masks, recipe=RECIPE, validations=(images, masks))
+
+
+def test_what_its_owner_froze_stays_so_in_the_last_stage(generator):
+    """The stage begins with the average of the one before, none of which asks for gradients."""
+    (images, masks), network = tiny_pictures(2), tiny_segmenter()
+    frozen = [name for name, _ in network.named_parameters() if name.startswith("inc.")]
+    for name in frozen: network.get_parameter(name).requires_grad_(False)
+    network.train().inc.eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    first = train_supervised(network, images, masks, RECIPE, progress=False)
+    last = train_consistency(first.segmenter, generator, images, masks, RECIPE, progress=False)
+    kept = [name for name in before if torch.equal(before[name], last.segmenter.state_dict()[name])]
+    own = [name for name in before if name.startswith("inc.")]
+    assert frozen and set(own) <= set(kept), "its weights, and the running means of its batch norm"
+    assert not [name for name, _ in network.named_parameters() if name in kept and name not in frozen]

@@ -156,6 +156,7 @@ def test_the_rule_counts_tiles(monkeypatch):
         # measured on wide registers: 64 tiles take longer than the definition there, 64 channels for the weights
         assert pays(2, 512, 16, 512) != wide and pays(4, 64, 128, 64)
         assert pays(4, 64, 128, 64, of="weights") != wide and pays(4, 64, 64, 512, of="weights") != wide
+        assert not pays(0, 256, 32, 256) and not pays(0, 256, 32, 256, of="weights"), "an empty batch"
     assert not pays(4, 32, 64, 32) and pays(8, 512, 64, 512) and pays(8, 512, 64, 512, of="weights")
 
 

@@ -58,7 +58,7 @@ from ..training.drawn import LATENTS, Drawn, draw_for_labelling, drawn_by, joine
 from ..training.inversion import FoundPictures, Inversion, as_labelled, find_labelled
 from ..training.lagm import train_lagm, train_supervised
 from ..training.recipe import Recipe, get_recipe
-from ..training.weak_to_strong import train_consistency
+from ..training.weak_to_strong import WEAK_TO_STRONG, consistency_steps, train_consistency
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #c8bf930b
 @dataclass(frozen=True)
@@ -566,12 +566,15 @@ def train_project(
     told = options.get("progress", True)
     found = find_labelled(generator, images, masks, recipe, seed=settings.seed, folder=kept, progress=told)
     if found is not None and run is not None and shown: _look_at_found(images, found, Path(run).parent, told)
+    if settings.consistency and told:
+        print(f"matching and its finish, then the consistency stage of {consistency_steps(recipe):,} steps")
     trained = train_lagm(generator, annotator, segmenter, images, masks, recipe, seed=settings.seed, device=device,
                          drawn=drawn, found=found, **options)
     if not settings.consistency: return trained
     if run is not None: options["checkpoint"] = Path(run).with_name(f"{Path(run).stem}-consistent{Path(run).suffix}")
-    return train_consistency(trained.segmenter, generator, *joined(images, masks, drawn), recipe, seed=settings.seed,
+    last = train_consistency(trained.segmenter, generator, *joined(images, masks, drawn), recipe, seed=settings.seed,
                              device=device, **options)
+    return replace(last, step=trained.step + last.step)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #95af6a45
 def _number(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")
@@ -764,7 +767,9 @@ def run_file(
     more
         what else the run depends on, such as the classes' names and the generator's digest
     """
-    said = f"{data_digest(images, masks)} {[*more]}", settings_text(settings)
+    text = "".join(line for line in settings_text(settings).splitlines(True)
+                   if settings.generator or not line.startswith("consistency:"))  # without a generator it says nothing
+    said = f"{data_digest(images, masks)} {[*more]}", text
     labels, values = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in said)
     return results / f"run-{labels}-{values}.safetensors"
 
@@ -802,8 +807,10 @@ def _made_of(
     """
     generator = project_generator(folder, settings, torch.device("cpu"))
     backbone = checksum(Path(settings.backbone)) if Path(settings.backbone).is_file() else settings.backbone
+    recipe = get_recipe("fast")
+    last = [WEAK_TO_STRONG, consistency_steps(recipe)] if settings.generator and settings.consistency else []
     return [labels.classes, labels.palette, drawn.note() if drawn else "", generator_digest(generator), backbone,
-            get_recipe("fast"), Inversion()]
+            recipe, Inversion(), *last]
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #cfbaf204
 class _Asked(NamedTuple):

@@ -46,8 +46,9 @@ _STEPS = (
      "`lagm predict` do the same, and both read the same folder: change between them as you like.", _PREPARE),
     ("## Paint", "Keys 0 to 9 choose a class, `b` the brush, `f` fill; `z` takes back. Two whole pictures are a start. "
      "Every stroke is on disk at once, in `masks/`.", _PAINT),
-    ("## Train", "With a generator in `project.yaml`: gradient matching and its finish; without: on the labels alone. "
-     "A stopped run goes on where it was. `folds = 2` or more above adds a score on pictures left out.", _TRAIN),
+    ("## Train", "With a generator in `project.yaml`: gradient matching, finish and consistency stage; without: "
+     "on the labels alone. A stopped run goes on where it was. `folds = 2` or more above adds a score on pictures left "
+     "out.", _TRAIN),
     ("## Look, and label where it is unsure", "The picture above shows what the segmenter makes of your labelled "
      "pictures, and of those on which it is least sure. Paint one of these, and train again.", _AGAIN),
     ("## Label the rest", "Masks and overlays of all pictures, in `labelled/`.", _PREDICT),

@@ -113,7 +113,7 @@ class WinogradConv2d(torch.autograd.Function):
 
 # %% ../../nbs/reference/ops/21_convolutions.ipynb #d0726d53
 def _weight_gradient(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
-    """The gradient (O, I, 3, 3) to the weights, by tiles or, where they do not pay, by oneDNN."""
+    """The gradient (O, I, 3, 3) to the weights, by tiles or, where they are compiled and do not pay, by oneDNN."""
     shape = gradient.shape[1], x.shape[1], 3, 3
     tiles = not is_fused() or tiles_pay(x.shape, shape, dilation, "weights")
     if tiles: return tiled_weight_gradient(x, gradient, dilation)

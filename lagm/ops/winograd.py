@@ -391,7 +391,7 @@ def tiles_pay(
     """
     down, across = _grid(x[2], x[3], dilation)
     tiles, (outputs, inputs) = x[0] * dilation**2 * down * across, weight[:2]
-    if min(x[2:]) < _LEAST_SIDE * dilation: return False
+    if min(x[2:]) < _LEAST_SIDE * dilation or not tiles * inputs * outputs: return False
     if has_wide_registers():
         products, maps, kernel = _SHARES[of]
         return products + maps * (1 / inputs + 1 / outputs) + kernel / tiles < 1

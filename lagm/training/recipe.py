@@ -194,7 +194,7 @@ class Recipe(RecipeWithAdditions):
     fast_convolutions
         leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
     compile_convolutions
-        with fast_convolutions: Winograd's sums by torch.compile, so that most 3 x 3 convolutions gain (float32 on a
+        with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a
         CPU); where it does not work, a warning says so, once; see `lagm.winograd`
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
@@ -207,7 +207,7 @@ class Recipe(RecipeWithAdditions):
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
     fast_convolutions: bool = False
-    # with fast_convolutions: Winograd's sums by torch.compile, so that most 3 x 3 convolutions gain (float32 on a CPU);
+    # with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a CPU);
     # where it does not work, a warning says so, once; see `lagm.winograd`
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`

@@ -74,6 +74,29 @@ def _warn_of_emulation(recipe: Recipe, device: torch.device) -> None:
     warnings.warn("this processor has no instructions for bfloat16, so it is emulated, and mostly slower than float32; "
                   "`lagm tune` measures it", stacklevel=3)
 
+# %% ../../nbs/reference/training/53_state.ipynb #fddd4829
+_CAME = "_lagm_came"  # on an average: names of its segmenter's trained parameters and resting modules
+
+
+def _asleep(segmenter: nn.Module, trained: Mapping[str, list[str]],
+            resting: Mapping[str, list[nn.Module]]) -> nn.Module:
+    """A copy of a segmenter that asks for no gradients and knows which the segmenter asked for: its average."""
+    average, rest = copy.deepcopy(segmenter).requires_grad_(False).eval(), set(map(id, resting["segmenter"]))
+    names = [name for name, module in segmenter.named_modules() if id(module) in rest]
+    setattr(average, _CAME, (trained["segmenter"], names))
+    return average
+
+
+def _woken(network: nn.Module) -> list[nn.Module]:
+    """The resting modules of a network that is to be trained; an average asks for gradients as its segmenter did."""
+    if any(p.requires_grad for p in network.parameters()): return resting_modules(network)
+    if not hasattr(network, _CAME):  # an average that was in a file
+        network.requires_grad_(True)
+        return resting_modules(network)
+    trained, resting = getattr(network, _CAME)
+    for name, p in network.named_parameters(): p.requires_grad_(name in trained)
+    return [network.get_submodule(name) for name in resting]
+
 # %% ../../nbs/reference/training/53_state.ipynb #fa68ed95
 class Networks:
     """The networks of a run, where and how they compute, and what of them is trained. They are trained in place.
@@ -114,11 +137,9 @@ class Networks:
             role: network.to(device).to(memory_format=self.layouts[role] or torch.contiguous_format)
             for role, network in given.items()}
         if recipe.compile: compile_networks(self.networks.values())
-        for network in self.networks.values():
-            if not any(p.requires_grad for p in network.parameters()): network.requires_grad_(True)  # was an average
+        self.resting = {role: _woken(network) for role, network in self.networks.items()}
         self.trained = {role: [name for name, p in network.named_parameters() if p.requires_grad]
                         for role, network in self.networks.items()}
-        self.resting = {role: resting_modules(network) for role, network in self.networks.items()}
 
     def train(self, role: str) -> nn.Module:
         """The network in train mode, but for submodules that were in eval mode when it came."""
@@ -236,7 +257,7 @@ class TrainState(Networks):
         self.optimizers = {role: make_optimizer(self.parameters(role), self.recipe, lr, fused)
                            for role, lr in rates.items()}
         averaged = averaged and self.recipe.average > 0
-        self.average = copy.deepcopy(self.segmenter).requires_grad_(False).eval() if averaged else None
+        self.average = _asleep(self.segmenter, self.trained, self.resting) if averaged else None
 
     def set_rates(self, stage: Stage, step: int) -> None:
         """Set the learning rates of step number `step`, from 0, of `stage`."""
