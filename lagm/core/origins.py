@@ -64,20 +64,23 @@ def _torch_version() -> str:
     return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
 
 
+_VECTORS = {"AVX512": {"avx512vl", "avx512bw", "avx512dq", "fma"}, "AVX2": {"avx2", "fma"}}  # as PyTorch tells them
+
+
 def _hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory in GiB, torch's threads and instructions, and the names of the GPUs."""
-    cpu = platform.processor() or platform.machine()
+    """The processor, its vector instructions, its cores, the memory in GiB, torch's threads, the names of the GPUs."""
+    cpu, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
     memory = None
     with contextlib.suppress(AttributeError, OSError, ValueError):
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus = _gpus()  # first: if it loads PyTorch, that knows the number of its threads
-    changes, torch = thread_changes(), sys.modules.get("torch")
-    instructions = {"instructions": torch.backends.cpu.get_cpu_capability()} if torch else {}  # such as AVX512
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": usual_threads(), "memory_gib": memory, "gpus": gpus,
-            **instructions, **({"thread_changes": changes} if changes else {})}
+    changes, vectors = thread_changes(), next((name for name, needed in _VECTORS.items() if needed <= flags), None)
+    return {"cpu": cpu, "instructions": vectors, "cores": os.cpu_count(), "threads": usual_threads(),
+            "memory_gib": memory, "gpus": gpus, **({"thread_changes": changes} if changes else {})}
 
 # %% ../../nbs/reference/core/03_origins.ipynb #b29811b3
 def provenance() -> dict[str, Any]:  # plain values only: write it with `write_json`
