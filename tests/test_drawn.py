@@ -294,6 +294,24 @@ def test_a_project_ends_with_the_consistency_stage_and_goes_on_in_it(project, tm
     assert not run_project(place, progress=False)["kept"] and same(weights(), finished) and len(begun) == 3
 
 
+def test_the_last_stage_belongs_to_a_runs_name_only_with_a_generator(project, monkeypatch):
+    place, settings = project
+    new_project(place, None, LABELS.classes, settings, generated=2)
+    paint(place, ["drawn/0000", "drawn/0001"])
+    own = importlib.import_module("lagm.experiments.project")
+
+    def names(generator):
+        asked = dataclasses.replace(settings, generator=generator)
+        return [own._asked_for(place, dataclasses.replace(asked, consistency=c)).run.name for c in (True, False)]
+
+    with_it, without_it = names(settings.generator)
+    alone = names("")
+    assert with_it != without_it and alone[0] == alone[1]
+    monkeypatch.setattr(own, "WEAK_TO_STRONG", dataclasses.replace(own.WEAK_TO_STRONG, cutmix=0.4))
+    assert names(settings.generator)[0] != with_it and names(settings.generator)[1] == without_it
+    assert names("") == alone
+
+
 def test_a_project_takes_the_latents_of_pictures_that_its_generator_drew(project, tmp_path, monkeypatch, capsys):
     """The road of `lagm generate`: draw, paint, `lagm new --images`, run."""
     monkeypatch.setattr("lagm.experiments.project.get_recipe", lambda name, **lengths: RECIPE)

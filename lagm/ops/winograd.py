@@ -395,5 +395,5 @@ def tiles_pay(
     if has_wide_registers():
         products, maps, kernel = _SHARES[of]
         return products + maps * (1 / inputs + 1 / outputs) + kernel / tiles < 1
-    wide = min(inputs, outputs) >= _LEAST_CHANNELS
-    return wide and tiles >= _LEAST_TILES and tiles * inputs * outputs >= _LEAST_WORK
+    many = min(inputs, outputs) >= _LEAST_CHANNELS
+    return many and tiles >= _LEAST_TILES and tiles * inputs * outputs >= _LEAST_WORK

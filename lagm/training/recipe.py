@@ -192,12 +192,12 @@ class Recipe(RecipeWithAdditions):
     channels_last
         memory layout; faster convolutions on most processors
     fast_convolutions
-        leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
+        leave out arithmetic where that is quicker: same function, other rounding; see `lagm.ops.convolutions`
     compile_convolutions
         with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a
-        CPU); where it does not work, a warning says so, once; see `lagm.winograd`
+        CPU); where it does not work, a warning says so, once; see `lagm.ops.winograd`
     keep_memory
-        freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
+        freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     compile
         torch.compile for A, and for S without tangents; if it does not work, a warning says so
     parts
@@ -205,12 +205,12 @@ class Recipe(RecipeWithAdditions):
     """
     precision: str = "float32"  # "float32", or "bfloat16": autocast
     channels_last: bool = False  # memory layout; faster convolutions on most processors
-    # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.convolutions`
+    # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.ops.convolutions`
     fast_convolutions: bool = False
     # with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a CPU);
-    # where it does not work, a warning says so, once; see `lagm.winograd`
+    # where it does not work, a warning says so, once; see `lagm.ops.winograd`
     compile_convolutions: bool = False
-    # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.memory`
+    # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     keep_memory: bool = False
     compile: bool = False  # torch.compile for A, and for S without tangents; if it does not work, a warning says so
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
