@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_it_is_compared_by_a_name_in_a_parameter_file(package, tmp_path):
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package)})
     assert done.returncode == 0, done.stderr
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"LAGM_HOME": str(package)}
-    plan = nursery.run([sys.executable, "-c", code, *map(str, words[:-2]), "--dry-run"], env=env, cwd=package)
+    plan = subprocess.run([sys.executable, "-P", "-c", code, *map(str, words[:-2]), "--dry-run"], env=env, cwd=package,
+                          capture_output=True, text=True)  # -P: without the current folder, as the command
     assert plan.returncode == 0, "the kernel finds it in its folder, so the plan does\n" + plan.stderr
     rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
     assert [*rows] == ["supervised", "supervised, finished", "supervised, consistent", "mirror", "mirror, finished",
