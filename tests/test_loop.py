@@ -92,7 +92,7 @@ def test_parts_are_made_when_they_are_asked_for():
     made = []
     parts = Parts(3, lambda part: made.append(part) or part)
     assert len(parts) == 3 and not made and parts[1] == 1 and made == [1] and list(parts) == [0, 1, 2]
-    assert in_parts(lambda step, stage: (step, stage), 4, "warm", 1) == [(4, "warm")]
+    assert list(in_parts(lambda step, stage: (step, stage), 4, "warm", 1)) == [(4, "warm")]
     assert list(in_parts(lambda step, stage: (step, stage), 4, "warm", 2)) == [(8, "warm"), (9, "warm")]
 
 

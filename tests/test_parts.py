@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import nursery
@@ -18,7 +19,7 @@ from lagm.core.errors import InputError
 from lagm.core.tensors import load_tensors
 from lagm.models.annotator import FPNAnnotator
 from lagm.models.segmenters import matched_parameter_names
-from lagm.training.batches import SyntheticBatches
+from lagm.training.batches import SyntheticBatches, in_parts
 from lagm.training.lagm import train_supervised
 from lagm.training.processes import own_parts
 from lagm.training.recipe import get_recipe
@@ -99,6 +100,25 @@ def test_runs_in_parts(name):
     assert same(first, run(recipe)) and first.step == recipe.total_steps(2)
     assert (first.segmenter.inc.bn1.num_batches_tracked
             == run(dataclasses.replace(recipe, parts=1)).segmenter.inc.bn1.num_batches_tracked)
+
+
+@pytest.mark.parametrize("gradients", ["forward", "double"])
+def test_only_one_phase_has_its_pictures_in_memory(gradients):
+    """With two batches the second is made when the first is gone."""
+    annotator, segmenter = networks()
+    state = TrainState(segmenter, annotator, dataclasses.replace(PAPER, gradients=gradients), torch.device("cpu"))
+    state.begin({"segmenter": 0.1, "annotator": 0.1}, averaged=False)
+    source, there, made = SyntheticBatches(ToyGenerator(), 2, labelled()[0].shape[2:], seed=0), [], []
+
+    def watched(step, stage):
+        made.append([stage, sum(reference() is not None for reference in there)])
+        batch = source(step, stage)
+        there.extend(map(weakref.ref, batch.features))
+        return batch
+
+    stages = [in_parts(watched, 0, stage, 1) for stage in ("match", "match, phase S")]
+    matching_step(state, matched_parameter_names(segmenter), [labelled()], *stages)
+    assert made == [["match", 0], ["match, phase S", 0]]
 
 
 def test_supervised_in_parts():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'VARIANTS', 'Workload', 'Prepared', 'prepare', 'grouped_conv2d', 'usual_generator',
-           'usual_pictures', 'soft_loss', 'PlainStep', 'OurStep', 'make_step', 'clock', 'convolution_peak', 'together',
+           'usual_pictures', 'PlainStep', 'OurStep', 'make_step', 'clock', 'convolution_peak', 'together',
            'run_variant', 'in_own_process']
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #f7a1dbb9
@@ -33,7 +33,7 @@ from ..generators.stylegan2 import StyleGAN2, SynthesisLayer, ToRGB, leaky_relu
 from ..generators.stylegan2_ops import upsample2x
 from ..models.annotator import FPNAnnotator
 from ..models.segmenters import build_segmenter, matched_parameter_names
-from ..training.batches import SyntheticBatches
+from ..training.batches import SyntheticBatches, in_parts
 from ..training.recipe import PAPER, Recipe
 from ..training.state import TrainState, surroundings
 from ..training.steps import matching_step
@@ -91,6 +91,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> changes of the paper's recipe
     "compiled convolutions": _KEPT | dict(compile_convolutions=True),
     "shared batch": _KEPT | dict(compile_convolutions=True, shared_batch=True),
     "bfloat16": _KEPT | dict(shared_batch=True, precision="bfloat16"),
+    "recomputed": _QUICK | dict(compile_convolutions=True, recompute=True),
+    "bfloat16 recomputed": _QUICK | dict(shared_batch=True, precision="bfloat16", recompute=True),
 }
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #104b67bb
@@ -244,7 +246,7 @@ def usual_pictures(
     return F.interpolate(images, setting.images.shape[2:], mode="nearest"), features
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #63a428cc
-def soft_loss(
+def _soft_loss(
     segmenter: nn.Module,  # the network
     images: Tensor,  # (B, 3, H, W)
     q: Tensor,  # (B, C, H, W) probabilities
@@ -310,7 +312,7 @@ class PlainStep:
 
         images, features = usual_pictures(self.setting, seed, step, "match")
         q = F.interpolate(annotator.train()(features).softmax(1), size, mode="nearest")
-        synthetic_loss = soft_loss(segmenter, images, q)
+        synthetic_loss = _soft_loss(segmenter, images, q)
         gradients = torch.autograd.grad(synthetic_loss, matched, create_graph=True)
         distance = _released_distance(gradients, target)
         _descend(self.optimizers[0], annotator, distance)
@@ -319,7 +321,7 @@ class PlainStep:
         images, features = usual_pictures(self.setting, seed, step, "match, phase S")
         with torch.no_grad(): q = F.interpolate(annotator.eval()(features).softmax(1), size, mode="nearest")
         segmenter.requires_grad_(True).zero_grad()  # the matching loss has left second derivatives there
-        loss = soft_loss(segmenter, images, q)
+        loss = _soft_loss(segmenter, images, q)
         _descend(self.optimizers[1], segmenter, loss)
         losses = dict(loss_label=labelled_loss, loss_gm=distance, loss_syn=synthetic_loss, loss_s=loss)
         return {name: loss.detach() for name, loss in losses.items()}
@@ -358,8 +360,8 @@ class OurStep:
         images, masks = self.setting.images, self.setting.masks
         batches = SyntheticBatches(self.setting.generator, len(images), images.shape[2:], seed,
                                    arrange=self.state.arrange)
-        fresh = None if self.recipe.shared_batch else [batches(step, "match, phase S")]
-        return matching_step(self.state, self.names, [(images, masks)], [batches(step)], fresh)
+        fresh = None if self.recipe.shared_batch else in_parts(batches, step, "match, phase S", 1)
+        return matching_step(self.state, self.names, [(images, masks)], in_parts(batches, step, "match", 1), fresh)
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #615cf9b2
 def make_step(
@@ -376,7 +378,7 @@ def make_step(
         one of VARIANTS
     """
     if variant not in VARIANTS: raise InputError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    setting = prepare(work, torch.bfloat16 if variant == "bfloat16" else torch.float32)
+    setting = prepare(work, torch.bfloat16 if variant.startswith("bfloat16") else torch.float32)
     if variant == "plain": return PlainStep(setting)
     batches: dict[str, Any] = dict(batch_labelled=work.batch, batch_synthetic=work.batch)
     return OurStep(setting, replace(PAPER, **batches, **VARIANTS[variant]))
@@ -478,7 +480,7 @@ def run_variant(
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][1:]
     row = dict(work=work, variant=variant, all_seconds=seconds, peak_bytes=cost.peak_bytes,
                flops=counter.get_total_flops(), threads=torch.get_num_threads())
-    dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if variant.startswith("bfloat16") else torch.float32
     return together([row | dict(convolution_peak=convolution_peak(dtype))])
 
 # %% ../../nbs/reference/experiments/67_cost.ipynb #a19f2536

@@ -31,7 +31,7 @@ from ..core.tensors import load_tensors
 from ..data.demo import choose_labelled, stack
 from ..data.labels import LabelSet, warn_of_absent
 from ..data.registry import DATASETS, dataset_entry, open_dataset, splits_of
-from .notebooks import SPEED, describe_inputs
+from .notebooks import decisive, describe_inputs
 from ..generators.contract import FrozenGenerator, Sampling
 from ..generators.formats import FORMATS
 from ..generators.load import load_generator
@@ -653,8 +653,8 @@ def _asked(parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What decides whether two runs are the same: parameters and what the inputs hold."""
     found = describe_inputs(parameters, own=folder).items()
     inputs = {name: {key: value for key, value in record.items() if key != "marks"} for name, record in found}
-    decisive = {name: value for name, value in parameters.items() if name not in (*SPEED, "out_dir")}
-    return json.loads(json.dumps({"parameters": decisive, "inputs": inputs}))
+    chosen = {name: value for name, value in decisive(parameters).items() if name != "out_dir"}
+    return json.loads(json.dumps({"parameters": chosen, "inputs": inputs}))
 
 # %% ../../nbs/reference/experiments/88_stages.ipynb #d3dc1de6
 _PATHS = warnings.formatwarning  # the usual form, with the file and the line that warn

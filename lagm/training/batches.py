@@ -203,7 +203,7 @@ def in_parts(
     stage: str,  # the name of the stage
     parts: int,  # portions of a batch
 ) -> Sequence[_Part]:  # the parts of the step's batch
-    """The batches `step * parts` and those after it; a single one is made at once.
+    """The batches `step * parts` and those after it, each made when it is asked for.
 
     Parameters
     ----------
@@ -221,7 +221,6 @@ def in_parts(
     Sequence[_Part]
         the parts of the step's batch
     """
-    if parts == 1: return [batches(step, stage)]
     return Parts(parts, lambda part: batches(step * parts + part, stage))
 
 # %% ../../nbs/reference/training/52_batches.ipynb #29697ee7

@@ -116,6 +116,9 @@ def generator_digest(
     return hashlib.sha256(text + named.encode()).hexdigest()[:16]
 
 # %% ../../nbs/reference/training/57_checkpoints.ipynb #88138fdc
+_OF_MEMORY = ("recipe.keep_memory", "recipe.recompute")  # the same numbers, so a stopped run may go on with others
+
+
 @dataclass(frozen=True)
 class Identity:
     """What makes two runs the same run.
@@ -155,7 +158,7 @@ class Identity:
             raise InputError(f"{path} does not say which run it is of: its header is damaged")
         own, other = _flat(self.header()), _flat(known)
         usual = _flat(dataclasses.replace(self, recipe=type(self.recipe)()).header())  # older checkpoints lack fields
-        there = {key: other.get(key, usual[key]) for key in own}
+        there = {key: own[key] if key in _OF_MEMORY else other.get(key, usual[key]) for key in own}
         differing = [f"{key} ({there[key]} there, {value} here)" for key, value in own.items() if there[key] != value]
         if not differing: return
         raise InputError(f"{path} is a checkpoint of another run: {'; '.join(differing)}. "

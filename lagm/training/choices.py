@@ -62,6 +62,8 @@ def check_recipe(
           "it needs fast_convolutions=True")
     _need(recipe, "fast_convolutions", not (recipe.fast_convolutions and recipe.compile),
           "choose one: compiled networks have convolutions of their own")
+    _need(recipe, "recompute", not (recipe.recompute and recipe.compile),
+          "choose one: a compiled network's backward pass is its own")
 
 # %% ../../nbs/reference/training/51_choices.ipynb #51a07002
 _AUTO = ("precision", "channels_last", "fast_convolutions", "compile_convolutions")

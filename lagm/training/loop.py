@@ -424,7 +424,7 @@ def take_step(
     within: int,  # the step's number in the stage, from 0
     seed: int,  # of everything random
 ) -> dict[str, Tensor]:  # losses, not read yet
-    """One step of a stage.
+    """One step of a stage. Raises `InputError` if no memory is left for it.
 
     Parameters
     ----------
@@ -444,7 +444,7 @@ def take_step(
     """
     state.set_rates(stage, within)
     torch.manual_seed(random_generator(seed, "torch", stage.name, within).initial_seed())
-    return stage.step(within)
+    return stage.do(within)
 
 # %% ../../nbs/reference/training/59_loop.ipynb #9d1e0b02
 _MOST_UNREAD = 10  # steps

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Voted', 'PRECISIONS', 'this_process', 'check_shares', 'own_parts', 'sum_over_processes', 'each_part',
-           'mean_over_parts', 'kept_statistics', 'do_parts', 'gradient_of_parts', 'make_fabric', 'launch']
+           'mean_over_parts', 'do_parts', 'gradient_of_parts', 'make_fabric', 'launch']
 
 # %% ../../nbs/reference/training/58_processes.ipynb #faf67276
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,15 +117,6 @@ def mean_over_parts(
     whole: Any = sum(weights)
     *totals, weight = sum_over_processes([*totals, whole])
     return [total / weight for total in totals]
-
-# %% ../../nbs/reference/training/58_processes.ipynb #af360e3f
-@contextlib.contextmanager
-def kept_statistics(network: nn.Module) -> Iterator[None]:
-    """While in this context the network's statistics (buffers) may change; afterwards they are what they were."""
-    start = [b.clone() for b in network.buffers()]
-    try: yield
-    finally:
-        for buffer, value in zip(network.buffers(), start): buffer.copy_(value)
 
 # %% ../../nbs/reference/training/58_processes.ipynb #95b82e46
 Voted = tuple[Sequence[Tensor], Tensor, Tensor]  # gradients, loss, and how much the part counts; 0: nothing

@@ -194,10 +194,12 @@ class Recipe(RecipeWithAdditions):
     fast_convolutions
         leave out arithmetic where that is quicker: same function, other rounding; see `lagm.ops.convolutions`
     compile_convolutions
-        with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a
-        CPU); where it does not work, a warning says so, once; see `lagm.ops.winograd`
+        with fast_convolutions: Winograd's sums by torch.compile (float32 on a CPU), if it works; see
+        `lagm.ops.winograd`
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
+    recompute
+        for small memory: backward passes do A's and S's blocks again; see `lagm.ops.recompute`
     compile
         torch.compile for A, and for S without tangents; if it does not work, a warning says so
     parts
@@ -207,11 +209,11 @@ class Recipe(RecipeWithAdditions):
     channels_last: bool = False  # memory layout; faster convolutions on most processors
     # leave out arithmetic where that is quicker: same function, other rounding; see `lagm.ops.convolutions`
     fast_convolutions: bool = False
-    # with fast_convolutions: Winograd's sums by torch.compile, so that more 3 x 3 convolutions gain (float32 on a CPU);
-    # where it does not work, a warning says so, once; see `lagm.ops.winograd`
+    # with fast_convolutions: Winograd's sums by torch.compile (float32 on a CPU), if it works; see `lagm.ops.winograd`
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     keep_memory: bool = False
+    recompute: bool = False  # for small memory: backward passes do A's and S's blocks again; see `lagm.ops.recompute`
     compile: bool = False  # torch.compile for A, and for S without tangents; if it does not work, a warning says so
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
@@ -324,7 +326,7 @@ def learning_rate(
 # %% ../../nbs/book/12_recipes_and_the_real_loop.ipynb #603e9e42
 SUPERVISED_FIELDS = ("batch_labelled", "optimizer", "momentum", "lr_segmenter", "schedule", "balance", "average",
                      "augment", "precision", "channels_last", "fast_convolutions", "compile_convolutions",
-                     "keep_memory", "compile", "parts")
+                     "keep_memory", "recompute", "compile", "parts")
 
 
 def check_counting(

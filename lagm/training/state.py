@@ -9,6 +9,7 @@ __all__ = ['compile_networks', 'memory_layouts', 'surroundings', 'Networks', 'St
 # %% ../../nbs/reference/training/53_state.ipynb #9dc375f8
 import contextlib
 import copy
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import InputError, printable
 from ..core.threads import considerate_threads
 from ..matching.gradients import clean_gradients
 from ..models.modes import resting_modules, train_mode
 from ..ops.convolutions import FastConvolutions, can_winograd
 from ..ops.memory import kept_memory
+from ..ops.recompute import recomputed
 from ..ops.winograd import can_compile, fused_winograd
 from .recipe import Recipe, learning_rate, make_optimizer
 from .tuning import emulates_bfloat16
@@ -73,6 +76,14 @@ def _warn_of_emulation(recipe: Recipe, device: torch.device) -> None:
     if recipe.precision != "bfloat16" or device.type != "cpu" or not emulates_bfloat16(): return
     warnings.warn("this processor has no instructions for bfloat16, so it is emulated, and mostly slower than float32; "
                   "`lagm tune` measures it", stacklevel=3)
+
+# %% ../../nbs/reference/training/53_state.ipynb #2ef1751b
+@contextlib.contextmanager
+def _arithmetic(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """The recipe's number format and convolutions."""
+    convolutions = FastConvolutions() if recipe.fast_convolutions else contextlib.nullcontext()
+    bfloat16 = recipe.precision == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), convolutions: yield
 
 # %% ../../nbs/reference/training/53_state.ipynb #fddd4829
 _CAME = "_lagm_came"  # on an average: names of its segmenter's trained parameters and resting modules
@@ -147,10 +158,12 @@ class Networks:
 
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
-        """The recipe's number format and convolutions, as a context for passes of the networks."""
-        convolutions = FastConvolutions() if self.recipe.fast_convolutions else contextlib.nullcontext()
-        bfloat16 = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16), convolutions: yield
+        """The recipe's number format, convolutions and memory, as a context for passes of the networks."""
+        around = functools.partial(_arithmetic, self.recipe, self.device)
+        networks = self.networks.values() if self.recipe.recompute else ()
+        with contextlib.ExitStack() as contexts:
+            for network in networks: contexts.enter_context(recomputed(network, around))
+            with around(): yield
 
     def arrange(self, tensor: Tensor, role: str = "segmenter") -> Tensor:
         """Pictures or maps in the memory layout of the network that will see them."""
@@ -158,6 +171,9 @@ class Networks:
         return tensor if layout is None else tensor.contiguous(memory_format=layout)
 
 # %% ../../nbs/reference/training/53_state.ipynb #8344277b
+_NO_MEMORY = "not enough memory", "can't allocate memory", "out of memory"  # a CPU's two messages, a GPU's
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a run.
@@ -185,6 +201,17 @@ class Stage:
     start: Callable[[], None] = lambda: None  # called before the first step
     fused: bool = True  # the optimisers' form, see `make_optimizer`
     period: int = 1  # each so many steps the first costs more than the others, as the estimate has to know
+
+    def do(self, within: int) -> dict[str, Tensor]:
+        """Do step number `within`. Raises `InputError` if no memory is left for it."""
+        try: return self.step(within)
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).partition("\n")[0]
+            if not isinstance(error, MemoryError) and not any(words in reason for words in _NO_MEMORY): raise
+            raise InputError(
+                f"{self.name}, step {within + 1:,} of {self.steps:,}: no memory is left ({printable(reason)}). What "
+                "makes steps smaller, in the recipe: keep_memory=False and recompute=True (a stopped run goes on with "
+                "them), precision='bfloat16', parts=2 or more, smaller batches; or smaller pictures") from error
 
 # %% ../../nbs/reference/training/53_state.ipynb #db4815fa
 def locate(

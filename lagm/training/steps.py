@@ -22,8 +22,9 @@ from ..matching.distances import distance_and_derivative
 from ..matching.forward import SyntheticPass, directional_derivative
 from ..matching.gradients import labelled_gradient, match_double_backward
 from ..models.modes import eval_mode
+from ..ops.recompute import kept_statistics
 from .batches import SyntheticBatch, SyntheticBatches
-from .processes import Voted, do_parts, gradient_of_parts, kept_statistics, own_parts, sum_over_processes
+from .processes import Voted, do_parts, gradient_of_parts, own_parts, sum_over_processes
 from .signs import class_shares
 from .state import TrainState
 
@@ -165,13 +166,14 @@ def match_by_tangents(
         over the pictures of the only part, if phase S is to share it
     """
     whole, annotator, passes = parts == 1, state.networks["annotator"], {}
+    taped = whole and not state.recipe.recompute
 
     def vote(part: int) -> Voted:
         again = contextlib.nullcontext() if whole else kept_statistics(annotator)
         with state.passes(), again, torch.set_grad_enabled(whole):
             labels = batches[part].labels(annotator, state.label_weights)
         with state.passes():
-            one = shared or SyntheticPass(state.segmenter, batches[part].images, names, tangents=whole)
+            one = shared or SyntheticPass(state.segmenter, batches[part].images, names, tangents=taped)
             gradients, loss = one.gradient(names, labels, keep_graph=shared is not None)
         replay = functools.partial(directional_derivative, state.segmenter, images=batches[part].images,
                                    random_state=one.random_state)
@@ -360,14 +362,16 @@ def matching_step(
     if synthetic is not None and (match or (learn and fresh is None)):
         batches = {part: synthetic[part] for part in own_parts(parts)}
     if parts == 1 and learn and fresh is None:
-        tangents = names if match and recipe.gradients == "forward" else False
+        tangents = names if match and recipe.gradients == "forward" and not recipe.recompute else False
         with state.passes(): shared = SyntheticPass(segmenter, batches[0].images, tangents=tangents)
     if match and gradients_l is not None:
         by_name = dict(zip(wanted, gradients_l, strict=True))
         matched = phase_annotator(state, names, batches, parts, [by_name[name] for name in names], shared, known)
         losses["loss_gm"], losses["loss_syn"] = matched.loss_gm, matched.loss_syn
         if not recipe.fresh_labels: gradients_s = matched.gradients_s
+        del matched
     if not learn: return losses
+    if fresh is not None: batches.clear()  # phase A's pictures and features
     again = match and fresh is None
     loss = phase_segmenter(state, batches if fresh is None else fresh, parts, gradients_l if taught else None,
                            shared, gradients_s, update=not again)
