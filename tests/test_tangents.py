@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lagm.matching import tangents
 from lagm.matching.forward import SyntheticPass, directional_derivative, match_forward_mode
 from lagm.matching.gradients import labelled_gradient, log_probabilities, match_double_backward
-from lagm.matching.tangents import NoTangent, record
+from lagm.matching.tangents import NoTangent, pushforward, record
 from lagm.models.deeplab import DeepLabV3
 from lagm.models.segmenters import UNet, matched_parameter_names
 
@@ -62,6 +63,85 @@ def test_every_rule(training, inplace):
                  "scale", "last.bias"):  # alone
         one = {name: direction[name]}
         assert relative(tape.tangent(one, result), directional_derivative(before, one, images, state)) < 1e-11, name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_every_rule_at_once(training, inplace):
+    network, images = Zoo(inplace).double().train(training), torch.randn(2, 3, 32, 32).double()
+    before, state, direction = copy.deepcopy(network), torch.get_rng_state(), random_direction(network)
+    for names in (set(direction), {"first.weight"}, {"norm.bias"}, {"up.weight", "scale"}, {"last.bias"}):
+        some = {name: direction[name] for name in names}
+        torch.set_rng_state(state)
+        change = pushforward(network, lambda: log_probabilities(network, images), some)
+        assert relative(change, directional_derivative(before, some, images, state)) < 1e-11, names
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["U-Net", "DeepLab"])
+def test_at_once_is_the_replay(kind, autocast):
+    torch.manual_seed(0)
+    network = (UNet(4, width=8, levels=2) if kind == "U-Net" else DeepLabV3(4, pretrained_backbone=False)).train()
+    images = torch.randn(2, 3, 32, 32)
+    direction = {n: d * 0.1 for n, d in random_direction(network).items() if d.ndim > 1}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        again = copy.deepcopy(network)
+        torch.manual_seed(1)  # DeepLab has a dropout
+        replayed = SyntheticPass(network, images).directional_derivative(direction)
+        torch.manual_seed(1)
+        at_once = SyntheticPass(again, images, tangents=False).directional_derivative(direction)
+    assert relative(at_once, replayed) < (1e-2 if autocast else 1e-6)
+    assert all(map(torch.equal, network.buffers(), again.buffers()))
+
+
+def test_at_once_little_is_held(monkeypatch):
+    """Of fifty and more operations only the tangents of maps that are still wanted: those of the skips."""
+    held, network, images = [], UNet(4, width=4, levels=3), torch.randn(2, 3, 32, 32)
+    follow = tangents._AtOnce._follow
+
+    def counted(tape, *arguments):
+        follow(tape, *arguments)
+        held.append(len(tape.memory))
+
+    monkeypatch.setattr(tangents._AtOnce, "_follow", counted)
+    direction = random_direction(network)
+    pushforward(network, lambda: log_probabilities(network, images), direction)
+    assert len(held) > 50 and max(held) <= 8, (len(held), max(held))
+
+
+def test_memory_that_is_used_again_has_no_old_tangent():
+    """A map that does not move may lie where a moving one was."""
+    layer, images = nn.Conv2d(3, 4, 1).double(), torch.randn(1, 3, 8, 8).double()
+
+    def forward():
+        total = layer(images)
+        for i in range(20):
+            moving = layer(images) * i
+            del moving
+            total = total + torch.full((1, 4, 8, 8), 0.5).double()
+        return total
+
+    direction = {"weight": torch.randn_like(layer.weight)}
+    expected = F.conv2d(images, direction["weight"])
+    assert relative(pushforward(layer, forward, direction), expected) < 1e-12
+
+
+def test_what_has_no_rule_at_once_is_done_with_dual_numbers_and_tried_once(monkeypatch):
+    network, images, tried = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU()), torch.randn(2, 3, 8, 8), []
+    direction = random_direction(network)
+    expected = directional_derivative(network, direction, images)
+    def once(*arguments): return tried.append(1) or pushforward(*arguments)
+
+    monkeypatch.setattr("lagm.matching.forward.pushforward", once)
+    with pytest.warns(UserWarning, match="no tangent rule for aten.elu.*layer 1, a ELU"):
+        for _ in range(2):
+            change = SyntheticPass(network, images, tangents=False).directional_derivative(direction)
+            assert torch.equal(change, expected)
+    assert len(tried) == 1
+    with pytest.raises(NoTangent, match="no parameter magic"): pushforward(network, lambda: images, {"magic": images})
+    still = nn.Conv2d(3, 4, 1)
+    with pytest.raises(NoTangent, match="does not depend"):
+        pushforward(still, lambda: images * 2, random_direction(still))
 
 
 def test_result_graph_and_statistics_are_as_without():

@@ -8,7 +8,9 @@ __all__ = ['directional_derivative', 'SyntheticPass', 'match_forward_mode']
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #ddf2b7fb
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from lagm.matching.gradients import (
     soft_cross_entropy,
     uncompiled,
 )
-from .tangents import NoTangent, Tape, record
+from .tangents import NoTangent, Tape, pushforward, record
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #85943942
 @functools.cache
@@ -93,6 +95,20 @@ def _forward(
         moving = names if isinstance(tangents, bool) else tangents
         return record(segmenter, lambda: log_probabilities(segmenter, images), moving)
 
+
+_RULELESS: MutableMapping[nn.Module, str] = weakref.WeakKeyDictionary()  # what a pass at once has failed at
+
+
+def _at_once(segmenter: nn.Module, direction: Mapping[str, Tensor], images: Tensor, random_state: Tensor) -> Tensor:
+    """The directional derivative by the rules of the tape, without one. Raises `NoTangent`."""
+    if segmenter in _RULELESS: raise NoTangent(_RULELESS[segmenter])
+    buffers = {name: buffer.clone() for name, buffer in segmenter.named_buffers()}
+    def network(x: Tensor) -> Any: return functional_call(segmenter, buffers, (x,))
+    with kept_random_state(images.device, random_state), uncompiled(segmenter):
+        try: return pushforward(segmenter, lambda: log_probabilities(network, images), direction)
+        except NoTangent as reason: _RULELESS[segmenter] = str(reason)
+    raise NoTangent(_RULELESS[segmenter])
+
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #77618455
 class SyntheticPass:
     """One forward pass of S over synthetic pictures: gradients with several labels, and a directional derivative.
@@ -149,7 +165,7 @@ class SyntheticPass:
         self,
         direction: Mapping[str, Tensor],  # v: parameter name -> tensor of its shape; the others stand still
     ) -> Tensor:  # J_v[log softmax S(x)], (B, C, H, W)
-        """How the log-probabilities change along `direction`: by replay of the tape, once, or by dual numbers.
+        """How the log-probabilities change along `direction`: by replay of the tape, once, or another pass.
 
         Parameters
         ----------
@@ -162,9 +178,10 @@ class SyntheticPass:
             J_v[log softmax S(x)], (B, C, H, W)
         """
         tape, self.tape = self.tape, None  # what it holds is let go
-        if tape is not None:
-            try: return tape.tangent(direction, self.log_probs)
-            except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
+        try:
+            if tape is not None: return tape.tangent(direction, self.log_probs)
+            return _at_once(self.segmenter, direction, self.images, self.random_state)
+        except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
         return directional_derivative(self.segmenter, direction, self.images, self.random_state)
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #fd15d996

@@ -8,7 +8,7 @@ __all__ = ['at_least_float32', 'log_probabilities', 'soft_cross_entropy', 'named
 
 # %% ../../nbs/book/09_matching_backward_twice.ipynb #8b51b64b
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def log_probabilities(
-    segmenter: nn.Module,  # images (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W)
+    segmenter: Callable[[Tensor], Tensor],  # images (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W)
     images: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> Tensor:  # (B, C, H, W), in float32 under autocast, too
     """log softmax S(x).

@@ -8,7 +8,6 @@ __all__ = ['Pair', 'labelled_gradients', 'supervised_step', 'Matched', 'match_by
 
 # %% ../../nbs/reference/training/54_steps.ipynb #6b7035da
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..data.augment import resize_nearest
 from ..data.labels import IGNORE
 from ..matching.distances import distance_and_derivative
-from ..matching.forward import SyntheticPass, directional_derivative
+from ..matching.forward import SyntheticPass
 from ..matching.gradients import labelled_gradient, match_double_backward
 from ..models.modes import eval_mode
 from ..ops.recompute import kept_statistics
@@ -175,9 +174,7 @@ def match_by_tangents(
         with state.passes():
             one = shared or SyntheticPass(state.segmenter, batches[part].images, names, tangents=taped)
             gradients, loss = one.gradient(names, labels, keep_graph=shared is not None)
-        replay = functools.partial(directional_derivative, state.segmenter, images=batches[part].images,
-                                   random_state=one.random_state)
-        passes[part] = (labels, one.directional_derivative) if whole else (None, replay)
+        passes[part] = (labels if whole else None), one.directional_derivative
         return gradients, loss, loss.new_ones(())
 
     gradients_s, loss_syn = gradient_of_parts(state.segmenter, parts, vote)
