@@ -221,8 +221,14 @@ def test_the_costs_are_those_of_the_committed_benchmarks():
     if listed.returncode: pytest.skip("not a git checkout")
     records = {Path(name).parent.name: json.loads((ROOT / name).read_text(encoding="utf-8"))["results"]
                for name in listed.stdout.split()}
-    assert {"matching", "matching_older", "matching_a256"} <= records.keys()
-    large = {row["variant"]: row for row in records.pop("matching_a256")}
+    assert {"matching", "matching_older", "matching_a256", "matching_memory"} <= records.keys()
+    large, spared = {row["variant"]: row for row in records.pop("matching_a256")}, records.pop("matching_memory")
+    for work in ("a", "b", "a256"):
+        rows = [row for row in spared if row["work"] == work]
+        assert [row["variant"] for row in rows] == ["plain", "compiled convolutions", "recomputed", "bfloat16",
+                                                    "bfloat16 recomputed"]
+        cells = [f"{number:.2f}" for row in rows[1:] for number in (row["times_faster"], row["memory_ratio"])]
+        assert "| " + " | ".join(cells) + " |" in text
     for rows in records.values():  # a table of each processor
         for work in "abc":
             variants = {row["variant"]: row for row in rows if row["work"] == work}
