@@ -38,7 +38,7 @@ from lagm.training.datasetgan import DatasetGANNumbers, train_datasetgan
 from lagm.training.drawn import LATENTS, DrawnBatches, check_drawn, draw_for_labelling, joined, read_drawn, truth_step
 from lagm.training.inversion import HandsOff, Inversion, Prototyping, train_handsoff, train_prototypes
 from lagm.training.lagm import estimate_lagm, train_lagm
-from lagm.training.recipe import get_recipe
+from lagm.training.recipe import Recipe, get_recipe
 from lagm.training.teachers import train_mean_teacher, train_self_training
 from lagm.training.weak_to_strong import consistency_steps, train_weak_to_strong
 
@@ -292,6 +292,36 @@ def test_a_project_ends_with_the_consistency_stage_and_goes_on_in_it(project, tm
     assert same(weights(), whole) and all(same(network, finished) for network in begun)
     (place / "project.yaml").write_text(settings_text(dataclasses.replace(settings, consistency=False)))
     assert not run_project(place, progress=False)["kept"] and same(weights(), finished) and len(begun) == 3
+
+
+def test_a_stopped_project_goes_on_with_less_memory(project, monkeypatch):
+    """And one that has finished is not trained anew for it."""
+    place, settings = project
+    new_project(place, None, LABELS.classes, settings, generated=2)
+    paint(place, ["drawn/0000", "drawn/0001"])
+    own, used = importlib.import_module("lagm.experiments.project"), []
+    matching, stage = own.train_lagm, own.train_consistency
+    def ended(*a, **k): raise KeyboardInterrupt
+
+    def seen(segmenter, *a, **k):
+        used.append(next(value for value in a if isinstance(value, Recipe)))
+        return stage(segmenter, *a, **k)
+
+    def weights(): return load_segmenter(place / "results" / "segmenter.safetensors")[0].state_dict()
+
+    run_project(place, progress=False)
+    whole = weights()
+    monkeypatch.setattr(own, "train_consistency", ended)
+    with pytest.raises(KeyboardInterrupt): run_project(place, progress=False, again=True)
+    monkeypatch.setattr(own, "train_consistency", seen)
+    (place / "results" / "segmenter.safetensors").unlink()
+    (place / "project.yaml").write_text(settings_text(dataclasses.replace(settings, recompute=True)))
+    monkeypatch.setattr(own, "train_lagm", lambda *a, **k: matching(*a, **k) if k["checkpoint"].is_file() else 1 / 0)
+    run_project(place, progress=False)
+    assert used[0].recompute and not used[0].keep_memory
+    assert all(torch.equal(a, whole[name]) for name, a in weights().items())
+    (place / "project.yaml").write_text(settings_text(settings))
+    assert run_project(place, progress=False)["kept"]
 
 
 def test_the_last_stage_belongs_to_a_runs_name_only_with_a_generator(project, monkeypatch):

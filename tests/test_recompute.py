@@ -18,7 +18,7 @@ from lagm.models.segmenters import UNet
 from lagm.ops.convolutions import FastConvolutions
 from lagm.ops.recompute import recomputed
 from lagm.training import steps
-from lagm.training.recipe import get_recipe
+from lagm.training.recipe import Recipe, get_recipe
 from lagm.training.state import TrainState
 
 needs_second = pytest.mark.skipif(not second_device.prepare(), reason="this torch has no devices written in Python")
@@ -223,6 +223,11 @@ def test_other_mistakes_are_told_as_they_are(monkeypatch, error):
 
     monkeypatch.setattr("lagm.training.lagm.matching_step", wrong)
     with pytest.raises(type(error), match=str(error)): run(RECIPES["paper"])
+
+
+def test_the_runs_of_before_are_still_the_same_runs():
+    """Names of kept runs come from the recipe's text, which does not tell how memory was saved."""
+    assert repr(get_recipe("fast", recompute=True)) == repr(get_recipe("fast")) and "recompute" not in repr(Recipe())
 
 
 def test_a_gpus_message_is_known(monkeypatch):

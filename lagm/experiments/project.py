@@ -90,6 +90,8 @@ class Settings:
         what labels generated pictures: fpn, mlp or attention
     consistency
         with a generator: at last the network learns to say the same of changed pictures
+    recompute
+        less memory, more time: maps are computed again instead of kept
     seed
         of everything random
     device
@@ -110,6 +112,7 @@ class Settings:
     width: int = 16  # channels of the U-Net's first level
     annotator: str = "fpn"  # what labels generated pictures: fpn, mlp or attention
     consistency: bool = True  # with a generator: at last the network learns to say the same of changed pictures
+    recompute: bool = False  # less memory, more time: maps are computed again instead of kept
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
 
@@ -139,6 +142,7 @@ MEANING = {"size": "pictures are brought to this height and width for training",
            "width": "channels of the U-Net's first level",
            "annotator": "what labels generated pictures: fpn, mlp or attention",
            "consistency": "with a generator: at last learn to say the same of changed pictures; helps with few labels",
+           "recompute": "less memory, more time: maps are computed again instead of kept; the same run",
            "seed": "of everything random", "device": "auto, cpu, cuda, cuda:N or mps"}
 
 
@@ -514,7 +518,8 @@ def _recipe(settings: Settings) -> Recipe:
     entry = SEGMENTERS.get(settings.segmenter)
     matched = {"matched": entry.default_group} if entry.bound else {}
     warm = min(300, max(1, round(0.3 * settings.steps)))
-    return get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm, **matched)
+    return get_recipe("fast", steps=settings.steps, warm_segmenter=warm, warm_annotator=warm,
+                      recompute=settings.recompute, keep_memory=not settings.recompute, **matched)
 
 # %% ../../nbs/reference/experiments/85_project.ipynb #8500c0de
 def train_project(
@@ -767,8 +772,8 @@ def run_file(
     more
         what else the run depends on, such as the classes' names and the generator's digest
     """
-    text = "".join(line for line in settings_text(settings).splitlines(True)
-                   if settings.generator or not line.startswith("consistency:"))  # without a generator it says nothing
+    silent = ("recompute:",) if settings.generator else ("recompute:", "consistency:")  # of a generator's run
+    text = "".join(line for line in settings_text(settings).splitlines(True) if not line.startswith(silent))
     said = f"{data_digest(images, masks)} {[*more]}", text
     labels, values = (hashlib.sha256(text.encode()).hexdigest()[:8] for text in said)
     return results / f"run-{labels}-{values}.safetensors"

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -199,7 +199,8 @@ class Recipe(RecipeWithAdditions):
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     recompute
-        for small memory: backward passes do A's and S's blocks again; see `lagm.ops.recompute`
+        for small memory: backward passes do A's and S's blocks again, see `lagm.ops.recompute`; the same run, by its
+        repr
     compile
         torch.compile for A, and for S without tangents; if it does not work, a warning says so
     parts
@@ -213,7 +214,8 @@ class Recipe(RecipeWithAdditions):
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     keep_memory: bool = False
-    recompute: bool = False  # for small memory: backward passes do A's and S's blocks again; see `lagm.ops.recompute`
+    # for small memory: backward passes do A's and S's blocks again, see `lagm.ops.recompute`; the same run, by its repr
+    recompute: bool = field(default=False, repr=False)
     compile: bool = False  # torch.compile for A, and for S without tangents; if it does not work, a warning says so
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
