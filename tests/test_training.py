@@ -36,7 +36,7 @@ from lagm.training.checkpoints import Checkpoints, Identity
 from lagm.training.lagm import train_lagm, train_supervised
 from lagm.training.loop import Diverged
 from lagm.training.recipe import Recipe, get_recipe
-from lagm.training.state import TrainState
+from lagm.training.state import TrainState, memory_layouts
 from lagm.training.steps import matching_step
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -198,6 +198,17 @@ def test_each_network_has_its_memory_layout(changes, segmenter, annotator):
     maps = torch.randn(2, 6, 8, 8)
     assert is_last(s.inc.conv1.weight) == is_last(players.arrange(maps)) == segmenter
     assert is_last(players.arrange(maps, "annotator")) == annotator
+
+
+@pytest.mark.parametrize("threads, wide, contiguous", [(1, True, True), (2, True, False), (2, False, True)])
+def test_the_annotators_layout_is_that_of_the_kernel_that_runs(monkeypatch, threads, wide, contiguous):
+    """Where PyTorch's Winograd kernel rests, turning maps around for it would gain nothing."""
+    monkeypatch.setattr("lagm.training.state.can_winograd", lambda: True)
+    monkeypatch.setattr("lagm.training.state.has_wide_registers", lambda: wide)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layouts = memory_layouts(dataclasses.replace(PAPER, channels_last=True, fast_convolutions=True),
+                             torch.device("cpu"))
+    assert layouts["annotator"] == (torch.contiguous_format if contiguous else torch.channels_last)
     assert all(is_last(p) == annotator for p in a.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
     if changes.get("fast_convolutions") and not annotator:
         assert players.arrange(maps.contiguous(memory_format=torch.channels_last), "annotator").is_contiguous()

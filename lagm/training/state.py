@@ -25,7 +25,7 @@ from ..models.modes import resting_modules, train_mode
 from ..ops.convolutions import FastConvolutions, can_winograd
 from ..ops.memory import kept_memory
 from ..ops.recompute import recomputed
-from ..ops.winograd import can_compile, fused_winograd
+from ..ops.winograd import can_compile, fused_winograd, has_wide_registers
 from .recipe import Recipe, learning_rate, make_optimizer
 from .tuning import emulates_bfloat16
 
@@ -40,7 +40,8 @@ def memory_layouts(recipe: Recipe, device: torch.device) -> dict[str, torch.memo
     """The memory layout of each network and of what it sees; None: as tensors come."""
     usual = torch.channels_last if recipe.channels_last else None
     winograd = recipe.fast_convolutions and recipe.precision == "float32" and device.type == "cpu" and can_winograd()
-    contiguous = winograd and not (recipe.compile_convolutions and can_compile())
+    rests = has_wide_registers() and torch.get_num_threads() > 1  # PyTorch's kernel, as `winograd_fits` says
+    contiguous = winograd and not rests and not (recipe.compile_convolutions and can_compile())
     return {"segmenter": usual, "annotator": torch.contiguous_format if contiguous else usual}
 
 # %% ../../nbs/reference/training/53_state.ipynb #2d469731
