@@ -85,7 +85,7 @@ def _say_fallback(network: str, reason: str) -> None:
     """Say once why the quick way is not taken."""
     warnings.warn(f"{network}: {reason}; matching uses dual numbers instead (same result, slower)", stacklevel=4)
 
-
+# %% ../../nbs/book/11_the_same_in_one_pass.ipynb #11a00001
 def _forward(
     segmenter: nn.Module, images: Tensor, names: Sequence[str] | None, tangents: bool | Sequence[str]
 ) -> tuple[Tensor, Tape | None]:
@@ -95,7 +95,7 @@ def _forward(
         moving = names if isinstance(tangents, bool) else tangents
         return record(segmenter, lambda: log_probabilities(segmenter, images), moving)
 
-
+# %% ../../nbs/book/11_the_same_in_one_pass.ipynb #11a00003
 _RULELESS: MutableMapping[nn.Module, str] = weakref.WeakKeyDictionary()  # what a pass at once has failed at
 
 
@@ -178,11 +178,10 @@ class SyntheticPass:
             J_v[log softmax S(x)], (B, C, H, W)
         """
         tape, self.tape = self.tape, None  # what it holds is let go
-        try:
-            if tape is not None: return tape.tangent(direction, self.log_probs)
-            return _at_once(self.segmenter, direction, self.images, self.random_state)
+        asked = self.segmenter, direction, self.images, self.random_state
+        try: return _at_once(*asked) if tape is None else tape.tangent(direction, self.log_probs)
         except NoTangent as reason: _say_fallback(type(self.segmenter).__name__, str(reason))
-        return directional_derivative(self.segmenter, direction, self.images, self.random_state)
+        return directional_derivative(*asked)
 
 # %% ../../nbs/book/11_the_same_in_one_pass.ipynb #fd15d996
 def match_forward_mode(

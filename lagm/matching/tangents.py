@@ -600,7 +600,6 @@ class _AtOnce(Tape):
         self.records.clear()
 
 # %% ../../nbs/reference/matching/48_tangents.ipynb #48a10002
-@torch.no_grad()
 def pushforward(
     network: nn.Module,  # runs in the mode it is in
     function: Callable[[], Tensor],  # the forward pass, e.g. lambda: network(images)
@@ -623,11 +622,9 @@ def pushforward(
         of the result's shape
     """
     own = dict(network.named_parameters())
-    unknown = sorted(direction.keys() - own.keys())
-    if unknown: raise NoTangent(f"the network has no parameter {unknown[0]}")
-    moving = {name: own[name] for name in direction}
-    at_once = _AtOnce(moving, [p for name, p in own.items() if name not in moving], direction)
-    with _Place(network) as at_once.where, at_once: result = function()
+    if unknown := sorted(direction.keys() - own.keys()): raise NoTangent(f"the network has no parameter {unknown[0]}")
+    at_once = _AtOnce({name: own.pop(name) for name in direction}, own.values(), direction)
+    with torch.no_grad(), _Place(network) as at_once.where, at_once: result = function()
     goal = at_once.numbers.known.get(_key(result))
     if not goal: raise NoTangent("the result does not depend on the parameters as far as the tape could see")
     return at_once.tangents.get(goal, torch.zeros_like(result))

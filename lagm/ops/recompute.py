@@ -78,21 +78,19 @@ def _doubly(
 # %% ../../nbs/reference/ops/57_recompute.ipynb #4ec00012
 @contextlib.contextmanager
 def recomputed(
-    network: nn.Module,  # whose graphs are to be small; its class and its state do not change
-    # gives the context of a second pass: number format, convolutions; must be that of the first
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    network: nn.Module,  # whose graphs are to be small; not one that `torch.compile` has compiled
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,  # first and second passes
 ) -> Iterator[None]:
-    """Graphs of forward passes in this context keep what goes into each block of the network, and nothing inside it.
+    """Graphs of passes in this context keep what goes into each block of the network, and nothing inside it.
 
-    Backward passes, also after the context, do those forward passes once more. The numbers are the same to the bit;
-    running statistics count each picture once. Not for a network that `torch.compile` has compiled.
+    Backward passes do the blocks once more: the same numbers to the bit, and pictures are counted once.
 
     Parameters
     ----------
     network
-        whose graphs are to be small; its class and its state do not change
+        whose graphs are to be small; not one that `torch.compile` has compiled
     around
-        gives the context of a second pass: number format, convolutions; must be that of the first
+        first and second passes
     """
     changed = [block for block in dict.fromkeys(_blocks(network)) if "forward" not in vars(block)]
     for block in changed: vars(block)["forward"] = _doubly(block, around)

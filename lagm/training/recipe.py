@@ -199,8 +199,7 @@ class Recipe(RecipeWithAdditions):
     keep_memory
         freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     recompute
-        for small memory: backward passes do A's and S's blocks again, see `lagm.ops.recompute`; the same run, by its
-        repr
+        small memory, see `lagm.ops.recompute`; not in names of runs
     compile
         torch.compile for A, and for S without tangents; if it does not work, a warning says so
     parts
@@ -214,8 +213,7 @@ class Recipe(RecipeWithAdditions):
     compile_convolutions: bool = False
     # freed memory stays with the process during the run: fewer page faults, the same numbers; see `lagm.ops.memory`
     keep_memory: bool = False
-    # for small memory: backward passes do A's and S's blocks again, see `lagm.ops.recompute`; the same run, by its repr
-    recompute: bool = field(default=False, repr=False)
+    recompute: bool = field(default=False, repr=False)  # small memory, see `lagm.ops.recompute`; not in names of runs
     compile: bool = False  # torch.compile for A, and for S without tangents; if it does not work, a warning says so
     # each batch is done in so many parts, for small memory or several processes; batch norm sees the parts one by one
     parts: int = 1
