@@ -21,6 +21,7 @@ from lagm.core.tensors import save_tensors
 from lagm.data.exporters import rle_decode
 from lagm.data.images import read_image
 from lagm.data.labels import CELEBA8
+from lagm.data.writers import WRITERS
 from lagm.evaluation.export import export_onnx, export_program, write_model_card
 from lagm.evaluation.metrics import evaluate, predict
 from lagm.evaluation.prediction import _writer as one_after_the_other
@@ -113,6 +114,22 @@ def test_a_folder(pictures, tmp_path):
     for a in coco["annotations"]:
         if a["image_id"] == 1: rebuilt[rle_decode(a["segmentation"])] = a["category_id"]
     assert np.array_equal(rebuilt, np.asarray(mask))
+
+
+@pytest.mark.parametrize("form", ["masks", *WRITERS])
+def test_where_nothing_could_be_labelled_nothing_is_written(form, pictures, tmp_path):
+    """Not over what an earlier call has written, either."""
+    out, torn = tmp_path / "out", tmp_path / "torn"
+    torn.mkdir()
+    (torn / "torn.jpeg").write_bytes((pictures / "torn.jpeg").read_bytes())
+    def written(): return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+    assert predict_folder(Red(), torn, out, LABELS, (16, 16), progress=False, form=form).done == []
+    assert not written()
+    predict_folder(Red(), pictures, out, LABELS, (16, 16), progress=False, form=form)
+    before = written()
+    assert before and predict_folder(Red(), torn, out, LABELS, (16, 16), progress=False, form=form).failed
+    assert written() == before
 
 
 def test_folder_mistakes(pictures, tmp_path):

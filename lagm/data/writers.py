@@ -71,7 +71,7 @@ class LabelWriter(_Folder):
         labels: LabelSet,  # names and colours, the background first
         tolerance: float = 0,  # of polygons, in pixels; see `lagm.data.outlines.outlines`
     ):
-        self.out, self.labels, self.tolerance = Path(out), labels, tolerance
+        self.out, self.labels, self.tolerance, self.noted = Path(out), labels, tolerance, 0
 
     def add(
         self,
@@ -107,6 +107,7 @@ class LabelWriter(_Folder):
 
     def note(self, entry: Any) -> None:
         """Take what `write` returned into the files that belong to all; in the order of the pictures."""
+        self.noted += 1
 
     def close(self) -> None:
         """Write what belongs to all pictures."""
@@ -115,7 +116,7 @@ class LabelWriter(_Folder):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if kind is None: self.close()
+        if kind is None and self.noted: self.close()  # without a picture what was there before stays
 
 # %% ../../nbs/reference/data/15_writers.ipynb #4fccafac
 class _Voc(LabelWriter):
@@ -132,7 +133,9 @@ class _Voc(LabelWriter):
         save_mask(self.out / "SegmentationClass" / Path(name).with_suffix(".png"), mask, self.labels, False)
         return Path(name).with_suffix("").as_posix()
 
-    def note(self, entry: str) -> None: self.names.append(entry)
+    def note(self, entry: str) -> None:
+        super().note(entry)
+        self.names.append(entry)
 
     def close(self) -> None:
         rows = [f"{name}:{','.join(map(str, colour))}::" for name, colour
@@ -207,6 +210,7 @@ class CocoWriter(LabelWriter):
         return facts, coco_annotations(mask, 0, 0, self.labels.n_classes)
 
     def note(self, entry: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
+        super().note(entry)
         image, parts = entry
         self.images.append(json.dumps(image | {"id": len(self.images) + 1}, ensure_ascii=False))
         for part in parts:
@@ -266,6 +270,7 @@ class _Cvat(LabelWriter):
         return image
 
     def note(self, entry: ElementTree.Element) -> None:
+        super().note(entry)
         entry.set("id", str(self.count))
         self.root.append(entry)
         self.count += 1
