@@ -73,6 +73,14 @@ def test_other_steps_of_a_method_train_it_alone_anew(tmp_path):
     assert f"pull={Inversion().pull}" in asked["settings"]  # the kit's defaults, too: other ones train anew
 
 
+def test_with_less_memory_what_is_there_stays(tmp_path):
+    assert call(tmp_path, methods="supervised").returncode == 0
+    kept = (tmp_path / "supervised" / "run.json").stat().st_mtime_ns
+    again = call(tmp_path, "--force", methods="supervised", changes="{recompute: true, keep_memory: false}")
+    assert again.returncode == 0 and "set aside" not in again.stdout + again.stderr, again.stderr
+    assert (tmp_path / "supervised" / "run.json").stat().st_mtime_ns == kept
+
+
 @pytest.mark.parametrize("change, words",
                          [(dict(methods="magic"), "there is no baseline 'magic'"), (dict(pairs=0), "pairs is 0"),
                           (dict(steps="{supervised: 0}"), "steps of supervised are 0"),

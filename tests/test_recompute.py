@@ -230,8 +230,11 @@ def test_the_runs_of_before_are_still_the_same_runs():
     assert repr(get_recipe("fast", recompute=True)) == repr(get_recipe("fast")) and "recompute" not in repr(Recipe())
 
 
-def test_a_gpus_message_is_known(monkeypatch):
-    def short(*arguments, **keywords): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+     r"\(CUDA out of memory. Tried to allocate 2.00 GiB\)"), (MemoryError(), r"\(MemoryError\)")])
+def test_other_words_for_no_memory_are_known(monkeypatch, error, says):
+    def short(*arguments, **keywords): raise error
 
     monkeypatch.setattr("lagm.training.lagm.matching_step", short)
-    with pytest.raises(InputError, match="CUDA out of memory. Tried to allocate 2.00 GiB"): run(RECIPES["paper"])
+    with pytest.raises(InputError, match=says): run(RECIPES["paper"])

@@ -165,6 +165,8 @@ def test_a_detached_copy_is_not_overlooked(name):
     result, tape = record(layer, lambda: forward(torch.randn(1, 3, 4, 4)))
     assert "detach" in tape.problem
     with pytest.raises(NoTangent, match="detach"): tape.tangent(random_direction(layer), result)
+    images, direction = torch.randn(1, 3, 4, 4), random_direction(layer)
+    with pytest.raises(NoTangent, match="detach"): pushforward(layer, lambda: forward(images), direction)
 
 
 def test_what_is_not_seen_is_a_problem():

@@ -578,7 +578,7 @@ class _AtOnce(Tape):
         self.memory: dict[int, StorageWeakRef] = {}  # where the tensor of each tangent lies
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        before = self.numbers.count
+        before, self.expected = self.numbers.count, []  # without a graph a detached copy is the network's own
         overwritten = self.numbers.of(arguments[0]) if operation.overloadpacket in IN_PLACE else None
         result = super().__torch_dispatch__(operation, types, arguments, keywords)
         if self.problem: raise NoTangent(self.problem)

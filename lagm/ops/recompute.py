@@ -79,18 +79,20 @@ def _doubly(
 @contextlib.contextmanager
 def recomputed(
     network: nn.Module,  # whose graphs are to be small; not one that `torch.compile` has compiled
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,  # first and second passes
+    # the context that the passes are in: number format, convolutions
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Iterator[None]:
     """Graphs of passes in this context keep what goes into each block of the network, and nothing inside it.
 
-    Backward passes do the blocks once more: the same numbers to the bit, and pictures are counted once.
+    Backward passes do the blocks once more: the same numbers to the bit, and pictures are counted once. Raises torch's
+    `CheckpointError` there if `around` makes other passes than the first were.
 
     Parameters
     ----------
     network
         whose graphs are to be small; not one that `torch.compile` has compiled
     around
-        first and second passes
+        the context that the passes are in: number format, convolutions
     """
     changed = [block for block in dict.fromkeys(_blocks(network)) if "forward" not in vars(block)]
     for block in changed: vars(block)["forward"] = _doubly(block, around)

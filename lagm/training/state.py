@@ -207,12 +207,12 @@ class Stage:
         """Do step number `within`. Raises `InputError` if no memory is left for it."""
         try: return self.step(within)
         except (RuntimeError, MemoryError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0] or type(error).__name__
             if not isinstance(error, MemoryError) and not any(words in reason for words in _NO_MEMORY): raise
             raise InputError(
                 f"{self.name}, step {within + 1:,} of {self.steps:,}: no memory is left ({printable(reason)}). What "
-                "makes steps smaller, in the recipe: keep_memory=False and recompute=True (a stopped run goes on with "
-                "them), precision='bfloat16', parts=2 or more, smaller batches; or smaller pictures") from error
+                "makes steps smaller: keep_memory=False and recompute=True in the recipe, recompute: true in a project "
+                "(what was stopped goes on so); precision='bfloat16', parts=2, smaller batches or pictures") from error
 
 # %% ../../nbs/reference/training/53_state.ipynb #db4815fa
 def locate(
